@@ -1,0 +1,85 @@
+# Every target works from a bare clone; make alone lists them.
+# Variables: make probe NPROC=4 CONFIG=my.yaml OUT=runs/mine
+
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 2
+CONFIG ?= configs/demo.yaml
+OUT ?= runs/demo
+TEST_JOBS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+comma := ,
+DEMO := build/demo
+DEMO_CHECKPOINT := $(DEMO)/checkpoint-20
+PYTEST := $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# One thread per process: torchrun sets the same, with a warning, when it is unset.
+export OMP_NUM_THREADS ?= 1
+# The demo, its probe and the tests need nothing from the hub and must not ask it.
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo probe test test-all lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
+	    $(firstword $(MAKEFILE_LIST))
+
+# Each stamp stands for one set of extras and is renewed when the requirements change.
+# The sets are nested (run < test < dev), so that a larger one renews the smaller too.
+RUN_STAMP := $(VENV)/.installed-run
+TEST_STAMP := $(VENV)/.installed-test
+DEV_STAMP := $(VENV)/.installed-dev
+REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
+
+# pip is what venv writes last: an interrupted environment is made again.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# pip is told to show errors only: $(1) is the set of extras, $(2) the stamps it earns.
+define pip_install
+	@echo "Installing entropy_ddp[$(1)] in $(VENV); the first time takes some minutes."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
+	    -c constraints.txt -e '.[$(1)]'
+	@touch $(2)
+endef
+
+$(RUN_STAMP): $(REQUIREMENTS) | $(BIN)/pip
+	$(call pip_install,demo$(comma)report,$(RUN_STAMP))
+
+$(TEST_STAMP): $(REQUIREMENTS) | $(BIN)/pip
+	$(call pip_install,test,$(RUN_STAMP) $(TEST_STAMP))
+
+$(DEV_STAMP): $(REQUIREMENTS) | $(BIN)/pip
+	$(call pip_install,dev,$(RUN_STAMP) $(TEST_STAMP) $(DEV_STAMP))
+
+install: $(RUN_STAMP) ## make the virtual environment and install the package in it
+
+$(DEMO_CHECKPOINT): | $(RUN_STAMP)
+	$(BIN)/python -m entropy_ddp demo --out $(DEMO)
+
+demo: $(DEMO_CHECKPOINT) ## train the demo checkpoint, unless it is there
+
+probe: $(RUN_STAMP) $(DEMO_CHECKPOINT) ## probe the demo checkpoint with NPROC processes
+	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
+	    -m entropy_ddp probe --config $(CONFIG) --out $(OUT) --overwrite
+
+test: $(TEST_STAMP) ## run the fast tests
+	$(PYTEST) -m "not slow"
+
+test-all: $(TEST_STAMP) ## run all tests
+	$(PYTEST)
+
+lint: $(DEV_STAMP) ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Not $(VENV), which may name an environment that is not ours, and not runs/.
+clean: ## remove .venv, the demo checkpoint and caches; results in runs/ stay
+	rm -rf .venv build dist *.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

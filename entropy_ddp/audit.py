@@ -1,0 +1,201 @@
+"""Facts in, verdicts out: what each number of a run should be, and why it is not.
+
+Every check compares with something independent of the computation it checks. A verdict
+is `ok`, `warn` (the result stands, with the reservation named) or `fail` (the result
+cannot be trusted); whatever is not ok carries the likely cause and the next thing to try.
+"""
+
+import math
+from typing import Any
+
+from entropy_ddp.results import AuditRow, Verdict
+
+
+def check(
+    name: str, value: Any, expected: str, holds: bool, hint: str, *, fatal: bool = True
+) -> AuditRow:
+    """A check with a verdict: ok if it holds, otherwise fail (or warn) with the hint."""
+    failed: Verdict = "fail" if fatal else "warn"
+    return AuditRow(
+        name=name,
+        value=value,
+        expected=expected,
+        verdict="ok" if holds else failed,
+        hint="" if holds else hint,
+    )
+
+
+def fact(name: str, value: Any, expected: str = "") -> AuditRow:
+    """A number to read, without a way to fail."""
+    return AuditRow(name=name, value=value, expected=expected, verdict="ok")
+
+
+def close(
+    name: str, error: float, tolerance: float, hint: str, *, fatal: bool = True
+) -> AuditRow:
+    """A relative error against its tolerance; NaN fails."""
+    return check(
+        name, error, f"<= {tolerance:.0e}", error <= tolerance, hint, fatal=fatal
+    )
+
+
+def ess_checks(ess_fraction: float, warn: float, abort: float) -> list[AuditRow]:
+    """The two thresholds of the effective sample size over N."""
+    hint = (
+        "few sequences carry the weight: the step is too large for importance sampling "
+        "from this batch; probe a smaller update.lr_override or sample more of E"
+    )
+    if ess_fraction < abort:
+        return [
+            check("ESS / N", ess_fraction, f">= {abort:g} to be trusted", False, hint)
+        ]
+    return [
+        check(
+            "ESS / N",
+            ess_fraction,
+            f">= {warn:g}",
+            ess_fraction >= warn,
+            hint,
+            fatal=False,
+        )
+    ]
+
+
+def advantage_checks(deviations: list[float]) -> list[AuditRow]:
+    """Whether U's groups carry a signal: share with std(A) > 0 and their histogram.
+
+    Args:
+        deviations: population standard deviation of the advantages of each group.
+    """
+    share = sum(deviation > 0 for deviation in deviations) / len(deviations)
+    largest = max(deviations)
+    counts = [0] * 5
+    for deviation in deviations:
+        place = int(5 * deviation / largest) if largest else 0
+        counts[min(4, place)] += 1
+    edges = [f"{largest * i / 5:.3g}" for i in range(6)]
+    histogram = {
+        f"[{low}, {high}{']' if i == 4 else ')'}": count
+        for i, (low, high, count) in enumerate(zip(edges, edges[1:], counts))
+    }
+    return [
+        check(
+            "U groups with std(A) > 0",
+            share,
+            "> 0",
+            share > 0,
+            "every group's rewards are all equal: the policy-gradient part of the step "
+            "is zero, what remains is momentum and weight decay; sample harder or "
+            "easier prompts",
+            fatal=False,
+        ),
+        fact("histogram of std(A) over U groups", histogram),
+    ]
+
+
+def moment_checks(tiny_share: float, zero_share: float) -> list[AuditRow]:
+    """Second moments that are zero or below eps^2: elements the step hardly scales."""
+    hint = (
+        "the optimizer has hardly seen a gradient there: its step is lr * sign-like "
+        "noise or crushed by eps; was the checkpoint saved after very few steps?"
+    )
+    return [
+        check(
+            "second moments equal to 0",
+            zero_share,
+            "< 0.5 of all elements",
+            zero_share < 0.5,
+            hint,
+            fatal=False,
+        ),
+        check(
+            "second moments below eps^2",
+            tiny_share,
+            "< 0.5 of all elements",
+            tiny_share < 0.5,
+            hint,
+            fatal=False,
+        ),
+    ]
+
+
+def coverage_check(name: str, nonzero: int, total: int) -> AuditRow:
+    """Tensors with a gradient that is not all zero."""
+    return check(
+        name,
+        f"{nonzero} of {total} tensors",
+        "all non-zero",
+        nonzero == total,
+        "some trainable tensors get no gradient: an adapter that is not in use, B "
+        "matrices still zero, or a batch that does not reach them",
+        fatal=nonzero == 0,
+    )
+
+
+def scale_checks(
+    scale_sum: float, expected_microbatches: int, size: float, tokens: tuple[int, int]
+) -> list[AuditRow]:
+    """Derivative scales and token counts over all ranks.
+
+    Args:
+        scale_sum: sum over the microbatches that ran of the constant 1/D.
+        expected_microbatches: number planned from the batch file alone.
+        size: the global denominator D.
+        tokens: response tokens that the passes returned, and that the file holds.
+    """
+    used, planned = tokens
+    expected = expected_microbatches / size
+    return [
+        check(
+            "sum_deriv_scales",
+            scale_sum,
+            f"{expected:.10g} = microbatches / D",
+            math.isclose(scale_sum, expected, rel_tol=1e-12),
+            "a microbatch was skipped, run twice or scaled by a local count",
+        ),
+        check(
+            "total_tokens_used",
+            used,
+            f"{planned} = pre_count",
+            used == planned,
+            "tokens were lost or counted twice between the file and the passes",
+        ),
+    ]
+
+
+def sampler_checks(split: str, differences: list[float]) -> list[AuditRow]:
+    """Mean and largest |log p - sampling log p| of tokens with sampling log-probs."""
+    if not differences:
+        return []
+    mean = math.fsum(differences) / len(differences)
+    return [
+        check(
+            f"{split} sampler mismatch, mean |log p - sampling log p|",
+            mean,
+            "<= 1e-2 nats",
+            mean <= 1e-2,
+            "the rollouts come from other weights, another temperature or a truncated "
+            "distribution, or prompt and response are misaligned",
+            fatal=False,
+        ),
+        fact(f"{split} sampler mismatch, largest", max(differences)),
+    ]
+
+
+def noise_check(noise_floor: float, delta_h_true: float) -> AuditRow:
+    """Whether the change is visible above the rounding of the scoring pass."""
+    return check(
+        "noise floor of delta_h_true",
+        noise_floor,
+        "<= |delta_h_true| / 10",
+        noise_floor <= abs(delta_h_true) / 10,
+        "the change is as small as the rounding of the scoring pass; use "
+        "precision.model: float64, or a larger update.lr_override",
+        fatal=False,
+    )
+
+
+def worst_verdict(rows: list[AuditRow]) -> Verdict:
+    """fail if any row failed, else warn if any warned, else ok."""
+    verdicts = {row.verdict for row in rows}
+    return "fail" if "fail" in verdicts else "warn" if "warn" in verdicts else "ok"

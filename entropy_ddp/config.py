@@ -1,0 +1,322 @@
+"""The schema of a run's YAML file: every key, its type, its default, its range.
+
+Unknown keys are errors, with the nearest known key named. Values on the command line
+(`--set key.sub=value`) win over the file.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from entropy_ddp.errors import InputError
+
+Normalize = Literal["per_token", "per_sequence", "per_sequence_token_mean", "sum"]
+Integrand = Literal["rb", "surprisal"]
+ImportanceMode = Literal["snis", "per_decision", "clip"]
+Loss = Literal["dr_grpo", "grpo", "dapo", "nll"]
+FloatName = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A mapping of the file: unknown keys and numbers given as strings are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Checkpoint(Section):
+    """Where the policy and its optimizer state are.
+
+    Attributes:
+        path: a Trainer checkpoint folder; the rest is found in it.
+        base: base model of an adapter, or a full-weight model: a folder or a hub id.
+        adapter: adapter folder.
+        optimizer: optimizer.pt or optimizer.bin.
+    """
+
+    path: str | None = None
+    base: str | None = None
+    adapter: str | None = None
+    optimizer: str | None = None
+
+    @model_validator(mode="after")
+    def _some_model(self) -> "Checkpoint":
+        if self.path is None and self.base is None and self.adapter is None:
+            raise ValueError("give `path`, or `base` and `adapter`")
+        return self
+
+
+class Sample(Section):
+    """How to roll a batch out of the checkpoint.
+
+    Attributes:
+        prompts: JSON lines with `prompt` or `prompt_ids`.
+        num_prompts: number of prompt draws (groups).
+        responses_per_prompt: responses G of each group.
+        with_replacement: whether a prompt can be drawn more than once.
+        max_new_tokens: responses are cut off at this many tokens.
+        reward: `module:function` that scores (prompt, response, row).
+        redraw_zero_advantage: how often a group whose rewards are all equal is drawn
+            again, with a new prompt.
+        sequences_per_call: responses generated together.
+    """
+
+    prompts: str
+    num_prompts: int = Field(gt=0)
+    responses_per_prompt: int = Field(default=1, gt=0)
+    with_replacement: bool = False
+    max_new_tokens: int = Field(gt=0)
+    reward: str | None = None
+    redraw_zero_advantage: int = Field(default=0, ge=0)
+    sequences_per_call: int = Field(default=64, gt=0)
+
+
+class BatchSource(Section):
+    """A batch: read from a file, or sampled from the checkpoint."""
+
+    file: str | None = None
+    sample: Sample | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "BatchSource":
+        if (self.file is None) == (self.sample is None):
+            raise ValueError("give exactly one of `file` and `sample`")
+        return self
+
+
+class Batches(Section):
+    """The evaluation batch E and the update batch U.
+
+    Attributes:
+        E: where entropy is measured.
+        U: what the optimizer steps on.
+        advantage: how rewards become advantages.
+    """
+
+    E: BatchSource
+    U: BatchSource
+    advantage: Literal["centered", "standardized"] = "centered"
+
+
+class Objective(Section):
+    """Which entropy is measured.
+
+    Attributes:
+        integrand: `rb` (entropy of every step's distribution) or `surprisal`
+            (minus the log-probability of the response).
+        normalize: what the sum over sequences is divided by.
+        temperature: sampling temperature of the policy.
+    """
+
+    integrand: Integrand = "rb"
+    normalize: Normalize = "per_token"
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class Update(Section):
+    """The optimizer step.
+
+    Attributes:
+        loss: reduction of the policy-gradient loss.
+        length_norm: the divisor L_b of `dr_grpo`: longest response of the group, or a
+            constant (the maximum completion length).
+        ratio: `on_policy` (A log p) or `clipped` (the PPO surrogate).
+        epsilon_low, epsilon_high: clipping range of the ratio.
+        max_grad_norm: the gradient's global norm is clipped to this; 0 turns it off.
+        lr_override: learning rate in place of the saved one.
+        save_delta: write the parameter change to delta_theta.safetensors.
+    """
+
+    loss: Loss = "dr_grpo"
+    length_norm: Literal["group_max"] | int = "group_max"
+    ratio: Literal["on_policy", "clipped"] = "on_policy"
+    epsilon_low: float = Field(default=0.2, ge=0, lt=1)
+    epsilon_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    lr_override: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    save_delta: bool = False
+
+    @model_validator(mode="after")
+    def _positive_length(self) -> "Update":
+        if isinstance(self.length_norm, int) and self.length_norm < 1:
+            raise ValueError("`length_norm` must be `group_max` or a positive integer")
+        return self
+
+
+class Truth(Section):
+    """The importance-sampled change.
+
+    Attributes:
+        is_mode: weights of the headline value.
+        clip_c: upper limit of a weight in mode `clip`.
+        ess_warn: effective sample size over N below which a warning is given.
+        ess_abort: the same, below which results are marked untrusted.
+    """
+
+    is_mode: ImportanceMode = "snis"
+    clip_c: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    ess_warn: float = Field(default=0.5, ge=0, le=1)
+    ess_abort: float = Field(default=0.1, ge=0, le=1)
+
+
+class Linear(Section):
+    """The first-order prediction.
+
+    Attributes:
+        score: `full` responses or entropy `to_go` as weight of each log p'.
+        baseline: what is subtracted from the entropy to go.
+    """
+
+    score: Literal["full", "to_go"] = "full"
+    baseline: Literal["none", "hk"] = "none"
+
+    @model_validator(mode="after")
+    def _baseline_needs_to_go(self) -> "Linear":
+        if self.score == "full" and self.baseline != "none":
+            raise ValueError("a baseline needs `score: to_go`")
+        return self
+
+
+class Precision(Section):
+    """Floating-point types.
+
+    Attributes:
+        model: weights and activations.
+        entropy: sums over the vocabulary.
+        buffers: parameter buffers on the CPU; float64 if the model is.
+    """
+
+    model: Literal["float32", "float64", "bfloat16"] = "float32"
+    entropy: Literal["float32", "float64"] = "float64"
+    buffers: Literal["float32", "float16", "float64"] | None = None
+
+    @property
+    def buffer_dtype_name(self) -> str:
+        """The buffers' dtype, with the default resolved."""
+        return self.buffers or ("float64" if self.model == "float64" else "float32")
+
+
+class Compute(Section):
+    """Where and how the passes run; nothing here changes a result beyond rounding.
+
+    Attributes:
+        device: `auto` (a GPU if there is one), `cpu` or `cuda`.
+        tokens_per_microbatch: budget of padded tokens for one forward pass.
+        snapshot_device: where the copy of the parameters is kept during the step.
+        attention: Hugging Face attention implementation.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tokens_per_microbatch: int = Field(default=8192, gt=0)
+    snapshot_device: Literal["cpu", "device"] = "cpu"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+
+class Config(Section):
+    """One run, complete."""
+
+    checkpoint: Checkpoint
+    batches: Batches
+    objective: Objective = Objective()
+    update: Update = Update()
+    truth: Truth = Truth()
+    linear: Linear = Linear()
+    precision: Precision = Precision()
+    compute: Compute = Compute()
+    seed: int = Field(default=0, ge=0)
+    out: str | None = None
+
+    @model_validator(mode="after")
+    def _estimators_exist(self) -> "Config":
+        normalize = self.objective.normalize
+        if normalize == "per_sequence_token_mean" and self.linear.score == "to_go":
+            raise ValueError(
+                "linear.score: `per_sequence_token_mean` has no to-go form; use `full`"
+            )
+        if self.truth.is_mode == "per_decision":
+            if self.objective.integrand != "rb":
+                raise ValueError("truth.is_mode: `per_decision` needs integrand `rb`")
+            if normalize == "per_sequence_token_mean":
+                raise ValueError(
+                    "truth.is_mode: `per_decision` has no `per_sequence_token_mean` form"
+                )
+        return self
+
+
+def load_config(path: Path | None, assignments: tuple[str, ...]) -> Config:
+    """Read a YAML file, apply `key.sub=value` assignments, check everything.
+
+    Raises:
+        InputError: the file cannot be read or parsed, an assignment is malformed, a
+            key is unknown, or a value has the wrong type or range.
+    """
+    document = {} if path is None else _read_yaml(path)
+    for assignment in assignments:
+        _assign(document, assignment)
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        source = "configuration" if path is None else str(path)
+        lines = [_explain(problem) for problem in error.errors()]
+        raise InputError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not valid YAML: {reason}") from error
+    if not isinstance(document, dict):
+        found = type(document).__name__
+        raise InputError(f"{path}: expected a mapping of sections, found {found}")
+    return document
+
+
+def _assign(document: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {assignment}: expected key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {assignment}: the value is not valid YAML") from error
+    *sections, last = key.split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise InputError(f"--set {assignment}: `{section}` is not a section")
+    document[last] = value
+
+
+def _explain(problem: Any) -> str:
+    """One sentence for one of pydantic's findings."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_section_at(location[:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+        return f"unknown key `{key}`; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("missing", "value_error"):
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, found {problem['input']!r}"
+
+
+def _section_at(location: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = get_args(annotation) or (annotation,)
+        section = next(c for c in candidates if c is not type(None))
+    return section
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)

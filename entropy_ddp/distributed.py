@@ -1,0 +1,179 @@
+"""The process group: start and stop, sums, gathers, and the count of both.
+
+The only module that imports `torch.distributed`. A group is started exactly when a
+launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) is present; without
+one, every function here works on the local value, so that callers have one path.
+
+Failures are collective. The first rank to fail leaves its message in the store and
+prints it; the others see that a message is there already and stay silent.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from entropy_ddp.errors import InputError
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FAILURE_KEY = "entropy_ddp/first_failure"
+
+
+@dataclass(kw_only=True)
+class World:
+    """All ranks of a run, as seen from one of them.
+
+    Attributes:
+        rank: number of this rank.
+        world_size: number of ranks.
+        local_rank: number of this rank on its machine; selects the GPU.
+        store: the key-value store shared by the ranks; None without a group.
+        collectives: number of collectives and bytes handed to them, by purpose.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    store: Any = None
+    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes files."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor, purpose: str) -> Tensor:
+        """Sum of a CPU tensor over ranks, in place."""
+        self._count(purpose, tensor)
+        if self.store is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def max(self, value: float) -> float:
+        """Largest of a scalar over ranks."""
+        tensor = torch.tensor([value], dtype=torch.float64)
+        self._count("scalars", tensor)
+        if self.store is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def gather_rows(self, rows: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Per-sequence rows of all ranks, in file order, on every rank.
+
+        Args:
+            rows: this rank's rows, float64, [n, C]; n may be 0 and differ by rank.
+            positions: their places in the result, [n].
+            count: number of rows N of the result.
+
+        Returns:
+            All rows, [N, C].
+        """
+        # Every row has exactly one owner, so a sum of zero-filled buffers is a gather
+        # that needs no sizes exchanged and no padding.
+        gathered = rows.new_zeros(count, rows.shape[1])
+        gathered[positions] = rows
+        return self.sum(gathered, "scalars")
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small picklable value from every rank, in rank order, on every rank."""
+        self._count("objects", None)
+        if self.store is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module inside DistributedDataParallel, or itself without a group.
+
+        Parameters are not broadcast: whether ranks loaded the same ones is checked,
+        not arranged.
+        """
+        if self.store is None:
+            return module
+        return DistributedDataParallel(module, init_sync=False, broadcast_buffers=False)
+
+    def claim_failure(self, message: str) -> bool:
+        """Whether this rank is the first to fail, and so the one to print."""
+        if self.store is None:
+            return True
+        claim = f"rank {self.rank}: {message}"
+        try:
+            first = self.store.compare_set(_FAILURE_KEY, "", claim)
+        except (RuntimeError, ConnectionError):
+            # The store lives on rank 0: it is gone because rank 0 failed and said so.
+            return False
+        return first.decode() == claim
+
+    def _count(self, purpose: str, tensor: Tensor | None) -> None:
+        number, size = self.collectives.get(purpose, (0, 0))
+        added = 0 if tensor is None else tensor.numel() * tensor.element_size()
+        self.collectives[purpose] = (number + 1, size + added)
+
+
+def single_process_warning(environment: Mapping[str, str]) -> str | None:
+    """A warning if several processes were asked for and this one runs alone.
+
+    `accelerate launch --cpu --num_processes K` starts one process, and so does every
+    task of a bare `srun` or `mpirun`, without the variables of a process group.
+    """
+    if "WORLD_SIZE" in environment:
+        return None
+    asked = "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
+    tasks = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    if asked or any(int(environment.get(name, "1")) > 1 for name in tasks):
+        return (
+            "several processes were asked for, but the launcher set no WORLD_SIZE: this "
+            "process runs alone; start with torchrun, or with accelerate and the "
+            "configuration in launch/"
+        )
+    return None
+
+
+@contextmanager
+def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
+    """The ranks of this run; a process group exactly when a launcher started them.
+
+    NCCL carries CUDA tensors and gloo CPU tensors, so parameter buffers on the CPU and
+    scalars are reduced by gloo on every machine.
+
+    Raises:
+        InputError: the launcher's environment is there only in part.
+    """
+    present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & set(present):
+        yield World()
+        return
+    if len(present) < len(LAUNCHER_VARIABLES):
+        missing = [name for name in LAUNCHER_VARIABLES if name not in present]
+        raise InputError(
+            f"the launcher's environment has {', '.join(present)} but not "
+            f"{', '.join(missing)}: start with torchrun or accelerate launch, or unset "
+            "them to run as one process"
+        )
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    world = World(rank=rank, world_size=world_size, local_rank=local_rank, store=store)
+    yield world
+    # Not after a failure: tearing the group down can wait for ranks that are gone.
+    dist.destroy_process_group()

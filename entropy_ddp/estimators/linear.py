@@ -1,0 +1,241 @@
+"""The first-order prediction: derivative of the estimator along the step, at eta = 0.
+
+With ' = d/d eta along v, l_i the log-probability of response i, A_i and D_i numerator and
+size of the entropy estimator (see `entropy`), and Hbar = sum A_i / sum D_i:
+
+    full    slope = 1/sum D [ sum_i l'_i A_i  +  sum_i A'_i  -  Hbar sum_i l'_i D_i ]
+                              score             pathwise       denominator
+
+which is exactly d/d eta of the `snis` value on this batch. With entropies to go, each
+log p'_ik is weighted by what comes after it only (same expectation, smaller variance):
+
+    to_go   l'_i A_i - Hbar l'_i D_i  becomes  sum_k c_ik log p'_ik,
+            c_ik = sum_{j>=k} H_ij - b_ik - Hbar R_ik
+            none:  b = 0                        R_ik = T_i - k + 1
+            hk:    b = H_ik (the step's Rao-Blackwell entropy, known before y_k)
+                                                R_ik = T_i - k
+
+`to_go` + `hk` is exactly d/d eta of the `per_decision` value. Hbar enters the weights for
+`per_token` only: the number of sequences does not depend on the policy.
+
+The weights are centred per token before they are contracted with log p': score and
+denominator terms can be a thousand times larger than the slope they leave.
+
+Shape legend: n sequences and t tokens of one rank, N sequences of the batch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.estimators.entropy import Ratio, integrand_tokens
+from entropy_ddp.estimators.errors import (
+    delta_method_error,
+    group_totals,
+    jackknife_error,
+)
+from entropy_ddp.rollouts.batch import Ragged
+
+Score = Literal["full", "to_go"]
+Baseline = Literal["none", "hk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDerivatives:
+    """Flat token arrays at theta and their derivatives along v, float64, [t] each."""
+
+    logp: Tensor
+    entropy: Tensor
+    dlogp: Tensor
+    dentropy: Tensor
+
+    def integrand(self, kind: Integrand) -> tuple[Tensor, Tensor]:
+        """The integrand of each step and its derivative, [t]."""
+        return (
+            integrand_tokens(kind, self.logp, self.entropy),
+            integrand_tokens(kind, self.dlogp, self.dentropy),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlopeWeights:
+    """Weights of every token's log p' and integrand', before division by sum D; [t].
+
+    Attributes:
+        score: weight of log p' in the score term.
+        denominator: weight R of Hbar times log p' (the denominator term is -Hbar R).
+        centred: score - Hbar denominator, formed per token without cancellation.
+        pathwise: weight of the integrand's derivative.
+    """
+
+    score: Tensor
+    denominator: Tensor
+    centred: Tensor
+    pathwise: Tensor
+
+
+def slope_weights(
+    tokens: TokenDerivatives,
+    ragged: Ragged,
+    mean_entropy: float,
+    estimator: tuple[Integrand, Normalize, Score, Baseline],
+) -> SlopeWeights:
+    """The weights c of section "First order" for one rank's tokens.
+
+    Args:
+        tokens: values at theta; the derivatives are not used.
+        ragged: layout of the tokens.
+        mean_entropy: Hbar over the whole batch.
+        estimator: integrand, normalisation, score and baseline.
+    """
+    integrand, normalize, score, baseline = estimator
+    values, _ = tokens.integrand(integrand)
+    per_sequence_mean = normalize == "per_sequence_token_mean"
+    lengths = ragged.lengths.clamp(min=1).double()
+    pathwise = ragged.spread(1 / lengths if per_sequence_mean else lengths / lengths)
+    if score == "full":
+        totals = ragged.sum(values * pathwise)
+        size = _sizes(normalize, ragged)
+        return SlopeWeights(
+            score=ragged.spread(totals),
+            denominator=ragged.spread(size),
+            centred=ragged.spread(totals - mean_entropy * size),
+            pathwise=pathwise,
+        )
+    if per_sequence_mean:
+        raise ValueError("per_sequence_token_mean has no to-go form; use score full")
+    own = values - tokens.entropy if baseline == "hk" else values
+    counted = 1.0 if normalize == "per_token" else 0.0
+    counted_own = 0.0 if baseline == "hk" else counted
+    ones = torch.ones_like(values)
+    return SlopeWeights(
+        score=ragged.sum_after(values) + own,
+        denominator=counted * ragged.sum_after(ones) + counted_own,
+        centred=ragged.sum_after(values - counted * mean_entropy)
+        + (own - counted_own * mean_entropy),
+        pathwise=pathwise,
+    )
+
+
+def _sizes(normalize: Normalize, ragged: Ragged) -> Tensor:
+    """D_i of one rank's sequences, as far as it depends on the weights w_i; [n]."""
+    lengths = ragged.lengths.double()
+    if normalize == "per_token":
+        return lengths
+    return torch.zeros_like(lengths) if normalize == "sum" else lengths * 0 + 1
+
+
+def sequence_terms(
+    tokens: TokenDerivatives,
+    ragged: Ragged,
+    weights: SlopeWeights,
+    integrand: Integrand,
+) -> Tensor:
+    """The per-sequence pieces of the slope, before division by sum D; [n, 4].
+
+    Columns: centred sum (score, pathwise and denominator terms together), score,
+    pathwise, and r_i, the factor of -Hbar in the denominator term.
+    """
+    _, derivative = tokens.integrand(integrand)
+    pathwise = ragged.sum(weights.pathwise * derivative)
+    columns = (
+        ragged.sum(weights.centred * tokens.dlogp) + pathwise,
+        ragged.sum(weights.score * tokens.dlogp),
+        pathwise,
+        ragged.sum(weights.denominator * tokens.dlogp),
+    )
+    return torch.stack(columns, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slope:
+    """A slope d H / d eta, in nats per unit learning rate.
+
+    Attributes:
+        score, baseline: which estimator.
+        value: the slope.
+        terms: its score, pathwise and denominator terms; they sum to it.
+        se: delta-method standard error conditional on v, clustered by group.
+        se_jackknife: leave-one-group-out jackknife of the same.
+        contributions: per-sequence parts; they sum to the value, [N].
+        influence: influence of each group, [n_g].
+    """
+
+    score: Score
+    baseline: Baseline
+    value: float
+    terms: dict[str, float]
+    se: float
+    se_jackknife: float
+    contributions: Tensor
+    influence: Tensor
+
+
+def slope_from_terms(
+    terms: Tensor,
+    original: Ratio,
+    groups: Tensor,
+    estimator: tuple[Score, Baseline],
+) -> Slope:
+    """The slope and its errors from the pieces of all sequences.
+
+    With B = sum b_i the centred sums, r = sum r_i and S = sum D_i, slope = B / S. Every
+    mean that enters varies: the influence of group g is
+
+        psi_g = [ b_g - slope D_g - (r / S) (A_g - Hbar D_g) ] / S
+
+    and the estimate without it is [B - b_g + (Hbar - Hbar_(g)) (r - r_g)] / (S - D_g),
+    Hbar_(g) the mean entropy without it. For `sum`, S = 1 and the total of the
+    remaining n - 1 groups is scaled by n / (n - 1).
+
+    Args:
+        terms: columns of `sequence_terms`, [N, 4].
+        original: the entropy estimator at theta.
+        groups: group of each sequence, [N].
+        estimator: score and baseline, carried along.
+
+    Raises:
+        InputError: there are fewer than two groups.
+    """
+    num_groups = int(groups.max()) + 1 if len(groups) else 0
+    centred, score, pathwise, counts = terms.unbind(1)
+    total, denominator = float(centred.sum()), original.denominator
+    mean_entropy, count = original.value, float(counts.sum())
+    b, r, a = (
+        group_totals(x, groups, num_groups) for x in (centred, counts, original.numerator)
+    )
+    value = total / denominator
+    if original.size is None:
+        influence = b
+        without = num_groups / max(num_groups - 1, 1) * (total - b)
+    else:
+        d = group_totals(original.size, groups, num_groups)
+        residual = a - mean_entropy * d
+        influence = (b - value * d - count / denominator * residual) / denominator
+        mean_without = (original.numerator.sum() - a) / (denominator - d)
+        shift = (mean_entropy - mean_without) * (count - r)
+        without = (total - b + shift) / (denominator - d)
+    return Slope(
+        score=estimator[0],
+        baseline=estimator[1],
+        value=value,
+        terms={
+            "score": float(score.sum()) / denominator,
+            "pathwise": float(pathwise.sum()) / denominator,
+            "denominator": -mean_entropy * count / denominator,
+        },
+        se=delta_method_error(influence),
+        se_jackknife=jackknife_error(without),
+        contributions=centred / denominator,
+        influence=influence,
+    )
+
+
+def applicable_estimators(normalize: Normalize) -> list[tuple[Score, Baseline]]:
+    """Every combination of score and baseline that is defined for a normalisation."""
+    if normalize == "per_sequence_token_mean":
+        return [("full", "none")]
+    return [("full", "none"), ("to_go", "none"), ("to_go", "hk")]

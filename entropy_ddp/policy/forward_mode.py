@@ -1,0 +1,243 @@
+"""Forward-mode differentiation of any Hugging Face model along one direction.
+
+Parameters are swapped for dual tensors by identity, over every module slot, so that
+tied weights (an embedding used again as the output layer) carry their tangent wherever
+they are used. A `TorchFunctionMode` supplies the product rules that stock forward mode
+lacks or wastes work on:
+
+- `linear`, `addmm`, `matmul`: one product per operand that has a tangent. The stock
+  rule multiplies by a zero tangent for every frozen weight, a third of the cost.
+- `scaled_dot_product_attention`: no stock rule exists for the fused kernels.
+
+Nothing is stored for a backward pass, and no module is patched.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+# Attention scores of one block of queries: a [batch, heads, length, length] tensor of a
+# long context would otherwise dominate the memory of the pass.
+ATTENTION_BLOCK_ELEMENTS = 1 << 25
+
+
+@contextmanager
+def dual_parameters(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    direction: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """Within the context, the model's forward pass carries tangents along a direction.
+
+    Args:
+        model: the module whose slots are swapped.
+        parameters: the parameters that have a tangent, by name.
+        direction: their tangents, by the same names; moved to each parameter's dtype
+            and device.
+    """
+    with forward_ad.dual_level(), torch.no_grad():
+        duals = {
+            id(parameter): forward_ad.make_dual(
+                parameter.detach(), direction[name].to(parameter)
+            )
+            for name, parameter in parameters.items()
+        }
+        slots = [
+            (module, name, parameter)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in duals
+        ]
+        try:
+            for module, name, parameter in slots:
+                module._parameters[name] = duals[id(parameter)]  # type: ignore[assignment]
+            with TangentRules():
+                yield
+        finally:
+            for module, name, parameter in slots:
+                module._parameters[name] = parameter
+
+
+def halves(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The two halves of a dual tensor; the tangent is None for a plain one."""
+    primal, tangent = forward_ad.unpack_dual(tensor)
+    return primal, tangent
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    return halves(tensor)[0]
+
+
+class TangentRules(TorchFunctionMode):
+    """Product rules for the functions that stock forward mode lacks or wastes work on."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        rule = _RULES.get(func, func)
+        return rule(*args, **(kwargs or {}))
+
+
+def _sum_present(*terms: Tensor | None) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def _dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
+    return primal if tangent is None else forward_ad.make_dual(primal, tangent)
+
+
+def _product_tangent(
+    multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor
+) -> Tensor | None:
+    """a'b + ab', with a product only for the tangents that exist."""
+    (a, a_tangent), (b, b_tangent) = halves(left), halves(right)
+    return _sum_present(
+        None if a_tangent is None else multiply(a_tangent, b),
+        None if b_tangent is None else multiply(a, b_tangent),
+    )
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    primal = torch.matmul(_primal(left), _primal(right))
+    return _dual(primal, _product_tangent(torch.matmul, left, right))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    bias_primal, bias_tangent = (None, None) if bias is None else halves(bias)
+    primal = F.linear(_primal(input), _primal(weight), bias_primal)
+    if bias_tangent is not None:
+        bias_tangent = bias_tangent.expand_as(primal)
+    tangent = _product_tangent(F.linear, input, weight)
+    return _dual(primal, _sum_present(tangent, bias_tangent))
+
+
+def _addmm(
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    if beta != 1 or alpha != 1 or out is not None:
+        return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha, out=out)
+    return _linear(mat1, _transposed(mat2), input)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    primal, tangent = halves(tensor)
+    return _dual(primal.t(), None if tangent is None else tangent.t())
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention O = softmax(s Q K^T + M) V and its tangent.
+
+    With S the scores, P = softmax(S): O' = P' V + P V', P' = P * (S' - sum(P * S')).
+    """
+    operands = [halves(x) for x in (query, key, value)]
+    if all(tangent is None for _, tangent in operands):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+            enable_gqa=enable_gqa,
+        )  # fmt: skip
+    if dropout_p:
+        raise RuntimeError(
+            "attention dropout is active in a derivative pass: the model must be in "
+            "evaluation mode"
+        )
+    repeats = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+    q, k, v = (
+        [half if half is None else _repeat_heads(half, n) for half in pair]
+        for pair, n in zip(operands, (1, repeats, repeats))
+    )
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    rows = q[0].shape[-2]
+    per_row = q[0].numel() // (rows * q[0].shape[-1]) * k[0].shape[-2]
+    block = max(1, ATTENTION_BLOCK_ELEMENTS // per_row)
+    primals, tangents = [], []
+    for start in range(0, rows, block):
+        pieces = [x if x is None else x[..., start : start + block, :] for x in q]
+        mask = _attention_mask(attn_mask, is_causal, start, pieces[0], k[0])
+        primal, tangent = _attention_block(pieces, k, v, mask, scale)
+        primals.append(primal)
+        tangents.append(tangent)
+    return forward_ad.make_dual(torch.cat(primals, -2), torch.cat(tangents, -2))
+
+
+def _repeat_heads(tensor: Tensor, repeats: int) -> Tensor:
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=-3)
+
+
+def _attention_mask(
+    mask: Tensor | None, is_causal: bool, start: int, query: Tensor, key: Tensor
+) -> Tensor | None:
+    """The additive or boolean mask of query rows `start` onwards."""
+    rows = query.shape[-2]
+    if is_causal:
+        row = torch.arange(start, start + rows, device=query.device)
+        return row[:, None] >= torch.arange(key.shape[-2], device=query.device)
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask[..., start : start + rows, :]
+    return mask
+
+
+def _attention_block(
+    query: list[Tensor | None],
+    key: list[Tensor | None],
+    value: list[Tensor | None],
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    (q, dq), (k, dk), (v, dv) = query, key, value
+    scores = (q * scale) @ k.mT
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    elif mask is not None:
+        scores += mask
+    # A row without any allowed key is all NaN after softmax; its output is zero.
+    weights = scores.softmax(-1).nan_to_num_(0.0)
+    dscores = _sum_present(
+        None if dq is None else (dq * scale) @ k.mT,
+        None if dk is None else (q * scale) @ dk.mT,
+    )
+    dweights = None
+    if dscores is not None:
+        dweights = weights * dscores
+        dweights -= weights * dweights.sum(-1, keepdim=True)
+    tangent = _sum_present(
+        None if dweights is None else dweights @ v,
+        None if dv is None else weights @ dv,
+    )
+    return weights @ v, tangent
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    F.scaled_dot_product_attention: _attention,
+}

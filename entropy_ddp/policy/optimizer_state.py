@@ -1,0 +1,182 @@
+"""The saved AdamW state, matched to parameters by name.
+
+A saved optimizer numbers its parameters in the order of its param groups and stores no
+names (unless it was built from named parameters). The order is reconstructed from how
+such optimizers are built, and then verified by the size of every group and the shape of
+every moment:
+
+- names stored in the groups: used as they are;
+- one group: the model's `named_parameters()` order (a plain training loop);
+- two groups: parameters with weight decay, then those without, each in
+  `named_parameters()` order (the Hugging Face Trainer).
+
+Hyper-parameters come from the saved groups; the stored learning rate is the one of the
+next step.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entropy_ddp.errors import InputError
+
+# The Trainer's own patterns for parameters without weight decay.
+NO_DECAY_PATTERNS = [
+    r"bias",
+    r"layernorm",
+    r"rmsnorm",
+    r"(?:^|\.)norm(?:$|\.)",
+    r"_norm(?:$|\.)",
+]
+GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
+
+
+def load_optimizer(
+    path: Path, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Adam:
+    """AdamW over these parameters, in the saved state.
+
+    Args:
+        path: optimizer.pt (Trainer) or optimizer.bin (accelerate).
+        model: the model, for the Trainer's rule of which parameters decay.
+        parameters: the trainable parameters by name.
+
+    Raises:
+        InputError: the file is not an AdamW state of exactly these parameters.
+    """
+    saved = _read_state(path)
+    groups = saved["param_groups"]
+    names = _names_by_group(path, groups, model, parameters)
+    _verify_state(path, saved["state"], groups, names, parameters)
+    decoupled = {group.get("decoupled_weight_decay", True) for group in groups}
+    kind = torch.optim.AdamW if decoupled == {True} else torch.optim.Adam
+    optimizer = kind(
+        [{"params": [parameters[n] for n in group]} for group in names], lr=1.0
+    )
+    optimizer.load_state_dict(saved)
+    for group in optimizer.param_groups:
+        # One kernel on every device and dtype: the step must not depend on them.
+        group.update(fused=None, foreach=False, capturable=False)
+        group["decoupled_weight_decay"] = kind is torch.optim.AdamW
+    return optimizer
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable optimizer state (tensors and plain values only; "
+            f"no code is run from it): {str(error).strip().splitlines()[0]}"
+        ) from error
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        found = list(saved) if isinstance(saved, dict) else type(saved).__name__
+        raise InputError(
+            f"{path}: expected an optimizer state with `state` and `param_groups`, "
+            f"found {found}"
+        )
+    for group in saved["param_groups"]:
+        missing = [key for key in GROUP_KEYS if key not in group]
+        if missing:
+            raise InputError(
+                f"{path}: expected an AdamW state; its param groups have no "
+                f"{', '.join(missing)}, only {', '.join(sorted(group))}"
+            )
+    decoupled = {g.get("decoupled_weight_decay", True) for g in saved["param_groups"]}
+    if len(decoupled) > 1:
+        raise InputError(f"{path}: its param groups mix Adam and AdamW")
+    return saved
+
+
+def _names_by_group(
+    path: Path,
+    groups: list[dict[str, Any]],
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+) -> list[list[str]]:
+    """The parameter names of each group, in the order of the saved ids."""
+    sizes = [len(group["params"]) for group in groups]
+    if all("param_names" in group for group in groups):
+        stored = [_unwrapped_names(group["param_names"]) for group in groups]
+        _require_same_names(path, [n for group in stored for n in group], parameters)
+        return stored
+    candidate = [list(parameters)]
+    if len(groups) == 2:
+        decay = _decaying(model)
+        candidate = [
+            [name for name in parameters if name in decay],
+            [name for name in parameters if name not in decay],
+        ]
+    if [len(group) for group in candidate] != sizes:
+        raise InputError(
+            f"{path}: expected param groups of {[len(g) for g in candidate]} "
+            f"parameters (the checkpoint has {len(parameters)} trainable ones), found "
+            f"{sizes}; it is the state of other parameters, or of an optimizer built "
+            "in another way than by the Trainer or over named_parameters()"
+        )
+    return candidate
+
+
+def _decaying(model: nn.Module) -> set[str]:
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY_PATTERNS))
+
+
+def _unwrapped_names(names: list[str]) -> list[str]:
+    return [name.removeprefix("module.") for name in names]
+
+
+def _require_same_names(
+    path: Path, stored: list[str], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    for name in sorted(set(stored) ^ parameters.keys()):
+        where = "optimizer state" if name in parameters else "model's trainable ones"
+        raise InputError(f"{path}: parameter {name} is missing from the {where}")
+
+
+def _verify_state(
+    path: Path,
+    state: dict[int, dict[str, Any]],
+    groups: list[dict[str, Any]],
+    names: list[list[str]],
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """Every parameter has both moments, of its shape, and a step count; no others."""
+    ids = [number for group in groups for number in group["params"]]
+    surplus = sorted(set(state) - set(ids))
+    if surplus:
+        raise InputError(f"{path}: state for id {surplus[0]}, which is in no group")
+    for number, name in zip(ids, [n for group in names for n in group], strict=True):
+        entry = state.get(number)
+        if not entry:
+            raise InputError(
+                f"{path}: no state for {name}; was the checkpoint saved before the "
+                "first step?"
+            )
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if key not in entry:
+                raise InputError(
+                    f"{path}: expected AdamW's {key} for {name}, found "
+                    f"{', '.join(sorted(entry))}; other optimizers are not supported"
+                )
+        for key in ("exp_avg", "exp_avg_sq"):
+            _verify_moment(path, name, key, entry[key], parameters[name])
+
+
+def _verify_moment(
+    path: Path, name: str, key: str, moment: Any, parameter: nn.Parameter
+) -> None:
+    shape = getattr(moment, "shape", None)
+    if shape != parameter.shape:
+        found = type(moment).__name__ if shape is None else tuple(shape)
+        raise InputError(
+            f"{path}: {key} of {name} should be {tuple(parameter.shape)}, found "
+            f"{found}; it is the state of other parameters"
+        )
+    if not bool(moment.isfinite().all()):
+        raise InputError(f"{path}: {key} of {name} has NaN or infinite values")

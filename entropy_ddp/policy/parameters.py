@@ -1,0 +1,112 @@
+"""Vectors in parameter space: one flat CPU buffer with a name for every piece.
+
+Gradients, the step and every direction are vectors over the trainable parameters. They
+live as one flat tensor on the CPU, so that a reduction over ranks is one collective, and
+are read through `ParameterLayout.views`, a dictionary of tensors by parameter name.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Where each trainable parameter lies in a flat buffer.
+
+    Attributes:
+        shapes: shape of each parameter by name, in the order of the buffer.
+    """
+
+    shapes: dict[str, torch.Size]
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, nn.Parameter]) -> "ParameterLayout":
+        """The layout of these parameters, in their order."""
+        return cls({name: parameter.shape for name, parameter in parameters.items()})
+
+    @property
+    def numel(self) -> int:
+        """Total number of elements P."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Copy named tensors into one new CPU buffer [P] of this dtype."""
+        flat = torch.empty(self.numel, dtype=dtype)
+        for name, view in self.views(flat).items():
+            view.copy_(tensors[name].detach())
+        return flat
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The pieces of a flat buffer [P] by name; they share its memory."""
+        pieces = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: piece.view(shape)
+            for (name, shape), piece in zip(self.shapes.items(), pieces)
+        }
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name, in the module's order."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, dtypes, shapes and bits: equal exactly when all bits are."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(bits.numpy())
+    return digest.hexdigest()
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """A cheap fingerprint of the frozen parameters: names, shapes, float64 sums."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            total = parameter.detach().sum(dtype=torch.float64).item()
+            digest.update(f"{name} {tuple(parameter.shape)} {total.hex()};".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def preserved(
+    tensors: Iterable[Tensor], device: torch.device | None = None
+) -> Iterator[list[Tensor]]:
+    """Restore every bit of these tensors at exit, however the context ends.
+
+    Args:
+        tensors: changed in place within the context.
+        device: where the copies are kept; None for each tensor's own device.
+
+    Yields:
+        The copies, in the order given.
+    """
+    tensors = list(tensors)
+    copies = [t.detach().to(device or t.device, copy=True) for t in tensors]
+    try:
+        yield copies
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, copies):
+                tensor.copy_(copy)
+
+
+def global_norm(flat: Tensor) -> float:
+    """Euclidean norm of a flat buffer, accumulated in float64."""
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+
+
+def inner_product(left: Tensor, right: Tensor, block: int = 1 << 22) -> float:
+    """Inner product of two flat buffers, accumulated in float64.
+
+    Taken block by block, so that no second copy of the buffers is made.
+    """
+    pairs = zip(left.split(block), right.split(block), strict=True)
+    return float(sum(torch.dot(a.double(), b.double()) for a, b in pairs))

@@ -1,0 +1,149 @@
+"""What is verified of every model when it is opened.
+
+Three errors of differentiating somebody else's model are silent: an output layer that
+is more than one linear map, an operation that drops the tangent, and one that detaches
+a value from both modes alike. Each is looked for on two short rows of arbitrary tokens:
+
+- output layer: log p from chunked hidden states against the model's own logits;
+- duality: forward mode against reverse mode along a random direction;
+- central difference: forward mode against values at theta +- epsilon v.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.parameters import preserved
+from entropy_ddp.policy.precision import precision_context
+from entropy_ddp.policy.scoring import Passes, TokenScores
+from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
+
+# Relative tolerances: output layer, duality, central difference. Values of a float32
+# model carry errors of 1e-7, which a central difference divides by its step.
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-9, 1e-5),
+    torch.float32: (1e-4, 1e-3, 5e-2),
+    torch.bfloat16: (5e-2, 1e-1, None),
+}
+STEP = {torch.float64: 1e-5, torch.float32: 3e-3}
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """One check: a relative error and its tolerance."""
+
+    name: str
+    error: float
+    tolerance: float
+
+
+def check_model(passes: Passes, vocabulary_size: int) -> list[SelfCheck]:
+    """Verify the passes on this model.
+
+    Returns:
+        The checks made, all within tolerance.
+
+    Raises:
+        InputError: the model cannot be measured correctly; says which check failed.
+    """
+    shard = _made_up_rows(vocabulary_size)
+    layer, duality, difference = TOLERANCES[passes.dtype]
+    direction = _random_direction(passes)
+    scores = passes.score(shard, direction)
+    checks = [SelfCheck("output layer", _layer_error(passes, shard, scores), layer)]
+    slope = float((scores.dlogp + scores.dentropy).sum())
+    scale = float(scores.dlogp.abs().sum() + scores.dentropy.abs().sum())
+    reverse = _reverse_mode_slope(passes, shard, direction)
+    checks.append(SelfCheck("duality", abs(slope - reverse) / scale, duality))
+    if difference is not None:
+        central = _central_difference(passes, shard, direction)
+        error = abs(slope - central) / scale
+        checks.append(SelfCheck("central difference", error, difference))
+    for check in checks:
+        # Written so that NaN fails.
+        if not check.error <= check.tolerance:
+            raise InputError(
+                f"self-check `{check.name}` of {type(passes.tokens.causal_lm).__name__}"
+                f" failed: relative error {check.error:.3e}, expected at most "
+                f"{check.tolerance:.0e}; {_CAUSES[check.name]}"
+            )
+    return checks
+
+
+_CAUSES = {
+    "output layer": "the model changes its logits after the output layer (soft-capping "
+    "or scaling), which is not supported",
+    "duality": "an operation of this model loses its tangent; try compute.attention: "
+    "eager",
+    "central difference": "an operation of this model is detached from its gradient "
+    "(DoRA's weight norm, say), so that derivatives miss a part of the change",
+}
+
+
+def _made_up_rows(vocabulary_size: int) -> Shard:
+    generator = torch.Generator().manual_seed(0)
+    sequences = tuple(
+        Sequence(
+            index=index,
+            group=index,
+            group_key=index,
+            prompt_ids=torch.randint(vocabulary_size, (2 + index,), generator=generator),
+            response_ids=torch.randint(vocabulary_size, (n,), generator=generator),
+        )
+        for index, n in enumerate((7, 4))
+    )
+    return Batch(split="self-check", sequences=sequences).shard(0, 1)
+
+
+def _random_direction(passes: Passes) -> dict[str, Tensor]:
+    """A random direction of about the size of every parameter."""
+    generator = torch.Generator().manual_seed(1)
+    direction = {}
+    for name, parameter in passes.parameters.items():
+        noise = torch.randn(parameter.shape, generator=generator)
+        size = parameter.detach().double().square().mean().sqrt().clamp(min=1e-2)
+        direction[name] = noise.to(parameter) * size.to(parameter)
+    return direction
+
+
+def _layer_error(passes: Passes, shard: Shard, scores: TokenScores) -> float:
+    worst = 0.0
+    starts = shard.ragged.starts.tolist()
+    temperature = passes.tokens.settings.temperature
+    for start, sequence in zip(starts, shard.sequences):
+        ids = torch.cat([sequence.prompt_ids, sequence.response_ids])
+        with torch.no_grad(), precision_context(passes.dtype):
+            logits = passes.tokens.causal_lm(input_ids=ids[None].to(passes.device))
+        logp = (logits.logits[0].double() / temperature).log_softmax(-1).cpu()
+        first = len(sequence.prompt_ids) - 1
+        own = logp[first:-1].gather(1, sequence.response_ids[:, None])[:, 0]
+        difference = scores.logp[start : start + sequence.num_tokens] - own
+        worst = max(worst, float((difference / own.abs().clamp(min=1)).abs().max()))
+    return worst
+
+
+def _reverse_mode_slope(
+    passes: Passes, shard: Shard, direction: dict[str, Tensor]
+) -> float:
+    ones = torch.ones(shard.ragged.num_tokens, dtype=torch.float64)
+    gradient, _ = passes.gradient(
+        shard, lambda token, *_: (ones[token.cpu()], ones[token.cpu()]), torch.float64
+    )
+    flat = passes.layout.flatten(direction, torch.float64)
+    return float(gradient @ flat)
+
+
+def _central_difference(
+    passes: Passes, shard: Shard, direction: dict[str, Tensor]
+) -> float:
+    step = STEP[passes.dtype]
+    sums = []
+    for sign in (step, -step):
+        with preserved(passes.parameters.values()), torch.no_grad():
+            for name, parameter in passes.parameters.items():
+                parameter.add_(direction[name], alpha=sign)
+            shifted = passes.score(shard)
+        sums.append(float((shifted.logp + shifted.entropy).sum()))
+    return (sums[0] - sums[1]) / (2 * step)

@@ -1,0 +1,253 @@
+"""Everything a run needs, opened and checked before the first expensive pass."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_ddp.config import BatchSource, Config
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.checkpoint import (
+    CheckpointFiles,
+    Policy,
+    find_checkpoint,
+    load_policy,
+    resolve_device,
+)
+from entropy_ddp.policy.optimizer_state import load_optimizer
+from entropy_ddp.policy.scoring import Passes, ResponseTokens, ScoringSettings
+from entropy_ddp.policy.selfcheck import SelfCheck, check_model
+from entropy_ddp.rollouts.advantages import compute_advantages
+from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.files import (
+    make_batch,
+    read_batch,
+    require_rewards,
+    write_jsonl,
+)
+from entropy_ddp.rollouts.rows import TokenLimits
+from entropy_ddp.rollouts.sampling import SamplingSettings, merge_rows, sample_rollouts
+
+# (name of the phase, units done by this rank, units this rank has to do)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One run on one rank.
+
+    Attributes:
+        config: the resolved configuration.
+        world: the ranks.
+        policy: the opened checkpoint.
+        passes: both passes over the model.
+        optimizer: AdamW in its saved state.
+        batches: E and U, whole, by split.
+        progress: told how far the current phase is.
+        started: when the run began.
+        seconds: wall-clock seconds of each finished phase.
+        self_checks: what was verified of the model.
+        num_redraws: groups of U or E that were sampled again, by split.
+    """
+
+    config: Config
+    world: World
+    policy: Policy
+    passes: Passes
+    optimizer: torch.optim.Adam
+    progress: Progress
+    batches: dict[str, Batch] = field(default_factory=dict)
+    started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    seconds: dict[str, float] = field(default_factory=dict)
+    self_checks: list[SelfCheck] = field(default_factory=list)
+    num_redraws: dict[str, int] = field(default_factory=dict)
+
+    def shard(self, batch: Batch) -> Shard:
+        """This rank's share of a batch."""
+        return batch.shard(self.world.rank, self.world.world_size)
+
+    @contextmanager
+    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
+        """Time a phase and report its progress.
+
+        Args:
+            name: what the phase does.
+            tokens: response tokens that this rank will pass over.
+        """
+        begin = time.perf_counter()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(name, done, tokens)
+
+        self.progress(name, 0, tokens)
+        self.passes.advance = advance
+        try:
+            yield
+        finally:
+            self.passes.advance = lambda count: None
+            spent = self.seconds.get(name, 0.0)
+            self.seconds[name] = spent + time.perf_counter() - begin
+
+    @property
+    def buffer_dtype(self) -> torch.dtype:
+        """Dtype of parameter buffers on the CPU."""
+        return getattr(torch, self.config.precision.buffer_dtype_name)
+
+
+def open_session(
+    config: Config, world: World, out: Path | None, progress: Progress
+) -> Session:
+    """Open the checkpoint, verify the model, read or sample both batches.
+
+    Args:
+        config: the run's configuration.
+        world: the ranks.
+        out: run directory, where sampled rollouts are kept; None keeps none.
+        progress: told how far the current phase is.
+
+    Raises:
+        InputError: anything in the configuration, checkpoint or batches is wrong.
+    """
+    files = require_optimizer(find_checkpoint(config.checkpoint))
+    device = resolve_device(config.compute, world.local_rank)
+    begin = time.perf_counter()
+    policy = load_policy(files, config.precision, config.compute.attention, device)
+    optimizer = load_optimizer(files.optimizer, policy.model, policy.parameters)
+    session = Session(
+        config=config,
+        world=world,
+        policy=policy,
+        passes=make_passes(policy, config, world),
+        optimizer=optimizer,
+        progress=progress,
+    )
+    session.seconds["open checkpoint"] = time.perf_counter() - begin
+    with session.phase("self-check"):
+        session.self_checks = check_model(session.passes, policy.vocabulary_size)
+    for split, source in (("E", config.batches.E), ("U", config.batches.U)):
+        session.batches[split] = _open_batch(session, split, source, out)
+    check_batches(session.batches, config)
+    advantages = compute_advantages(session.batches["U"], config.batches.advantage)
+    session.batches["U"] = session.batches["U"].with_advantages(advantages)
+    return session
+
+
+def require_optimizer(files: CheckpointFiles) -> CheckpointFiles:
+    """The files, if the optimizer state is among them.
+
+    Raises:
+        InputError: it is not.
+    """
+    if files.optimizer is None:
+        raise InputError(
+            "checkpoint: no optimizer.pt or optimizer.bin found; set "
+            "checkpoint.optimizer to the saved AdamW state (a fresh optimizer would "
+            "step in another direction)"
+        )
+    return files
+
+
+def make_passes(policy: Policy, config: Config, world: World) -> Passes:
+    """Both passes over an opened policy."""
+    settings = ScoringSettings(
+        temperature=config.objective.temperature,
+        entropy_dtype=getattr(torch, config.precision.entropy),
+        tokens_per_microbatch=config.compute.tokens_per_microbatch,
+    )
+    tokens = ResponseTokens(policy.model, settings)
+    return Passes(
+        tokens=tokens,
+        wrapped=world.wrap(tokens),
+        parameters=policy.parameters,
+        dtype=policy.dtype,
+        device=policy.device,
+    )
+
+
+def token_limits(policy: Policy) -> TokenLimits:
+    """What rollouts may contain for this policy."""
+    return TokenLimits(
+        vocabulary_size=policy.vocabulary_size, max_positions=policy.max_positions
+    )
+
+
+def check_batches(batches: dict[str, Batch], config: Config) -> None:
+    """What the estimators need of both batches.
+
+    Raises:
+        InputError: fewer than two groups in E, no tokens, or missing rewards in U.
+    """
+    for split, batch in batches.items():
+        if batch.num_tokens == 0:
+            raise InputError(f"batch {split}: has no response tokens at all")
+    if batches["E"].num_groups < 2:
+        raise InputError(
+            "batch E: expected at least 2 groups (a standard error needs independent "
+            f"groups), found {batches['E'].num_groups}; give each prompt draw a group "
+            "of its own"
+        )
+    if config.update.loss != "nll":
+        source = config.batches.U.file or "sampled U"
+        require_rewards(batches["U"], Path(source))
+
+
+def _open_batch(
+    session: Session, split: str, source: BatchSource, out: Path | None
+) -> Batch:
+    limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
+    if source.file is not None:
+        return read_batch(Path(source.file), split, limits, tokenizer)
+    rows = sample_batch(session, split, source)
+    if out is not None and session.world.is_main:
+        (out / "rollouts").mkdir(exist_ok=True)
+        write_jsonl(out / "rollouts" / f"{split}.jsonl", rows)
+    return make_batch(rows, f"sampled {split}", split, limits, tokenizer)
+
+
+def sample_batch(
+    session: Session, split: str, source: BatchSource
+) -> list[dict[str, Any]]:
+    """Roll a batch out of the policy, each rank its prompts; all rows on every rank."""
+    name = f"sample {split}"
+    with session.phase(name):
+        sampled = sample_rollouts(
+            session.policy.model,
+            session.policy.tokenizer,
+            sampling_settings(session.config, split, source),
+            session.world.rank,
+            session.world.world_size,
+            lambda done, total: session.progress(name, done, total),
+        )
+        shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
+    session.num_redraws[split] = sum(redraws for _, redraws in shares)
+    return merge_rows(rows for rows, _ in shares)
+
+
+def sampling_settings(
+    config: Config, split: str, source: BatchSource
+) -> SamplingSettings:
+    """The `sample` section of a batch, with what the run adds to it."""
+    assert source.sample is not None
+    sample = source.sample
+    return SamplingSettings(
+        prompts=Path(sample.prompts),
+        num_prompts=sample.num_prompts,
+        responses_per_prompt=sample.responses_per_prompt,
+        with_replacement=sample.with_replacement,
+        max_new_tokens=sample.max_new_tokens,
+        temperature=config.objective.temperature,
+        reward=sample.reward,
+        batch_size=sample.sequences_per_call,
+        redraw_zero_advantage=sample.redraw_zero_advantage,
+        seed=config.seed,
+        split=split,
+    )

@@ -1,0 +1,184 @@
+"""A run's results as tables in the terminal: read, never recomputed."""
+
+import math
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from entropy_ddp.results import AuditRow, Results
+
+VERDICT_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+UNITS = {
+    "per_token": "nats/token",
+    "per_sequence": "nats/sequence",
+    "per_sequence_token_mean": "nats/token, mean over sequences",
+    "sum": "nats",
+}
+
+
+def print_results(console: Console, results: Results, out: str | None) -> None:
+    """All tables of a probe: what is wrong first, the answer, then the details."""
+    console.print(_header(results))
+    for row in results.audit:
+        if row.verdict != "ok":
+            console.print(_complaint(row))
+    console.print(_answer(results))
+    console.print(_estimators(results))
+    console.print(_step(results))
+    console.print(_audit_table(results.audit))
+    console.print(_verdict_line(results, out))
+
+
+def number(value: float, digits: int = 6) -> str:
+    """A number in scientific notation that never rounds to 0."""
+    return f"{value:.{digits - 1}e}"
+
+
+def _plus_minus(value: float, error: float) -> str:
+    return f"{value:+.4e} ± {error:.1e}"
+
+
+def _header(results: Results) -> Panel:
+    lines = [
+        f"{name}: {batch.num_sequences:,} sequences in {batch.num_groups:,} groups, "
+        f"{batch.num_tokens:,} response tokens"
+        for name, batch in (("E", results.E), ("U", results.U))
+    ]
+    run = results.run
+    ranks = f"{run.world_size} rank{'s' if run.world_size > 1 else ''}"
+    lines.append(f"{ranks} on {run.device}, {run.dtype}, seed {run.seed}")
+    return Panel("\n".join(lines), title="entropy_ddp probe", expand=False)
+
+
+def _complaint(row: AuditRow) -> Text:
+    label = {"warn": "warning", "fail": "FAILED"}[row.verdict]
+    text = Text(f"{label}: ", style=VERDICT_STYLES[row.verdict])
+    text.append(f"{row.name} is {_value(row.value)}, expected {row.expected}; ")
+    text.append(row.hint)
+    return text
+
+
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    table = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left"
+    )
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right")
+    return table
+
+
+def _answer(results: Results) -> Table:
+    """Truth, prediction and their difference in standard errors, on one row."""
+    truth, linear = results.truth, results.linear
+    eta = results.update.learning_rate_used
+    difference = truth.delta_h_true - linear.delta_h1
+    share = difference / linear.difference_se if linear.difference_se else math.inf
+    unit = UNITS[truth.normalize]
+    table = _table(
+        f"Entropy change of one {results.update.loss} step, {unit}",
+        "H before",
+        "ΔH true",
+        "ΔH first order",
+        "true - first order",
+        "in SE",
+        caption=(
+            f"{truth.H_orig:.6f} {unit} = {truth.H_orig / math.log(2):.6f} bits; ± is "
+            "one standard error over groups.\nThe difference has its own (paired) "
+            "error: it is the curvature of the step, plus noise."
+        ),
+    )
+    table.add_row(
+        f"{truth.H_orig:.6f}",
+        _plus_minus(truth.delta_h_true, truth.se),
+        _plus_minus(linear.delta_h1, abs(eta) * linear.se),
+        _plus_minus(difference, linear.difference_se),
+        f"{share:+.1f}",
+    )
+    return table
+
+
+def _estimators(results: Results) -> Table:
+    """Every estimator of the same two numbers, with its error."""
+    eta = results.update.learning_rate_used
+    table = _table("All estimators of this run", "estimator", "ΔH", "SE", "ESS / N")
+    for row in results.truth_all:
+        mark = " *" if row["is_mode"] == results.truth.is_mode else ""
+        table.add_row(
+            f"true, {row['is_mode']}{mark}",
+            number(row["delta_h_true"], 11),
+            number(row["se"], 3),
+            f"{row['ess_fraction']:.4f}",
+        )
+    headline = (results.linear.score, results.linear.baseline)
+    for row in results.linear_all:
+        mark = " *" if (row["score"], row["baseline"]) == headline else ""
+        table.add_row(
+            f"first order, {row['score']}, baseline {row['baseline']}{mark}",
+            number(eta * row["slope"], 11),
+            number(abs(eta) * row["se"], 3),
+            "",
+        )
+    table.caption = "* the configured one, shown above"
+    return table
+
+
+def _step(results: Results) -> Table:
+    """The step, and the three terms of the slope."""
+    update, linear = results.update, results.linear
+    eta = update.learning_rate_used
+    table = _table("The step and the terms of ΔH first order", "quantity", "value")
+    rows = {
+        "learning rate": update.learning_rate_used,
+        "norm of the parameter change": update.param_update_l2,
+        "gradient norm before clipping": update.grad_norm,
+        "clip coefficient": update.clip_coef,
+        "slope, nats per unit learning rate": linear.slope,
+        "term: score": eta * linear.terms["score"],
+        "term: pathwise": eta * linear.terms["pathwise"],
+        "term: denominator": eta * linear.terms["denominator"],
+        "SE of the slope, delta method": linear.se,
+        "SE of the slope, jackknife": linear.se_jackknife,
+    }
+    for name, value in rows.items():
+        table.add_row(name, number(value, 11))
+    largest = update.top_parameters[0]
+    table.add_row(f"moved most: {largest['name']}", number(largest["l2"], 11))
+    return table
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.11g}"
+    return "\n".join(f"{name}: {_value(item)}" for name, item in value.items())
+
+
+def _audit_table(rows: list[AuditRow]) -> RenderableType:
+    table = _table("Audits", "check", "value", "expected", "")
+    table.columns[1].overflow = "fold"
+    for row in rows:
+        table.add_row(
+            row.name,
+            _value(row.value),
+            row.expected,
+            Text(row.verdict, style=VERDICT_STYLES[row.verdict]),
+        )
+    return table
+
+
+def _verdict_line(results: Results, out: str | None) -> Text:
+    verdicts = [row.verdict for row in results.audit]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICT_STYLES)
+    style = "green" if results.status == "ok" else "bold red"
+    seconds = sum(results.run.seconds.values())
+    text = Text(f"{results.status}", style=style)
+    text.append(f" ({counts}; {seconds:.1f} s)", style="default")
+    if out is not None:
+        text.append(f", written to {out}", style="default")
+    return text

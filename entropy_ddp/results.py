@@ -1,0 +1,271 @@
+"""The results of a run: their schema, and whole files or none.
+
+`Results.to_dict()` is results.json. A part that was not asked for is absent. Entropies
+are in nats, per token or per sequence as `truth.normalize` says; slopes are per unit of
+learning rate.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from entropy_ddp.errors import InputError, RunError
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "untrusted", "failed"]
+Verdict = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """How the run was made.
+
+    Attributes:
+        versions: versions of this package and of the libraries under it.
+        world_size: number of ranks.
+        seed: seed of everything random.
+        device: kind of device.
+        dtype: dtype of the model.
+        started: start time, ISO 8601, UTC.
+        seconds: wall-clock seconds of each phase on rank 0.
+        microbatches: number of microbatches over all ranks, by kind of pass.
+    """
+
+    versions: dict[str, str]
+    world_size: int
+    seed: int
+    device: str
+    dtype: str
+    started: str
+    seconds: dict[str, float]
+    microbatches: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFacts:
+    """Size of a batch, whole (all ranks)."""
+
+    num_groups: int
+    num_sequences: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """The optimizer step that was probed.
+
+    Attributes:
+        loss: the loss on U.
+        learning_rate_used: eta, the learning rate of the first param group.
+        param_update_l2: Euclidean norm of the parameter change.
+        grad_norm: global norm of the gradient before clipping.
+        clip_coef: factor that clipping applied.
+        num_optimizer_steps: optimizer steps taken; 1.
+        top_parameters: the parameters that moved most, {name, l2}.
+    """
+
+    loss: str
+    learning_rate_used: float
+    param_update_l2: float
+    grad_norm: float
+    clip_coef: float
+    num_optimizer_steps: int
+    top_parameters: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthResult:
+    """The importance-sampled entropy change, measured after the step.
+
+    Attributes:
+        normalize: what the entropy is divided by.
+        is_mode: kind of importance weights.
+        H_orig: entropy before the step.
+        H_upd: entropy after it.
+        delta_h_true: H_upd - H_orig.
+        se: its standard error, clustered by group.
+        ess: effective sample size of the weights, in sequences.
+        ess_fraction: the same over N.
+        log_weight: min, median and max of log w_i.
+        clip_fraction: share of sequences whose weight exceeds `truth.clip_c`.
+    """
+
+    normalize: str
+    is_mode: str
+    H_orig: float
+    H_upd: float
+    delta_h_true: float
+    se: float
+    ess: float
+    ess_fraction: float
+    log_weight: dict[str, float]
+    clip_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearResult:
+    """The first-order prediction.
+
+    Attributes:
+        normalize, score, baseline: which estimator.
+        slope: derivative of the entropy along the step, per unit learning rate.
+        delta_h1: eta times the slope.
+        se: standard error of the slope (delta method), conditional on the step.
+        se_jackknife: the same by leaving one group out.
+        terms: score, pathwise and denominator terms of the slope.
+        duality_gap: relative difference of forward- and reverse-mode slope on a sample.
+        difference_se: standard error of delta_h_true - delta_h1, from the paired
+            influences of each group on both.
+    """
+
+    normalize: str
+    score: str
+    baseline: str
+    slope: float
+    delta_h1: float
+    se: float
+    se_jackknife: float
+    terms: dict[str, float]
+    duality_gap: float
+    difference_se: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow:
+    """One check.
+
+    Attributes:
+        name: what was checked.
+        value: what was found.
+        expected: what it should be, in words.
+        verdict: ok, warn or fail.
+        hint: likely cause and next thing to try; empty when ok.
+    """
+
+    name: str
+    value: Any
+    expected: str
+    verdict: Verdict
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything a probe found: the content of results.json, and its rows.
+
+    Attributes:
+        sequences: the rows of per_sequence.jsonl; not part of results.json.
+    """
+
+    status: Status
+    run: RunFacts
+    E: BatchFacts
+    U: BatchFacts
+    update: UpdateResult
+    truth: TruthResult
+    truth_all: list[dict[str, Any]]
+    linear: LinearResult
+    linear_all: list[dict[str, Any]]
+    audit: list[AuditRow]
+    schema_version: int = SCHEMA_VERSION
+    sequences: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of results.json; absent parts are left out.
+
+        Raises:
+            RunError: a number is NaN or infinite.
+        """
+        document = _plain(self)
+        del document["sequences"]
+        document = {"schema_version": document.pop("schema_version"), **document}
+        _require_finite(document, "results")
+        return document
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
+        return {name: _plain(item) for name, item in pairs if item is not None}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _require_finite(value: Any, place: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RunError(f"{place} is {value}: the run's numbers cannot be trusted")
+    items = value.items() if isinstance(value, dict) else None
+    if isinstance(value, list):
+        items = enumerate(value)
+    for name, item in items or ():
+        _require_finite(item, f"{place}.{name}")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when complete.
+
+    It is written beside its place under a temporary name, flushed to disk, and renamed.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def prepare_folder(out: Path, overwrite: bool) -> None:
+    """Make the run directory, or say why it cannot be used.
+
+    Raises:
+        InputError: it holds results and may not be overwritten, or cannot be written.
+    """
+    if (out / "results.json").exists() and not overwrite:
+        raise InputError(
+            f"{out}: holds the results of an earlier run; give --overwrite or another "
+            "--out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+def write_results(
+    out: Path, results: Results, config_yaml: str, write_rows: Callable[..., None]
+) -> None:
+    """Write a run directory; results.json last, so that its presence means complete.
+
+    Args:
+        out: the run directory; exists.
+        results: what to write.
+        config_yaml: the resolved configuration.
+        write_rows: writes rows as JSON lines to a path.
+    """
+    document = json.dumps(results.to_dict(), indent=2, allow_nan=False)
+    (out / "results.json").unlink(missing_ok=True)
+    with written_whole(out / "config.yaml") as stream:
+        stream.write(config_yaml.encode())
+    write_rows(out / "per_sequence.jsonl", results.sequences)
+    with written_whole(out / "results.json") as stream:
+        stream.write(document.encode() + b"\n")

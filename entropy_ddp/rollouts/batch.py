@@ -1,0 +1,212 @@
+"""What a batch of rollouts is, and which part of it one rank holds.
+
+A batch is a list of sequences in file order. Per-token quantities live in *flat token
+arrays* of one dimension: the response tokens of sequence 0, then those of sequence 1,
+and so on, without padding. `Ragged` says where each sequence begins.
+
+Shape legend: N sequences, T = sum of the response lengths T_i, n and t the same for one
+rank's share.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One prompt with one sampled response.
+
+    Attributes:
+        index: 0-based line of the batch file.
+        group: number of the group, counted in order of first appearance in the file.
+        group_key: the value of the file's `group` key.
+        prompt_ids: token ids of the prompt, int64, [P] with P >= 1.
+        response_ids: token ids of the response, int64, [T_i]; T_i = 0 is legal.
+        reward: the reward, or None if the file has none.
+        advantage: the advantage, given or computed from rewards; None in a batch that
+            needs none.
+        sampling_logprobs: the sampler's log-probabilities, float64, [T_i], in nats.
+        finished: whether the end-of-sequence token ended it; None if not recorded.
+        extra: the row's remaining keys, carried to the per-sequence output.
+    """
+
+    index: int
+    group: int
+    group_key: int | str
+    prompt_ids: Tensor
+    response_ids: Tensor
+    reward: float | None = None
+    advantage: float | None = None
+    sampling_logprobs: Tensor | None = None
+    finished: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response length T_i, the end-of-sequence token included."""
+        return len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Where each sequence lies in a flat token array.
+
+    Attributes:
+        lengths: response lengths, int64, [n].
+    """
+
+    lengths: Tensor
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """First flat position of each sequence, [n]."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def sequence_of_token(self) -> Tensor:
+        """Sequence of each token, [t]."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """0-based position k - 1 of each token in its response, [t]."""
+        first = torch.repeat_interleave(self.starts, self.lengths)
+        return torch.arange(self.num_tokens) - first
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Total number of tokens t."""
+        return int(self.lengths.sum())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a flat token array [t] within each sequence, [n]."""
+        total = values.new_zeros(len(self.lengths))
+        return total.index_add_(0, self.sequence_of_token, values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Per-sequence values [n] repeated for every token, [t]."""
+        return torch.repeat_interleave(values, self.lengths)
+
+    def sum_before(self, values: Tensor) -> Tensor:
+        """Sum over the earlier tokens j < k of the same sequence, [t].
+
+        One cumulative sum per sequence, never one over the whole batch: the rounding
+        of one sequence does not depend on which others share its rank.
+        """
+        before = torch.zeros_like(values)
+        for start, length in zip(self.starts.tolist(), self.lengths.tolist()):
+            if length > 1:
+                piece = values[start : start + length - 1]
+                before[start + 1 : start + length] = piece.cumsum(0)
+        return before
+
+    def sum_after(self, values: Tensor) -> Tensor:
+        """Sum over the later tokens j > k of the same sequence, [t]."""
+        reversed_within = torch.repeat_interleave(
+            2 * self.starts + self.lengths - 1, self.lengths
+        ) - torch.arange(self.num_tokens)
+        return self.sum_before(values[reversed_within])[reversed_within]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A whole batch file, in file order, the same on every rank.
+
+    Attributes:
+        split: "E" or "U".
+        sequences: the sequences in file order, N of them.
+    """
+
+    split: str
+    sequences: tuple[Sequence, ...]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @cached_property
+    def num_groups(self) -> int:
+        """Number of groups (prompt draws)."""
+        return len({sequence.group for sequence in self.sequences})
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Response lengths T_i, int64, [N]."""
+        return torch.tensor([s.num_tokens for s in self.sequences], dtype=torch.int64)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Group number of each sequence, int64, [N]."""
+        return torch.tensor([s.group for s in self.sequences], dtype=torch.int64)
+
+    @cached_property
+    def group_sizes(self) -> Tensor:
+        """Number of responses of each group, int64, [num_groups]."""
+        return torch.bincount(self.groups, minlength=self.num_groups)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Total number of response tokens T."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def advantages(self) -> Tensor:
+        """Advantage A_i of each sequence, float64, [N]."""
+        values = [sequence.advantage for sequence in self.sequences]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def with_advantages(self, advantages: Tensor) -> "Batch":
+        """The same batch with these advantages [N]."""
+        pairs = zip(self.sequences, advantages.tolist(), strict=True)
+        return replace(
+            self, sequences=tuple(replace(s, advantage=a) for s, a in pairs)
+        )
+
+    def first(self, count: int) -> "Batch":
+        """The first `count` sequences in file order."""
+        return replace(self, sequences=self.sequences[:count])
+
+    def shard(self, rank: int, world_size: int) -> "Shard":
+        """The groups that one rank holds; whole groups, balanced by tokens.
+
+        Groups are dealt from the longest to the shortest, each to the rank with the
+        fewest tokens so far (prompt tokens count too: they cost a forward pass). A
+        rank may get none.
+        """
+        cost = torch.zeros(int(self.groups.max()) + 1 if len(self) else 0)
+        for sequence in self.sequences:
+            cost[sequence.group] += len(sequence.prompt_ids) + sequence.num_tokens
+        load = [0.0] * world_size
+        owner = [0] * len(cost)
+        for group in cost.argsort(descending=True, stable=True).tolist():
+            target = min(range(world_size), key=load.__getitem__)
+            owner[group] = target
+            load[target] += float(cost[group])
+        mine = [i for i, s in enumerate(self.sequences) if owner[s.group] == rank]
+        return Shard(batch=self, positions=torch.tensor(mine, dtype=torch.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One rank's share of a batch: the layout of its flat token arrays.
+
+    Attributes:
+        batch: the whole batch.
+        positions: places of this rank's sequences in `batch.sequences`, ascending, [n].
+    """
+
+    batch: Batch
+    positions: Tensor
+
+    @cached_property
+    def sequences(self) -> list[Sequence]:
+        """This rank's sequences, in file order."""
+        return [self.batch.sequences[i] for i in self.positions.tolist()]
+
+    @cached_property
+    def ragged(self) -> Ragged:
+        """Layout of this rank's flat token arrays."""
+        return Ragged(self.batch.lengths[self.positions])

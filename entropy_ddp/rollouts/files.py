@@ -1,0 +1,233 @@
+"""How a batch is read from a rollout file, and rollout files are written.
+
+A rollout file holds one JSON object a line, `.jsonl` or `.jsonl.gz`; one line is one
+sequence (see `rows` for what a row may hold). What concerns more than one row is checked
+here:
+
+- Rows of equal `group` may stand anywhere in the file, and must have equal prompts.
+- `1` and `"1"` in one file are an error: which group was meant cannot be known.
+- `advantage` is given for all responses of a group or for none.
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from entropy_ddp.errors import RunError
+from entropy_ddp.rollouts.batch import Batch, Sequence
+from entropy_ddp.rollouts.jsonlines import make_problem, read_rows, show
+from entropy_ddp.rollouts.rows import TokenLimits, make_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_batch(
+    path: Path,
+    split: str,
+    limits: TokenLimits,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Batch:
+    """Read and check a rollout file.
+
+    Args:
+        path: file whose name ends in `.jsonl` or `.jsonl.gz`.
+        split: "E" or "U".
+        limits: what the checkpoint can take.
+        tokenizer: the checkpoint's tokenizer, for rows without token ids; None allows
+            rows with ids only.
+
+    Returns:
+        The batch in file order; groups are numbered by first appearance.
+
+    Raises:
+        InputError: if anything is wrong with the file, naming `path:line`.
+    """
+    group_of_key: dict[int | str, int] = {}
+    key_of_name: dict[str, int | str] = {}
+    first_of_group: list[Sequence] = []
+    sequences: list[Sequence] = []
+    for index, row in enumerate(read_rows(path)):
+        where = f"{path}:{index + 1}"
+        sequence = make_sequence(row, index, where, limits, tokenizer)
+        key = sequence.group_key
+        same_name = key_of_name.setdefault(str(key), key)
+        if type(same_name) is not type(key):
+            raise make_problem(
+                where,
+                "group keys that differ in more than their type",
+                f"{show(key)} after {show(same_name)}",
+                "write all group keys as strings, or all as integers",
+            )
+        group = group_of_key.setdefault(key, len(group_of_key))
+        sequence = replace(sequence, group=group)
+        if group == len(first_of_group):
+            first_of_group.append(sequence)
+        _check_same_group(sequence, first_of_group[group], where)
+        sequences.append(sequence)
+    return Batch(split=split, sequences=tuple(sequences))
+
+
+def _check_same_group(sequence: Sequence, first: Sequence, where: str) -> None:
+    if not torch.equal(sequence.prompt_ids, first.prompt_ids):
+        raise make_problem(
+            where,
+            f"the prompt of group {show(first.group_key)}, as in line "
+            f"{first.index + 1}",
+            "another prompt",
+            "give every prompt draw a group of its own",
+        )
+    if (sequence.advantage is None) != (first.advantage is None):
+        raise make_problem(
+            where,
+            f"`advantage` for all responses of group {show(first.group_key)} or none",
+            f"{'none' if sequence.advantage is None else 'one'} here, unlike in line "
+            f"{first.index + 1}",
+            "give it for all, or leave it out and give `reward`",
+        )
+
+
+def require_rewards(batch: Batch, path: Path) -> None:
+    """Check that every sequence has a reward or an advantage, as U needs.
+
+    Args:
+        batch: the batch as it was read.
+        path: its file, for the message.
+
+    Raises:
+        InputError: if one has neither, naming the first such line.
+    """
+    for sequence in batch.sequences:
+        if sequence.reward is None and sequence.advantage is None:
+            raise make_problem(
+                f"{path}:{sequence.index + 1}",
+                f"`reward` or `advantage`, which batch {batch.split} needs",
+                "neither",
+                "score the response and add its `reward`",
+            )
+
+
+def decode_prompt(prompt_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Text of a prompt, special tokens shown.
+
+    Args:
+        prompt_ids: token ids.
+        tokenizer: the checkpoint's tokenizer.
+
+    Returns:
+        The text as the model reads it.
+    """
+    return _decode(prompt_ids, tokenizer, skip_special_tokens=False)
+
+
+def decode_response(
+    response_ids: list[int], tokenizer: "PreTrainedTokenizerBase"
+) -> str:
+    """Text of a response as reward functions see it: without special tokens.
+
+    Args:
+        response_ids: token ids, the end-of-sequence token included.
+        tokenizer: the checkpoint's tokenizer.
+
+    Returns:
+        The text.
+    """
+    return _decode(response_ids, tokenizer, skip_special_tokens=True)
+
+
+def _decode(
+    ids: list[int], tokenizer: "PreTrainedTokenizerBase", skip_special_tokens: bool
+) -> str:
+    text = tokenizer.decode(
+        ids,
+        skip_special_tokens=skip_special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+    assert isinstance(text, str)  # a list for a batch of sequences only
+    return text
+
+
+def sequence_to_row(
+    sequence: Sequence, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> dict[str, Any]:
+    """The row of a rollout file that reads back as this sequence.
+
+    Args:
+        sequence: the sequence; an advantage it has is written, so pass the batch as
+            read to keep computed advantages out of the file.
+        tokenizer: the checkpoint's tokenizer for the `prompt` and `response` texts;
+            None leaves them out.
+
+    Returns:
+        The row; keys whose value is not known are absent.
+    """
+    prompt_ids = sequence.prompt_ids.tolist()
+    response_ids = sequence.response_ids.tolist()
+    logprobs = sequence.sampling_logprobs
+    row: dict[str, Any] = {
+        "group": sequence.group_key,
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids,
+    }
+    if tokenizer is not None:
+        row["prompt"] = decode_prompt(prompt_ids, tokenizer)
+        row["response"] = decode_response(response_ids, tokenizer)
+    known = {
+        "reward": sequence.reward,
+        "advantage": sequence.advantage,
+        "sampling_logprobs": None if logprobs is None else logprobs.tolist(),
+        "finished": sequence.finished,
+    }
+    row.update({key: value for key, value in known.items() if value is not None})
+    return row | sequence.extra
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines under a temporary name, then rename: never half a file.
+
+    The bytes depend on the rows alone: gzip data (a name ending in `.gz`) carries
+    neither a time nor a name.
+
+    Args:
+        path: the file; its folder exists, an old file is replaced.
+        rows: JSON objects with finite numbers.
+
+    Raises:
+        RunError: if a number is not finite or the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            if path.name.endswith(".gz"):
+                with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
+                    _write_rows(packed, rows, path)
+            else:
+                _write_rows(stream, rows, path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror or error}); check that the "
+            "folder exists, has room and may be written to"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_rows(
+    stream: IO[bytes] | gzip.GzipFile, rows: Iterable[dict[str, Any]], path: Path
+) -> None:
+    for number, row in enumerate(rows, start=1):
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError as error:
+            raise RunError(
+                f"{path}:{number}: expected a row of finite numbers, found {show(row)} "
+                f"({error}); find out which quantity overflowed"
+            ) from error
+        stream.write(line.encode() + b"\n")

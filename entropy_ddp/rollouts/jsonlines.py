@@ -1,0 +1,152 @@
+"""How JSON lines are read strictly: one object a line, UTF-8, plain or gzip.
+
+Every problem is an `InputError` that begins with `path:line: ` (lines count from 1) and
+says what was expected, what was found and what to do. Blank lines, keys that stand
+twice and numbers that are not finite are problems: each would otherwise be read in a
+way that the file's author need not have meant.
+"""
+
+import gzip
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+from entropy_ddp.errors import InputError
+
+
+def make_problem(where: str, expected: str, found: str, advice: str) -> InputError:
+    """The error for one place, `path:line`, of a file.
+
+    Args:
+        where: `path:line`, or a path alone.
+        expected: what should stand there.
+        found: what stands there.
+        advice: what to do.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    return InputError(f"{where}: expected {expected}, found {found}; {advice}")
+
+
+def show(value: object) -> str:
+    """The value as Python prints it, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line; row i stands on line i + 1.
+
+    Args:
+        path: file whose name ends in `.jsonl` or `.jsonl.gz`.
+
+    Returns:
+        The rows in file order, at least one; all their numbers are finite.
+
+    Raises:
+        InputError: if the file cannot be read, is empty, or a line is not one JSON
+            object with unique keys and finite numbers.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        with _open(path) as stream:
+            for line in stream:
+                rows.append(_parse_line(line, f"{path}:{len(rows) + 1}"))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise make_problem(
+            f"{path}:{len(rows) + 1}",
+            "gzip data",
+            f"a damaged or cut file ({error})",
+            "write or copy the file again",
+        ) from error
+    except OSError as error:
+        raise make_problem(
+            str(path),
+            "a file that can be read",
+            error.strerror or str(error),
+            "check the path and its permissions",
+        ) from error
+    if not rows:
+        raise make_problem(
+            f"{path}:1", "at least one row", "an empty file", "write the rows to it"
+        )
+    return rows
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    if path.name.endswith(".jsonl.gz"):
+        return gzip.open(path, "rb")
+    if path.name.endswith(".jsonl"):
+        return path.open("rb")
+    raise make_problem(
+        str(path),
+        "a file name ending in .jsonl or .jsonl.gz",
+        repr(path.name),
+        "rename the file",
+    )
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        packed = line.startswith(b"\x1f\x8b")
+        raise make_problem(
+            where,
+            "UTF-8 text",
+            f"byte 0x{line[error.start]:02x} at byte {error.start + 1}",
+            "the file is gzip data: name it .jsonl.gz"
+            if packed
+            else "save it as UTF-8",
+        ) from error
+    if not text.strip():
+        raise make_problem(where, "a JSON object", "a blank line", "delete the line")
+    try:
+        row = json.loads(text, object_pairs_hook=_make_object)
+    except json.JSONDecodeError as error:
+        cause = f"{error.msg} at column {error.colno}"
+        raise _make_json_problem(where, cause) from error
+    except (ValueError, RecursionError) as error:
+        raise _make_json_problem(where, str(error)) from error
+    if not isinstance(row, dict):
+        raise make_problem(
+            where, "a JSON object", show(row), 'write one {"key": value, ...} a line'
+        )
+    for key, value in row.items():
+        if _has_non_finite(value):
+            raise make_problem(
+                where,
+                f"finite numbers in `{key}`",
+                show(value),
+                "leave the key or the row out",
+            )
+    return row
+
+
+def _make_json_problem(where: str, cause: str) -> InputError:
+    return make_problem(
+        where,
+        "one JSON object on one line",
+        f"invalid JSON ({cause})",
+        "correct the line",
+    )
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in row:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        row[key] = value
+    return row
+
+
+def _has_non_finite(value: object) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(_has_non_finite(element) for element in value.values())
+    return isinstance(value, list) and any(_has_non_finite(v) for v in value)

@@ -1,0 +1,86 @@
+"""The policy-gradient loss as a weight of every token's log-probability.
+
+Every loss has the form L = -sum_i q_i sum_k f(log p_{i,k}) with, per sequence i in group
+b of G_b responses (N sequences, N_b groups, lengths T_i, advantages A_i):
+
+    dr_grpo   q_i = 1 / (N_b G_b L_b)       f = A log p
+    grpo      q_i = 1 / (N T_i)             f = A log p
+    dapo      q_i = 1 / sum_j T_j           f = A log p
+    nll       q_i = 1 / sum_j T_j           f = log p
+
+With the clipped ratio, f is the PPO surrogate min(rho A, clip(rho, 1 - eps_low,
+1 + eps_high) A), rho = p / p_sampler, whose derivative by log p is rho A where the
+unclipped branch is the smaller one, and zero elsewhere.
+"""
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.config import Update
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.scoring import TokenWeights
+from entropy_ddp.rollouts.batch import Batch, Shard
+
+
+def sequence_coefficients(batch: Batch, update: Update) -> Tensor:
+    """The factor q_i of each sequence of the whole batch, float64, [N].
+
+    A sequence without tokens has no log-probability to weigh; its factor is finite.
+    """
+    lengths = batch.lengths.clamp(min=1).double()
+    if update.loss == "grpo":
+        return 1 / (len(batch) * lengths)
+    if update.loss in ("dapo", "nll"):
+        return torch.full_like(lengths, 1 / batch.num_tokens)
+    if update.length_norm == "group_max":
+        longest = torch.ones(batch.num_groups, dtype=torch.float64)
+        longest.scatter_reduce_(0, batch.groups, lengths, "amax")
+        divisor = longest[batch.groups]
+    else:
+        divisor = torch.full_like(lengths, update.length_norm)
+    return 1 / (batch.num_groups * batch.group_sizes[batch.groups] * divisor)
+
+
+def loss_weights(shard: Shard, update: Update) -> TokenWeights:
+    """dL / d log p of every token of this rank's shard, as `pull_back` wants it.
+
+    Raises:
+        InputError: `ratio: clipped` and a sequence has no sampling log-probs.
+    """
+    coefficients = sequence_coefficients(shard.batch, update)[shard.positions]
+    ragged = shard.ragged
+    if update.loss == "nll":
+        advantages = torch.ones_like(coefficients)
+    else:
+        advantages = shard.batch.advantages[shard.positions]
+    fixed = -ragged.spread(coefficients)
+    token_advantages = ragged.spread(advantages)
+    sampling = _sampling_logprobs(shard) if update.ratio == "clipped" else None
+
+    def weights(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        place = token.cpu()
+        advantage = token_advantages[place]
+        slope = advantage
+        if sampling is not None:
+            ratio = (logp.double().cpu() - sampling[place]).exp()
+            clipped = torch.where(
+                advantage > 0,
+                ratio > 1 + update.epsilon_high,
+                ratio < 1 - update.epsilon_low,
+            )
+            slope = (ratio * advantage).masked_fill(clipped, 0.0)
+        on_logp = (fixed[place] * slope).to(logp.device)
+        return on_logp, torch.zeros_like(on_logp)
+
+    return weights
+
+
+def _sampling_logprobs(shard: Shard) -> Tensor:
+    for sequence in shard.batch.sequences:
+        if sequence.sampling_logprobs is None:
+            raise InputError(
+                f"update.ratio: clipped needs sampling_logprobs in every row of U; "
+                f"line {sequence.index + 1} has none"
+            )
+    pieces = [s.sampling_logprobs for s in shard.sequences]
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *pieces])

@@ -1,0 +1,153 @@
+"""Exactly one optimizer step, its size, and the way back.
+
+The parameters are moved for the duration of a context and restored bit for bit at its
+end, together with the optimizer state, whatever happened in between.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.config import Update
+from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.policy.parameters import ParameterLayout, global_norm, preserved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step that was taken.
+
+    Attributes:
+        delta: change of the parameters, theta_after - theta_before, flat, [P].
+        learning_rate: learning rate eta of the first param group.
+        grad_norm: global norm of the gradient before clipping.
+        clip_coef: factor that clipping applied to the gradient; 1 if none.
+        num_optimizer_steps: number of `optimizer.step()` calls, counted by a hook.
+    """
+
+    delta: Tensor
+    learning_rate: float
+    grad_norm: float
+    clip_coef: float
+    num_optimizer_steps: int
+
+    @property
+    def direction(self) -> Tensor:
+        """v = delta / eta, flat, [P]."""
+        return self.delta / self.learning_rate
+
+    def top_parameters(
+        self, layout: ParameterLayout, count: int
+    ) -> list[tuple[str, float]]:
+        """The parameters that moved most: names and Euclidean norms."""
+        norms = [(n, global_norm(v)) for n, v in layout.views(self.delta).items()]
+        return sorted(norms, key=lambda pair: -pair[1])[:count]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """Every tensor of the optimizer state with a name, in a fixed order."""
+    return [
+        (f"{group_number}.{number}.{key}", optimizer.state[parameter][key])
+        for group_number, group in enumerate(optimizer.param_groups)
+        for number, parameter in enumerate(group["params"])
+        for key in sorted(optimizer.state[parameter])
+    ]
+
+
+@contextmanager
+def one_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    gradient: Tensor,
+    update: Update,
+    snapshot_device: torch.device | None = None,
+) -> Iterator[Step]:
+    """Within the context, the parameters are those after one optimizer step.
+
+    Args:
+        optimizer: AdamW in its saved state.
+        parameters: the trainable parameters by name.
+        gradient: gradient of the loss, summed over ranks, flat, [P].
+        update: norm clipping and learning rate.
+        snapshot_device: where copies are kept; None for the tensors' own.
+
+    Raises:
+        InputError: the learning rate is 0.
+        RunError: the gradient is not finite, or not exactly one step was taken.
+    """
+    layout = ParameterLayout.of(parameters)
+    grad_norm = global_norm(gradient)
+    if not math.isfinite(grad_norm):
+        raise RunError(f"the gradient of the loss has norm {grad_norm}")
+    saved_rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [update.lr_override or rate for rate in saved_rates]
+    if not rates[0]:
+        raise InputError(
+            "the saved learning rate is 0 (a warm-up's first step?); set "
+            "update.lr_override to probe a step of another size"
+        )
+    state = [tensor for _, tensor in optimizer_tensors(optimizer)]
+    tensors = [*parameters.values(), *state]
+    with preserved(tensors, snapshot_device) as copies:
+        before = dict(zip(parameters, copies))
+        try:
+            for name, view in layout.views(gradient).items():
+                parameters[name].grad = view.to(parameters[name], copy=True)
+            clip_coef = _clip(parameters, update.max_grad_norm, grad_norm)
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
+            steps = _step_and_count(optimizer)
+            yield Step(
+                delta=_difference(layout, parameters, before, gradient.dtype),
+                learning_rate=float(rates[0]),
+                grad_norm=grad_norm,
+                clip_coef=clip_coef,
+                num_optimizer_steps=steps,
+            )
+        finally:
+            for parameter in parameters.values():
+                parameter.grad = None
+            for group, rate in zip(optimizer.param_groups, saved_rates):
+                group["lr"] = rate
+
+
+def _clip(
+    parameters: dict[str, torch.nn.Parameter], max_norm: float, norm: float
+) -> float:
+    """Scale the gradients to the global norm; the factor of torch's clip_grad_norm_."""
+    if not max_norm:
+        return 1.0
+    coefficient = min(1.0, max_norm / (norm + 1e-6))
+    for parameter in parameters.values():
+        parameter.grad.mul_(coefficient)
+    return coefficient
+
+
+def _step_and_count(optimizer: torch.optim.Optimizer) -> int:
+    calls: list[int] = []
+    handle = optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise RunError(f"expected one optimizer step, counted {len(calls)}")
+    return len(calls)
+
+
+def _difference(
+    layout: ParameterLayout,
+    parameters: dict[str, torch.nn.Parameter],
+    before: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    delta = layout.flatten(parameters, dtype)
+    for name, view in layout.views(delta).items():
+        view -= before[name].to(view)
+    if not bool(delta.isfinite().all()):
+        raise RunError("the optimizer step has NaN or infinite components")
+    return delta

@@ -1,0 +1,183 @@
+"""Are ragged sums what loops give, and do shards split a batch as they promise?"""
+
+import random
+
+import pytest
+import torch
+
+from entropy_ddp.rollouts.batch import Batch, Ragged, Sequence
+
+LENGTHS = [
+    [3, 1, 4],
+    [0, 2, 0, 0, 5, 1, 0],  # zero-length first, inside, in a row and last
+    [0],
+    [0, 0],
+    [1],
+    [],
+]
+
+
+def make_batch(shape: list[tuple[int, int, int]], split: str = "E") -> Batch:
+    """A batch of (group, prompt length, response length); every token id differs."""
+    ids = iter(range(10**6))
+    return Batch(
+        split=split,
+        sequences=tuple(
+            Sequence(
+                index=index,
+                group=group,
+                group_key=group,
+                prompt_ids=torch.tensor([next(ids) for _ in range(prompt)]),
+                response_ids=torch.tensor(
+                    [next(ids) for _ in range(response)], dtype=torch.int64
+                ),
+            )
+            for index, (group, prompt, response) in enumerate(shape)
+        ),
+    )
+
+
+def make_random_batch(seed: int, num_groups: int = 7) -> Batch:
+    """Groups of 1 to 4 responses in random order, some responses empty."""
+    draw = random.Random(seed)
+    shape = [
+        (group, draw.randint(1, 9), draw.choice([0, 0, 1, 2, 5, 30]))
+        for group in range(num_groups)
+        for _ in range(draw.randint(1, 4))
+    ]
+    draw.shuffle(shape)
+    return make_batch(shape)
+
+
+@pytest.fixture(params=LENGTHS, ids=str)
+def lengths(request: pytest.FixtureRequest) -> list[int]:
+    return request.param
+
+
+def make_values(lengths: list[int]) -> tuple[Ragged, torch.Tensor, list[list[float]]]:
+    """A layout, a flat array, and the same values as a list per sequence."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(sum(lengths), generator=generator, dtype=torch.float64)
+    pieces = [piece.tolist() for piece in values.split(lengths)] if lengths else []
+    return Ragged(torch.tensor(lengths, dtype=torch.int64)), values, pieces
+
+
+def flatten(pieces: list[list[float]]) -> torch.Tensor:
+    return torch.tensor([x for piece in pieces for x in piece], dtype=torch.float64)
+
+
+def test_ragged_says_where_each_token_is(lengths: list[int]) -> None:
+    ragged = Ragged(torch.tensor(lengths, dtype=torch.int64))
+    expected = [(i, k) for i, length in enumerate(lengths) for k in range(length)]
+    assert ragged.num_tokens == sum(lengths)
+    assert ragged.sequence_of_token.tolist() == [i for i, _ in expected]
+    assert ragged.position.tolist() == [k for _, k in expected]
+    assert ragged.starts.tolist() == [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def test_ragged_sums_are_those_of_loops(lengths: list[int]) -> None:
+    ragged, values, pieces = make_values(lengths)
+    total = torch.tensor([sum(piece) for piece in pieces], dtype=torch.float64)
+    before = flatten([[sum(p[:k]) for k in range(len(p))] for p in pieces])
+    after = flatten([[sum(p[k + 1 :]) for k in range(len(p))] for p in pieces])
+    for result, expected in (
+        (ragged.sum(values), total),
+        (ragged.sum_before(values), before),
+        (ragged.sum_after(values), after),
+        (ragged.spread(total), flatten([[sum(p)] * len(p) for p in pieces])),
+    ):
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+def test_the_parts_of_a_sequence_add_up() -> None:
+    ragged, values, _ = make_values([4, 0, 7, 1])
+    parts = ragged.sum_before(values) + values + ragged.sum_after(values)
+    torch.testing.assert_close(parts, ragged.spread(ragged.sum(values)))
+
+
+@pytest.mark.parametrize("name", ["sum_before", "sum_after"])
+def test_partial_sums_do_not_depend_on_the_neighbours(name: str) -> None:
+    alone, values, _ = make_values([5])
+    # A neighbour 1e12 times as large would eat the digits in one cumulative sum.
+    together = torch.cat([torch.full((3,), 1e12, dtype=torch.float64), values])
+    ragged = Ragged(torch.tensor([3, 5]))
+    result = getattr(ragged, name)(together)[3:]
+    assert torch.equal(result, getattr(alone, name)(values))
+
+
+def test_batch_counts() -> None:
+    batch = make_batch([(0, 2, 3), (1, 1, 0), (0, 2, 4)])
+    assert len(batch) == 3
+    assert (batch.num_groups, batch.num_tokens) == (2, 7)
+    assert batch.lengths.tolist() == [3, 0, 4]
+    assert batch.groups.tolist() == [0, 1, 0]
+    assert batch.group_sizes.tolist() == [2, 1]
+    assert [s.index for s in batch.first(2).sequences] == [0, 1]
+
+
+def test_with_advantages_changes_nothing_else() -> None:
+    batch = make_batch([(0, 2, 3), (0, 1, 1)])
+    changed = batch.with_advantages(torch.tensor([0.5, -0.5], dtype=torch.float64))
+    assert changed.advantages.tolist() == [0.5, -0.5]
+    assert changed.advantages.dtype == torch.float64
+    assert [s.index for s in changed.sequences] == [0, 1]
+    assert batch.sequences[0].advantage is None
+    with pytest.raises(ValueError, match="shorter"):
+        batch.with_advantages(torch.zeros(1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 11])
+@pytest.mark.parametrize("seed", range(5))
+def test_shards_hold_every_sequence_once_and_whole_groups(
+    world_size: int, seed: int
+) -> None:
+    batch = make_random_batch(seed)
+    shards = [batch.shard(rank, world_size) for rank in range(world_size)]
+    held = [shard.positions.tolist() for shard in shards]
+    assert sorted(sum(held, [])) == list(range(len(batch)))
+    assert all(positions == sorted(positions) for positions in held)
+    owners: dict[int, set[int]] = {}
+    for rank, shard in enumerate(shards):
+        for sequence in shard.sequences:
+            owners.setdefault(sequence.group, set()).add(rank)
+    assert all(len(ranks) == 1 for ranks in owners.values())
+    assert len(owners) == batch.num_groups
+
+
+def test_more_ranks_than_groups_leave_empty_shards() -> None:
+    batch = make_batch([(0, 1, 2), (1, 1, 2)])
+    sizes = [len(batch.shard(rank, 5).sequences) for rank in range(5)]
+    assert sorted(sizes) == [0, 0, 0, 1, 1]
+    empty = batch.shard(sizes.index(0), 5)
+    assert empty.ragged.num_tokens == 0
+    assert empty.ragged.sum(torch.zeros(0)).shape == (0,)
+    assert empty.ragged.sum_after(torch.zeros(0)).shape == (0,)
+
+
+def test_an_empty_batch_has_empty_shards() -> None:
+    assert make_batch([]).shard(0, 2).sequences == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shards_are_balanced_by_tokens(seed: int) -> None:
+    batch = make_random_batch(seed, num_groups=60)
+    costs = [
+        sum(len(s.prompt_ids) + s.num_tokens for s in batch.shard(rank, 4).sequences)
+        for rank in range(4)
+    ]
+    groups: dict[int, int] = {}
+    for s in batch.sequences:
+        cost = len(s.prompt_ids) + s.num_tokens
+        groups[s.group] = groups.get(s.group, 0) + cost
+    # The longest rank got its last group when it was the shortest.
+    assert max(costs) - min(costs) <= max(groups.values())
+    assert max(costs) <= 1.05 * sum(costs) / 4
+
+
+def test_shard_layout_is_that_of_its_sequences() -> None:
+    batch = make_random_batch(3)
+    for rank in range(2):
+        shard = batch.shard(rank, 2)
+        lengths = [sequence.num_tokens for sequence in shard.sequences]
+        assert shard.ragged.lengths.tolist() == lengths

@@ -1,0 +1,173 @@
+"""Does every response token meet the hidden state that predicts it, exactly once?"""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
+from entropy_ddp.rollouts.microbatch import Microbatch, make_microbatches
+
+VOCABULARY = 97
+BUDGETS = [1, 16, 40, 10_000]
+
+
+def make_shard(seed: int, num_sequences: int = 23) -> Shard:
+    """Sequences of random ids from 1 up, so that 0 is padding; some empty."""
+    draw = random.Random(seed)
+    sequences = tuple(
+        Sequence(
+            index=index,
+            group=index // 2,
+            group_key=index // 2,
+            prompt_ids=torch.tensor(draw.choices(range(1, VOCABULARY), k=prompt)),
+            response_ids=torch.tensor(
+                draw.choices(range(1, VOCABULARY), k=response), dtype=torch.int64
+            ),
+        )
+        for index, (prompt, response) in enumerate(
+            (draw.randint(1, 8), draw.choice([0, 1, 1, 3, 12]))
+            for _ in range(num_sequences)
+        )
+    )
+    return Batch(split="E", sequences=sequences).shard(0, 1)
+
+
+def get_row(shard: Shard, position: int) -> list[int]:
+    """What the model reads of a sequence: all but its last token."""
+    sequence = shard.sequences[position]
+    return (sequence.prompt_ids.tolist() + sequence.response_ids.tolist())[:-1]
+
+
+@pytest.fixture(params=BUDGETS)
+def budget(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(params=range(3))
+def shard(request: pytest.FixtureRequest) -> Shard:
+    return make_shard(request.param)
+
+
+def test_the_budget_is_respected_and_lone_rows_may_exceed_it(
+    shard: Shard, budget: int
+) -> None:
+    for microbatch in make_microbatches(shard, budget):
+        num_rows, longest = microbatch.input_ids.shape
+        assert num_rows == 1 or num_rows * longest <= budget
+
+
+def test_microbatches_are_filled(shard: Shard) -> None:
+    assert len(list(make_microbatches(shard, 10_000))) == 1
+    microbatches = list(make_microbatches(shard, 40))
+    for microbatch, following in zip(microbatches, microbatches[1:]):
+        num_rows, longest = microbatch.input_ids.shape
+        assert (num_rows + 1) * longest > 40
+        assert following.input_ids.shape[1] <= longest
+
+
+def test_every_response_token_comes_exactly_once(shard: Shard, budget: int) -> None:
+    microbatches = list(make_microbatches(shard, budget))
+    tokens = torch.cat([m.token for m in microbatches])
+    assert sorted(tokens.tolist()) == list(range(shard.ragged.num_tokens))
+    targets = torch.zeros(shard.ragged.num_tokens, dtype=torch.int64)
+    targets[tokens] = torch.cat([m.target_ids for m in microbatches])
+    assert torch.equal(targets, torch.cat([s.response_ids for s in shard.sequences]))
+
+
+def test_each_token_is_predicted_from_the_one_before_it(
+    shard: Shard, budget: int
+) -> None:
+    for m in make_microbatches(shard, budget):
+        for row, column, token in zip(m.row.tolist(), m.column.tolist(), m.token):
+            position = int(m.sequences[row])
+            assert position == int(shard.ragged.sequence_of_token[token])
+            sequence = shard.sequences[position]
+            k = int(shard.ragged.position[token])
+            assert column == len(sequence.prompt_ids) + k - 1
+            previous = sequence.response_ids[k - 1] if k else sequence.prompt_ids[-1]
+            assert m.input_ids[row, column] == previous
+
+
+def test_rows_are_padded_on_the_right_only(shard: Shard, budget: int) -> None:
+    for m in make_microbatches(shard, budget):
+        for row, position in zip(m.input_ids.tolist(), m.sequences.tolist()):
+            expected = get_row(shard, position)
+            assert row == expected + [0] * (len(row) - len(expected))
+
+
+def test_sequences_without_response_are_in_none(shard: Shard, budget: int) -> None:
+    seen = [p for m in make_microbatches(shard, budget) for p in m.sequences.tolist()]
+    expected = [i for i, s in enumerate(shard.sequences) if s.num_tokens > 0]
+    assert len(expected) < len(shard.sequences)
+    assert sorted(seen) == expected
+
+
+def make_pair(*lengths: int) -> Shard:
+    """Sequences of these row lengths, each with a prompt of one token."""
+    sequences = tuple(
+        Sequence(
+            index=index,
+            group=index,
+            group_key=index,
+            prompt_ids=torch.tensor([1]),
+            response_ids=torch.ones(length, dtype=torch.int64),
+        )
+        for index, length in enumerate(lengths)
+    )
+    return Batch(split="E", sequences=sequences).shard(0, 1)
+
+
+def list_members(shard: Shard, budget: int) -> list[list[int]]:
+    return [m.sequences.tolist() for m in make_microbatches(shard, budget)]
+
+
+def test_an_overlong_sequence_is_alone() -> None:
+    assert list_members(make_pair(2, 50, 2, 3), 10) == [[1], [3, 0, 2]]
+
+
+def test_the_budget_itself_still_fits() -> None:
+    assert list_members(make_pair(5, 5), 10) == [[0, 1]]
+    assert list_members(make_pair(5, 5), 9) == [[0], [1]]
+
+
+def test_nothing_to_score_gives_no_microbatch() -> None:
+    assert list_members(make_pair(0, 0), 10) == []
+    assert list_members(make_pair(), 10) == []
+
+
+def score(model: LlamaForCausalLM, microbatch: Microbatch) -> torch.Tensor:
+    logprobs = model(microbatch.input_ids).logits.log_softmax(dim=-1)
+    return logprobs[microbatch.row, microbatch.column, microbatch.target_ids]
+
+
+@torch.no_grad()
+def test_scores_are_those_of_sequences_alone(shard: Shard, budget: int) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    ).double()
+    model.eval()
+    result = torch.zeros(shard.ragged.num_tokens, dtype=torch.float64)
+    for microbatch in make_microbatches(shard, budget):
+        result[microbatch.token] = score(model, microbatch)
+    expected = []
+    for sequence in shard.sequences:
+        ids = torch.cat([sequence.prompt_ids, sequence.response_ids])
+        logprobs = model(ids[None]).logits[0].log_softmax(dim=-1)
+        first = len(sequence.prompt_ids)
+        expected += [logprobs[i - 1, ids[i]] for i in range(first, len(ids))]
+    # The model narrows to float32 inside (RMSNorm).
+    torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-6)
+
+
+def test_to_moves_every_tensor(shard: Shard) -> None:
+    microbatch = next(make_microbatches(shard, 40)).to(torch.device("meta"))
+    assert all(t.device.type == "meta" for t in vars(microbatch).values())

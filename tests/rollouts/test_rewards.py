@@ -1,0 +1,120 @@
+"""Is the user's reward function found, called and believed only when it can be?"""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.rollouts.rewards import load_reward, score_reward
+
+MODULE = """
+def length(prompt, response, row):
+    return len(response) / row["norm"]
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an importable module that defines rewards."""
+    (tmp_path / "rewards_of_a_user.py").write_text(MODULE)
+    (tmp_path / "broken_rewards.py").write_text("import not_installed_at_all")
+    (tmp_path / "failing_rewards.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "rewards_of_a_user"
+
+
+def test_a_reward_is_found_and_called(module: str) -> None:
+    reward = load_reward(f"{module}:length")
+    assert score_reward(reward, "p", "abc", {"norm": 2}, 0) == 1.5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "length", "m.length", ":length", "m:", "m:a:b", "m:a.b", "a b:c", "/m.py:f"],
+)
+def test_a_malformed_name_is_an_error(name: str) -> None:
+    message = "reward: expected module:function, found " + re.escape(repr(name))
+    with pytest.raises(InputError, match=message):
+        load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "kind"),
+    [
+        ("no_such_module_here", "No module named 'no_such_module_here'", ImportError),
+        ("broken_rewards", "No module named 'not_installed_at_all'", ImportError),
+        ("failing_rewards", "ZeroDivisionError: division by zero", ZeroDivisionError),
+    ],
+)
+def test_a_failed_import_shows_its_cause(
+    module: str, name: str, cause: str, kind: type[Exception]
+) -> None:
+    message = f"expected the module '{name}' to be importable, found .*{cause}"
+    with pytest.raises(InputError, match=message) as caught:
+        load_reward(f"{name}:reward")
+    assert isinstance(caught.value.__cause__, kind)
+
+
+def test_a_name_that_is_no_function_is_an_error(module: str) -> None:
+    message = f"a function 'lenght' in module '{module}', found none; correct the name"
+    with pytest.raises(InputError, match=message):
+        load_reward(f"{module}:lenght")
+    with pytest.raises(InputError, match="a function 'constant'.*found a int"):
+        load_reward(f"{module}:constant")
+
+
+@pytest.mark.parametrize(
+    "value", [1, 0.5, True, numpy.float32(0.5), numpy.int64(2), Fraction(1, 2)]
+)
+def test_any_real_number_is_a_reward(value: Any) -> None:
+    result = score_reward(lambda *_: value, "p", "r", {}, 0)
+    assert type(result) is float
+    assert result == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "1", float("nan"), float("inf"), [1.0], 1j, torch.tensor(1.0), {}],
+    ids=repr,
+)
+def test_anything_else_stops_the_run(value: Any) -> None:
+    message = (
+        "reward: expected a finite number for prompt draw 4, prompt 'p', response 'r', "
+        f"found {re.escape(repr(value))}; correct"
+    )
+    with pytest.raises(RunError, match=message):
+        score_reward(lambda *_: value, "p", "r", {}, 4)
+
+
+def test_a_number_beyond_float64_stops_the_run() -> None:
+    with pytest.raises(RunError, match="found OverflowError"):
+        score_reward(lambda *_: 10**400, "p", "r", {}, 0)
+
+
+def test_a_failing_reward_stops_the_run_and_names_the_sample() -> None:
+    def reward(prompt: str, response: str, row: dict[str, Any]) -> float:
+        return row["answer"]
+
+    message = (
+        f"prompt draw 7, prompt '{'p' * 80}', response '{'r' * 80}', found "
+        "KeyError: 'answer'; correct the reward function"
+    )
+    with pytest.raises(RunError, match=message) as caught:
+        score_reward(reward, "p" * 100, "r" * 100, {}, 7)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_reward_cannot_change_the_row() -> None:
+    def reward(prompt: str, response: str, row: dict[str, Any]) -> float:
+        return row.pop("answer")
+
+    row = {"answer": 2}
+    assert score_reward(reward, "p", "r", row, 0) == 2.0
+    assert row == {"answer": 2}
