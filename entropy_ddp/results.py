@@ -1,4 +1,4 @@
-"""The results of a run: their schema, and whole files or none.
+"""The results of a run: their schema, and the run directory they are written to.
 
 `Results.to_dict()` is results.json. A part that was not asked for is absent. Entropies
 are in nats, per token or per sequence as `truth.normalize` says; slopes are per unit of
@@ -7,15 +7,17 @@ learning rate.
 
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from torch import Tensor
+
+from entropy_ddp.atomic import written_whole
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.rollouts.files import write_jsonl
 
 SCHEMA_VERSION = 1
 
@@ -158,11 +160,7 @@ class AuditRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Everything a probe found: the content of results.json, and its rows.
-
-    Attributes:
-        sequences: the rows of per_sequence.jsonl; not part of results.json.
-    """
+    """Everything a probe found: the content of results.json."""
 
     status: Status
     run: RunFacts
@@ -175,7 +173,6 @@ class Results:
     linear_all: list[dict[str, Any]]
     audit: list[AuditRow]
     schema_version: int = SCHEMA_VERSION
-    sequences: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of results.json; absent parts are left out.
@@ -184,7 +181,6 @@ class Results:
             RunError: a number is NaN or infinite.
         """
         document = _plain(self)
-        del document["sequences"]
         document = {"schema_version": document.pop("schema_version"), **document}
         _require_finite(document, "results")
         return document
@@ -211,25 +207,19 @@ def _require_finite(value: Any, place: str) -> None:
         _require_finite(item, f"{place}.{name}")
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when complete.
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """A finished probe.
 
-    It is written beside its place under a temporary name, flushed to disk, and renamed.
+    Attributes:
+        results: what goes into results.json.
+        sequences: the rows of per_sequence.jsonl, E then U, in file order.
+        delta: change of every parameter by name, if the run was asked to save it.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+
+    results: Results
+    sequences: Iterable[dict[str, Any]]
+    delta: dict[str, Tensor] | None
 
 
 def prepare_folder(out: Path, overwrite: bool) -> None:
@@ -251,21 +241,26 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out}: cannot be written: {error.strerror}") from error
 
 
-def write_results(
-    out: Path, results: Results, config_yaml: str, write_rows: Callable[..., None]
-) -> None:
+def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
     """Write a run directory; results.json last, so that its presence means complete.
 
     Args:
         out: the run directory; exists.
-        results: what to write.
+        probed: what to write.
         config_yaml: the resolved configuration.
-        write_rows: writes rows as JSON lines to a path.
+
+    Raises:
+        RunError: a number is not finite, or a file cannot be written.
     """
-    document = json.dumps(results.to_dict(), indent=2, allow_nan=False)
+    document = json.dumps(probed.results.to_dict(), indent=2, allow_nan=False)
     (out / "results.json").unlink(missing_ok=True)
     with written_whole(out / "config.yaml") as stream:
         stream.write(config_yaml.encode())
-    write_rows(out / "per_sequence.jsonl", results.sequences)
+    write_jsonl(out / "per_sequence.jsonl", probed.sequences)
+    if probed.delta is not None:
+        from safetensors.torch import save
+
+        with written_whole(out / "delta_theta.safetensors") as stream:
+            stream.write(save({n: v.clone() for n, v in probed.delta.items()}))
     with written_whole(out / "results.json") as stream:
         stream.write(document.encode() + b"\n")

@@ -111,9 +111,7 @@ def reweighted(original: Ratio, log_weights: Tensor) -> Ratio:
     weights = (log_weights - shift).exp()
     if original.size is None:
         return Ratio(numerator=original.numerator * weights * shift.exp(), size=None)
-    return Ratio(
-        numerator=original.numerator * weights, size=original.size * weights
-    )
+    return Ratio(numerator=original.numerator * weights, size=original.size * weights)
 
 
 @dataclass(frozen=True, kw_only=True)

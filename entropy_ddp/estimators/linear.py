@@ -205,7 +205,8 @@ def slope_from_terms(
     total, denominator = float(centred.sum()), original.denominator
     mean_entropy, count = original.value, float(counts.sum())
     b, r, a = (
-        group_totals(x, groups, num_groups) for x in (centred, counts, original.numerator)
+        group_totals(x, groups, num_groups)
+        for x in (centred, counts, original.numerator)
     )
     value = total / denominator
     if original.size is None:

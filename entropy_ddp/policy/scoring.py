@@ -191,8 +191,11 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
-        return None, None, None, *(
-            saved * scale.to(saved.dtype) for saved in ctx.saved_tensors
+        return (
+            None,
+            None,
+            None,
+            *(saved * scale.to(saved.dtype) for saved in ctx.saved_tensors),
         )
 
 

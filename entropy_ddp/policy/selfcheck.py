@@ -89,7 +89,9 @@ def _made_up_rows(vocabulary_size: int) -> Shard:
             index=index,
             group=index,
             group_key=index,
-            prompt_ids=torch.randint(vocabulary_size, (2 + index,), generator=generator),
+            prompt_ids=torch.randint(
+                vocabulary_size, (2 + index,), generator=generator
+            ),
             response_ids=torch.randint(vocabulary_size, (n,), generator=generator),
         )
         for index, n in enumerate((7, 4))

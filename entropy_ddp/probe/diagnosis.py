@@ -270,9 +270,7 @@ def _batch_rows(session: Session) -> list[AuditRow]:
         truncated = sum(sequence.finished is False for sequence in batch.sequences)
         empty = int((batch.lengths == 0).sum())
         rows += [
-            audit.fact(
-                f"{split} mean response length", batch.num_tokens / len(batch)
-            ),
+            audit.fact(f"{split} mean response length", batch.num_tokens / len(batch)),
             audit.check(
                 f"{split} responses without tokens",
                 empty,

@@ -182,10 +182,7 @@ def _per_decision(
 ) -> Ratio | None:
     """The per-decision estimator at theta_after; None where it is not defined."""
     objective = session.config.objective
-    if (
-        objective.integrand != "rb"
-        or objective.normalize == "per_sequence_token_mean"
-    ):
+    if objective.integrand != "rb" or objective.normalize == "per_sequence_token_mean":
         return None
     weights = prefix_log_weights(shard.ragged, stepped.logp - base.logp)
     largest = float(weights.max()) if len(weights) else -torch.inf

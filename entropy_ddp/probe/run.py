@@ -32,6 +32,7 @@ from entropy_ddp.probe.session import Progress, Session, open_session
 from entropy_ddp.results import (
     BatchFacts,
     LinearResult,
+    Probed,
     Results,
     RunFacts,
     TruthResult,
@@ -46,10 +47,16 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 def run_probe(
     config: Config, world: World, out: Path | None, progress: Progress
-) -> tuple[Results, Session, Step]:
+) -> Probed:
     """Open everything, run the passes, estimate, audit.
 
     Every rank computes the same results.
+
+    Args:
+        config: the run's configuration.
+        world: the ranks.
+        out: run directory, where sampled rollouts are kept; None keeps none.
+        progress: told how far the current phase is.
 
     Raises:
         InputError: the configuration, the checkpoint or a batch is wrong.
@@ -82,12 +89,16 @@ def run_probe(
         linear=_linear_result(session, estimates, stepped.step, duality),
         linear_all=_linear_all(estimates),
         audit=rows,
+    )
+    layout, delta = session.passes.layout, stepped.step.delta
+    return Probed(
+        results=results,
         sequences=[
             *_evaluation_rows(session, estimates, stepped.step),
             *_update_rows(session.batches["U"], update_sums),
         ],
+        delta=layout.views(delta) if config.update.save_delta else None,
     )
-    return results, session, stepped.step
 
 
 def _run_facts(session: Session) -> RunFacts:

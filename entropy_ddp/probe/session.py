@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Session:
         world: the ranks.
         policy: the opened checkpoint.
         passes: both passes over the model.
-        optimizer: AdamW in its saved state.
+        optimizer: AdamW in its saved state; None until it is read.
         batches: E and U, whole, by split.
         progress: told how far the current phase is.
         started: when the run began.
@@ -60,10 +60,10 @@ class Session:
     world: World
     policy: Policy
     passes: Passes
-    optimizer: torch.optim.Adam
     progress: Progress
+    optimizer: torch.optim.Adam | None = None
     batches: dict[str, Batch] = field(default_factory=dict)
-    started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
     num_redraws: dict[str, int] = field(default_factory=dict)
@@ -118,27 +118,40 @@ def open_session(
         InputError: anything in the configuration, checkpoint or batches is wrong.
     """
     files = require_optimizer(find_checkpoint(config.checkpoint))
-    device = resolve_device(config.compute, world.local_rank)
-    begin = time.perf_counter()
-    policy = load_policy(files, config.precision, config.compute.attention, device)
-    optimizer = load_optimizer(files.optimizer, policy.model, policy.parameters)
-    session = Session(
-        config=config,
-        world=world,
-        policy=policy,
-        passes=make_passes(policy, config, world),
-        optimizer=optimizer,
-        progress=progress,
-    )
-    session.seconds["open checkpoint"] = time.perf_counter() - begin
+    session = open_policy(config, world, files, progress)
+    policy = session.policy
+    session.optimizer = load_optimizer(files.optimizer, policy.model, policy.parameters)
     with session.phase("self-check"):
         session.self_checks = check_model(session.passes, policy.vocabulary_size)
     for split, source in (("E", config.batches.E), ("U", config.batches.U)):
         session.batches[split] = _open_batch(session, split, source, out)
     check_batches(session.batches, config)
-    advantages = compute_advantages(session.batches["U"], config.batches.advantage)
-    session.batches["U"] = session.batches["U"].with_advantages(advantages)
+    if config.update.loss != "nll":
+        update = session.batches["U"]
+        advantages = compute_advantages(update, config.batches.advantage)
+        session.batches["U"] = update.with_advantages(advantages)
     return session
+
+
+def open_policy(
+    config: Config, world: World, files: CheckpointFiles, progress: Progress
+) -> Session:
+    """A session with the model opened, without optimizer state and batches.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded.
+    """
+    begin = time.perf_counter()
+    device = resolve_device(config.compute, world.local_rank)
+    policy = load_policy(files, config.precision, config.compute.attention, device)
+    return Session(
+        config=config,
+        world=world,
+        policy=policy,
+        passes=make_passes(policy, config, world),
+        progress=progress,
+        seconds={"open checkpoint": time.perf_counter() - begin},
+    )
 
 
 def require_optimizer(files: CheckpointFiles) -> CheckpointFiles:
@@ -189,13 +202,13 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
     for split, batch in batches.items():
         if batch.num_tokens == 0:
             raise InputError(f"batch {split}: has no response tokens at all")
-    if batches["E"].num_groups < 2:
+    if "E" in batches and batches["E"].num_groups < 2:
         raise InputError(
             "batch E: expected at least 2 groups (a standard error needs independent "
             f"groups), found {batches['E'].num_groups}; give each prompt draw a group "
             "of its own"
         )
-    if config.update.loss != "nll":
+    if "U" in batches and config.update.loss != "nll":
         source = config.batches.U.file or "sampled U"
         require_rewards(batches["U"], Path(source))
 

@@ -182,3 +182,30 @@ def _verdict_line(results: Results, out: str | None) -> Text:
     if out is not None:
         text.append(f", written to {out}", style="default")
     return text
+
+
+def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -> None:
+    """What `sample` rolled out."""
+    names = list(dict.fromkeys(name for row in summaries for name in row))
+    table = _table(f"Rollouts written to {out}", *names)
+    for row in summaries:
+        table.add_row(*(_value(row[name]) if name in row else "-" for name in names))
+    console.print(table)
+
+
+def print_inspection(console: Console, found: dict[str, Any]) -> None:
+    """What `check` found, one table."""
+    table = _table("Configuration, checkpoint and batches are valid", "", "found")
+    table.columns[1].justify = "left"
+    for subject, facts in found.items():
+        for name, value in facts.items():
+            lines = value if isinstance(value, list) else [value]
+            text = "\n".join(_one_line(line) for line in lines)
+            table.add_row(f"{subject}: {name}", text)
+    console.print(table)
+
+
+def _one_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+    return _value(value)

@@ -161,9 +161,7 @@ class Batch:
     def with_advantages(self, advantages: Tensor) -> "Batch":
         """The same batch with these advantages [N]."""
         pairs = zip(self.sequences, advantages.tolist(), strict=True)
-        return replace(
-            self, sequences=tuple(replace(s, advantage=a) for s, a in pairs)
-        )
+        return replace(self, sequences=tuple(replace(s, advantage=a) for s, a in pairs))
 
     def first(self, count: int) -> "Batch":
         """The first `count` sequences in file order."""

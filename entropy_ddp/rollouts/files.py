@@ -11,7 +11,6 @@ here:
 
 import gzip
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from entropy_ddp.atomic import written_whole
 from entropy_ddp.errors import RunError
 from entropy_ddp.rollouts.batch import Batch, Sequence
 from entropy_ddp.rollouts.jsonlines import make_problem, read_rows, show
@@ -49,12 +49,37 @@ def read_batch(
     Raises:
         InputError: if anything is wrong with the file, naming `path:line`.
     """
+    return make_batch(read_rows(path), str(path), split, limits, tokenizer)
+
+
+def make_batch(
+    rows: Iterable[dict[str, Any]],
+    source: str,
+    split: str,
+    limits: TokenLimits,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Batch:
+    """Check the rows of a rollout file.
+
+    Args:
+        rows: the rows, in file order.
+        source: name of the file, for messages.
+        split: "E" or "U".
+        limits: what the checkpoint can take.
+        tokenizer: the checkpoint's tokenizer, for rows without token ids.
+
+    Returns:
+        The batch in file order; groups are numbered by first appearance.
+
+    Raises:
+        InputError: if anything is wrong with a row, naming `source:line`.
+    """
     group_of_key: dict[int | str, int] = {}
     key_of_name: dict[str, int | str] = {}
     first_of_group: list[Sequence] = []
     sequences: list[Sequence] = []
-    for index, row in enumerate(read_rows(path)):
-        where = f"{path}:{index + 1}"
+    for index, row in enumerate(rows):
+        where = f"{source}:{index + 1}"
         sequence = make_sequence(row, index, where, limits, tokenizer)
         key = sequence.group_key
         same_name = key_of_name.setdefault(str(key), key)
@@ -201,22 +226,12 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
         RunError: if a number is not finite or the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            if path.name.endswith(".gz"):
-                with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
-                    _write_rows(packed, rows, path)
-            else:
-                _write_rows(stream, rows, path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error.strerror or error}); check that the "
-            "folder exists, has room and may be written to"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as stream:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
+                _write_rows(packed, rows, path)
+        else:
+            _write_rows(stream, rows, path)
 
 
 def _write_rows(

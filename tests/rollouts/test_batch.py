@@ -1,6 +1,7 @@
 """Are ragged sums what loops give, and do shards split a batch as they promise?"""
 
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_shards_hold_every_sequence_once_and_whole_groups(
     batch = make_random_batch(seed)
     shards = [batch.shard(rank, world_size) for rank in range(world_size)]
     held = [shard.positions.tolist() for shard in shards]
-    assert sorted(sum(held, [])) == list(range(len(batch)))
+    assert sorted(chain.from_iterable(held)) == list(range(len(batch)))
     assert all(positions == sorted(positions) for positions in held)
     owners: dict[int, set[int]] = {}
     for rank, shard in enumerate(shards):

@@ -1,6 +1,7 @@
 """Does every response token meet the hidden state that predicts it, exactly once?"""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_budget_is_respected_and_lone_rows_may_exceed_it(
 def test_microbatches_are_filled(shard: Shard) -> None:
     assert len(list(make_microbatches(shard, 10_000))) == 1
     microbatches = list(make_microbatches(shard, 40))
-    for microbatch, following in zip(microbatches, microbatches[1:]):
+    for microbatch, following in pairwise(microbatches):
         num_rows, longest = microbatch.input_ids.shape
         assert (num_rows + 1) * longest > 40
         assert following.input_ids.shape[1] <= longest

@@ -1,0 +1,272 @@
+"""The command line: parse, call, exit code.
+
+Exit codes: 0 ok; 1 failed; 2 bad usage, configuration or input; 3 results written but
+untrusted. Heavy libraries are imported inside the commands, so that help and usage
+errors answer at once.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from entropy_ddp import __version__
+from entropy_ddp.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from entropy_ddp.config import Config
+    from entropy_ddp.distributed import World
+
+EXIT_FAILED, EXIT_INPUT, EXIT_UNTRUSTED = 1, 2, 3
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Why is my policy's entropy collapsing, and which update did it?
+
+    Every command runs alone, under `torchrun --nproc_per_node=K -m entropy_ddp ...`
+    and under `accelerate launch -m entropy_ddp ...`, with the same results.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command that reads a configuration takes."""
+
+    config: Path | None
+    assignments: tuple[str, ...]
+    out: Path | None
+    overwrite: bool
+    quiet: bool
+    as_json: bool
+
+
+def configured(command: Callable[[Options], None]) -> Callable[..., None]:
+    """Give a command the options of a configured run, bundled."""
+
+    @click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        help="YAML file of the run; see configs/.",
+    )
+    @click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY.SUB=VALUE",
+        help="Set one key of the configuration; wins over the file. Repeatable.",
+    )
+    @click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Folder for what is written; default: a new one under runs/.",
+    )
+    @click.option("--overwrite", is_flag=True, help="Replace earlier results in --out.")
+    @click.option("--quiet", is_flag=True, help="Print errors only.")
+    @click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print results as JSON on standard output, and nothing else there.",
+    )
+    @wraps(command)
+    def wrapper(**options: Any) -> None:
+        command(Options(**options))
+
+    return wrapper
+
+
+@main.command()
+@configured
+def probe(options: Options) -> None:
+    """Measure what one optimizer step does to the entropy, predicted and true."""
+    config = _load(options)
+    out = _output_folder(options, config, "probe")
+    sys.exit(run_ranks(lambda world: _probe(config, world, out, options)))
+
+
+def _probe(config: "Config", world: "World", out: Path, options: Options) -> int:
+    from entropy_ddp.config import to_yaml
+    from entropy_ddp.probe.run import run_probe
+    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.report.tables import print_results
+    from entropy_ddp.results import prepare_folder, write_results
+
+    if world.is_main:
+        prepare_folder(out, options.overwrite)
+    console = _console(world, options)
+    with phase_progress(console) as progress:
+        probed = run_probe(config, world, out, progress)
+    if not world.is_main:
+        return 0
+    write_results(out, probed, to_yaml(config))
+    if console is not None:
+        print_results(console, probed.results, str(out))
+    if options.as_json:
+        click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
+    # Only this rank says so: a launcher stops the others at the first non-zero code.
+    return EXIT_UNTRUSTED if probed.results.status == "untrusted" else 0
+
+
+@main.command()
+@configured
+def sample(options: Options) -> None:
+    """Roll E and U out of the checkpoint and write them as rollout files."""
+    config = _load(options)
+    out = _output_folder(options, config, "sample")
+    sys.exit(run_ranks(lambda world: _sample(config, world, out, options)))
+
+
+def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
+    from entropy_ddp.probe.sample import run_sample
+    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.report.tables import print_samples
+
+    console = _console(world, options)
+    with phase_progress(console) as progress:
+        summaries = run_sample(config, world, out, options.overwrite, progress)
+    if console is not None:
+        print_samples(console, summaries, str(out))
+    if options.as_json and world.is_main:
+        click.echo(json.dumps(summaries, allow_nan=False))
+    return 0
+
+
+@main.command()
+@configured
+def check(options: Options) -> None:
+    """Validate configuration, checkpoint and batches; run nothing expensive."""
+    config = _load(options)
+    sys.exit(run_ranks(lambda world: _check(config, world, options)))
+
+
+def _check(config: "Config", world: "World", options: Options) -> int:
+    from entropy_ddp.probe.inspect import inspect_run
+    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.report.tables import print_inspection
+
+    console = _console(world, options)
+    with phase_progress(console) as progress:
+        found = inspect_run(config, world, progress)
+    if console is not None:
+        print_inspection(console, found)
+    if options.as_json and world.is_main:
+        click.echo(json.dumps(found, allow_nan=False))
+    return 0
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to make; must not exist.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def demo(out: Path, seed: int, quiet: bool) -> None:
+    """Make the demo checkpoint with TRL, and roll E and U out of it."""
+    sys.exit(run_ranks(lambda world: _demo(out, seed, quiet, world)))
+
+
+def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
+    from entropy_ddp.demo import make_demo
+    from entropy_ddp.report.progress import phase_progress
+
+    if world.world_size > 1:
+        raise InputError(
+            f"demo: runs in one process, found {world.world_size}; start it without a "
+            "launcher"
+        )
+    console = None if quiet else _error_console()
+    with phase_progress(console) as progress:
+        made = make_demo(out, seed, progress)
+    if console is not None:
+        console.print(
+            f"demo checkpoint {made.checkpoint}, base model {made.base}, rollouts "
+            f"{out / 'E.jsonl'} and {out / 'U.jsonl'}",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def run_ranks(body: Callable[["World"], int]) -> int:
+    """Run a command's body on this rank and turn failures into one message.
+
+    Returns:
+        The exit code.
+    """
+    from entropy_ddp.distributed import process_group, single_process_warning
+
+    warning = single_process_warning(os.environ)
+    if warning is not None:
+        _error_console().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    try:
+        with process_group() as world:
+            try:
+                return body(world)
+            except Exception as error:
+                # The first rank to fail prints; the others fail because it did.
+                if world.claim_failure(str(error)):
+                    _print_failure(error, world)
+                return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+    except InputError as error:
+        _print_failure(error, None)
+        return EXIT_INPUT
+
+
+def _print_failure(error: Exception, world: "World | None") -> None:
+    if not isinstance(error, (InputError, RunError)):
+        traceback.print_exception(error)
+    rank = f"rank {world.rank}: " if world is not None and world.world_size > 1 else ""
+    text = f"[bold red]error:[/] {rank}"
+    _error_console().print(text, end="", soft_wrap=True)
+    _error_console().print(str(error), markup=False, highlight=False, soft_wrap=True)
+
+
+def _load(options: Options) -> "Config":
+    """The configuration; on a mistake, rank 0 says so and every rank exits."""
+    from entropy_ddp.config import load_config
+
+    try:
+        return load_config(options.config, options.assignments)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            _print_failure(error, None)
+        sys.exit(EXIT_INPUT)
+
+
+def _output_folder(options: Options, config: "Config", command: str) -> Path:
+    if options.out is not None or config.out is not None:
+        return options.out or Path(config.out or "")
+    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{command}-{started}"
+
+
+def _console(world: "World", options: Options) -> "Console | None":
+    """Where tables go: standard output, or standard error if that is for JSON."""
+    if not world.is_main or options.quiet:
+        return None
+    if options.as_json:
+        return _error_console()
+    from rich.console import Console
+
+    # A pipe has no width; the tables are made for 100 columns.
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
+def _error_console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, width=None if sys.stderr.isatty() else 100)

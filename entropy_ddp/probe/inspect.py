@@ -1,0 +1,97 @@
+"""What a configuration, its checkpoint and its batches are, without probing them."""
+
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
+from entropy_ddp.policy.checkpoint import find_checkpoint
+from entropy_ddp.policy.optimizer_state import load_optimizer
+from entropy_ddp.policy.selfcheck import check_model
+from entropy_ddp.probe.session import (
+    Progress,
+    Session,
+    check_batches,
+    open_policy,
+    require_optimizer,
+    token_limits,
+)
+from entropy_ddp.rollouts.advantages import compute_advantages
+from entropy_ddp.rollouts.batch import Batch
+from entropy_ddp.rollouts.files import read_batch
+from entropy_ddp.rollouts.prompts import read_prompts
+
+
+def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, Any]:
+    """Open everything that a probe would open, pass over a made-up row only.
+
+    Returns:
+        What was found, by subject.
+
+    Raises:
+        InputError: anything is wrong.
+    """
+    files = require_optimizer(find_checkpoint(config.checkpoint))
+    session = open_policy(config, world, files, progress)
+    policy = session.policy
+    optimizer = load_optimizer(files.optimizer, policy.model, policy.parameters)
+    checks = check_model(session.passes, policy.vocabulary_size)
+    batches = _read_batches(session)
+    found = {
+        "model": {
+            "class": type(session.passes.tokens.transformer).__name__,
+            "base": files.base,
+            "adapter": None if files.adapter is None else str(files.adapter),
+            "tokenizer": None if policy.tokenizer is None else files.tokenizer,
+            "vocabulary": policy.vocabulary_size,
+            "trainable tensors": len(policy.parameters),
+            "trainable elements": session.passes.layout.numel,
+        },
+        "optimizer": {
+            "file": str(files.optimizer),
+            "kind": type(optimizer).__name__,
+            "parameters with state": len(optimizer.state),
+            "groups": [
+                {
+                    "parameters": len(group["params"]),
+                    **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")},
+                }
+                for group in optimizer.param_groups
+            ],
+            "steps taken": int(
+                max(float(entry["step"]) for entry in optimizer.state.values())
+            ),
+        },
+        "self-checks": {check.name: check.error for check in checks},
+    }
+    return found | {
+        f"batch {split}": description for split, description in batches.items()
+    }
+
+
+def _read_batches(session: Session) -> dict[str, Any]:
+    config = session.config
+    limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
+    batches: dict[str, Batch] = {}
+    found: dict[str, Any] = {}
+    for split, source in (("E", config.batches.E), ("U", config.batches.U)):
+        if source.file is None:
+            assert source.sample is not None
+            prompts = read_prompts(Path(source.sample.prompts))
+            found[split] = {
+                "sampled from": source.sample.prompts,
+                "prompts": len(prompts),
+            }
+            continue
+        batch = read_batch(Path(source.file), split, limits, tokenizer)
+        batches[split] = batch
+        found[split] = {
+            "file": source.file,
+            "groups": batch.num_groups,
+            "sequences": len(batch),
+            "tokens": batch.num_tokens,
+        }
+    check_batches(batches, config)
+    if "U" in batches and config.update.loss != "nll":
+        compute_advantages(batches["U"], config.batches.advantage)
+    return found

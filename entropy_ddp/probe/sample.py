@@ -1,0 +1,62 @@
+"""Rollouts as a job of their own: E and U sampled from the checkpoint into files."""
+
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.checkpoint import find_checkpoint
+from entropy_ddp.probe.session import Progress, open_policy, sample_batch
+from entropy_ddp.rollouts.files import write_jsonl
+
+
+def run_sample(
+    config: Config, world: World, out: Path, overwrite: bool, progress: Progress
+) -> list[dict[str, Any]]:
+    """Sample every batch of the configuration that has a `sample` section.
+
+    Writes E.jsonl and U.jsonl into `out`.
+
+    Returns:
+        For each batch: split, sizes, mean response length, share finished, mean reward
+        and number of redraws.
+
+    Raises:
+        InputError: nothing is to be sampled, or a file exists and may not be replaced.
+        RunError: a reward or a log-probability is not finite.
+    """
+    sources = {"E": config.batches.E, "U": config.batches.U}
+    sources = {split: s for split, s in sources.items() if s.sample is not None}
+    if not sources:
+        raise InputError(
+            "batches: neither E nor U has a `sample` section; there is nothing to sample"
+        )
+    files = {split: out / f"{split}.jsonl" for split in sources}
+    for path in files.values():
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: exists; give --overwrite or another --out")
+    session = open_policy(config, world, find_checkpoint(config.checkpoint), progress)
+    summaries = []
+    for split, source in sources.items():
+        rows = sample_batch(session, split, source)
+        if world.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            write_jsonl(files[split], rows)
+        redraws = session.num_redraws[split]
+        summaries.append({"split": split} | _summary(rows) | {"redraws": redraws})
+    return summaries
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    count = len(rows)
+    tokens = sum(len(row["response_ids"]) for row in rows)
+    summary = {
+        "num_groups": len({row["group"] for row in rows}),
+        "num_sequences": count,
+        "num_tokens": tokens,
+        "mean_response_length": tokens / count,
+        "finished_share": sum(row["finished"] for row in rows) / count,
+    }
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    return summary | ({"mean_reward": sum(rewards) / count} if rewards else {})
