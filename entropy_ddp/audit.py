@@ -103,7 +103,7 @@ def moment_checks(tiny_share: float, zero_share: float) -> list[AuditRow]:
         check(
             "second moments equal to 0",
             zero_share,
-            "< 0.5 of all elements",
+            "< 0.5 of all",
             zero_share < 0.5,
             hint,
             fatal=False,
@@ -111,7 +111,7 @@ def moment_checks(tiny_share: float, zero_share: float) -> list[AuditRow]:
         check(
             "second moments below eps^2",
             tiny_share,
-            "< 0.5 of all elements",
+            "< 0.5 of all",
             tiny_share < 0.5,
             hint,
             fatal=False,
@@ -139,7 +139,8 @@ def scale_checks(
 
     Args:
         scale_sum: sum over the microbatches that ran of the constant 1/D.
-        expected_microbatches: number planned from the batch file alone.
+        expected_microbatches: number planned from the batch file alone; times 1/D it is
+            what the sum should be.
         size: the global denominator D.
         tokens: response tokens that the passes returned, and that the file holds.
     """
@@ -149,14 +150,14 @@ def scale_checks(
         check(
             "sum_deriv_scales",
             scale_sum,
-            f"{expected:.10g} = microbatches / D",
+            f"{expected:.10g}",
             math.isclose(scale_sum, expected, rel_tol=1e-12),
             "a microbatch was skipped, run twice or scaled by a local count",
         ),
         check(
             "total_tokens_used",
             used,
-            f"{planned} = pre_count",
+            f"{planned}",
             used == planned,
             "tokens were lost or counted twice between the file and the passes",
         ),
@@ -170,7 +171,7 @@ def sampler_checks(split: str, differences: list[float]) -> list[AuditRow]:
     mean = math.fsum(differences) / len(differences)
     return [
         check(
-            f"{split} sampler mismatch, mean |log p - sampling log p|",
+            f"{split} sampler mismatch, mean |Δ log p|",
             mean,
             "<= 1e-2 nats",
             mean <= 1e-2,

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -209,6 +210,8 @@ def run_ranks(body: Callable[["World"], int]) -> int:
     """
     from entropy_ddp.distributed import process_group, single_process_warning
 
+    # The libraries' deprecations among themselves are nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warning = single_process_warning(os.environ)
     if warning is not None:
         _error_console().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)

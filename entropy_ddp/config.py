@@ -5,6 +5,7 @@ Unknown keys are errors, with the nearest known key named. Values on the command
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,17 @@ Integrand = Literal["rb", "surprisal"]
 ImportanceMode = Literal["snis", "per_decision", "clip"]
 Loss = Literal["dr_grpo", "grpo", "dapo", "nll"]
 FloatName = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers may be written `1e-3`, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 class Section(BaseModel):
@@ -265,7 +277,7 @@ def load_config(path: Path | None, assignments: tuple[str, ...]) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -282,7 +294,7 @@ def _assign(document: dict[str, Any], assignment: str) -> None:
     if not separator or not key:
         raise InputError(f"--set {assignment}: expected key.sub=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"--set {assignment}: the value is not valid YAML") from error
     *sections, last = key.split(".")

@@ -590,7 +590,7 @@ class Slope:
     pathwise: float
     denominator: float
     contributions: list[float]
-    """Per-sequence shares [N], which sum to ``slope``."""
+    """Derivative of each c_i of the truth, [N]; they sum to ``slope``."""
     pieces: SlopePieces
 
 
@@ -738,7 +738,9 @@ def assemble_slope(pieces: SlopePieces, normalize: str) -> Slope:
     terms = [float(term) for term in _slope_terms(pieces, normalize, ones)]
     D = 1.0 if normalize == "sum" else float(pieces.size.sum())
     mean_entropy = float(pieces.value.sum()) / D
-    shares = (pieces.score + pieces.pathwise - mean_entropy * pieces.remaining) / D
+    denominator_slope = float(pieces.remaining.sum()) / D
+    shares = pieces.score + pieces.pathwise - pieces.value * denominator_slope
+    shares = shares / D
     return Slope(math.fsum(terms), *terms, shares.tolist(), pieces)
 
 

@@ -160,7 +160,8 @@ class Slope:
         terms: its score, pathwise and denominator terms; they sum to it.
         se: delta-method standard error conditional on v, clustered by group.
         se_jackknife: leave-one-group-out jackknife of the same.
-        contributions: per-sequence parts; they sum to the value, [N].
+        contributions: derivative of each sequence's contribution c_i to the truth,
+            [s_i + A'_i - A_i r / S] / S; they sum to the value, [N].
         influence: influence of each group, [n_g].
     """
 
@@ -182,7 +183,7 @@ def slope_from_terms(
 ) -> Slope:
     """The slope and its errors from the pieces of all sequences.
 
-    With B = sum b_i the centred sums, r = sum r_i and S = sum D_i, slope = B / S. Every
+    With s_i the score sums, B = sum b_i the centred sums, r = sum r_i and S = sum D_i, slope = B / S. Every
     mean that enters varies: the influence of group g is
 
         psi_g = [ b_g - slope D_g - (r / S) (A_g - Hbar D_g) ] / S
@@ -230,7 +231,8 @@ def slope_from_terms(
         },
         se=delta_method_error(influence),
         se_jackknife=jackknife_error(without),
-        contributions=centred / denominator,
+        contributions=(score + pathwise - original.numerator * count / denominator)
+        / denominator,
         influence=influence,
     )
 

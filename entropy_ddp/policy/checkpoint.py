@@ -180,6 +180,10 @@ def load_policy(
     Raises:
         InputError: weights are missing, surplus, of another shape or not finite.
     """
+    from transformers.utils import logging
+
+    # Its bars would write over ours, on every rank.
+    logging.disable_progress_bar()
     dtype = getattr(torch, precision.model)
     model = _load_base(files.base, dtype, attention)
     if files.adapter is None:

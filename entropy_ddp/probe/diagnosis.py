@@ -205,10 +205,10 @@ def _vector_rows(
             "nothing is trainable: is the adapter loaded?",
         ),
         audit.fact("trainable elements", layout.numel),
-        audit.coverage_check("gradient coverage of the entropy (X)", nonzero[0], total),
-        audit.coverage_check("gradient coverage of the loss (Y)", nonzero[1], total),
+        audit.coverage_check("gradient coverage: entropy (X)", nonzero[0], total),
+        audit.coverage_check("gradient coverage: loss (Y)", nonzero[1], total),
         audit.fact(
-            f"norm of the entropy gradient, {duality.num_sequences} sequences", norms[0]
+            f"norm of entropy gradient, {duality.num_sequences} sequences", norms[0]
         ),
         audit.fact("norm of the loss gradient", norms[1]),
         audit.fact("norm of v", norms[2]),
@@ -232,7 +232,8 @@ def _step_rows(
     change = step.learning_rate * slope.value
     return [
         audit.fact("learning rate", step.learning_rate),
-        audit.fact("delta_h1", f"{change:.10f} = {change:.10e}"),
+        audit.fact("delta_h1, ten decimals", f"{change:.10f}"),
+        audit.fact("delta_h1, ten digits", f"{change:.10e}"),
         audit.check(
             "optimizer steps",
             step.num_optimizer_steps,
@@ -302,7 +303,7 @@ def _moment_rows(session: Session) -> list[AuditRow]:
             tiny += int((moment < group["eps"] ** 2).sum())
             total += moment.numel()
     return [
-        audit.fact("parameters without optimizer state", 0, "0 (refused otherwise)"),
+        audit.fact("parameters without optimizer state", 0, "0"),
         *audit.moment_checks(tiny / total, zero / total),
     ]
 
@@ -362,18 +363,23 @@ def _state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
     equal = [len(set(hashes)) == 1 for hashes in zip(*all_hashes)]
     rows = [
         audit.check(
-            "restore: parameters and optimizer state, SHA-256",
+            "restored bits: parameters and optimizer state",
             restored[:16],
             before[:16],
             before == restored,
             "the probe changed the model in memory; the files are untouched",
         )
     ]
-    names = ("before the step", "after the step", "after the restore", "frozen")
+    names = (
+        "parameters before the step",
+        "parameters after the step",
+        "parameters after the restore",
+        "frozen parameters",
+    )
     for name, same in zip(names, equal):
         rows.append(
             audit.check(
-                f"parameters equal on all ranks, {name}",
+                f"equal on all ranks: {name}",
                 same,
                 "true",
                 same,

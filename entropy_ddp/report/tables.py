@@ -145,8 +145,17 @@ def _step(results: Results) -> Table:
     for name, value in rows.items():
         table.add_row(name, number(value, 11))
     largest = update.top_parameters[0]
-    table.add_row(f"moved most: {largest['name']}", number(largest["l2"], 11))
+    table.add_row(
+        f"moved most: {short_name(largest['name'])}", number(largest["l2"], 11)
+    )
     return table
+
+
+def short_name(parameter: str) -> str:
+    """A parameter's name without what PEFT wraps around every one of them."""
+    for wrapping in ("base_model.model.", "model.", "transformer."):
+        parameter = parameter.removeprefix(wrapping)
+    return parameter.removesuffix(".weight").removesuffix(".default")
 
 
 def _value(value: Any) -> str:
@@ -156,13 +165,20 @@ def _value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.11g}"
-    return "\n".join(f"{name}: {_value(item)}" for name, item in value.items())
+    return "\n".join(f"{short_name(k)}: {_value(item)}" for k, item in value.items())
 
 
 def _audit_table(rows: list[AuditRow]) -> RenderableType:
     table = _table("Audits", "check", "value", "expected", "")
-    table.columns[1].overflow = "fold"
+    for column, width in zip(table.columns, (47, 21, 17)):
+        column.max_width = width
     for row in rows:
+        if isinstance(row.value, dict):
+            # A line for each entry: names are too long for a column of values.
+            table.add_row(row.name)
+            for name, item in row.value.items():
+                table.add_row(f"  {short_name(name)}", _value(item))
+            continue
         table.add_row(
             row.name,
             _value(row.value),
