@@ -179,10 +179,12 @@ class Linear(Section):
     Attributes:
         score: `full` responses or entropy `to_go` as weight of each log p'.
         baseline: what is subtracted from the entropy to go.
+        control_variates: remove quantities of mean zero by cross-fitted regression.
     """
 
     score: Literal["full", "to_go"] = "full"
-    baseline: Literal["none", "hk"] = "none"
+    baseline: Literal["none", "hk", "loo", "ridge"] = "none"
+    control_variates: bool = False
 
     @model_validator(mode="after")
     def _baseline_needs_to_go(self) -> "Linear":

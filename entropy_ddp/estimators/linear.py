@@ -14,6 +14,7 @@ log p'_ik is weighted by what comes after it only (same expectation, smaller var
             none:  b = 0                        R_ik = T_i - k + 1
             hk:    b = H_ik (the step's Rao-Blackwell entropy, known before y_k)
                                                 R_ik = T_i - k
+            loo, ridge: as hk, less a prediction of both sums (see `baselines`)
 
 `to_go` + `hk` is exactly d/d eta of the `per_decision` value. Hbar enters the weights for
 `per_token` only: the number of sequences does not depend on the policy.
@@ -40,7 +41,7 @@ from entropy_ddp.estimators.errors import (
 from entropy_ddp.rollouts.batch import Ragged
 
 Score = Literal["full", "to_go"]
-Baseline = Literal["none", "hk"]
+Baseline = Literal["none", "hk", "loo", "ridge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ def slope_weights(
     ragged: Ragged,
     mean_entropy: float,
     estimator: tuple[Integrand, Normalize, Score, Baseline],
+    prediction: Tensor | None = None,
 ) -> SlopeWeights:
     """The weights c of section "First order" for one rank's tokens.
 
@@ -90,6 +92,8 @@ def slope_weights(
         ragged: layout of the tokens.
         mean_entropy: Hbar over the whole batch.
         estimator: integrand, normalisation, score and baseline.
+        prediction: of the integrand and the number of steps after each token, [t, 2];
+            needed by the baselines `loo` and `ridge`.
     """
     integrand, normalize, score, baseline = estimator
     values, _ = tokens.integrand(integrand)
@@ -107,15 +111,21 @@ def slope_weights(
         )
     if per_sequence_mean:
         raise ValueError("per_sequence_token_mean has no to-go form; use score full")
-    own = values - tokens.entropy if baseline == "hk" else values
+    after_hk = baseline != "none"
+    own = values - tokens.entropy if after_hk else values
     counted = 1.0 if normalize == "per_token" else 0.0
-    counted_own = 0.0 if baseline == "hk" else counted
-    ones = torch.ones_like(values)
+    counted_own = 0.0 if after_hk else counted
+    predicted, predicted_count = torch.zeros(2, len(values), dtype=values.dtype)
+    if baseline in ("loo", "ridge"):
+        assert prediction is not None
+        predicted, predicted_count = prediction[:, 0], counted * prediction[:, 1]
+    after = counted * ragged.sum_after(torch.ones_like(values))
     return SlopeWeights(
-        score=ragged.sum_after(values) + own,
-        denominator=counted * ragged.sum_after(ones) + counted_own,
+        score=ragged.sum_after(values) + own - predicted,
+        denominator=after + counted_own - predicted_count,
         centred=ragged.sum_after(values - counted * mean_entropy)
-        + (own - counted_own * mean_entropy),
+        + (own - counted_own * mean_entropy)
+        - (predicted - mean_entropy * predicted_count),
         pathwise=pathwise,
     )
 
@@ -163,6 +173,10 @@ class Slope:
         contributions: derivative of each sequence's contribution c_i to the truth,
             [s_i + A'_i - A_i r / S] / S; they sum to the value, [N].
         influence: influence of each group, [n_g].
+        without: the estimate without each group, [n_g].
+        rescaled: by what a group's share of a sum grows when one group is left out,
+            S / (S - D_g), [n_g].
+        control_variates: whether control variates were removed.
     """
 
     score: Score
@@ -173,6 +187,9 @@ class Slope:
     se_jackknife: float
     contributions: Tensor
     influence: Tensor
+    without: Tensor
+    rescaled: Tensor
+    control_variates: bool = False
 
 
 def slope_from_terms(
@@ -212,14 +229,16 @@ def slope_from_terms(
     value = total / denominator
     if original.size is None:
         influence = b
-        without = num_groups / max(num_groups - 1, 1) * (total - b)
+        rescaled = torch.full_like(b, num_groups / max(num_groups - 1, 1))
+        without = rescaled * (total - b)
     else:
         d = group_totals(original.size, groups, num_groups)
         residual = a - mean_entropy * d
         influence = (b - value * d - count / denominator * residual) / denominator
         mean_without = (original.numerator.sum() - a) / (denominator - d)
         shift = (mean_entropy - mean_without) * (count - r)
-        without = (total - b + shift) / (denominator - d)
+        rescaled = denominator / (denominator - d)
+        without = (total - b + shift) / denominator * rescaled
     return Slope(
         score=estimator[0],
         baseline=estimator[1],
@@ -234,6 +253,8 @@ def slope_from_terms(
         contributions=(score + pathwise - original.numerator * count / denominator)
         / denominator,
         influence=influence,
+        without=without,
+        rescaled=rescaled,
     )
 
 
@@ -241,4 +262,10 @@ def applicable_estimators(normalize: Normalize) -> list[tuple[Score, Baseline]]:
     """Every combination of score and baseline that is defined for a normalisation."""
     if normalize == "per_sequence_token_mean":
         return [("full", "none")]
-    return [("full", "none"), ("to_go", "none"), ("to_go", "hk")]
+    return [
+        ("full", "none"),
+        ("to_go", "none"),
+        ("to_go", "hk"),
+        ("to_go", "loo"),
+        ("to_go", "ridge"),
+    ]

@@ -20,6 +20,18 @@ import torch
 from torch import Tensor
 
 
+# Token arrays that `score` returns at order 1 beside the derivatives.
+FEATURES = (
+    "top_probability",
+    "margin",
+    "log_variance",
+    "collision",
+    "dcollision",
+    "dtop",
+    "is_top",
+)
+
+
 def log_softmax_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """Log-probability of the targets, entropy, and what the derivatives need.
 
@@ -50,6 +62,45 @@ def directional_derivatives(
     centred = tangent - mean[:, None]
     dentropy = -(probabilities.mul_(log_probabilities) * centred).sum(-1)
     return dlogp, dentropy
+
+
+def distribution_features(
+    tangent: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    probabilities: Tensor,
+    log_probabilities: Tensor,
+) -> dict[str, Tensor]:
+    """What baselines and control variates need of each distribution, [m] each.
+
+    Known before the token: `top_probability`; `margin`, the difference of the two
+    largest probabilities; `log_variance` = Var(l); `collision` = E[p]; and, with
+    (log p_v)' = z'_v - E[z'], `dcollision` = E[p (log p)'] and `dtop`, the top token's
+    p (log p)'. `is_top`: 1 if the target is the most probable token.
+
+    Args:
+        tangent: z', [m, V].
+        targets: token ids, [m].
+        entropy: H, [m].
+        probabilities: p, [m, V].
+        log_probabilities: l, [m, V], zero where p is zero.
+    """
+    top, top_ids = probabilities.topk(min(2, probabilities.shape[1]), dim=-1)
+    mean = (probabilities * tangent).sum(-1)
+    # Differences and not E[l^2] - H^2, which would lose digits when H is large.
+    deviation = log_probabilities + entropy[:, None]
+    squares = probabilities.square()
+    collision = squares.sum(-1)
+    top_tangent = tangent.gather(-1, top_ids[:, :1]).squeeze(-1)
+    return {
+        "top_probability": top[:, 0],
+        "margin": top[:, 0] - top[:, -1],
+        "log_variance": (probabilities * deviation.square_()).sum(-1),
+        "collision": collision,
+        "dcollision": (squares * tangent).sum(-1) - collision * mean,
+        "dtop": top[:, 0] * (top_tangent - mean),
+        "is_top": (targets == top_ids[:, 0]).to(entropy),
+    }
 
 
 def logits_gradient(

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.forward_mode import dual_parameters, halves
 from entropy_ddp.policy.head import (
+    FEATURES,
     directional_derivatives,
+    distribution_features,
     log_softmax_statistics,
     logits_gradient,
 )
@@ -32,6 +34,10 @@ from entropy_ddp.rollouts.microbatch import Microbatch, make_microbatches
 
 # Elements of one chunk's [tokens, vocabulary] block: 64 MiB of float64 at most.
 CHUNK_ELEMENTS = 1 << 23
+
+# Random projections of the hidden state that predicts a token: what the model itself
+# knows before it draws the token, for regressions on it.
+NUM_PROJECTIONS = 32
 
 # (flat token places [m], log p [m], H [m]) -> weights a [m] of log p and b [m] of H.
 TokenWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -46,6 +52,9 @@ class TokenScores:
         entropy: entropy H of the distribution each token was drawn from.
         dlogp: derivative of logp along the direction; None at order 0.
         dentropy: derivative of entropy along the direction; None at order 0.
+        features: what baselines and control variates need beside these, by name (see
+            `head.distribution_features`), and `hidden`, random projections of the
+            hidden state, float32, [t, 32]; empty at order 0.
         num_microbatches: number of microbatches this rank ran.
     """
 
@@ -53,21 +62,32 @@ class TokenScores:
     entropy: Tensor
     dlogp: Tensor | None = None
     dentropy: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
     num_microbatches: int = 0
 
     @classmethod
     def empty(cls, num_tokens: int, order: int) -> "TokenScores":
         """Arrays to be filled microbatch by microbatch; NaN until filled."""
-        arrays = [
-            torch.full((num_tokens,), torch.nan, dtype=torch.float64)
-            for _ in range(2 * (order + 1))
-        ]
-        return cls(**dict(zip(("logp", "entropy", "dlogp", "dentropy"), arrays)))
+
+        def unfilled(names: Iterable[str]) -> dict[str, Tensor]:
+            shape = (num_tokens,)
+            return {n: torch.full(shape, torch.nan, dtype=torch.float64) for n in names}
+
+        if order == 0:
+            return cls(**unfilled(("logp", "entropy")))
+        values = unfilled(("logp", "entropy", "dlogp", "dentropy"))
+        features = unfilled(FEATURES)
+        shape = (num_tokens, NUM_PROJECTIONS)
+        features["hidden"] = torch.full(shape, torch.nan, dtype=torch.float32)
+        return cls(**values, features=features)
 
     def fill(self, token: Tensor, **values: Tensor) -> None:
         """Put one microbatch's values at their places in the flat arrays."""
         for name, value in values.items():
-            getattr(self, name)[token] = value.to("cpu", torch.float64)
+            array = (
+                self.features[name] if name in self.features else getattr(self, name)
+            )
+            array[token] = value.to("cpu", array.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +139,13 @@ class ResponseTokens(nn.Module):
         """Hidden states that predict the response tokens, [m, width]."""
         output = self.transformer(input_ids=microbatch.input_ids, use_cache=False)
         return output.last_hidden_state[microbatch.row, microbatch.column]
+
+    def projected(self, hidden: Tensor) -> Tensor:
+        """Hidden states in a fixed random subspace, [m, NUM_PROJECTIONS]."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (hidden.shape[1], NUM_PROJECTIONS)
+        directions = torch.randn(shape, generator=generator) / hidden.shape[1] ** 0.5
+        return hidden @ directions.to(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over temperature in the model's dtype, [m, V]."""
@@ -343,6 +370,9 @@ class Passes:
                 "(adapter merged or disabled), or the forward pass runs under "
                 "inference_mode or reentrant gradient checkpointing"
             )
+        if order:
+            projected = self.tokens.projected(halves(hidden)[0])
+            scores.fill(microbatch.token.cpu(), hidden=projected)
         for chunk in self.tokens.chunks(hidden):
             targets = microbatch.target_ids[chunk]
             logits, tangent = halves(self.tokens.logits(hidden[chunk]))
@@ -350,9 +380,9 @@ class Passes:
             logp, entropy, *softmax = log_softmax_statistics(logits, targets)
             values = {"logp": logp, "entropy": entropy}
             if order:
-                derivatives = directional_derivatives(
-                    tangent.to(logits.dtype), targets, *softmax
-                )
+                tangent = tangent.to(logits.dtype)
+                values |= distribution_features(tangent, targets, entropy, *softmax)
+                derivatives = directional_derivatives(tangent, targets, *softmax)
                 values.update(zip(("dlogp", "dentropy"), derivatives))
             scores.fill(microbatch.token[chunk].cpu(), **values)
 

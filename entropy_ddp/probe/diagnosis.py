@@ -20,12 +20,12 @@ from entropy_ddp.policy.parameters import (
     inner_product,
 )
 from entropy_ddp.policy.scoring import TokenScores
-from entropy_ddp.probe.phases import (
+from entropy_ddp.probe.estimation import (
     EntropyEstimates,
-    SteppedScores,
+    baseline_predictions,
     derivatives_of,
-    gather_sums,
 )
+from entropy_ddp.probe.phases import SteppedScores, gather_sums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 from entropy_ddp.rollouts.batch import Batch, Ragged, Shard
@@ -68,7 +68,22 @@ def check_duality(
         config.linear.score,
         config.linear.baseline,
     )
-    weights = slope_weights(tokens, ragged, mean_entropy, estimator)
+    predictions = {}
+    if config.linear.baseline in ("loo", "ridge"):
+        predictions = baseline_predictions(
+            session.world,
+            session.shard(session.batches["E"]),
+            base,
+            config.objective.integrand,
+        )
+    prediction = predictions.get(config.linear.baseline)
+    weights = slope_weights(
+        tokens,
+        ragged,
+        mean_entropy,
+        estimator,
+        None if prediction is None else prediction[here],
+    )
     terms = sequence_terms(tokens, ragged, weights, config.objective.integrand)
     gathered = session.world.gather_rows(terms, shard.positions, len(sample))
     centred, score, pathwise, counts = gathered.sum(0).tolist()
@@ -101,7 +116,8 @@ def measure_noise_floor(session: Session, base: TokenScores) -> float:
     sample, shard, here = _sample(session)
     objective = session.config.objective
     with session.phase("audit: noise floor", shard.ragged.num_tokens):
-        again = session.passes.with_budget(1).score(shard)
+        budget = max(1, session.config.compute.tokens_per_microbatch // 5)
+        again = session.passes.with_budget(budget).score(shard)
     scores = _select(base, here)
     sums = gather_sums(
         session.world, shard, scores.logp, scores.entropy, again.logp, again.entropy
@@ -130,11 +146,8 @@ def _sample(session: Session) -> tuple[Batch, Shard, Tensor]:
 
 
 def _select(scores: TokenScores, here: Tensor) -> TokenScores:
-    arrays = {
-        name: getattr(scores, name)[here]
-        for name in ("logp", "entropy", "dlogp", "dentropy")
-    }
-    return TokenScores(**arrays)
+    names = ("logp", "entropy", "dlogp", "dentropy")
+    return TokenScores(**{name: getattr(scores, name)[here] for name in names})
 
 
 def audit_rows(
@@ -228,7 +241,7 @@ def _step_rows(
     session: Session, stepped: SteppedScores, estimates: EntropyEstimates
 ) -> list[AuditRow]:
     step, linear = stepped.step, session.config.linear
-    slope = estimates.slopes[linear.score, linear.baseline]
+    slope = estimates.slopes[linear.score, linear.baseline, linear.control_variates]
     change = step.learning_rate * slope.value
     return [
         audit.fact("learning rate", step.learning_rate),

@@ -12,7 +12,8 @@ from entropy_ddp.audit import worst_verdict
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.estimators.errors import delta_method_error
-from entropy_ddp.estimators.linear import Slope
+from entropy_ddp.estimators.control_variates import adjusted_change
+from entropy_ddp.estimators.linear import Baseline, Score, Slope
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.probe.diagnosis import (
     Duality,
@@ -20,10 +21,9 @@ from entropy_ddp.probe.diagnosis import (
     check_duality,
     measure_noise_floor,
 )
+from entropy_ddp.probe.estimation import EntropyEstimates, estimate
 from entropy_ddp.probe.phases import (
-    EntropyEstimates,
     SequenceSums,
-    estimate,
     loss_gradient,
     score_after_step,
     score_along_step,
@@ -85,7 +85,7 @@ def run_probe(
         U=_batch_facts(session.batches["U"]),
         update=_update_result(session, stepped.step),
         truth=_truth_result(session, estimates),
-        truth_all=_truth_all(estimates),
+        truth_all=_truth_all(estimates, stepped.step),
         linear=_linear_result(session, estimates, stepped.step, duality),
         linear_all=_linear_all(estimates),
         audit=rows,
@@ -162,21 +162,36 @@ def _truth_result(session: Session, estimates: EntropyEstimates) -> TruthResult:
     )
 
 
-def _truth_all(estimates: EntropyEstimates) -> list[dict[str, Any]]:
-    return [
-        {
+def _truth_all(estimates: EntropyEstimates, step: Step) -> list[dict[str, Any]]:
+    """Delta H by every mode, also with the noise removed that the slopes share."""
+    rows = []
+    for mode, change in estimates.changes.items():
+        row = {
             "is_mode": mode,
             "delta_h_true": change.value,
             "se": change.se,
             "ess_fraction": change.ess_fraction,
         }
-        for mode, change in estimates.changes.items()
-    ]
+        partner = _PARTNERS.get(mode)
+        best = estimates.slopes.get(("to_go", "ridge", True))
+        if partner is not None and best is not None:
+            row["delta_h_true_adjusted"], row["se_adjusted"] = adjusted_change(
+                change, estimates.slopes[partner], best, step.learning_rate
+            )
+        rows.append(row)
+    return rows
+
+
+# The slope that is exactly the derivative of each mode's value.
+_PARTNERS: dict[str, tuple[Score, Baseline, bool]] = {
+    "snis": ("full", "none", False),
+    "per_decision": ("to_go", "hk", False),
+}
 
 
 def _headline_slope(session: Session, estimates: EntropyEstimates) -> Slope:
     linear = session.config.linear
-    return estimates.slopes[linear.score, linear.baseline]
+    return estimates.slopes[linear.score, linear.baseline, linear.control_variates]
 
 
 def _linear_result(
@@ -204,11 +219,11 @@ def _linear_all(estimates: EntropyEstimates) -> list[dict[str, Any]]:
         {
             "score": score,
             "baseline": baseline,
-            "control_variates": False,
+            "control_variates": adjusted,
             "slope": slope.value,
             "se": slope.se,
         }
-        for (score, baseline), slope in estimates.slopes.items()
+        for (score, baseline, adjusted), slope in estimates.slopes.items()
     ]
 
 

@@ -107,7 +107,6 @@ def sampling_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
             module.training = flag
 
 
-@torch.no_grad()
 def generate_responses(
     model: Any, prompts: list[list[int]], streams: list[str], temperature: float
 ) -> list[Response]:
@@ -188,12 +187,9 @@ class _InverseTransform(LogitsProcessor):
         step = input_ids.shape[1] - self.prompt_length
         logprobs = (scores.double() / self.temperature).log_softmax(dim=-1)
         cumulative = logprobs.exp().cumsum(dim=-1)
-        total = cumulative[:, -1:]
-        uniform = self.uniforms[:, step : step + 1].to(scores.device)
-        # Strictly below the total, so that the last tokens are not chosen when their
-        # probability is 0.
-        below = torch.nextafter(total, torch.zeros_like(total))
-        level = torch.minimum(uniform * total, below)
+        # Below the total, as the uniform is at most 1 - 2^-53: the last tokens are not
+        # chosen when their probability is 0.
+        level = self.uniforms[:, step : step + 1].to(scores.device) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, level, right=True)
         # Out of range only if the logits are not numbers, which the caller reports.
         chosen = chosen.clamp(max=scores.shape[1] - 1)

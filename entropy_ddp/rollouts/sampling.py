@@ -219,29 +219,9 @@ def _make_draws(
     tokenizer: "PreTrainedTokenizerBase",
     settings: SamplingSettings,
 ) -> list[_Draw]:
-    """All prompt draws of the batch, checked against the model."""
-    config = model.config.get_text_config()
-    limits = TokenLimits(
-        vocabulary_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
-    )
+    """All prompt draws of the batch; every prompt is checked, drawn or not."""
     rows = read_prompts(settings.prompts)
-    prompts: list[list[int]] = []
-    for number, row in enumerate(rows, start=1):
-        where = f"{settings.prompts}:{number}"
-        ids = read_prompt_ids(row, where, limits, tokenizer)
-        # The last token of a response is never read.
-        positions = len(ids) + settings.max_new_tokens - 1
-        if limits.max_positions is not None and positions > limits.max_positions:
-            raise make_problem(
-                where,
-                f"prompt and max_new_tokens to fit the model's {limits.max_positions} "
-                "positions",
-                f"{len(ids)} prompt tokens and max_new_tokens "
-                f"{settings.max_new_tokens}",
-                "shorten the prompt or lower max_new_tokens",
-            )
-        prompts.append(ids)
+    prompts = _read_fitting_prompts(rows, model, tokenizer, settings)
     drawn = draw_prompts(
         len(rows),
         settings.num_prompts,
@@ -265,6 +245,37 @@ def _make_draws(
             )
         )
     return draws
+
+
+def _read_fitting_prompts(
+    rows: list[dict[str, Any]],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: SamplingSettings,
+) -> list[list[int]]:
+    """Token ids of all prompts, with room for `max_new_tokens` in the model."""
+    config = model.config.get_text_config()
+    limits = TokenLimits(
+        vocabulary_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{settings.prompts}:{number}"
+        ids = read_prompt_ids(row, where, limits, tokenizer)
+        # The last token of a response is never read.
+        positions = len(ids) + settings.max_new_tokens - 1
+        if limits.max_positions is not None and positions > limits.max_positions:
+            raise make_problem(
+                where,
+                f"prompt and max_new_tokens to fit the model's {limits.max_positions} "
+                "positions",
+                f"{len(ids)} prompt tokens and max_new_tokens "
+                f"{settings.max_new_tokens}",
+                "shorten the prompt or lower max_new_tokens",
+            )
+        prompts.append(ids)
+    return prompts
 
 
 def _make_jobs(draws: list[_Draw], num_responses: int, attempt: int) -> list[_Job]:

@@ -1,0 +1,154 @@
+"""Control variates: everything of mean zero that the passes hold anyway.
+
+Given x and y_{<k}, with ' = d/d eta along v and g any function of the distribution at
+step k and the token drawn from it,
+
+    E[ g(y_k) log p'_ik ] = sum_v pi_v g(v) (log pi_v)'      and      E[ g(y_k) ] = sum_v pi_v g(v)
+
+are known in closed form, so that
+
+    u_ik = g(y_k) log p'_ik - sum_v pi_v g(v) (log pi_v)'     (g = 1: log p'_ik itself)
+    m_ik = ( g(y_k) - sum_v pi_v g(v) ) sum_{j<k} log p'_ij
+
+have mean zero, also times anything known before y_k. For g: 1, log p, p, and whether the
+token is the most probable one. u is the part of sum_{j>k} H_ij log p'_ik that depends on
+y_k through g; m is the innovation by which y_k moves later entropies, against the score
+of what came before.
+
+Their sums Z_g over a group are regressed on the group's influence psi_g on the slope, over
+the *other* folds of groups, and beta_{-fold} . Z_g is subtracted: the mean of the slope
+does not change (exactly for `sum`, up to the 1/N of the ratio otherwise), its variance
+falls by the share that Z explains.
+
+Shape legend: n sequences and t tokens of one rank, N of the batch, n_g groups, m variates.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.estimators.baselines import folds_of
+from entropy_ddp.estimators.entropy import EntropyChange
+from entropy_ddp.estimators.errors import (
+    delta_method_error,
+    group_totals,
+    jackknife_error,
+)
+from entropy_ddp.estimators.linear import Slope, TokenDerivatives
+from entropy_ddp.rollouts.batch import Ragged
+
+# Weight of the ridge penalty, in observations for each variate.
+PENALTY_PER_VARIATE = 3.0
+
+
+def zero_mean_sums(
+    tokens: TokenDerivatives,
+    features: dict[str, Tensor],
+    predictor: Tensor,
+    ragged: Ragged,
+) -> Tensor:
+    """Z_i: sums over each sequence of the zero-mean quantities, [n, m].
+
+    Args:
+        tokens: values and derivatives, [t].
+        features: what `score` returns beside them, [t] each.
+        predictor: what is known before each token, [t, F].
+        ragged: layout of the tokens.
+    """
+    probability, dlogp = tokens.logp.exp(), tokens.dlogp
+    is_top = features["is_top"]
+    before = ragged.sum_before(dlogp)
+    weighted = (
+        dlogp,
+        tokens.logp * dlogp + tokens.dentropy,
+        probability * dlogp - features["dcollision"],
+        is_top * dlogp - features["dtop"],
+    )
+    innovations = (
+        dlogp,
+        tokens.logp + tokens.entropy,
+        probability - features["collision"],
+        is_top - features["top_probability"],
+    )
+    columns = [predictor * u[:, None] for u in weighted]
+    columns += [predictor * (m * before)[:, None] for m in innovations]
+    quantities = torch.cat(columns, dim=1)
+    total = quantities.new_zeros(len(ragged.lengths), quantities.shape[1])
+    return total.index_add_(0, ragged.sequence_of_token, quantities)
+
+
+def adjusted_slope(slope: Slope, zero_mean: Tensor, groups: Tensor) -> Slope:
+    """The slope with its control variates removed, contributions and errors included.
+
+    Args:
+        slope: a slope of any score and baseline.
+        zero_mean: Z_i of all sequences, [N, m].
+        groups: group of each sequence, [N].
+
+    Raises:
+        InputError: there are fewer than two groups.
+    """
+    num_groups = len(slope.influence)
+    total = zero_mean.new_zeros(num_groups, zero_mean.shape[1])
+    total.index_add_(0, groups, zero_mean)
+    coefficients = cross_fitted_slopes(total, slope.influence)
+    correction = (zero_mean * coefficients[folds_of(groups)]).sum(1)
+    by_group = group_totals(correction, groups, num_groups)
+    influence = slope.influence - by_group
+    rest = (correction.sum() - by_group) * slope.rescaled
+    without = slope.without - rest
+    return replace(
+        slope,
+        control_variates=True,
+        value=slope.value - float(correction.sum()),
+        terms=slope.terms | {"control_variates": -float(correction.sum())},
+        se=delta_method_error(influence),
+        se_jackknife=jackknife_error(without),
+        contributions=slope.contributions - correction,
+        influence=influence,
+        without=without,
+    )
+
+
+def cross_fitted_slopes(zero_mean: Tensor, influence: Tensor) -> Tensor:
+    """For each fold, coefficients of psi_g on Z_g fitted on the other folds, [f, m].
+
+    A ridge regression on standardised variates with a free constant.
+    """
+    fold = folds_of(torch.arange(len(influence)))
+    scale = zero_mean.square().mean(0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    standard = zero_mean / scale
+    num_variates = zero_mean.shape[1]
+    coefficients = []
+    for number in range(int(fold.max()) + 1):
+        rows, values = standard[fold != number], influence[fold != number]
+        rows, values = rows - rows.mean(0), values - values.mean()
+        gram = rows.T @ rows
+        penalty = num_variates * PENALTY_PER_VARIATE
+        gram.diagonal().add_(penalty)
+        coefficients.append(torch.linalg.solve(gram, rows.T @ values) / scale)
+    return torch.stack(coefficients)
+
+
+def adjusted_change(
+    change: EntropyChange, partner: Slope, best: Slope, learning_rate: float
+) -> tuple[float, float]:
+    """Delta H with the noise removed that a better slope shows its partner to have.
+
+    The difference of two slopes of the same expectation has mean zero; eta times it is
+    the first-order part of the noise of Delta H.
+
+    Args:
+        change: Delta H.
+        partner: the slope that is exactly its derivative.
+        best: a slope of the same expectation and less variance.
+        learning_rate: eta.
+
+    Returns:
+        The adjusted Delta H and its standard error.
+    """
+    value = change.value - learning_rate * (partner.value - best.value)
+    influence = change.influence - learning_rate * (partner.influence - best.influence)
+    return value, delta_method_error(influence)

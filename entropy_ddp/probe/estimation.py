@@ -1,0 +1,194 @@
+"""From the passes' token arrays to every estimate: what ranks exchange, and when.
+
+Each rank reduces its own tokens to sums per sequence; the tables of sums are gathered, and
+every rank computes the same estimates from them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.config import Integrand
+from entropy_ddp.distributed import World
+from entropy_ddp.estimators.baselines import (
+    cross_fitted_coefficients,
+    fold_moments,
+    folds_of,
+    future_targets,
+    leave_one_group_out_prediction,
+    position_totals,
+    predictors,
+    ridge_prediction,
+)
+from entropy_ddp.estimators.control_variates import adjusted_slope, zero_mean_sums
+from entropy_ddp.estimators.entropy import (
+    EntropyChange,
+    PrefixSums,
+    Ratio,
+    all_entropy_changes,
+    as_ratio,
+    integrand_tokens,
+    per_decision_ratio,
+    prefix_log_weights,
+    prefix_sums,
+)
+from entropy_ddp.estimators.linear import (
+    Baseline,
+    Score,
+    Slope,
+    TokenDerivatives,
+    applicable_estimators,
+    sequence_terms,
+    slope_from_terms,
+    slope_weights,
+)
+from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.probe.phases import SequenceSums, gather_sums
+from entropy_ddp.probe.session import Session
+from entropy_ddp.rollouts.batch import Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyEstimates:
+    """Truth and prediction on E, from all ranks.
+
+    Attributes:
+        original: entropy estimator at theta.
+        before, after: sums of E's sequences at theta and theta_after.
+        log_weights: log w_i, [N].
+        changes: Delta H by mode of importance weights.
+        slopes: the slope by (score, baseline, control variates).
+    """
+
+    original: Ratio
+    before: SequenceSums
+    after: SequenceSums
+    log_weights: Tensor
+    changes: dict[str, EntropyChange]
+    slopes: dict[tuple[Score, Baseline, bool], Slope]
+
+
+def estimate(
+    session: Session, base: TokenScores, stepped: TokenScores
+) -> EntropyEstimates:
+    """Every estimator of section "Truth" and "First order" from two scoring passes."""
+    world, batch = session.world, session.batches["E"]
+    objective, shard = session.config.objective, session.shard(batch)
+    logp, entropy, logp_after, entropy_after = gather_sums(
+        world, shard, base.logp, base.entropy, stepped.logp, stepped.entropy
+    )
+    original, unweighted_after = (
+        as_ratio(
+            objective.normalize,
+            integrand_tokens(objective.integrand, sequence_logp, sequence_entropy),
+            batch.lengths,
+        )
+        for sequence_logp, sequence_entropy in (
+            (logp, entropy),
+            (logp_after, entropy_after),
+        )
+    )
+    log_weights = logp_after - logp
+    return EntropyEstimates(
+        original=original,
+        before=SequenceSums(logp=logp, entropy=entropy),
+        after=SequenceSums(logp=logp_after, entropy=entropy_after),
+        log_weights=log_weights,
+        changes=all_entropy_changes(
+            original,
+            unweighted_after,
+            log_weights,
+            session.config.truth.clip_c,
+            _per_decision(session, shard, base, stepped),
+            batch.groups,
+        ),
+        slopes=_slopes(session, shard, base, original),
+    )
+
+
+def _per_decision(
+    session: Session, shard: Shard, base: TokenScores, stepped: TokenScores
+) -> Ratio | None:
+    """The per-decision estimator at theta_after; None where it is not defined."""
+    objective = session.config.objective
+    if objective.integrand != "rb" or objective.normalize == "per_sequence_token_mean":
+        return None
+    weights = prefix_log_weights(shard.ragged, stepped.logp - base.logp)
+    largest = float(weights.max()) if len(weights) else -torch.inf
+    shift = session.world.max(largest)
+    sums = prefix_sums(shard.ragged, weights, stepped.entropy, shift)
+    rows = torch.stack([sums.entropy, sums.steps], dim=1)
+    gathered = session.world.gather_rows(rows, shard.positions, len(shard.batch))
+    entropy, steps = gathered.unbind(1)
+    return per_decision_ratio(
+        objective.normalize, PrefixSums(entropy=entropy, steps=steps), shift
+    )
+
+
+def _slopes(
+    session: Session, shard: Shard, base: TokenScores, original: Ratio
+) -> dict[tuple[Score, Baseline, bool], Slope]:
+    """The slope by every estimator that applies, from one gather."""
+    objective, ragged = session.config.objective, shard.ragged
+    tokens = derivatives_of(base)
+    known = predictors(base.entropy, base.features, ragged)
+    estimators = applicable_estimators(objective.normalize)
+    predictions = baseline_predictions(session.world, shard, base, objective.integrand)
+    columns = []
+    for score, baseline in estimators:
+        kind = (objective.integrand, objective.normalize, score, baseline)
+        weights = slope_weights(
+            tokens, ragged, original.value, kind, predictions.get(baseline)
+        )
+        columns.append(sequence_terms(tokens, ragged, weights, objective.integrand))
+    width = columns[0].shape[1]
+    columns.append(zero_mean_sums(tokens, base.features, known, ragged))
+    rows = session.world.gather_rows(
+        torch.cat(columns, dim=1), shard.positions, len(shard.batch)
+    )
+    terms, zero_mean = rows.tensor_split([width * len(estimators)], dim=1)
+    groups = shard.batch.groups
+    slopes = {}
+    for estimator, piece in zip(estimators, terms.split(width, dim=1)):
+        slope = slope_from_terms(piece, original, groups, estimator)
+        slopes[*estimator, False] = slope
+        slopes[*estimator, True] = adjusted_slope(slope, zero_mean, groups)
+    return slopes
+
+
+def baseline_predictions(
+    world: World, shard: Shard, base: TokenScores, integrand: Integrand
+) -> dict[Baseline, Tensor]:
+    """Predictions of what follows each token, [t, 2], by baseline; two collectives."""
+    ragged, batch = shard.ragged, shard.batch
+    values = integrand_tokens(integrand, base.logp, base.entropy)
+    target = future_targets(values, ragged)
+    known = torch.cat(
+        [
+            predictors(base.entropy, base.features, ragged),
+            base.features["hidden"].double(),
+        ],
+        dim=1,
+    )
+    group = ragged.spread(batch.groups[shard.positions])
+    fold = folds_of(group)
+    moments = fold_moments(known, target, base.dlogp.square(), fold)
+    coefficients = cross_fitted_coefficients(world.sum(moments, "scalars"))
+    totals = position_totals(target, ragged.position, int(batch.lengths.max()))
+    world.sum(totals, "scalars")
+    return {
+        "ridge": ridge_prediction(known, coefficients, fold),
+        "loo": leave_one_group_out_prediction(target, ragged.position, group, totals),
+    }
+
+
+def derivatives_of(scores: TokenScores) -> TokenDerivatives:
+    """An order-1 score as the estimators take it."""
+    assert scores.dlogp is not None and scores.dentropy is not None
+    return TokenDerivatives(
+        logp=scores.logp,
+        entropy=scores.entropy,
+        dlogp=scores.dlogp,
+        dentropy=scores.dentropy,
+    )

@@ -1,0 +1,214 @@
+"""The process group: one path for any number of ranks, every collective counted."""
+
+import json
+import re
+from typing import Any
+
+import launching
+import pytest
+import torch
+
+from entropy_ddp.distributed import (
+    LAUNCHER_VARIABLES,
+    World,
+    process_group,
+    single_process_warning,
+)
+from entropy_ddp.errors import InputError
+
+RANKS = """
+import json, sys, time
+import torch
+from pathlib import Path
+from entropy_ddp.distributed import process_group
+
+shares = json.loads(sys.argv[2])
+with process_group() as world:
+    mine = shares[world.rank]
+    rows = torch.tensor([[float(i), -2.0 * i] for i in mine], dtype=torch.float64)
+    found = {
+        "rank": world.rank,
+        "size": world.world_size,
+        "main": world.is_main,
+        "sum": world.sum(torch.full((3,), 10.0**world.rank), "buffers").tolist(),
+        "max": world.max(-float(world.rank) - 0.5),
+        "rows": world.gather_rows(
+            rows.reshape(-1, 2), torch.tensor(mine, dtype=torch.int64), 7
+        ).tolist(),
+        "objects": world.gather_objects({"rank": world.rank, "share": mine}),
+        "collectives": world.collectives,
+    }
+    linear = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(linear.weight, float(world.rank))
+    wrapped = world.wrap(linear)
+    with wrapped.no_sync():
+        for _ in mine:
+            wrapped(torch.ones(1, 2)).sum().backward()
+    found["weight"] = linear.weight.detach().tolist()
+    found["gradient"] = [] if linear.weight.grad is None else linear.weight.grad.tolist()
+    found["first to fail"] = world.claim_failure("the same message")
+    Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_without_a_launcher_every_function_works_on_the_local_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """World size 1 takes the same path, and counts its collectives too."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    rows = torch.arange(6, dtype=torch.float64).reshape(3, 2)
+    module = torch.nn.Linear(2, 2)
+    with process_group() as world:
+        assert (world.rank, world.world_size, world.is_main) == (0, 1, True)
+        assert world.sum(torch.ones(4), "parameter buffers").tolist() == [1.0] * 4
+        assert world.max(-3.0) == -3.0
+        gathered = world.gather_rows(rows, torch.tensor([2, 0, 1]), 3)
+        assert gathered.tolist() == [[2.0, 3.0], [4.0, 5.0], [0.0, 1.0]]
+        assert world.gather_objects("mine") == ["mine"]
+        assert world.wrap(module) is module
+        assert world.claim_failure("anything")
+        assert world.collectives == {
+            "parameter buffers": (1, 16),
+            "scalars": (2, 8 + 48),
+            "objects": (1, 0),
+        }
+    assert not torch.distributed.is_initialized()
+
+
+SHARES: list[list[int]] = [[4, 0, 6], [], [2, 3, 5, 1]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of three gloo processes found; one of them has no rows."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = launching.python("-c", RANKS, folder, json.dumps(SHARES))
+    for finished in launching.run_ranks(len(SHARES), command):
+        finished.require_success()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
+
+
+def test_sums_and_gathers_are_the_same_on_every_rank(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """Uneven and empty shares need no padding; objects come in the order of ranks."""
+    for rank, own in enumerate(ranks):
+        assert (own["rank"], own["size"], own["main"]) == (rank, 3, rank == 0)
+        assert own["sum"] == [111.0] * 3
+        assert own["max"] == -0.5
+        assert own["rows"] == [[float(i), -2.0 * i] for i in range(7)]
+        assert own["objects"] == [
+            {"rank": i, "share": share} for i, share in enumerate(SHARES)
+        ]
+
+
+def test_collectives_and_their_bytes_are_counted(ranks: list[dict[str, Any]]) -> None:
+    """One entry for each purpose, the same on every rank."""
+    expected = {
+        "buffers": [1, 12],
+        "scalars": [2, 8 + 7 * 16],
+        "objects": [1, 0],
+    }
+    assert all(own["collectives"] == expected for own in ranks)
+
+
+def test_one_rank_only_is_the_first_to_fail(ranks: list[dict[str, Any]]) -> None:
+    """Ranks that fail at the same time with the same message print it once."""
+    assert sum(own["first to fail"] for own in ranks) == 1
+
+
+def test_a_wrapped_module_keeps_its_own_parameters(ranks: list[dict[str, Any]]) -> None:
+    """Wrapping does not broadcast: that ranks hold the same weights is checked."""
+    assert [own["weight"] for own in ranks] == [[[r, r]] for r in (0.0, 1.0, 2.0)]
+
+
+def test_ranks_run_different_numbers_of_backward_passes(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """Under `no_sync` a rank without microbatches keeps no other rank waiting."""
+    assert [own["gradient"] for own in ranks] == [[[3.0, 3.0]], [], [[4.0, 4.0]]]
+
+
+@pytest.mark.parametrize(
+    "present",
+    [
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+    ],
+)
+def test_half_a_launcher_s_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, present: dict[str, str]
+) -> None:
+    """No silent fall-back to one process: what is missing is named."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in present.items():
+        monkeypatch.setenv(name, value)
+    missing = ", ".join(n for n in LAUNCHER_VARIABLES if n not in present)
+    message = f"has {', '.join(present)} but not {missing}: start with torchrun"
+    with pytest.raises(InputError, match=re.escape(message)), process_group():
+        pass
+
+
+@pytest.mark.parametrize(
+    "present",
+    [
+        {"MASTER_ADDR": "localhost"},
+        {"MASTER_PORT": "29500"},
+        {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+    ],
+)
+def test_an_address_alone_starts_no_group(
+    monkeypatch: pytest.MonkeyPatch, present: dict[str, str]
+) -> None:
+    """Shells export the address; only RANK and WORLD_SIZE mean a launcher."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in present.items():
+        monkeypatch.setenv(name, value)
+    with process_group() as world:
+        assert (world.world_size, world.store) == (1, None)
+
+
+ACCELERATE_ALONE = {
+    "ACCELERATE_USE_CPU": "true",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "warns"),
+    [
+        ({}, False),
+        ({"MASTER_ADDR": "localhost"}, False),
+        ({"WORLD_SIZE": "2", "SLURM_NTASKS": "2"}, False),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        (ACCELERATE_ALONE, True),
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_running_alone_when_several_were_asked_for_is_said(
+    environment: dict[str, str], warns: bool
+) -> None:
+    """A launcher that sets no WORLD_SIZE runs copies that know nothing of each other."""
+    warning = single_process_warning(environment)
+    assert (warning is not None) == warns
+    if warning is not None:
+        assert "this process runs alone; start with torchrun" in warning
+
+
+def test_a_rank_whose_store_is_gone_stays_silent() -> None:
+    """The store lives on rank 0; if that has failed, it has said so itself."""
+
+    class GoneStore:
+        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+            raise RuntimeError("Connection was likely closed")
+
+    world = World(rank=1, world_size=2, store=GoneStore())
+    assert not world.claim_failure("collective failed")

@@ -1,0 +1,135 @@
+"""Imports point down only, and a few libraries are imported in one place only."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import entropy_ddp
+
+PACKAGE = Path(entropy_ddp.__file__).parent
+# From the bottom up: a room may import from the rooms before it, and from itself.
+ROOMS = (
+    "__init__",
+    "errors",
+    "atomic",
+    "config",
+    "distributed",
+    "rollouts",
+    "policy",
+    "update",
+    "estimators",
+    "results",
+    "audit",
+    "report",
+    "probe",
+    "demo",
+    "cli",
+    "__main__",
+)
+# Module prefixes and the only rooms that may import them.
+RESERVED = {
+    "torch.distributed": {"distributed"},
+    "torch.nn.parallel": {"distributed"},
+    "click": {"cli"},
+    "rich": {"cli", "report"},
+    "pydantic": {"config"},
+    "yaml": {"config"},
+}
+HEAVY = {"torch", "numpy", "transformers", "peft", "accelerate", "trl", "safetensors"}
+# What runs before a command does; help and usage errors need no more.
+LIGHT_FILES = ("__init__.py", "__main__.py", "errors.py", "atomic.py", "config.py")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Full names of everything imported anywhere in a file, with line numbers.
+
+    `from a import b` yields a and a.b, as b may be a module.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            assert node.module is not None
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{a.name}", node.lineno) for a in node.names)
+
+
+def room_of(path: Path) -> str:
+    """The room that a file lies in: the folder or the module below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def rooms_imported(path: Path) -> Iterator[tuple[str, int]]:
+    """The rooms that a file imports from, with line numbers."""
+    for name, line in imported_modules(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "entropy_ddp":
+            room = parts[1] if len(parts) > 1 else "__init__"
+            yield room if room in ROOMS else "__init__", line
+
+
+def is_within(name: str, prefix: str) -> bool:
+    """Whether a module is the named one or lies below it."""
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_nothing_above_it(path: Path) -> None:
+    """Dependencies point down; imports inside functions and for types count too."""
+    room = room_of(path)
+    assert room in ROOMS, f"{room} has no place in the order of the rooms"
+    above = [
+        f"{path}:{line}: {room} imports {other}"
+        for other, line in rooms_imported(path)
+        if ROOMS.index(other) > ROOMS.index(room)
+    ]
+    assert not above
+
+
+@pytest.mark.parametrize("prefix", RESERVED)
+def test_a_reserved_library_is_imported_in_its_rooms_only(prefix: str) -> None:
+    """The process group, the command line and the tables each have one owner."""
+    elsewhere = [
+        f"{path}:{line}"
+        for path in FILES
+        if room_of(path) not in RESERVED[prefix]
+        for name, line in imported_modules(ast.parse(path.read_text()))
+        if is_within(name, prefix)
+    ]
+    assert not elsewhere
+
+
+def test_the_process_group_is_reached_by_import_only() -> None:
+    """No file goes around the rule by writing torch.distributed.all_reduce."""
+    reached = [
+        f"{path}:{node.lineno}"
+        for path in FILES
+        if room_of(path) != "distributed"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "distributed"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    ]
+    assert not reached
+
+
+@pytest.mark.parametrize("name", [*LIGHT_FILES, "cli.py"])
+def test_what_runs_before_a_command_imports_no_heavy_library(name: str) -> None:
+    """At the top of these files; inside functions they may."""
+    tree = ast.parse((PACKAGE / name).read_text())
+    top = ast.Module([n for n in tree.body if not is_for_types(n)], type_ignores=[])
+    for node in ast.walk(top):
+        if isinstance(node, ast.FunctionDef):
+            node.body = []
+    heavy = {n.split(".")[0] for n, _ in imported_modules(top)} & HEAVY
+    assert not heavy
+
+
+def is_for_types(node: ast.stmt) -> bool:
+    """Whether a statement is `if TYPE_CHECKING:`."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
