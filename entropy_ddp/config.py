@@ -193,6 +193,12 @@ class Linear(Section):
         return self
 
 
+class Curvature(Section):
+    """The second derivative along the step: two more passes over E."""
+
+    enabled: bool = True
+
+
 class Precision(Section):
     """Floating-point types.
 
@@ -237,10 +243,33 @@ class Config(Section):
     update: Update = Update()
     truth: Truth = Truth()
     linear: Linear = Linear()
+    curvature: Curvature = Curvature()
     precision: Precision = Precision()
     compute: Compute = Compute()
     seed: int = Field(default=0, ge=0)
     out: str | None = None
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> "Config":
+        evaluation, update = self.batches.E.sample, self.batches.U.sample
+        if evaluation is not None and evaluation.redraw_zero_advantage:
+            raise ValueError(
+                "batches.E.sample.redraw_zero_advantage: E must be a plain sample of "
+                "the policy; redraw in U only"
+            )
+        if update is not None and self.update.loss != "nll":
+            if update.reward is None:
+                raise ValueError(
+                    f"batches.U.sample.reward: the loss `{self.update.loss}` needs one, "
+                    "as module:function"
+                )
+            single = update.responses_per_prompt == 1
+            if single and self.batches.advantage == "standardized":
+                raise ValueError(
+                    "batches.U.sample.responses_per_prompt: `standardized` advantages "
+                    "need at least 2"
+                )
+        return self
 
     @model_validator(mode="after")
     def _estimators_exist(self) -> "Config":

@@ -46,6 +46,7 @@ NUM_PROMPTS = 500
 SUPERVISED_BATCH_SIZE = 80
 PROMPTS_PER_STEP = 16
 RESPONSES_PER_PROMPT = 8
+PROJECTIONS = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
 IGNORED_LABEL = -100
 
 
@@ -157,9 +158,6 @@ def _check_possible(folder: Path) -> None:
             f"{folder}: expected a new or an empty folder for the demo, found one in "
             "use; remove it, or choose another"
         )
-
-
-# The task
 
 
 def _draw_terms(stream: random.Random) -> list[int]:
@@ -336,15 +334,12 @@ def _train_policy(
         args=_grpo_config(base.parent, seed=seed, steps=steps),
         train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear"
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=PROJECTIONS
         ),
         callbacks=[_progress_callback(on_step)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-
-
-# What the libraries leave behind
 
 
 @contextmanager

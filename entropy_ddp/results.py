@@ -140,6 +140,23 @@ class LinearResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurvatureResult:
+    """The second order.
+
+    Attributes:
+        second_derivative: H'' along the step, per squared unit of learning rate.
+        se: its jackknife standard error.
+        delta_h2: eta slope + eta^2 H'' / 2.
+        eta_star: |2 slope / H''|, the edge of the linear regime; absent if H'' is 0.
+    """
+
+    second_derivative: float
+    se: float
+    delta_h2: float
+    eta_star: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditRow:
     """One check.
 
@@ -171,6 +188,7 @@ class Results:
     truth_all: list[dict[str, Any]]
     linear: LinearResult
     linear_all: list[dict[str, Any]]
+    curvature: CurvatureResult | None = None
     audit: list[AuditRow]
     schema_version: int = SCHEMA_VERSION
 

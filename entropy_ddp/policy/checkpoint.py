@@ -64,6 +64,14 @@ class Policy:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
+    def end_ids(self) -> set[int]:
+        """Token ids that end a response: the tokenizer's and the model's own."""
+        declared = self.model.generation_config.eos_token_id
+        ids = {declared} if isinstance(declared, int) else set(declared or ())
+        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        return ids if own is None else ids | {own}
+
+    @property
     def max_positions(self) -> int | None:
         """Longest sequence the model's positions allow; None if unlimited."""
         return getattr(self.model.config, "max_position_embeddings", None)

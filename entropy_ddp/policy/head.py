@@ -19,7 +19,6 @@ Shape legend: m tokens of one chunk, V vocabulary.
 import torch
 from torch import Tensor
 
-
 # Token arrays that `score` returns at order 1 beside the derivatives.
 FEATURES = (
     "top_probability",

@@ -302,9 +302,30 @@ def _batch_rows(session: Session) -> list[AuditRow]:
                 fatal=False,
             ),
         ]
+        rows += _ending_rows(session, batch)
         if split in session.num_redraws:
             rows.append(audit.fact(f"{split} redraws", session.num_redraws[split]))
     return rows
+
+
+def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
+    """Whether finished responses still have the token that ended them."""
+    end_ids = session.policy.end_ids
+    finished = [s for s in batch.sequences if s.finished and s.num_tokens]
+    if not finished or not end_ids:
+        return []
+    ended = sum(int(s.response_ids[-1]) in end_ids for s in finished)
+    return [
+        audit.check(
+            f"{batch.split} finished responses that end in an end token",
+            ended / len(finished),
+            "1",
+            ended == len(finished),
+            "the end-of-sequence token was stripped from the file; its log-probability "
+            "and entropy belong to the response",
+            fatal=False,
+        )
+    ]
 
 
 def _moment_rows(session: Session) -> list[AuditRow]:

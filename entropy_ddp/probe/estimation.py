@@ -22,6 +22,7 @@ from entropy_ddp.estimators.baselines import (
     ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import adjusted_slope, zero_mean_sums
+from entropy_ddp.estimators.curvature import Curvature, SecondOrder, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
     PrefixSums,
@@ -192,3 +193,31 @@ def derivatives_of(scores: TokenScores) -> TokenDerivatives:
         dlogp=scores.dlogp,
         dentropy=scores.dentropy,
     )
+
+
+def estimate_curvature(
+    session: Session,
+    estimates: EntropyEstimates,
+    base: TokenScores,
+    second: tuple[Tensor, Tensor],
+) -> Curvature:
+    """H'' along the step from the base pass and the second derivatives of l_i and H_i."""
+    objective, batch = session.config.objective, session.batches["E"]
+    shard = session.shard(batch)
+    assert base.dlogp is not None and base.dentropy is not None
+    first = gather_sums(session.world, shard, base.dlogp, base.dentropy)
+    numerators = [
+        as_ratio(
+            objective.normalize,
+            integrand_tokens(objective.integrand, logp, entropy),
+            batch.lengths,
+        ).numerator
+        for logp, entropy in (first, second)
+    ]
+    derivatives = SecondOrder(
+        dlogp=first[0],
+        d2logp=second[0],
+        dnumerator=numerators[0],
+        d2numerator=numerators[1],
+    )
+    return curvature(derivatives, estimates.original, batch.groups)

@@ -20,6 +20,7 @@ from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.rollouts.files import read_batch
 from entropy_ddp.rollouts.prompts import read_prompts
+from entropy_ddp.rollouts.rewards import load_reward
 
 
 def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, Any]:
@@ -78,6 +79,8 @@ def _read_batches(session: Session) -> dict[str, Any]:
         if source.file is None:
             assert source.sample is not None
             prompts = read_prompts(Path(source.sample.prompts))
+            if source.sample.reward is not None:
+                load_reward(source.sample.reward)
             found[split] = {
                 "sampled from": source.sample.prompts,
                 "prompts": len(prompts),

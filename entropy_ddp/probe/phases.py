@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import fingerprint
+from entropy_ddp.policy.parameters import fingerprint, global_norm, preserved
 from entropy_ddp.policy.scoring import TokenScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
@@ -68,12 +69,16 @@ class SteppedScores:
     hashes: tuple[str, str, str]
 
 
+def snapshot_device(compute: Compute) -> torch.device | None:
+    """Where copies of moved tensors are kept; None for each tensor's own device."""
+    return torch.device("cpu") if compute.snapshot_device == "cpu" else None
+
+
 def score_after_step(session: Session, gradient: Tensor) -> SteppedScores:
     """Take the step, score E at theta_after, undo the step."""
     shard = session.shard(session.batches["E"])
     parameters = session.policy.parameters
-    compute = session.config.compute
-    cpu = torch.device("cpu") if compute.snapshot_device == "cpu" else None
+    device = snapshot_device(session.config.compute)
 
     def state_hash() -> str:
         state = optimizer_tensors(session.optimizer)
@@ -82,7 +87,7 @@ def score_after_step(session: Session, gradient: Tensor) -> SteppedScores:
     before = state_hash()
     with session.phase("truth: E after the step", shard.ragged.num_tokens):
         with one_step(
-            session.optimizer, parameters, gradient, session.config.update, cpu
+            session.optimizer, parameters, gradient, session.config.update, device
         ) as step:
             stepped = fingerprint(parameters.items())
             scores = session.passes.score(shard)
@@ -96,3 +101,37 @@ def score_along_step(session: Session, step: Step) -> TokenScores:
     direction = session.passes.layout.views(step.direction)
     with session.phase("slope: E along the step", shard.ragged.num_tokens):
         return session.passes.score(shard, direction)
+
+
+# Euclidean length of the parameter change between the two passes of a second derivative:
+# where rounding (which the step divides) and the next orders (which it multiplies) are
+# both below the tolerances of the estimator.
+CURVATURE_STEP = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 1e-1}
+
+
+def score_twice_along_step(session: Session, step: Step) -> tuple[Tensor, Tensor]:
+    """Second derivatives of l_i and H_i along v of every sequence of E, [N] each.
+
+    A central difference of two passes with first derivatives: nested forward mode costs
+    more than twice as much, and is wrong through layer normalisation.
+    """
+    shard = session.shard(session.batches["E"])
+    passes, direction = session.passes, step.direction
+    views = passes.layout.views(direction)
+    size = CURVATURE_STEP[session.policy.dtype] / global_norm(direction)
+    parameters = passes.parameters
+    compute = session.config.compute
+    sums = []
+    with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
+        for sign in (size, -size):
+            with preserved(parameters.values(), snapshot_device(compute)):
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        parameter.add_(views[name].to(parameter), alpha=sign)
+                scores = passes.score(shard, views)
+            sums.append(
+                gather_sums(session.world, shard, scores.dlogp, scores.dentropy)
+            )
+    forward, backward = sums
+    logp, entropy = ((f - b) / (2 * size) for f, b in zip(forward, backward))
+    return logp, entropy

@@ -11,8 +11,9 @@ from entropy_ddp import __version__
 from entropy_ddp.audit import worst_verdict
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.control_variates import adjusted_change
+from entropy_ddp.estimators.curvature import Curvature
+from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import Baseline, Score, Slope
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.probe.diagnosis import (
@@ -21,16 +22,22 @@ from entropy_ddp.probe.diagnosis import (
     check_duality,
     measure_noise_floor,
 )
-from entropy_ddp.probe.estimation import EntropyEstimates, estimate
+from entropy_ddp.probe.estimation import (
+    EntropyEstimates,
+    estimate,
+    estimate_curvature,
+)
 from entropy_ddp.probe.phases import (
     SequenceSums,
     loss_gradient,
     score_after_step,
     score_along_step,
+    score_twice_along_step,
 )
 from entropy_ddp.probe.session import Progress, Session, open_session
 from entropy_ddp.results import (
     BatchFacts,
+    CurvatureResult,
     LinearResult,
     Probed,
     Results,
@@ -67,6 +74,10 @@ def run_probe(
     stepped = score_after_step(session, gradient)
     base = score_along_step(session, stepped.step)
     estimates = estimate(session, base, stepped.scores)
+    curvature = None
+    if config.curvature.enabled:
+        second = score_twice_along_step(session, stepped.step)
+        curvature = estimate_curvature(session, estimates, base, second)
     duality = check_duality(
         session, base, estimates.original.value, stepped.step.direction
     )
@@ -88,6 +99,7 @@ def run_probe(
         truth_all=_truth_all(estimates, stepped.step),
         linear=_linear_result(session, estimates, stepped.step, duality),
         linear_all=_linear_all(estimates),
+        curvature=_curvature_result(session, estimates, stepped.step, curvature),
         audit=rows,
     )
     layout, delta = session.passes.layout, stepped.step.delta
@@ -211,6 +223,23 @@ def _linear_result(
         terms=slope.terms,
         duality_gap=duality.gap,
         difference_se=delta_method_error(paired),
+    )
+
+
+def _curvature_result(
+    session: Session,
+    estimates: EntropyEstimates,
+    step: Step,
+    curvature: Curvature | None,
+) -> CurvatureResult | None:
+    if curvature is None:
+        return None
+    slope, eta = _headline_slope(session, estimates).value, step.learning_rate
+    return CurvatureResult(
+        second_derivative=curvature.value,
+        se=curvature.se,
+        delta_h2=eta * slope + eta**2 * curvature.value / 2,
+        eta_star=abs(2 * slope / curvature.value) if curvature.value else None,
     )
 
 

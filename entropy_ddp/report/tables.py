@@ -103,26 +103,46 @@ def _answer(results: Results) -> Table:
 def _estimators(results: Results) -> Table:
     """Every estimator of the same two numbers, with its error."""
     eta = results.update.learning_rate_used
-    table = _table("All estimators of this run", "estimator", "ΔH", "SE", "ESS / N")
+    table = _table(
+        "All estimators of this run",
+        "estimator",
+        "ΔH",
+        "SE",
+        "sequences needed",
+        "ESS / N",
+        caption=(
+            "* the configured one, shown above; cv: control variates removed; sequences "
+            "needed for the\nerror of the first row of each kind: SE ratio squared"
+        ),
+    )
     for row in results.truth_all:
         mark = " *" if row["is_mode"] == results.truth.is_mode else ""
-        table.add_row(
-            f"true, {row['is_mode']}{mark}",
-            number(row["delta_h_true"], 11),
-            number(row["se"], 3),
-            f"{row['ess_fraction']:.4f}",
-        )
-    headline = (results.linear.score, results.linear.baseline)
+        ess = f"{row['ess_fraction']:.4f}"
+        first = results.truth_all[0]["se"]
+        name = f"true, {row['is_mode']}"
+        _estimator_row(table, name + mark, (row["delta_h_true"], row["se"], first), ess)
+        if "se_adjusted" in row:
+            values = (row["delta_h_true_adjusted"], row["se_adjusted"], first)
+            _estimator_row(table, f"{name}, adjusted", values, ess)
+    table.add_section()
     for row in results.linear_all:
-        mark = " *" if (row["score"], row["baseline"]) == headline else ""
-        table.add_row(
-            f"first order, {row['score']}, baseline {row['baseline']}{mark}",
-            number(eta * row["slope"], 11),
-            number(abs(eta) * row["se"], 3),
-            "",
-        )
-    table.caption = "* the configured one, shown above"
+        name = f"first order, {row['score']}"
+        if row["score"] == "to_go":
+            name += f", {row['baseline']}"
+        name += ", cv" if row["control_variates"] else ""
+        mark = " *" if row["slope"] == results.linear.slope else ""
+        first = results.linear_all[0]["se"]
+        values = (eta * row["slope"], eta * row["se"], eta * first)
+        _estimator_row(table, name + mark, values, "")
     return table
+
+
+def _estimator_row(
+    table: Table, name: str, values: tuple[float, float, float], ess: str
+) -> None:
+    estimate, error, first = values
+    share = f"{(error / first) ** 2:.0%}" if first else "-"
+    table.add_row(name, number(estimate, 11), number(error, 3), share, ess)
 
 
 def _step(results: Results) -> Table:
@@ -142,6 +162,14 @@ def _step(results: Results) -> Table:
         "SE of the slope, delta method": linear.se,
         "SE of the slope, jackknife": linear.se_jackknife,
     }
+    if results.curvature is not None:
+        rows |= {
+            "second derivative H''": results.curvature.second_derivative,
+            "SE of H'', jackknife": results.curvature.se,
+            "ΔH second order": results.curvature.delta_h2,
+        }
+        if results.curvature.eta_star is not None:
+            rows["eta*, edge of the linear regime"] = results.curvature.eta_star
     for name, value in rows.items():
         table.add_row(name, number(value, 11))
     largest = update.top_parameters[0]

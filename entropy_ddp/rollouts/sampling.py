@@ -55,7 +55,8 @@ class SamplingSettings:
         reward: `module:function` of the reward, or None for rollouts without rewards.
         batch_size: sequences per call of the model; changes no result.
         redraw_zero_advantage: how often at most a group whose rewards are all equal is
-            sampled again; the last attempt is kept whatever its rewards.
+            sampled again; the last attempt is kept whatever its rewards. 0 for E,
+            which must be a plain sample of the policy.
         seed: seed of everything drawn.
         split: "E" or "U"; the two draw from independent streams.
     """
@@ -85,6 +86,12 @@ class SamplingSettings:
         redraws = self.redraw_zero_advantage
         _check_setting("redraw_zero_advantage", redraws >= 0, "at least 0", self)
         _check_setting("split", self.split in ("E", "U"), "E or U", self)
+        if redraws > 0 and self.split == "E":
+            raise InputError(
+                f"redraw_zero_advantage: expected 0 for E, found {redraws}; E must be a "
+                "plain sample of the policy, as its importance weights assume: redraw "
+                "in U only"
+            )
         if redraws > 0 and (self.reward is None or self.responses_per_prompt < 2):
             raise InputError(
                 "redraw_zero_advantage: expected a reward and responses_per_prompt of "

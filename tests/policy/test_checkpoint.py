@@ -15,6 +15,7 @@ from checkpoints import TARGETS, Saved, save_checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
@@ -241,7 +242,6 @@ ADAPTER_CONFIGS = [
     ({"use_dora": True}, "lora_magnitude_vector is missing from the adapter file"),
     ({"peft_type": "IA3"}, "expected peft_type LORA, found IA3"),
     ({"peft_type": None}, "expected peft_type LORA, found None"),
-    ({"r": "two"}, "adapter_config.json|does not fit"),
 ]
 
 
@@ -280,12 +280,11 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, family: str) -> N
 def test_an_adapter_of_a_wider_base_is_refused(tmp_path: Path) -> None:
     """The same module names with other shapes: the first such tensor is named."""
     saved = save_checkpoint(tmp_path, "llama")
-    wide = reference.LlamaConfig(
-        **reference._llama_shape(15, "sdpa", tied=False) | {"hidden_size": 32}
-    )
-    reference._tiny(reference.LlamaForCausalLM, wide, 3).save_pretrained(tmp_path / "w")
+    wide = tmp_path / "wide"
+    config = LlamaConfig.from_pretrained(saved.base, hidden_size=32)
+    LlamaForCausalLM(config).save_pretrained(wide)
     with pytest.raises(InputError, match=r"layers\.0\.(mlp|self_attn)\..*lora_A"):
-        opened(path=str(saved.folder), base=str(tmp_path / "w"))
+        opened(path=str(saved.folder), base=str(wide))
 
 
 BASE_CONTENTS = [
@@ -308,8 +307,7 @@ def test_base_weights_of_other_content_are_refused(
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"model_type": "no-such-model"}, {"num_hidden_layers": 3}, {"hidden_size": "x"}],
+    "changes", [{"model_type": "no-such-model"}, {"num_hidden_layers": 3}]
 )
 def test_a_base_configuration_that_cannot_be_is_refused(
     tmp_path: Path, changes: dict[str, Any]
@@ -437,7 +435,8 @@ def test_model_code_in_the_checkpoint_is_never_run(
     code = f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n"
     (saved.base / "own.py").write_text(code + "class C: pass\nclass M: pass\n")
     asked: list[str] = []
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
     monkeypatch.setattr("builtins.input", lambda *p: asked.append(str(p)) or answer)
     with pytest.raises(InputError, match=r"base model .*: cannot be loaded"):
         opened(**saved.section)

@@ -477,6 +477,7 @@ def sample_with_redraws(make: Callable[..., SamplingSettings], redraws: int) -> 
             with_replacement=True,
             reward=f"{__name__}:ends_early",
             redraw_zero_advantage=redraws,
+            split="U",
         ),
         0,
         1,
@@ -574,9 +575,18 @@ def test_a_lora_model_is_sampled_from(
         ({"temperature": math.inf}, "temperature: expected a number above 0, found i"),
         ({"split": "V"}, "split: expected E or U, found 'V'"),
         ({"redraw_zero_advantage": -1}, "redraw_zero_advantage: expected at least 0"),
-        ({"redraw_zero_advantage": 1}, "expected a reward and .* found reward None"),
+        ({"redraw_zero_advantage": 1, "reward": "m:f"}, "expected 0 for E, found 1; E"),
         (
-            {"redraw_zero_advantage": 1, "reward": "m:f", "responses_per_prompt": 1},
+            {"redraw_zero_advantage": 1, "split": "U"},
+            "expected a reward and .* found reward None",
+        ),
+        (
+            {
+                "redraw_zero_advantage": 1,
+                "split": "U",
+                "reward": "m:f",
+                "responses_per_prompt": 1,
+            },
             "responses_per_prompt of at least 2, found reward 'm:f' and 1",
         ),
     ],

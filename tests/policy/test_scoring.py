@@ -1,0 +1,427 @@
+"""Do both passes give what one sequence at a time gives, without a block of all logits?"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pytest
+import reference as ref
+import torch
+from tiny_runs import as_batch, make_passes
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from entropy_ddp.errors import RunError
+from entropy_ddp.policy import scoring
+from entropy_ddp.policy.scoring import Passes, TokenScores
+from entropy_ddp.rollouts.batch import Batch, Shard
+
+RTOL = 1e-10  # the contract's bar for float64, of the largest value of its kind
+TEMPERATURE = 1.3
+HIDDEN = 16  # width of every tiny model
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gpt2-lora": lambda: ref.with_lora(
+        ref.tiny_gpt2(0, attention="sdpa"), 1, ["c_attn", "c_proj", "c_fc"]
+    ),
+    "gpt2-full-tied": lambda: ref.tiny_gpt2(0, attention="sdpa"),
+    "gpt2-full-eager": lambda: ref.tiny_gpt2(0),
+    "qwen2-lora": lambda: ref.with_lora(
+        ref.tiny_qwen2(0, attention="sdpa"), 1, ["q_proj", "v_proj", "down_proj"]
+    ),
+    "qwen2-lora-v": lambda: ref.with_lora(
+        ref.tiny_qwen2(0, attention="sdpa"), 1, ["v_proj"]
+    ),
+    "qwen2-full-tied": lambda: ref.tiny_qwen2(0, attention="sdpa"),
+    "llama-full": lambda: ref.tiny_llama(0, attention="sdpa"),
+    "llama-full-eager": lambda: ref.tiny_llama(0),
+    "llama-lora-output-layer": lambda: ref.with_lora(
+        ref.tiny_llama(0, attention="sdpa"), 1, ["lm_head", "k_proj"]
+    ),
+    "llama-lora-embedding": lambda: ref.with_lora(
+        ref.tiny_llama(0, attention="sdpa"), 1, ["embed_tokens", "up_proj"]
+    ),
+}
+
+
+@dataclass
+class Case:
+    """A model, a ragged batch and what the reference says of them."""
+
+    model: nn.Module
+
+    @cached_property
+    def rows(self) -> list[ref.Row]:
+        return ref.random_rows(
+            3,
+            responses=[1, 2, 3, 2],
+            vocabulary=self.model.config.vocab_size,
+            with_empty=True,
+        )
+
+    @cached_property
+    def batch(self) -> Batch:
+        return as_batch(self.rows, self.model.config.vocab_size)
+
+    @property
+    def shard(self) -> Shard:
+        return self.batch.shard(0, 1)
+
+    @cached_property
+    def direction(self) -> dict[str, Tensor]:
+        return ref.random_direction(self.model, seed=5)
+
+    @cached_property
+    def expected(self) -> dict[str, Tensor]:
+        """Flat token arrays by the name of the score."""
+        tokens = [
+            ref.token_derivatives(self.model, row, self.direction, TEMPERATURE)
+            for row in self.rows
+        ]
+        names = ("logp", "entropy", "dlogp", "dentropy")
+        return dict(zip(names, map(torch.cat, zip(*tokens)), strict=True))
+
+    def passes(self, **settings: Any) -> Passes:
+        given = {"temperature": TEMPERATURE, "tokens_per_microbatch": 16} | settings
+        return make_passes(self.model, **given)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(MODELS[request.param]())
+
+
+@pytest.fixture(scope="module")
+def qwen2() -> Case:
+    return Case(MODELS["qwen2-lora"]())
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=RTOL * scale)
+
+
+def token_weights(count: int) -> tuple[Tensor, Tensor]:
+    """Some a and b of each token, [t]."""
+    generator = torch.Generator().manual_seed(8)
+    a, b = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    return a, b
+
+
+def reference_gradient(case: Case) -> dict[str, Tensor]:
+    """Gradient of sum(a log p + b H) by autograd, row by row."""
+    parameters = ref.trainable(case.model)
+    a, b = token_weights(case.batch.num_tokens)
+    total, start = torch.zeros((), dtype=torch.float64), 0
+    for row in case.rows:
+        here = slice(start, start + len(row.response_ids))
+        logp, entropy = ref.token_scores(case.model, row, TEMPERATURE)
+        total = total + a[here] @ logp + b[here] @ entropy
+        start = here.stop
+    gradients = torch.autograd.grad(total, list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
+
+
+# Values
+
+
+def test_scores_are_those_of_the_reference(case: Case) -> None:
+    scores = case.passes().score(case.shard)
+    assert_close(scores.logp, case.expected["logp"])
+    assert_close(scores.entropy, case.expected["entropy"])
+    assert scores.dlogp is None
+    assert scores.dentropy is None
+
+
+def test_derivatives_are_those_of_the_reference(case: Case) -> None:
+    scores = case.passes().score(case.shard, case.direction)
+    for name, expected in case.expected.items():
+        values = getattr(scores, name)
+        assert values.dtype == torch.float64
+        assert not values.requires_grad
+        assert_close(values, expected)
+
+
+def test_gradient_is_that_of_the_reference(case: Case) -> None:
+    """Weights see each token once, with its own log p and H."""
+    passes, count = case.passes(), case.batch.num_tokens
+    a, b = token_weights(count)
+    seen = TokenScores.empty(count, 0)
+
+    def weights(place: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        assert seen.logp[place].isnan().all()
+        seen.fill(place, logp=logp, entropy=entropy)
+        return a[place], b[place]
+
+    flat, scores = passes.gradient(case.shard, weights, torch.float64)
+    gradient, expected = passes.layout.views(flat), reference_gradient(case)
+    assert gradient.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(value.abs().max()) > 0, name
+        assert_close(gradient[name], value)
+    for name in ("logp", "entropy"):
+        assert_close(getattr(scores, name), case.expected[name])
+        assert torch.equal(getattr(scores, name), getattr(seen, name))
+
+
+def test_forward_and_reverse_mode_agree(case: Case) -> None:
+    passes = case.passes()
+    a, b = token_weights(case.batch.num_tokens)
+    flat, _ = passes.gradient(
+        case.shard, lambda place, *_: (a[place], b[place]), torch.float64
+    )
+    scores = passes.score(case.shard, case.direction)
+    forward = float(a @ scores.dlogp + b @ scores.dentropy)
+    reverse = float(flat @ passes.layout.flatten(case.direction, torch.float64))
+    scale = float((a * scores.dlogp).abs().sum() + (b * scores.dentropy).abs().sum())
+    assert abs(forward - reverse) <= RTOL * scale
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_shards_hold_the_scores_of_their_own_sequences(
+    qwen2: Case, world_size: int
+) -> None:
+    """Each rank alone, one of them without sequences at 9 ranks for 4 groups."""
+    whole = qwen2.passes().score(qwen2.shard)
+    sizes = []
+    for rank in range(world_size):
+        shard = qwen2.batch.shard(rank, world_size)
+        scores = qwen2.passes().score(shard, qwen2.direction)
+        mine = torch.isin(qwen2.shard.ragged.sequence_of_token, shard.positions)
+        assert_close(scores.logp, whole.logp[mine]) if len(shard.positions) else None
+        sizes.append(len(scores.logp))
+    assert sum(sizes) == qwen2.batch.num_tokens
+    assert (0 in sizes) == (world_size == 9)
+
+
+def test_an_empty_shard_has_no_scores_and_no_gradient(qwen2: Case) -> None:
+    passes = qwen2.passes()
+    shard = qwen2.batch.shard(8, 9)
+    assert len(shard.positions) == 0
+    assert len(passes.score(shard, qwen2.direction).dlogp) == 0
+    flat, scores = passes.gradient(shard, never_called, torch.float64)
+    assert len(scores.logp) == 0
+    assert flat.shape == (passes.layout.numel,)
+    assert not flat.any()
+
+
+def never_called(*_: Tensor) -> tuple[Tensor, Tensor]:
+    raise AssertionError("there is no token to weigh")
+
+
+def test_pull_back_adds_to_gradients(qwen2: Case) -> None:
+    passes = qwen2.passes()
+    a, b = token_weights(qwen2.batch.num_tokens)
+    try:
+        for _ in range(2):
+            passes.pull_back(qwen2.shard, lambda place, *_: (a[place], b[place]))
+        for name, expected in reference_gradient(qwen2).items():
+            assert_close(passes.parameters[name].grad, 2 * expected)
+    finally:
+        qwen2.model.zero_grad()
+
+
+def test_gradients_are_cleared_after_success_and_failure(qwen2: Case) -> None:
+    passes = qwen2.passes(tokens_per_microbatch=1)
+    calls = []
+
+    def failing(place: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(place)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return torch.ones(len(place)), torch.ones(len(place))
+
+    with pytest.raises(KeyboardInterrupt):
+        passes.gradient(qwen2.shard, failing, torch.float64)
+    assert all(p.grad is None for p in qwen2.model.parameters())
+    passes.gradient(qwen2.shard, failing, torch.float64)
+    assert all(p.grad is None for p in qwen2.model.parameters())
+
+
+def test_microbatches_are_counted_and_reported(qwen2: Case) -> None:
+    reported: list[int] = []
+    passes = qwen2.passes(tokens_per_microbatch=1)
+    passes.advance = reported.append
+    sequences = sum(len(row.response_ids) > 0 for row in qwen2.rows)
+    assert passes.score(qwen2.shard).num_microbatches == sequences
+    passes.score(qwen2.shard, qwen2.direction)
+    passes.score(qwen2.shard, qwen2.direction)
+    ones = torch.ones(qwen2.batch.num_tokens)
+    passes.gradient(qwen2.shard, lambda place, *_: (ones[place],) * 2, torch.float64)
+    assert passes.performed == {
+        "score order 0": sequences,
+        "score order 1": 2 * sequences,
+        "pull_back": sequences,
+    }
+    assert len(reported) == 4 * sequences
+    assert sum(reported) == 4 * qwen2.batch.num_tokens
+    assert passes.with_budget(10_000).score(qwen2.shard).num_microbatches == 1
+
+
+def test_sums_over_the_vocabulary_are_float64_in_a_float32_model(qwen2: Case) -> None:
+    """H of nearly certain tokens keeps its digits: 1e-9, where float32 has none."""
+    model = ref.tiny_llama(0, attention="sdpa").float()
+    with torch.no_grad():
+        model.lm_head.weight *= 40.0
+    rows = ref.random_rows(3, groups=6, vocabulary=15)
+    shard = as_batch(rows, 15).shard(0, 1)
+    passes = make_passes(model)
+    scores = passes.score(shard)
+    assert scores.entropy.dtype == torch.float64
+    start = 0
+    for row in rows:
+        ids = torch.tensor([row.prompt_ids + row.response_ids])
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids).last_hidden_state[0]
+            logits = model.lm_head(hidden)[len(row.prompt_ids) - 1 : -1].double()
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        found = scores.entropy[start : start + len(row.response_ids)]
+        # float32 logits of size 100 depend on the shape of the batch by 1e-5.
+        torch.testing.assert_close(found, entropy, rtol=1e-3, atol=0.0)
+        start += len(row.response_ids)
+    assert float(scores.entropy.min()) < 1e-7
+
+
+# Failures
+
+
+def test_a_value_that_is_not_finite_names_line_and_token() -> None:
+    model = ref.tiny_llama(0, attention="sdpa")
+    rows = [
+        ref.Row(0, [1, 2], [3, 4]),
+        ref.Row(1, [1], []),
+        ref.Row(2, [2], [3, 5, 7, 4, 3]),
+        ref.Row(3, [2, 2, 2, 2], [1, 1]),
+    ]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    passes, shard = make_passes(model), as_batch(rows, 15, "U").shard(0, 1)
+    direction = {name: torch.zeros_like(p) for name, p in passes.parameters.items()}
+    ones = torch.ones(9)
+    # Token 7 is the third of line 3: what follows it is the first to depend on it.
+    message = "logp of batch U, line 3, response token 4 is nan"
+    with pytest.raises(RunError, match=message):
+        passes.score(shard)
+    with pytest.raises(RunError, match=message):
+        passes.score(shard, direction)
+    with pytest.raises(RunError, match=message):
+        passes.pull_back(shard, lambda place, *_: (ones[place], ones[place]))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("layer", ["q_proj", "v_proj", "lm_head"])
+def test_weights_that_are_not_finite_are_found(layer: str, order: int) -> None:
+    model = ref.tiny_llama(0, attention="sdpa")
+    module = next(m for name, m in model.named_modules() if name.endswith(layer))
+    with torch.no_grad():
+        module.weight[0, 0] = torch.nan
+    passes = make_passes(model)
+    shard = as_batch([ref.Row(0, [1, 2], [3, 4])], 15).shard(0, 1)
+    direction = {name: torch.ones_like(p) for name, p in passes.parameters.items()}
+    with pytest.raises(RunError, match=r"line 1, response token \d is nan"):
+        passes.score(shard, direction if order else None)
+
+
+def test_a_token_without_probability_is_found() -> None:
+    model = ref.tiny_llama(0, attention="sdpa")
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(
+            -1, torch.tensor([4]), -torch.inf
+        )
+    )
+    shard = as_batch([ref.Row(0, [4, 4], [3, 4])], 15).shard(0, 1)
+    with pytest.raises(RunError, match="line 1, response token 2 is -inf"):
+        make_passes(model).score(shard)
+
+
+def test_a_bypassed_adapter_gives_no_tangent() -> None:
+    case = Case(MODELS["qwen2-lora"]())
+    passes = case.passes()
+    with (
+        case.model.disable_adapter(),
+        pytest.raises(RunError, match="no tangent.*merged or disabled"),
+    ):
+        passes.score(case.shard, case.direction)
+    case.model.merge_adapter()
+    with pytest.raises(RunError, match="no tangent.*merged or disabled"):
+        passes.score(case.shard, case.direction)
+    case.model.unmerge_adapter()
+    assert passes.score(case.shard, case.direction).dlogp.any()
+
+
+# Memory
+
+
+class LogitsSpy(TorchDispatchMode):
+    """The largest number of rows of any floating-point tensor [..., V] that is made."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.rows = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(item, Tensor) and self.is_logits(item):
+                self.rows = max(self.rows, item.numel() // self.vocabulary)
+        return result
+
+    def is_logits(self, tensor: Tensor) -> bool:
+        """Not the transposed output layer [width, V]."""
+        last = tensor.shape[-1:] == (self.vocabulary,)
+        return last and tensor.is_floating_point() and tensor.shape[0] != HIDDEN
+
+
+CHUNK = 4
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch, case: Case) -> Iterator[LogitsSpy]:
+    vocabulary = case.model.config.vocab_size
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", (CHUNK + 1) * vocabulary - 1)
+    yield LogitsSpy(vocabulary)
+
+
+def test_the_spy_sees_all_logits_of_the_plain_model(
+    case: Case, small_chunks: LogitsSpy
+) -> None:
+    with small_chunks, torch.no_grad():
+        case.model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    assert small_chunks.rows == 6
+
+
+@pytest.mark.parametrize("kind", ["order 0", "order 1", "gradient"])
+def test_only_chunks_of_logits_exist(
+    case: Case, small_chunks: LogitsSpy, kind: str
+) -> None:
+    """One microbatch of all sequences; no more than four rows of logits at a time."""
+    passes = case.passes(tokens_per_microbatch=10_000)
+    ones = torch.ones(case.batch.num_tokens, dtype=torch.float64)
+    with small_chunks:
+        if kind == "gradient":
+            passes.gradient(
+                case.shard, lambda place, *_: (ones[place], ones[place]), torch.float64
+            )
+        else:
+            passes.score(case.shard, case.direction if kind == "order 1" else None)
+    assert sum(passes.performed.values()) == 1
+    assert case.batch.num_tokens > 3 * CHUNK
+    assert small_chunks.rows == CHUNK
+
+
+def test_a_vocabulary_beyond_the_chunk_budget_goes_token_by_token(
+    monkeypatch: pytest.MonkeyPatch, qwen2: Case
+) -> None:
+    expected = qwen2.passes().score(qwen2.shard)
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 3)
+    spy = LogitsSpy(qwen2.model.config.vocab_size)
+    with spy:
+        scores = qwen2.passes().score(qwen2.shard)
+    assert spy.rows == 1
+    assert_close(scores.entropy, expected.entropy)
+    assert math.isfinite(float(scores.logp.sum()))
