@@ -182,17 +182,12 @@ def demo(out: Path, seed: int, quiet: bool) -> None:
 
 
 def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
-    from entropy_ddp.demo import make_demo
+    from entropy_ddp.probe.demonstration import make_demo
     from entropy_ddp.report.progress import phase_progress
 
-    if world.world_size > 1:
-        raise InputError(
-            f"demo: runs in one process, found {world.world_size}; start it without a "
-            "launcher"
-        )
     console = None if quiet else _error_console()
     with phase_progress(console) as progress:
-        made = make_demo(out, seed, progress)
+        made = make_demo(out, seed, world, progress)
     if console is not None:
         console.print(
             f"demo checkpoint {made.checkpoint}, base model {made.base}, rollouts "

@@ -46,6 +46,7 @@ NUM_PROMPTS = 500
 SUPERVISED_BATCH_SIZE = 80
 PROMPTS_PER_STEP = 16
 RESPONSES_PER_PROMPT = 8
+MAX_COMPLETION_LENGTH = 24
 PROJECTIONS = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
 IGNORED_LABEL = -100
 
@@ -290,7 +291,7 @@ def _grpo_config(folder: Path, *, seed: int, steps: int) -> "trl.GRPOConfig":
         max_steps=steps,
         per_device_train_batch_size=PROMPTS_PER_STEP * RESPONSES_PER_PROMPT,
         num_generations=RESPONSES_PER_PROMPT,
-        max_completion_length=24,
+        max_completion_length=MAX_COMPLETION_LENGTH,
         loss_type="dr_grpo",
         scale_rewards="none",
         learning_rate=1e-3,

@@ -190,7 +190,7 @@ def test_the_demo_is_a_policy_worth_probing(tmp_path: Path) -> None:
     state = json.loads((made.checkpoint / "trainer_state.json").read_text())
     last = [step for step in state["log_history"] if "reward" in step][-5:]
     mean = {key: sum(step[key] for step in last) / len(last) for key in last[0]}
-    assert 0.45 < mean["reward"] < 0.7
+    assert 0.45 < mean["reward"] < 0.75
     assert 0.2 < mean["entropy"] < 0.4
     assert mean["frac_reward_zero_std"] < 0.25
     tensors = trained_tensors(made)

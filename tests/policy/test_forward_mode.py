@@ -236,21 +236,6 @@ def test_attention_dropout_is_refused() -> None:
         by_rules(dropped, operands, [operands[0], None, None])
 
 
-@pytest.mark.parametrize("operand", range(3), ids=["query", "key", "value"])
-def test_attention_does_not_hide_what_is_not_finite(operand: int) -> None:
-    """NaN in an operand is NaN in the output: only rows without a key become zero."""
-    operands = attention_operands(4)
-    operands[operand][0, 0, 0, 0] = torch.nan
-    value, _ = by_rules(
-        F.scaled_dot_product_attention,
-        operands,
-        [None, None, random((2, 4, KEYS, 7), 9)],
-    )
-    expected = F.scaled_dot_product_attention(*operands)
-    assert expected.isnan().any()
-    assert torch.equal(value.isnan(), expected.isnan())
-
-
 # Parameters
 
 

@@ -240,9 +240,7 @@ def test_the_next_step_is_that_of_the_optimizer_that_was_saved(
     """Decay added to the gradient or to the weights, and torch's other variants."""
     model = deep_model()
     parameters = trainable_parameters(model)
-    saved = kind(
-        parameters.values(), lr=0.1, weight_decay=0.3, foreach=False, **flags
-    )
+    saved = kind(parameters.values(), lr=0.1, weight_decay=0.3, foreach=False, **flags)
     marked(saved, parameters)
     torch.save(saved.state_dict(), tmp_path / "optimizer.pt")
     other = copy.deepcopy(model)
