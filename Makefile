@@ -10,9 +10,9 @@ TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-comma := ,
 DEMO := build/demo
-DEMO_CHECKPOINT := $(DEMO)/checkpoint-20
+# What the demo writes last.
+DEMO_COMPLETE := $(DEMO)/U.jsonl
 PYTEST := $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # One thread per process: torchrun sets the same, with a warning, when it is unset.
@@ -48,7 +48,7 @@ define pip_install
 endef
 
 $(RUN_STAMP): $(REQUIREMENTS) | $(BIN)/pip
-	$(call pip_install,demo$(comma)report,$(RUN_STAMP))
+	$(call pip_install,demo,$(RUN_STAMP))
 
 $(TEST_STAMP): $(REQUIREMENTS) | $(BIN)/pip
 	$(call pip_install,test,$(RUN_STAMP) $(TEST_STAMP))
@@ -58,12 +58,13 @@ $(DEV_STAMP): $(REQUIREMENTS) | $(BIN)/pip
 
 install: $(RUN_STAMP) ## make the virtual environment and install the package in it
 
-$(DEMO_CHECKPOINT): | $(RUN_STAMP)
+$(DEMO_COMPLETE): | $(RUN_STAMP)
+	rm -rf $(DEMO)
 	$(BIN)/python -m entropy_ddp demo --out $(DEMO)
 
-demo: $(DEMO_CHECKPOINT) ## train the demo checkpoint, unless it is there
+demo: $(DEMO_COMPLETE) ## train the demo checkpoint, unless it is there
 
-probe: $(RUN_STAMP) $(DEMO_CHECKPOINT) ## probe the demo checkpoint with NPROC processes
+probe: $(RUN_STAMP) $(DEMO_COMPLETE) ## probe the demo checkpoint with NPROC processes
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
 	    -m entropy_ddp probe --config $(CONFIG) --out $(OUT) --overwrite
 

@@ -119,6 +119,119 @@ def moment_checks(tiny_share: float, zero_share: float) -> list[AuditRow]:
     ]
 
 
+def step_size_checks(rms_over_rate: float, unchanged_share: float) -> list[AuditRow]:
+    """Whether the step has the size that AdamW's steps have, and survives rounding.
+
+    Args:
+        rms_over_rate: root mean square of the parameter change over the learning rate;
+            about 0.1 to 1 for AdamW.
+        unchanged_share: share of elements that did not change.
+    """
+    return [
+        check(
+            "rms of the step / learning rate",
+            rms_over_rate,
+            "1e-3 to 10",
+            1e-3 <= rms_over_rate <= 10,
+            "second moments crush the step (a huge gradient is still remembered), or "
+            "the learning rate is not the one the moments were made with; compare "
+            "optimizer.pt with an earlier checkpoint's",
+            fatal=False,
+        ),
+        check(
+            "share of elements that did not change",
+            unchanged_share,
+            "< 0.1",
+            unchanged_share < 0.1,
+            "the learning rate is tiny against the rounding of the weights, and the step "
+            "is lost (use precision.model: float64 or a larger update.lr_override), or "
+            "these elements have no gradient and no momentum",
+            fatal=False,
+        ),
+    ]
+
+
+def on_policy_check(split: str, score: float) -> AuditRow:
+    """Whether responses look like samples of this policy at this temperature.
+
+    Args:
+        split: the batch.
+        score: sum of (-log p - H) over tokens, in standard deviations. For samples of
+            the policy it is about standard normal, whatever the policy.
+    """
+    return check(
+        f"{split} surprisal against entropy, in SD",
+        score,
+        "-5 to 5",
+        abs(score) <= 5,
+        "the responses are not samples of this policy at objective.temperature: other "
+        "weights, top-p or top-k sampling, or prompt and response are misaligned",
+        fatal=False,
+    )
+
+
+def linearity_checks(
+    eta: float, eta_star: float | None, difference: float, error: float
+) -> list[AuditRow]:
+    """Whether the step is small enough for a first-order prediction.
+
+    Args:
+        eta: the step's learning rate.
+        eta_star: where the quadratic term equals the linear one; None if unknown.
+        difference: delta_h_true - delta_h1.
+        error: standard error of delta_h_true.
+    """
+    hint = (
+        "the step leaves the linear regime: read delta_h2 or the truth, or probe a "
+        "smaller update.lr_override"
+    )
+    rows = [
+        check(
+            "|true - first order| / SE of the truth",
+            abs(difference) / error if error else 0.0,
+            "<= 2",
+            abs(difference) <= 2 * error,
+            hint,
+            fatal=False,
+        )
+    ]
+    if eta_star is not None:
+        rows.append(
+            check("eta / eta*", eta / eta_star, "<= 0.5", eta <= eta_star / 2, hint,
+                  fatal=False)
+        )  # fmt: skip
+    return rows
+
+
+def proportionality_checks(ratios: tuple[float, float]) -> list[AuditRow]:
+    """Norm of the change and delta_h1 at lr over those at lr / 10; both 10 for AdamW."""
+    names = ("norm of the parameter change", "delta_h1")
+    return [
+        check(
+            f"{name} at lr / at lr/10",
+            ratio,
+            "10 within 1 %",
+            abs(ratio / 10 - 1) <= 0.01,
+            "the step is not proportional to the learning rate: rounding of the weights "
+            "swallows the smaller one; use precision.model: float64",
+            fatal=False,
+        )
+        for name, ratio in zip(names, ratios, strict=True)
+    ]
+
+
+def signal_check(norm: float) -> AuditRow:
+    """Gradient of the mean response log-probability: zero means nothing is reached."""
+    return check(
+        "norm of the gradient of mean log p",
+        norm,
+        "> 0",
+        norm > 0,
+        "no gradient flows through the responses: the adapter is frozen, disabled or "
+        "merged, its matrices are zero, or the responses are empty",
+    )
+
+
 def coverage_check(name: str, nonzero: int, total: int) -> AuditRow:
     """Tensors with a gradient that is not all zero."""
     return check(

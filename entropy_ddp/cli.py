@@ -190,8 +190,8 @@ def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
         made = make_demo(out, seed, world, progress)
     if console is not None:
         console.print(
-            f"demo checkpoint {made.checkpoint}, base model {made.base}, rollouts "
-            f"{out / 'E.jsonl'} and {out / 'U.jsonl'}",
+            f"made {out / made.checkpoint.name} (TRL checkpoint), {out / made.base.name} "
+            f"(its base model), {out / 'E.jsonl'} and {out / 'U.jsonl'} (rollouts)",
             soft_wrap=True,
         )
     return 0

@@ -116,7 +116,7 @@ class LinearResult:
     """The first-order prediction.
 
     Attributes:
-        normalize, score, baseline: which estimator.
+        normalize, score, baseline, control_variates: which estimator.
         slope: derivative of the entropy along the step, per unit learning rate.
         delta_h1: eta times the slope.
         se: standard error of the slope (delta method), conditional on the step.
@@ -130,6 +130,7 @@ class LinearResult:
     normalize: str
     score: str
     baseline: str
+    control_variates: bool
     slope: float
     delta_h1: float
     se: float

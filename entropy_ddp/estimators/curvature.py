@@ -59,6 +59,14 @@ class Curvature:
     se: float
     without: Tensor
 
+    def second_order(self, eta: float, slope: float) -> float:
+        """delta_h2 = eta slope + eta^2 H'' / 2."""
+        return eta * slope + eta**2 * self.value / 2
+
+    def eta_star(self, slope: float) -> float | None:
+        """|2 slope / H''|; None where H'' is 0."""
+        return abs(2 * slope / self.value) if self.value else None
+
 
 def curvature(derivatives: SecondOrder, original: Ratio, groups: Tensor) -> Curvature:
     """H'' and its error from per-sequence derivatives.

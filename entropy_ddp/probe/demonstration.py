@@ -14,9 +14,7 @@ NUM_EVALUATION_PROMPTS = 2048
 NUM_UPDATE_PROMPTS, RESPONSES_PER_PROMPT = 16, 8
 
 
-def make_demo(
-    out: Path, seed: int, world: World, progress: Progress
-) -> DemoCheckpoint:
+def make_demo(out: Path, seed: int, world: World, progress: Progress) -> DemoCheckpoint:
     """Train the demo policy into `out`, then write E.jsonl and U.jsonl beside it.
 
     Args:

@@ -1,0 +1,190 @@
+"""The entropy change as an inner product of two mean gradients, and its variance.
+
+Units are groups u of G_u responses, B_E of them in E and B_U in U. With S_{u,g} the
+log-probability of a response, T_{u,g} its length and L_u the longest of its group,
+
+    X_u = -(1/G) sum_g (S^w_{u,g} - loo_{u,g}) grad S_{u,g}      ascends entropy
+          S^w = S / L_u (`dr_grpo`) or S / T (`per_token_avg`), 0 for an empty response
+          loo_{u,g} = mean of S^w over the other responses; both held fixed
+    Y_u = a diagonal matrix times the gradient of unit u's share of the objective on U
+
+    bars_dot = <Xbar, Ybar>,        deltaH1 = lr bars_dot
+    V_X = sum_u <X_u - Xbar, Ybar>^2 / (B_E (B_E - 1)), V_Y likewise with X and Y swapped
+    se  = lr sqrt(V_X + V_Y)
+
+Which functional X is the gradient of (expectations over i.i.d. responses of one prompt):
+
+`per_token_avg`  E[X_u] = -grad E[S/T] + grad E[1/T], exactly: the gradient of the mean
+    per-token surprisal of a response, plus that of its mean inverse length. The second
+    term is there because grad S carries no credit for the 1/T it is divided by; it is 0
+    when all responses to a prompt are equally long.
+`dr_grpo`  E[X_u] = -grad E[S_1/L] + G E[(S_2/L) grad S_1] + (1/G) grad E[1/L]. Equally
+    long responses leave (1/L) grad H alone, H the entropy of the response. Otherwise
+    L_u depends on the very response that is weighted: the baseline is not free of it,
+    and E[X_u] is not the gradient of any functional of the policy in general.
+
+Neither is the slope of the entropy per token of `linear`, a ratio of means over E: the
+two agree in what they mean, not in their digits.
+
+bars_dot is unbiased for <E[X], E[Y]> when E and U are independent and the matrix is
+fixed. When they are the same rollouts, the terms u = u' are biased by E<X_u, Y_u>/B and
+are removed (see `without_diagonal`). V_X and V_Y are the delta method's; the covariance
+of <X_u, Ybar> and <Y_u, Xbar>, which is not zero for the same rollouts, is not in `se`.
+
+Shape legend: n whole groups' sequences, B units. S in nats, everything float64.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.errors import InputError
+from entropy_ddp.estimators.errors import group_totals
+
+Weighting = Literal["dr_grpo", "per_token_avg"]
+
+
+def longest_in_group(lengths: Tensor, groups: Tensor) -> Tensor:
+    """L_u of each sequence's group, at least 1, float64, [n].
+
+    Args:
+        lengths: response lengths T, [n].
+        groups: group number of each sequence, [n]; groups are whole.
+    """
+    longest = torch.ones(_num_groups(groups), dtype=torch.float64)
+    longest.scatter_reduce_(0, groups, lengths.double(), "amax")
+    return longest[groups]
+
+
+def entropy_coefficients(
+    logp: Tensor, lengths: Tensor, groups: Tensor, weighting: Weighting
+) -> Tensor:
+    """-(S^w - loo) / G of each response: X_u = sum over its group times grad S; [n].
+
+    Args:
+        logp: log-probability S of each response, [n].
+        lengths: response lengths T, [n].
+        groups: group number of each sequence, [n]; groups are whole, of G >= 2.
+        weighting: what S is divided by.
+    """
+    if weighting == "dr_grpo":
+        divisor = longest_in_group(lengths, groups)
+    else:
+        divisor = lengths.clamp(min=1).double()
+    weighted = logp / divisor
+    sizes = group_sizes(groups)
+    others = group_totals(weighted, groups, _num_groups(groups))[groups] - weighted
+    return -(weighted - others / (sizes - 1)) / sizes
+
+
+def reward_coefficients(advantages: Tensor, lengths: Tensor, groups: Tensor) -> Tensor:
+    """A / (G L_u) of each response: grad J_u = sum over its group times grad S; [n].
+
+    Args:
+        advantages: A of each response, [n].
+        lengths: response lengths T, [n].
+        groups: group number of each sequence, [n]; groups are whole.
+    """
+    return advantages / (group_sizes(groups) * longest_in_group(lengths, groups))
+
+
+def group_sizes(groups: Tensor) -> Tensor:
+    """Number of responses G of each sequence's group, [n]."""
+    return torch.bincount(groups)[groups]
+
+
+def _num_groups(groups: Tensor) -> int:
+    return int(groups.max()) + 1 if len(groups) else 0
+
+
+def variance_of_mean(projections: Tensor) -> float:
+    """sum_u (p_u - mean p)^2 / (B (B - 1)) of one number for each unit, [B].
+
+    Unbiased for the variance of mean p when units are independent.
+
+    Raises:
+        InputError: there are fewer than two units.
+    """
+    count = len(projections)
+    if count < 2:
+        raise InputError(
+            f"the variance of the gradient dot needs at least 2 groups, found {count}"
+        )
+    centred = projections - projections.mean()
+    return float(centred.square().sum()) / (count * (count - 1))
+
+
+def without_diagonal(dot: float, y_projections: Tensor, diagonal: Tensor) -> float:
+    """bars_dot over pairs u != u' only, when E and U are the same B units.
+
+    With Ybar = C + (1/B) sum_u Y_u, C what does not depend on the units (momentum and
+    weight decay of a step; 0 for a preconditioned gradient), and m = mean_u <Y_u, Xbar>,
+
+        <Xbar, C> + [B^2 m - sum_u <X_u, Y_u>] / (B (B - 1))
+            = <Xbar, Ybar> + [B m - sum_u <X_u, Y_u>] / (B (B - 1)),
+
+    which for C = 0 is the U-statistic (B^2 <Xbar, Ybar> - sum_u <X_u, Y_u>)/(B(B - 1)).
+    Unbiased where the plain product is off by (E<X_u, Y_u> - <E X, E Y>) / B.
+
+    Args:
+        dot: <Xbar, Ybar>.
+        y_projections: <Y_u, Xbar>, [B].
+        diagonal: <X_u, Y_u>, [B].
+
+    Raises:
+        InputError: there are fewer than two units.
+    """
+    count = len(diagonal)
+    if count < 2:
+        raise InputError(f"a U-statistic needs at least 2 groups, found {count}")
+    excess = float(y_projections.sum() - diagonal.sum())
+    return dot + excess / (count * (count - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotEstimate:
+    """<Xbar, Ybar> with the variances of its two factors.
+
+    Attributes:
+        bars_dot: the product; the U-statistic if a diagonal was removed.
+        V_X, V_Y: variance of it due to the units of E and of U.
+        frac_var: (V_X + V_Y) / bars_dot^2; None when bars_dot is 0.
+        u_statistic: whether the diagonal was removed.
+    """
+
+    bars_dot: float
+    V_X: float
+    V_Y: float
+    frac_var: float | None
+    u_statistic: bool
+
+
+def estimate_dot(
+    dot: float,
+    x_projections: Tensor,
+    y_projections: Tensor,
+    diagonal: Tensor | None = None,
+) -> DotEstimate:
+    """bars_dot, V_X and V_Y from one number for each unit.
+
+    Args:
+        dot: <Xbar, Ybar>.
+        x_projections: <X_u, Ybar>, [B_E].
+        y_projections: <Y_u, Xbar>, [B_U].
+        diagonal: <X_u, Y_u> when E and U are the same units, [B]; None otherwise.
+
+    Raises:
+        InputError: there are fewer than two units in either batch.
+    """
+    V_X, V_Y = variance_of_mean(x_projections), variance_of_mean(y_projections)
+    if diagonal is not None:
+        dot = without_diagonal(dot, y_projections, diagonal)
+    return DotEstimate(
+        bars_dot=dot,
+        V_X=V_X,
+        V_Y=V_Y,
+        frac_var=(V_X + V_Y) / dot**2 if dot else None,
+        u_statistic=diagonal is not None,
+    )

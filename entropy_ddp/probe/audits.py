@@ -1,0 +1,323 @@
+"""The audits of a probe: facts from every rank, turned into rows with a verdict."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from entropy_ddp import audit
+from entropy_ddp.policy.parameters import (
+    frozen_fingerprint,
+    global_norm,
+    inner_product,
+)
+from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.probe.measure import Measured
+from entropy_ddp.probe.phases import SteppedScores
+from entropy_ddp.probe.session import Session
+from entropy_ddp.results import AuditRow
+from entropy_ddp.rollouts.batch import Batch, Ragged
+from entropy_ddp.rollouts.microbatch import make_microbatches
+
+# Of the term scale: the largest of the sums whose difference is the slope.
+GAP_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What only the `audit` command finds out; None in a probe.
+
+    Attributes:
+        ratios: change and prediction at lr over those at lr / 10.
+        signal: norm of the gradient of mean log p.
+    """
+
+    ratios: tuple[float, float] | None = None
+    signal: float | None = None
+
+
+def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[AuditRow]:
+    """All audits of a probe."""
+    rows = [
+        *_vector_rows(session, measured),
+        *_step_rows(measured),
+        *_update_batch_rows(session),
+        *_batch_rows(session),
+        *_moment_rows(session),
+        *_scale_rows(session, measured),
+        *_sampler_rows(session, {"E": measured.base, "U": measured.update_scores}),
+        _on_policy_row(session, measured.base),
+        audit.close(
+            "duality gap",
+            measured.duality.gap,
+            GAP_TOLERANCE[session.policy.dtype],
+            "forward and reverse mode disagree: an operation of this model loses or "
+            "detaches a derivative; try compute.attention: eager",
+        ),
+        *_truth_rows(session, measured),
+        *_state_rows(session, measured.stepped),
+        *_communication_rows(session),
+    ]
+    if extras.ratios is not None:
+        rows += audit.proportionality_checks(extras.ratios)
+    if extras.signal is not None:
+        rows.append(audit.signal_check(extras.signal))
+    return rows
+
+
+def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
+    gradient, duality = measured.gradient, measured.duality
+    layout = session.passes.layout
+    total = len(layout.shapes)
+    direction = measured.step.direction
+    norms = [global_norm(x) for x in (duality.gradient, gradient, direction)]
+    dot = inner_product(duality.gradient, direction)
+    cosine = dot / (norms[0] * norms[2]) if norms[0] * norms[2] else 0.0
+    products = {
+        name: inner_product(x.reshape(-1), v.reshape(-1))
+        for (name, x), v in zip(
+            layout.views(duality.gradient).items(), layout.views(direction).values()
+        )
+    }
+    largest = sorted(products, key=lambda name: -abs(products[name]))[:10]
+    nonzero = [
+        sum(bool(view.any()) for view in layout.views(flat).values())
+        for flat in (duality.gradient, gradient)
+    ]
+    return [
+        audit.check(
+            "trainable tensors",
+            total,
+            "> 0",
+            total > 0,
+            "nothing is trainable: is the adapter loaded?",
+        ),
+        audit.fact("trainable elements", layout.numel),
+        audit.coverage_check("gradient coverage: entropy (X)", nonzero[0], total),
+        audit.coverage_check("gradient coverage: loss (Y)", nonzero[1], total),
+        audit.fact(
+            f"norm of entropy gradient, {duality.num_sequences} sequences", norms[0]
+        ),
+        audit.fact("norm of the loss gradient", norms[1]),
+        audit.fact("norm of v", norms[2]),
+        audit.fact("cosine of entropy gradient and v", cosine),
+        audit.fact(
+            "entropy gradient . v, first three parameters",
+            {name: products[name] for name in list(products)[:3]},
+        ),
+        audit.fact(
+            "entropy gradient . v, ten largest",
+            {name: products[name] for name in largest},
+        ),
+    ]
+
+
+def _step_rows(measured: Measured) -> list[AuditRow]:
+    step = measured.step
+    change = step.learning_rate * measured.slope.value
+    return [
+        audit.fact("learning rate", step.learning_rate),
+        audit.fact("delta_h1, ten decimals", f"{change:.10f}"),
+        audit.fact("delta_h1, ten digits", f"{change:.10e}"),
+        audit.check(
+            "optimizer steps",
+            step.num_optimizer_steps,
+            "1",
+            step.num_optimizer_steps == 1,
+            "the optimizer stepped more than once",
+        ),
+        audit.check(
+            "norm of the parameter change",
+            global_norm(step.delta),
+            "> 0",
+            bool(step.delta.any()),
+            "the step changed nothing: the learning rate is below the rounding of the "
+            "weights' dtype; use precision.model: float32 or float64",
+        ),
+        *audit.step_size_checks(
+            global_norm(step.delta) / math.sqrt(len(step.delta)) / step.learning_rate,
+            float((step.delta == 0).double().mean()),
+        ),
+    ]
+
+
+def _update_batch_rows(session: Session) -> list[AuditRow]:
+    batch = session.batches["U"]
+    if session.config.update.loss == "nll":
+        return []
+    ragged = Ragged(batch.group_sizes)
+    order = batch.groups.argsort(stable=True)
+    advantages = batch.advantages[order]
+    sizes = batch.group_sizes.double()
+    deviations = advantages - ragged.spread(ragged.sum(advantages) / sizes)
+    variances = ragged.sum(deviations.square()) / sizes
+    return audit.advantage_checks(variances.sqrt().tolist())
+
+
+def _batch_rows(session: Session) -> list[AuditRow]:
+    rows = []
+    for split, batch in session.batches.items():
+        truncated = sum(sequence.finished is False for sequence in batch.sequences)
+        empty = int((batch.lengths == 0).sum())
+        rows += [
+            audit.fact(f"{split} mean response length", batch.num_tokens / len(batch)),
+            audit.check(
+                f"{split} responses without tokens",
+                empty,
+                "0",
+                empty == 0,
+                "they count in N with entropy 0; filter them out if they are artefacts",
+                fatal=False,
+            ),
+            audit.check(
+                f"{split} truncated responses",
+                truncated / len(batch),
+                "< 0.5 of all",
+                truncated < 0.5 * len(batch),
+                "most responses were cut off: raise max_new_tokens",
+                fatal=False,
+            ),
+        ]
+        rows += _ending_rows(session, batch)
+        if split in session.num_redraws:
+            rows.append(audit.fact(f"{split} redraws", session.num_redraws[split]))
+    return rows
+
+
+def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
+    """Whether finished responses still have the token that ended them."""
+    end_ids = session.policy.end_ids
+    finished = [s for s in batch.sequences if s.finished and s.num_tokens]
+    if not finished or not end_ids:
+        return []
+    ended = sum(int(s.response_ids[-1]) in end_ids for s in finished)
+    return [
+        audit.check(
+            f"{batch.split} finished responses that end in an end token",
+            ended / len(finished),
+            "1",
+            ended == len(finished),
+            "the end-of-sequence token was stripped from the file; its log-probability "
+            "and entropy belong to the response",
+            fatal=False,
+        )
+    ]
+
+
+def _moment_rows(session: Session) -> list[AuditRow]:
+    assert session.optimizer is not None
+    zero = tiny = total = 0
+    for group in session.optimizer.param_groups:
+        for parameter in group["params"]:
+            moment = session.optimizer.state[parameter]["exp_avg_sq"]
+            zero += int((moment == 0).sum())
+            tiny += int((moment < group["eps"] ** 2).sum())
+            total += moment.numel()
+    return [
+        audit.fact("parameters without optimizer state", 0, "0"),
+        *audit.moment_checks(tiny / total, zero / total),
+    ]
+
+
+def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
+    world, batch, base = session.world, session.batches["E"], measured.base
+    size = measured.estimates.original.denominator
+    local = torch.tensor(
+        [base.num_microbatches / size, float(base.logp.isfinite().sum())],
+        dtype=torch.float64,
+    )
+    scale_sum, used = world.sum(local, "scalars").tolist()
+    budget = session.config.compute.tokens_per_microbatch
+    planned = sum(
+        sum(1 for _ in make_microbatches(batch.shard(rank, world.world_size), budget))
+        for rank in range(world.world_size)
+    )
+    return audit.scale_checks(scale_sum, planned, size, (int(used), batch.num_tokens))
+
+
+def _sampler_rows(
+    session: Session, scores_of: dict[str, TokenScores]
+) -> list[AuditRow]:
+    rows = []
+    for split, scores in scores_of.items():
+        shard = session.shard(session.batches[split])
+        differences = []
+        starts = shard.ragged.starts.tolist()
+        for start, sequence in zip(starts, shard.sequences):
+            if sequence.sampling_logprobs is not None:
+                own = scores.logp[start : start + sequence.num_tokens]
+                differences += (own - sequence.sampling_logprobs).abs().tolist()
+        shares = session.world.gather_objects(differences)
+        rows += audit.sampler_checks(split, [x for share in shares for x in share])
+    return rows
+
+
+def _on_policy_row(session: Session, base: TokenScores) -> AuditRow:
+    """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
+    innovations = -base.logp - base.entropy
+    local = torch.stack([innovations.sum(), base.features["log_variance"].sum()])
+    total, variance = session.world.sum(local, "scalars").tolist()
+    return audit.on_policy_check("E", total / math.sqrt(variance) if variance else 0.0)
+
+
+def _truth_rows(session: Session, measured: Measured) -> list[AuditRow]:
+    truth, change = session.config.truth, measured.change
+    eta = measured.step.learning_rate
+    return [
+        *audit.ess_checks(change.ess_fraction, truth.ess_warn, truth.ess_abort),
+        audit.noise_check(measured.noise_floor, change.value),
+        *audit.linearity_checks(
+            eta,
+            measured.eta_star,
+            change.value - eta * measured.slope.value,
+            change.se,
+        ),
+    ]
+
+
+def _state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
+    before, after_step, restored = stepped.hashes
+    model = session.policy.model
+    all_hashes = session.world.gather_objects(
+        (before, after_step, restored, frozen_fingerprint(model))
+    )
+    equal = [len(set(hashes)) == 1 for hashes in zip(*all_hashes)]
+    rows = [
+        audit.check(
+            "restored bits: parameters and optimizer state",
+            restored[:16],
+            before[:16],
+            before == restored,
+            "the probe changed the model in memory; the files are untouched",
+        )
+    ]
+    names = (
+        "parameters before the step",
+        "parameters after the step",
+        "parameters after the restore",
+        "frozen parameters",
+    )
+    for name, same in zip(names, equal):
+        rows.append(
+            audit.check(
+                f"equal on all ranks: {name}",
+                same,
+                "true",
+                same,
+                "ranks hold different weights: do all machines read the same files?",
+            )
+        )
+    for item in session.self_checks:
+        rows.append(
+            audit.close(
+                f"self-check: {item.name}", item.error, item.tolerance, "refused"
+            )
+        )
+    return rows
+
+
+def _communication_rows(session: Session) -> list[AuditRow]:
+    return [
+        audit.fact(f"collectives: {purpose}", f"{number}, {size} bytes")
+        for purpose, (number, size) in session.world.collectives.items()
+    ]

@@ -1,0 +1,110 @@
+"""The main job's passes in order, and everything they gave."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from entropy_ddp.estimators.curvature import Curvature
+from entropy_ddp.estimators.entropy import EntropyChange
+from entropy_ddp.estimators.linear import Slope
+from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.probe.diagnosis import Duality, check_duality, measure_noise_floor
+from entropy_ddp.probe.estimation import (
+    EntropyEstimates,
+    estimate,
+    estimate_curvature,
+)
+from entropy_ddp.probe.phases import (
+    SequenceSums,
+    SteppedScores,
+    loss_gradient,
+    score_after_step,
+    score_along_step,
+    score_twice_along_step,
+)
+from entropy_ddp.probe.session import Session
+from entropy_ddp.update.step import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a probe's passes gave.
+
+    Attributes:
+        gradient: gradient of the loss, summed over ranks, flat, [P].
+        update_sums: sums of U's sequences at theta.
+        update_scores: this rank's tokens of U.
+        stepped: the step, this rank's tokens of E after it, hashes.
+        base: this rank's tokens of E at theta, with derivatives.
+        estimates: every estimator of truth and prediction.
+        change: the configured truth.
+        slope: the configured prediction.
+        curvature: the second derivative; None if not asked for.
+        duality: forward against reverse mode.
+        noise_floor: |Delta H| of a sample that is only scored again.
+    """
+
+    gradient: Tensor
+    update_sums: SequenceSums
+    update_scores: TokenScores
+    stepped: SteppedScores
+    base: TokenScores
+    estimates: EntropyEstimates
+    change: EntropyChange
+    slope: Slope
+    curvature: Curvature | None
+    duality: Duality
+    noise_floor: float
+
+    @property
+    def step(self) -> Step:
+        """The step that was taken."""
+        return self.stepped.step
+
+    @property
+    def eta_star(self) -> float | None:
+        """Edge of the linear regime, if known."""
+        curvature = self.curvature
+        return None if curvature is None else curvature.eta_star(self.slope.value)
+
+
+def measure(session: Session, audit_sequences: int) -> Measured:
+    """One forward and backward over U, E after the step, E along the step, audits.
+
+    Args:
+        session: an opened run.
+        audit_sequences: number of sequences of E for audits with a pass of their own.
+
+    Raises:
+        InputError: the learning rate is 0, or something the loss needs is missing.
+        RunError: a number is not finite.
+    """
+    config = session.config
+    gradient, update_sums, update_scores = loss_gradient(session)
+    stepped = score_after_step(session, gradient)
+    base = score_along_step(session, stepped.step)
+    estimates = estimate(session, base, stepped.scores)
+    curvature = None
+    if config.curvature.enabled:
+        second = score_twice_along_step(session, stepped.step)
+        curvature = estimate_curvature(session, estimates, base, second)
+    linear = config.linear
+    return Measured(
+        gradient=gradient,
+        update_sums=update_sums,
+        update_scores=update_scores,
+        stepped=stepped,
+        base=base,
+        estimates=estimates,
+        change=estimates.changes[config.truth.is_mode],
+        slope=estimates.slopes[linear.score, linear.baseline, linear.control_variates],
+        curvature=curvature,
+        duality=check_duality(
+            session,
+            base,
+            estimates.original.value,
+            stepped.step.direction,
+            audit_sequences,
+        ),
+        noise_floor=measure_noise_floor(session, base, audit_sequences),
+    )

@@ -1,0 +1,245 @@
+"""From what was measured to results.json and the rows beside it: no passes, no formulas."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from torch import Tensor
+
+from entropy_ddp import __version__
+from entropy_ddp.audit import worst_verdict
+from entropy_ddp.estimators.control_variates import adjusted_change
+from entropy_ddp.estimators.errors import delta_method_error
+from entropy_ddp.estimators.linear import Baseline, Score
+from entropy_ddp.policy.parameters import global_norm
+from entropy_ddp.probe.measure import Measured
+from entropy_ddp.probe.session import Session
+from entropy_ddp.results import (
+    AuditRow,
+    BatchFacts,
+    CurvatureResult,
+    LinearResult,
+    Probed,
+    Results,
+    RunFacts,
+    TruthResult,
+    UpdateResult,
+)
+from entropy_ddp.rollouts.batch import Batch, Sequence
+
+NUM_TOP_PARAMETERS = 10
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+
+
+def make_results(session: Session, measured: Measured, rows: list[AuditRow]) -> Probed:
+    """The results of a probe; the same on every rank.
+
+    Args:
+        session: the run.
+        measured: what the passes gave.
+        rows: the audits.
+    """
+    results = Results(
+        status="untrusted" if worst_verdict(rows) == "fail" else "ok",
+        run=_run_facts(session),
+        E=_batch_facts(session.batches["E"]),
+        U=_batch_facts(session.batches["U"]),
+        update=_update_result(session, measured),
+        truth=_truth_result(session, measured),
+        truth_all=_truth_all(measured),
+        linear=_linear_result(session, measured),
+        linear_all=_linear_all(measured),
+        curvature=_curvature_result(measured),
+        audit=rows,
+    )
+    layout, delta = session.passes.layout, measured.step.delta
+    return Probed(
+        results=results,
+        sequences=[
+            *_evaluation_rows(session, measured),
+            *_update_rows(session.batches["U"], measured),
+        ],
+        delta=layout.views(delta) if session.config.update.save_delta else None,
+    )
+
+
+def _run_facts(session: Session) -> RunFacts:
+    versions = {"entropy_ddp": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    counts = session.world.gather_objects(session.passes.performed)
+    return RunFacts(
+        versions=versions,
+        world_size=session.world.world_size,
+        seed=session.config.seed,
+        device=session.policy.device.type,
+        dtype=session.config.precision.model,
+        started=session.started.isoformat(timespec="seconds"),
+        seconds=session.seconds,
+        microbatches={
+            kind: sum(count.get(kind, 0) for count in counts) for kind in counts[0]
+        },
+    )
+
+
+def _batch_facts(batch: Batch) -> BatchFacts:
+    return BatchFacts(
+        num_groups=batch.num_groups,
+        num_sequences=len(batch),
+        num_tokens=batch.num_tokens,
+    )
+
+
+def _update_result(session: Session, measured: Measured) -> UpdateResult:
+    step = measured.step
+    top = step.top_parameters(session.passes.layout, NUM_TOP_PARAMETERS)
+    return UpdateResult(
+        loss=session.config.update.loss,
+        learning_rate_used=step.learning_rate,
+        param_update_l2=global_norm(step.delta),
+        grad_norm=step.grad_norm,
+        clip_coef=step.clip_coef,
+        num_optimizer_steps=step.num_optimizer_steps,
+        top_parameters=[{"name": name, "l2": norm} for name, norm in top],
+    )
+
+
+def _truth_result(session: Session, measured: Measured) -> TruthResult:
+    config, change = session.config, measured.change
+    log_weights = measured.estimates.log_weights
+    return TruthResult(
+        normalize=config.objective.normalize,
+        is_mode=config.truth.is_mode,
+        H_orig=change.before,
+        H_upd=change.after,
+        delta_h_true=change.value,
+        se=change.se,
+        ess=change.ess,
+        ess_fraction=change.ess_fraction,
+        log_weight={
+            "min": float(log_weights.min()),
+            "median": float(log_weights.quantile(0.5)),
+            "max": float(log_weights.max()),
+        },
+        clip_fraction=float((log_weights.exp() > config.truth.clip_c).double().mean()),
+    )
+
+
+def _truth_all(measured: Measured) -> list[dict[str, Any]]:
+    """Delta H by every mode, also with the noise removed that the slopes share."""
+    rows = []
+    for mode, change in measured.estimates.changes.items():
+        row = {
+            "is_mode": mode,
+            "delta_h_true": change.value,
+            "se": change.se,
+            "ess_fraction": change.ess_fraction,
+        }
+        slopes = measured.estimates.slopes
+        partner, best = _PARTNERS.get(mode), slopes.get(_BEST)
+        if partner is not None and best is not None:
+            row["delta_h_true_adjusted"], row["se_adjusted"] = adjusted_change(
+                change, slopes[partner], best, measured.step.learning_rate
+            )
+        rows.append(row)
+    return rows
+
+
+_BEST: tuple[Score, Baseline, bool] = ("to_go", "ridge", False)
+# The slope that is exactly the derivative of each mode's value.
+_PARTNERS: dict[str, tuple[Score, Baseline, bool]] = {
+    "snis": ("full", "none", False),
+    "per_decision": ("to_go", "hk", False),
+}
+
+
+def _linear_result(session: Session, measured: Measured) -> LinearResult:
+    slope, eta = measured.slope, measured.step.learning_rate
+    return LinearResult(
+        normalize=session.config.objective.normalize,
+        score=slope.score,
+        baseline=slope.baseline,
+        control_variates=slope.control_variates,
+        slope=slope.value,
+        delta_h1=eta * slope.value,
+        se=slope.se,
+        se_jackknife=slope.se_jackknife,
+        terms=slope.terms,
+        duality_gap=measured.duality.gap,
+        difference_se=delta_method_error(
+            measured.change.influence - eta * slope.influence
+        ),
+    )
+
+
+def _curvature_result(measured: Measured) -> CurvatureResult | None:
+    curvature = measured.curvature
+    if curvature is None:
+        return None
+    slope, eta = measured.slope.value, measured.step.learning_rate
+    return CurvatureResult(
+        second_derivative=curvature.value,
+        se=curvature.se,
+        delta_h2=curvature.second_order(eta, slope),
+        eta_star=curvature.eta_star(slope),
+    )
+
+
+def _linear_all(measured: Measured) -> list[dict[str, Any]]:
+    return [
+        {
+            "score": score,
+            "baseline": baseline,
+            "control_variates": adjusted,
+            "slope": slope.value,
+            "se": slope.se,
+        }
+        for (score, baseline, adjusted), slope in measured.estimates.slopes.items()
+    ]
+
+
+def _columns(sequences: tuple[Sequence, ...], **columns: Tensor) -> list[Any]:
+    """Each sequence with its values of per-sequence arrays [N]."""
+    lists = [column.tolist() for column in columns.values()]
+    rows = [dict(zip(columns, values)) for values in zip(*lists)]
+    return list(zip(sequences, rows, strict=True))
+
+
+def _evaluation_rows(session: Session, measured: Measured) -> list[dict[str, Any]]:
+    estimates, eta = measured.estimates, measured.step.learning_rate
+    pairs = _columns(
+        session.batches["E"].sequences,
+        logp=estimates.before.logp,
+        entropy=estimates.before.entropy,
+        logp_upd=estimates.after.logp,
+        entropy_upd=estimates.after.entropy,
+        log_weight=estimates.log_weights,
+        contribution_true=measured.change.contributions,
+        contribution_linear=eta * measured.slope.contributions,
+    )
+    return [_row("E", sequence, values) for sequence, values in pairs]
+
+
+def _update_rows(batch: Batch, measured: Measured) -> list[dict[str, Any]]:
+    sums = measured.update_sums
+    pairs = _columns(batch.sequences, logp=sums.logp, entropy=sums.entropy)
+    rows = []
+    for sequence, values in pairs:
+        known = {"reward": sequence.reward, "advantage": sequence.advantage}
+        given = {name: value for name, value in known.items() if value is not None}
+        rows.append(_row("U", sequence, values | given))
+    return rows
+
+
+def _row(split: str, sequence: Sequence, values: dict[str, Any]) -> dict[str, Any]:
+    """A row of per_sequence.jsonl: computed keys, then the input row's unknown ones.
+
+    An unknown key with the name of a computed one is carried as `input_NAME`.
+    """
+    row = {
+        "split": split,
+        "index": sequence.index,
+        "group": sequence.group_key,
+        "num_tokens": sequence.num_tokens,
+    } | values
+    carried = sequence.extra.items()
+    return row | {f"input_{k}" if k in row else k: value for k, value in carried}

@@ -1,0 +1,183 @@
+"""What AdamW makes of a gradient: its step as a sum of parts, and its preconditioner.
+
+With m, s the saved moments (first and second) after t steps, g the gradient of the loss,
+k the clip coefficient and everything below element by element,
+
+    s_new = beta2 s + (1 - beta2) (k g)^2        denom = sqrt(s_new / bc2) + eps
+    bc1 = 1 - beta1^(t+1),  bc2 = 1 - beta2^(t+1)
+
+    delta theta = - eta beta1 m / (bc1 denom)                       momentum
+                  - eta weight_decay theta                          decay
+                  - eta (1 - beta1) k g / (bc1 denom)               gradient
+
+The parts share the denominator of the full gradient. With it and k held fixed the last
+one is linear in g, so that a share g_u of the gradient has the share -gain g_u of the
+step, gain = eta (1 - beta1) k / (bc1 denom). What a change of g does to denom and k is
+not in the shares; they nevertheless sum to the step exactly.
+
+With `amsgrad`, s_new is the larger of itself and the saved maximum. Adam's coupled decay
+adds weight_decay theta to k g before both moments; its part of the step is then
+-eta (1 - beta1) weight_decay theta / (bc1 denom).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_ddp.config import Update
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.parameters import ParameterLayout
+from entropy_ddp.update.step import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """The step of one parameter; float64 on its device, each of its shape.
+
+    delta theta = momentum + decay - gain g, with g the gradient before clipping.
+
+    Attributes:
+        momentum: part due to the saved first moment.
+        decay: part due to weight decay.
+        gain: by what an element of the gradient is multiplied.
+    """
+
+    momentum: Tensor
+    decay: Tensor
+    gain: Tensor
+
+
+def step_parts(
+    optimizer: torch.optim.Adam,
+    parameters: Mapping[str, nn.Parameter],
+    gradient: Tensor,
+    step: Step,
+    update: Update,
+) -> Iterator[tuple[str, StepParts]]:
+    """The parts of the step, one parameter at a time: no second buffer of all of them.
+
+    Args:
+        optimizer: AdamW (or Adam) in its saved state, the step undone.
+        parameters: the trainable parameters by name, at theta.
+        gradient: gradient of the loss before clipping, summed over ranks, flat, [P].
+        step: the step that was taken with it.
+        update: how it was taken.
+
+    Yields:
+        Each parameter's name and parts, in the optimizer's order.
+    """
+    gradients = ParameterLayout.of(parameters).views(gradient)
+    for name, group, state in _entries(optimizer, parameters):
+        rate = update.lr_override or float(group["lr"])
+        theta = parameters[name].detach().double()
+        clipped = step.clip_coef * gradients[name].to(theta)
+        gain, momentum, decay = _parts(theta, clipped, state, group | {"lr": rate})
+        gain *= step.clip_coef
+        yield name, StepParts(momentum=momentum, decay=decay, gain=gain)
+
+
+def _parts(
+    theta: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gain of the clipped gradient, momentum, decay) of one parameter."""
+    beta1, beta2 = map(float, group["betas"])
+    rate, weight_decay = group["lr"], group["weight_decay"]
+    step = float(state["step"]) + 1
+    decoupled = group.get("decoupled_weight_decay", True)
+    added = torch.zeros_like(theta) if decoupled else weight_decay * theta
+    sign = -1.0 if group.get("maximize") else 1.0
+    moment = beta2 * state["exp_avg_sq"].to(theta)
+    moment += (1 - beta2) * (sign * gradient + added).square()
+    if group.get("amsgrad"):
+        moment = torch.maximum(moment, state["max_exp_avg_sq"].to(theta))
+    per_unit = (rate / (1 - beta1**step)) / (
+        (moment / (1 - beta2**step)).sqrt() + group["eps"]
+    )
+    momentum = -per_unit * beta1 * state["exp_avg"].to(theta)
+    fresh = (1 - beta1) * per_unit
+    decay = -rate * weight_decay * theta if decoupled else -fresh * added
+    return sign * fresh, momentum, decay
+
+
+def gradient_gain(
+    optimizer: torch.optim.Adam,
+    parameters: Mapping[str, nn.Parameter],
+    gradient: Tensor,
+    step: Step,
+    update: Update,
+) -> Tensor:
+    """By what the step multiplies each element of the gradient, but for the sign; [P].
+
+    A share g_u of the gradient has the share -gain g_u of the step; dimension: eta over
+    the root of the second moment.
+
+    Args:
+        optimizer: AdamW (or Adam) in its saved state, the step undone.
+        parameters: the trainable parameters by name, at theta.
+        gradient: gradient of the loss before clipping, summed over ranks, flat, [P].
+        step: the step that was taken with it.
+        update: how it was taken.
+
+    Returns:
+        A flat CPU buffer of the gradient's dtype, or float32 if that is narrower.
+    """
+    layout = ParameterLayout.of(parameters)
+    gain = torch.empty(layout.numel, dtype=_at_least_float32(gradient.dtype))
+    views = layout.views(gain)
+    for name, parts in step_parts(optimizer, parameters, gradient, step, update):
+        views[name].copy_(parts.gain)
+    return gain
+
+
+def preconditioner(
+    optimizer: torch.optim.Adam,
+    parameters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+) -> Tensor:
+    """P = 1 / (sqrt(s / (1 - beta2^t)) + eps) of the saved second moment s; flat, [P].
+
+    With `amsgrad` s is the saved maximum. Nothing of the step to come is in it.
+
+    Args:
+        optimizer: AdamW (or Adam) in its saved state.
+        parameters: the trainable parameters by name.
+        dtype: dtype of the buffer; float32 if that is wider.
+
+    Returns:
+        The diagonal as a flat CPU buffer.
+
+    Raises:
+        InputError: a parameter's saved step count is 0: there is no moment yet.
+    """
+    layout = ParameterLayout.of(parameters)
+    diagonal = torch.empty(layout.numel, dtype=_at_least_float32(dtype))
+    views = layout.views(diagonal)
+    for name, group, state in _entries(optimizer, parameters):
+        step = float(state["step"])
+        if step < 1:
+            raise InputError(
+                f"optimizer state of {name}: expected at least 1 step, found {step:g}; "
+                "a preconditioned direction needs a second moment; use "
+                "gradient_dot.direction: step"
+            )
+        key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+        moment = state[key].double() / (1 - float(group["betas"][1]) ** step)
+        views[name].copy_(1 / (moment.sqrt() + group["eps"]))
+    return diagonal
+
+
+def _entries(
+    optimizer: torch.optim.Adam, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, param group, state) of every parameter of the optimizer."""
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield name_of[id(parameter)], group, optimizer.state[parameter]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
