@@ -92,28 +92,55 @@ def configured(command: Callable[[Options], None]) -> Callable[..., None]:
 @configured
 def probe(options: Options) -> None:
     """Measure what one optimizer step does to the entropy, predicted and true."""
+    _run_job("probe", options)
+
+
+@main.command()
+@configured
+def sweep(options: Options) -> None:
+    """Truth and both predictions over a grid of step sizes; continues if interrupted."""
+    _run_job("sweep", options)
+
+
+@main.command()
+@configured
+def audit(options: Options) -> None:
+    """Why is the predicted change zero, noisy or wrong? Every check on all of E."""
+    _run_job("audit", options)
+
+
+def _run_job(name: str, options: Options) -> None:
+    """Run a job that leaves a run directory, and exit with its code."""
     config = _load(options)
-    out = _output_folder(options, config, "probe")
-    sys.exit(run_ranks(lambda world: _probe(config, world, out, options)))
+    out = _output_folder(options, config, name)
+    sys.exit(run_ranks(lambda world: _job(name, config, world, out, options)))
 
 
-def _probe(config: "Config", world: "World", out: Path, options: Options) -> int:
+def _job(
+    name: str, config: "Config", world: "World", out: Path, options: Options
+) -> int:
     from entropy_ddp.config import to_yaml
-    from entropy_ddp.probe.run import run_probe
+    from entropy_ddp.probe.run import run_audit, run_probe
+    from entropy_ddp.probe.sweep import run_sweep
+    from entropy_ddp.report import tables
     from entropy_ddp.report.progress import phase_progress
-    from entropy_ddp.report.tables import print_results
     from entropy_ddp.results import prepare_folder, write_results
 
+    job, show = {
+        "probe": (run_probe, tables.print_results),
+        "sweep": (run_sweep, tables.print_sweep),
+        "audit": (run_audit, tables.print_diagnosis),
+    }[name]
     if world.is_main:
         prepare_folder(out, options.overwrite)
     console = _console(world, options)
     with phase_progress(console) as progress:
-        probed = run_probe(config, world, out, progress)
+        probed = job(config, world, out, progress)
     if not world.is_main:
         return 0
     write_results(out, probed, to_yaml(config))
     if console is not None:
-        print_results(console, probed.results, str(out))
+        show(console, probed.results, str(out))
     if options.as_json:
         click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
     # Only this rank says so: a launcher stops the others at the first non-zero code.
@@ -214,8 +241,9 @@ def run_ranks(body: Callable[["World"], int]) -> int:
         with process_group() as world:
             try:
                 return body(world)
-            except Exception as error:
-                # The first rank to fail prints; the others fail because it did.
+            except Exception as error:  # noqa: BLE001
+                # Whatever it is, the first rank to fail says so; the others fail
+                # because it did.
                 if world.claim_failure(str(error)):
                     _print_failure(error, world)
                 return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED

@@ -5,6 +5,7 @@ Unknown keys are errors, with the nearest known key named. Values on the command
 """
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -199,6 +200,31 @@ class Curvature(Section):
     enabled: bool = True
 
 
+class Sweep(Section):
+    """The grid of learning rates of the `sweep` command.
+
+    Attributes:
+        etas: learning rates; chosen from ESS and noise floor if not given.
+        num_points: size of a grid that is chosen.
+        symmetric: measure at -eta too, which separates even from odd orders.
+    """
+
+    etas: list[float] | None = None
+    num_points: int = Field(default=8, ge=2)
+    symmetric: bool = False
+
+    @model_validator(mode="after")
+    def _positive_and_distinct(self) -> "Sweep":
+        etas = self.etas
+        if etas is not None and (
+            not etas
+            or any(not 0 < eta < math.inf for eta in etas)
+            or len(set(etas)) < len(etas)
+        ):
+            raise ValueError("`etas` must be positive numbers, each once")
+        return self
+
+
 class Precision(Section):
     """Floating-point types.
 
@@ -244,6 +270,7 @@ class Config(Section):
     truth: Truth = Truth()
     linear: Linear = Linear()
     curvature: Curvature = Curvature()
+    sweep: Sweep = Sweep()
     precision: Precision = Precision()
     compute: Compute = Compute()
     seed: int = Field(default=0, ge=0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from entropy_ddp.atomic import written_whole
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.estimators.sweep import SweepPoint, SweepSummary
 from entropy_ddp.rollouts.files import write_jsonl
 
 SCHEMA_VERSION = 1
@@ -190,6 +191,8 @@ class Results:
     linear: LinearResult
     linear_all: list[dict[str, Any]]
     curvature: CurvatureResult | None = None
+    sweep: list[SweepPoint] | None = None
+    sweep_summary: SweepSummary | None = None
     audit: list[AuditRow]
     schema_version: int = SCHEMA_VERSION
 

@@ -104,9 +104,9 @@ CASES: dict[str, tuple[list[Row], list[Row], dict[str, Any]]] = {
     "few groups in U": (E_RAGGED, ragged(3, [5]), {}),
     "few groups in E": (ragged(4, [4, 3]), ragged(5, [2, 3, 2, 4, 2]), {}),
     "few groups in both": (ragged(6, [1, 4]), ragged(7, [3, 2]), {}),
-    "all but one group empty": (
+    "groups without tokens": (
         [replace(row, response_ids=[]) for row in ragged(8, [2, 3, 2])]
-        + [replace(row, group=9) for row in ragged(9, [3])],
+        + [replace(row, group=row.group + 9) for row in ragged(9, [3, 1])],
         U_RAGGED,
         {},
     ),
@@ -488,9 +488,11 @@ def test_a_rank_that_fails_stops_all_without_an_agent(
 
 def test_a_bad_row_is_told_once(place: Workplace, tmp_path: Path) -> None:
     """Every rank reads the whole file and finds it; one of them says so."""
-    lines = (place.folder / "ragged E.jsonl").read_text().splitlines(keepends=True)
-    lines[6] = lines[6].replace('"response_ids": [', '"response_ids": [-1, ')
-    (tmp_path / "E.jsonl").write_text("".join(lines))
+    rows = [
+        replace(row, response_ids=[-1]) if i == 6 else row
+        for i, row in enumerate(E_RAGGED)
+    ]
+    write_rows(tmp_path / "E.jsonl", rows)
     setting = f"batches.E.file={tmp_path / 'E.jsonl'}"
     config, out = place.config("ragged"), tmp_path / "out"
     arguments = ("probe", "--config", config, "--out", out, "--set", setting)

@@ -13,6 +13,7 @@ of tokens: a [batch, length, vocabulary] tensor never exists.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -198,7 +199,7 @@ class _WeightedSum(torch.autograd.Function):
             values, cotangent = _chunk_cotangent(
                 logits.detach().to(policy.settings.entropy_dtype),
                 targets,
-                lambda logp, entropy: weights(microbatch.token[chunk], logp, entropy),
+                partial(weights, microbatch.token[chunk]),
             )
             surrogate, logp, entropy = values
             total += surrogate

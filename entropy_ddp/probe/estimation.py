@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import Integrand
+from entropy_ddp.config import ImportanceMode, Integrand
 from entropy_ddp.distributed import World
 from entropy_ddp.estimators.baselines import (
     cross_fitted_coefficients,
@@ -66,45 +66,64 @@ class EntropyEstimates:
     before: SequenceSums
     after: SequenceSums
     log_weights: Tensor
-    changes: dict[str, EntropyChange]
+    changes: dict[ImportanceMode, EntropyChange]
     slopes: dict[tuple[Score, Baseline, bool], Slope]
 
 
 def estimate(
     session: Session, base: TokenScores, stepped: TokenScores
 ) -> EntropyEstimates:
-    """Every estimator of section "Truth" and "First order" from two scoring passes."""
+    """Every estimator of truth and prediction from two scoring passes over E."""
     world, batch = session.world, session.batches["E"]
-    objective, shard = session.config.objective, session.shard(batch)
-    logp, entropy, logp_after, entropy_after = gather_sums(
+    shard = session.shard(batch)
+    sums = gather_sums(
         world, shard, base.logp, base.entropy, stepped.logp, stepped.entropy
     )
-    original, unweighted_after = (
-        as_ratio(
-            objective.normalize,
-            integrand_tokens(objective.integrand, sequence_logp, sequence_entropy),
-            batch.lengths,
-        )
-        for sequence_logp, sequence_entropy in (
-            (logp, entropy),
-            (logp_after, entropy_after),
-        )
-    )
-    log_weights = logp_after - logp
+    before, after = (SequenceSums(logp=p, entropy=h) for p, h in (sums[:2], sums[2:]))
+    original = _ratio(session, before)
     return EntropyEstimates(
         original=original,
-        before=SequenceSums(logp=logp, entropy=entropy),
-        after=SequenceSums(logp=logp_after, entropy=entropy_after),
-        log_weights=log_weights,
-        changes=all_entropy_changes(
-            original,
-            unweighted_after,
-            log_weights,
-            session.config.truth.clip_c,
-            _per_decision(session, shard, base, stepped),
-            batch.groups,
-        ),
+        before=before,
+        after=after,
+        log_weights=after.logp - before.logp,
+        changes=_changes(session, (before, after), (base, stepped)),
         slopes=_slopes(session, shard, base, original),
+    )
+
+
+def changes_at(
+    session: Session, base: TokenScores, shifted: TokenScores
+) -> dict[ImportanceMode, EntropyChange]:
+    """Delta H by every mode between two scoring passes over E."""
+    shard = session.shard(session.batches["E"])
+    sums = gather_sums(
+        session.world, shard, base.logp, base.entropy, shifted.logp, shifted.entropy
+    )
+    before, after = (SequenceSums(logp=p, entropy=h) for p, h in (sums[:2], sums[2:]))
+    return _changes(session, (before, after), (base, shifted))
+
+
+def _ratio(session: Session, sums: SequenceSums) -> Ratio:
+    """The configured entropy estimator from sequence sums, unweighted."""
+    objective = session.config.objective
+    values = integrand_tokens(objective.integrand, sums.logp, sums.entropy)
+    return as_ratio(objective.normalize, values, session.batches["E"].lengths)
+
+
+def _changes(
+    session: Session,
+    sums: tuple[SequenceSums, SequenceSums],
+    scores: tuple[TokenScores, TokenScores],
+) -> dict[ImportanceMode, EntropyChange]:
+    before, after = sums
+    batch = session.batches["E"]
+    return all_entropy_changes(
+        _ratio(session, before),
+        _ratio(session, after),
+        after.logp - before.logp,
+        session.config.truth.clip_c,
+        _per_decision(session, session.shard(batch), *scores),
+        batch.groups,
     )
 
 
@@ -202,16 +221,12 @@ def estimate_curvature(
     second: tuple[Tensor, Tensor],
 ) -> Curvature:
     """H'' along the step from the base pass and the second derivatives of l_i and H_i."""
-    objective, batch = session.config.objective, session.batches["E"]
+    batch = session.batches["E"]
     shard = session.shard(batch)
     assert base.dlogp is not None and base.dentropy is not None
     first = gather_sums(session.world, shard, base.dlogp, base.dentropy)
     numerators = [
-        as_ratio(
-            objective.normalize,
-            integrand_tokens(objective.integrand, logp, entropy),
-            batch.lengths,
-        ).numerator
+        _ratio(session, SequenceSums(logp=logp, entropy=entropy)).numerator
         for logp, entropy in (first, second)
     ]
     derivatives = SecondOrder(

@@ -1,22 +1,28 @@
 """The gradient-dot form of the prediction: its passes, and what ranks exchange.
 
-    Xbar   one backward pass over E; log-probabilities at theta are those of the slope's
-           scoring pass
-    Ybar   the step that was taken, or one backward pass over U and the preconditioner
+With D the diagonal matrix that makes Y_u of a unit's gradient (see `units` and
+`estimators.gradient_dot`),
+
+    Xbar   one backward pass over E; the log-probabilities at theta that weigh it are
+           those of the slope's scoring pass
+    Ybar   direction `step`: the step that was taken; no pass. `preconditioned`: one
+           backward pass over U, times D = P
     V_X    direction `step`: the derivatives along the step that the slope has used; no
            pass. `preconditioned`: one forward-mode pass over E along Ybar
-    V_Y    one forward-mode pass over U along D Xbar, D the diagonal matrix of Y
+    V_Y    one forward-mode pass over U along D Xbar
 
-With `variance_method: backward`, and whenever E and U are the same rollouts (the terms
-<X_u, Y_u> that are then removed need both gradients of every unit), V_X and V_Y come from
-one backward pass per group of E and one per group of U in place of the last two lines.
+For direction `step`, Y_u is what group u adds to the step when the saved state, the clip
+coefficient and the denominator of the full gradient are held fixed: D is the gain of
+`update.decomposition`, and Ybar = momentum part + decay part + mean Y_u.
 
-A unit's gradient is written as B sum_{t in u} a_t grad log p_t, so that the mean over the
-B units is what one pass with weights a gives. See `estimators.gradient_dot`.
+With `variance_method: backward`, the last two lines are one backward pass per group of E
+and one per group of U in their place. So they are, whatever the method, when E and U are
+the same rollouts: the terms <X_u, Y_u> to be removed need both gradients of every group.
 
-Shape legend: P trainable elements, t response tokens of this rank, B units of a batch.
+Shape legend: P trainable elements, B units (groups) of a batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,14 +30,23 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.gradient_dot import (
-    Weighting,
-)
-from entropy_ddp.policy.scoring import TokenScores, TokenWeights
+from entropy_ddp.estimators.gradient_dot import Weighting, estimate_dot
+from entropy_ddp.policy.parameters import global_norm, inner_product
+from entropy_ddp.policy.scoring import TokenScores
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
-from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.probe.units import (
+    Units,
+    directional_derivatives,
+    entropy_units,
+    loss_units,
+    mean_gradient,
+    reward_units,
+    unit_gradients,
+)
+from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.update.decomposition import gradient_gain, preconditioner
+from entropy_ddp.update.step import Step
 
 Direction = Literal["step", "preconditioned"]
 VarianceMethod = Literal["jvp", "backward"]
@@ -63,9 +78,9 @@ class GradientDotResult:
         direction, weighting: which form.
         bars_dot: <Xbar, Ybar>, without its diagonal if `u_statistic`.
         u_cross: -bars_dot.
-        deltaH1: learning_rate times bars_dot, in nats (per token of the weighting).
+        deltaH1: learning_rate times bars_dot, in nats per token of the weighting.
         learning_rate: eta of the first param group; 1 for direction `step`, whose Ybar
-            holds it already.
+            holds every group's own already.
         V_X, V_Y: variance of bars_dot due to the groups of E and of U.
         se_deltaH1: learning_rate sqrt(V_X + V_Y).
         frac_var: (V_X + V_Y) / bars_dot^2; None when bars_dot is 0.
@@ -89,19 +104,6 @@ class GradientDotResult:
     u_statistic: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Units:
-    """The groups of one batch, each with the gradient B sum_{t in u} a_t grad log p_t.
-
-    Attributes:
-        shard: this rank's groups.
-        weights: gives a_t of this rank's tokens, as `pull_back` wants them.
-    """
-
-    shard: Shard
-    weights: TokenWeights
-
-
 def obstacle(batches: dict[str, Batch]) -> str | None:
     """Why the gradient-dot form cannot be computed from E and U; None if it can."""
     for split in ("E", "U"):
@@ -120,7 +122,11 @@ def obstacle(batches: dict[str, Batch]) -> str | None:
 
 
 def is_wanted(settings: GradientDotSettings, batches: dict[str, Batch]) -> bool:
-    """Whether to compute it: asked for, or `auto` and possible.
+    """Whether to compute it: `true`, or `auto` and possible.
+
+    Args:
+        settings: which form.
+        batches: E and U.
 
     Raises:
         InputError: `enabled: true`, but E or U does not allow it.
@@ -146,6 +152,31 @@ def same_rollouts(left: Batch, right: Batch) -> bool:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """Both sides of the inner product.
+
+    Attributes:
+        x: groups of E with X_u.
+        y: groups of U with a gradient each; Y_u is `scale` times it.
+        scale: the diagonal matrix D, flat, [P].
+        x_bar, y_bar: Xbar and Ybar over all ranks, flat, [P].
+        learning_rate: what <Xbar, Ybar> is multiplied by.
+        along_y_bar: this rank's tokens of E with derivatives along Ybar / `per_unit`,
+            where a pass has made them already.
+        per_unit: see there.
+    """
+
+    x: Units
+    y: Units
+    scale: Tensor
+    x_bar: Tensor
+    y_bar: Tensor
+    learning_rate: float
+    along_y_bar: TokenScores | None = None
+    per_unit: float = 1.0
+
+
 def gradient_dot(
     session: Session,
     stepped: SteppedScores,
@@ -155,19 +186,19 @@ def gradient_dot(
 ) -> GradientDotResult | None:
     """<Xbar, Ybar>, deltaH1 and its standard error, from all ranks.
 
-    Collectives: one parameter buffer (two for direction `preconditioned`), one or two
-    tables of scalars.
+    Collectives: one parameter buffer (two for direction `preconditioned`), two tables
+    of scalars (one when E and U are the same rollouts).
 
     Args:
-        session: the run; parameters and optimizer are at theta, the step undone.
+        session: the run, its parameters and optimizer at theta (the step undone).
         stepped: the step that was taken.
         gradient: gradient of the loss on U before clipping, summed over ranks, [P].
-        base: this rank's tokens of E at theta, with derivatives along the step.
+        base: this rank's tokens of E at theta, with derivatives along step / eta.
         settings: which form.
 
     Returns:
         The result, the same on every rank; None if it is not wanted, or `auto` and not
-        possible (see `obstacle`).
+        possible (`obstacle` says why).
 
     Raises:
         InputError: `enabled: true` and E or U does not allow it; or a preconditioner
@@ -176,180 +207,96 @@ def gradient_dot(
     """
     if not is_wanted(settings, session.batches):
         return None
-    factors = make_factors(session, stepped.step, gradient, base, settings)
-    x_bar, y_bar = factors.x_bar, factors.y_bar
-    if same_rollouts(session.batches["E"], session.batches["U"]):
-        projections = _paired_projections(session, factors)
-    elif settings.variance_method == "backward":
-        projections = _backward_projections(session, factors)
+    if settings.direction == "step":
+        factors = _step_factors(session, stepped.step, gradient, base, settings)
     else:
-        projections = _forward_projections(session, factors)
-    estimate = estimate_dot(inner_product(x_bar, y_bar), *projections)
+        factors = _preconditioned_factors(session, stepped.step, base, settings)
+    dot = inner_product(factors.x_bar, factors.y_bar)
+    estimate = estimate_dot(dot, *_projections(session, factors, settings))
+    learning_rate = factors.learning_rate
     return GradientDotResult(
         direction=settings.direction,
         weighting=settings.weighting,
         bars_dot=estimate.bars_dot,
         u_cross=-estimate.bars_dot,
-        deltaH1=factors.learning_rate * estimate.bars_dot,
-        learning_rate=factors.learning_rate,
+        deltaH1=learning_rate * estimate.bars_dot,
+        learning_rate=learning_rate,
         V_X=estimate.V_X,
         V_Y=estimate.V_Y,
-        se_deltaH1=factors.learning_rate * math.sqrt(estimate.V_X + estimate.V_Y),
+        se_deltaH1=learning_rate * math.sqrt(estimate.V_X + estimate.V_Y),
         frac_var=estimate.frac_var,
-        x_norm=global_norm(x_bar),
-        y_norm=global_norm(y_bar),
+        x_norm=global_norm(factors.x_bar),
+        y_norm=global_norm(factors.y_bar),
         u_statistic=estimate.u_statistic,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """Both sides of the inner product.
-
-    Attributes:
-        x: groups of E; their mean gradient is Xbar.
-        y: groups of U; Y_u is `scale` times their gradient.
-        scale: the diagonal matrix of Y, flat, [P].
-        x_bar, y_bar: Xbar and Ybar over all ranks, flat, [P]. For direction `step`
-            Ybar also has the step's momentum and weight decay.
-        learning_rate: what <Xbar, Ybar> is multiplied by.
-        along_y_bar: this rank's tokens of E with derivatives along Ybar over
-            `along_rate`, where a pass has made them already; else None.
-        along_rate: see there.
-    """
-
-    x: Units
-    y: Units
-    scale: Tensor
-    x_bar: Tensor
-    y_bar: Tensor
-    learning_rate: float
-    along_y_bar: TokenScores | None
-    along_rate: float = 1.0
-
-
-def make_factors(
+def _step_factors(
     session: Session,
     step: Step,
     gradient: Tensor,
     base: TokenScores,
     settings: GradientDotSettings,
 ) -> Factors:
-    """Xbar and Ybar: one pass and collective for each, none for a step as Ybar."""
-    optimizer, parameters = session.optimizer, session.policy.parameters
+    """Xbar, and the step as Ybar."""
     x = entropy_units(session, base, settings.weighting)
-    x_bar = mean_gradient(session, x, "gradient dot: E")
-    if settings.direction == "step":
-        update = session.config.update
-        return Factors(
-            x=x,
-            y=loss_units(session),
-            scale=gradient_gain(optimizer, parameters, gradient, step, update),
-            x_bar=x_bar,
-            y_bar=step.delta,
-            learning_rate=1.0,
-            along_y_bar=base,
-            along_rate=step.learning_rate,
-        )
-    y = reward_units(session)
-    scale = preconditioner(optimizer, parameters, session.buffer_dtype)
+    return Factors(
+        x=x,
+        y=loss_units(session),
+        scale=gradient_gain(
+            session.optimizer,
+            session.policy.parameters,
+            gradient,
+            step,
+            session.config.update,
+        ),
+        x_bar=_mean_gradient(session, x),
+        y_bar=step.delta,
+        learning_rate=1.0,
+        along_y_bar=base,
+        per_unit=step.learning_rate,
+    )
+
+
+def _preconditioned_factors(
+    session: Session, step: Step, base: TokenScores, settings: GradientDotSettings
+) -> Factors:
+    """Xbar, and the preconditioned gradient of the reward as Ybar."""
+    x, y = entropy_units(session, base, settings.weighting), reward_units(session)
+    scale = preconditioner(
+        session.optimizer, session.policy.parameters, session.buffer_dtype
+    )
     return Factors(
         x=x,
         y=y,
         scale=scale,
-        x_bar=x_bar,
-        y_bar=scale * mean_gradient(session, y, "gradient dot: U"),
+        x_bar=_mean_gradient(session, x),
+        y_bar=scale * _mean_gradient(session, y),
         learning_rate=step.learning_rate,
-        along_y_bar=None,
     )
 
 
-def entropy_units(session: Session, base: TokenScores, weighting: Weighting) -> Units:
-    """The groups of E with X_u as gradient; `base` holds this rank's tokens of E."""
-    shard = session.shard(session.batches["E"])
-    coefficients = entropy_coefficients(
-        shard.ragged.sum(base.logp), shard.ragged.lengths, _groups(shard), weighting
-    )
-    return _units(shard, coefficients / shard.batch.num_groups)
-
-
-def reward_units(session: Session) -> Units:
-    """The groups of U with grad J_u as gradient; for loss `nll` every advantage is 1."""
-    shard = session.shard(session.batches["U"])
-    if session.config.update.loss == "nll":
-        advantages = torch.ones(len(shard.positions), dtype=torch.float64)
-    else:
-        advantages = shard.batch.advantages[shard.positions]
-    coefficients = reward_coefficients(advantages, shard.ragged.lengths, _groups(shard))
-    return _units(shard, coefficients / shard.batch.num_groups)
-
-
-def loss_units(session: Session) -> Units:
-    """The groups of U with minus B_U times their share of the loss as objective."""
-    shard = session.shard(session.batches["U"])
-    descent = loss_weights(shard, session.config.update)
-
-    def ascent(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        on_logp, on_entropy = descent(token, logp, entropy)
-        return -on_logp, on_entropy
-
-    return Units(shard=shard, weights=ascent)
-
-
-def _units(shard: Shard, coefficients: Tensor) -> Units:
-    """Units whose tokens' weights are their sequence's coefficient, [n]."""
-    on_logp = shard.ragged.spread(coefficients)
-    on_entropy = torch.zeros_like(on_logp)
-    return Units(
-        shard=shard,
-        weights=lambda token, *_: (on_logp[token.cpu()], on_entropy[token.cpu()]),
-    )
-
-
-def _groups(shard: Shard) -> Tensor:
-    """Group number of each of this rank's sequences, [n]."""
-    return shard.batch.groups[shard.positions]
-
-
-def mean_gradient(session: Session, units: Units, phase: str) -> Tensor:
-    """Mean of the units' gradients over all ranks, flat, [P]; one collective."""
+def _mean_gradient(session: Session, units: Units) -> Tensor:
+    phase = f"gradient dot: gradient of {units.shard.batch.split}"
     with session.phase(phase, units.shard.ragged.num_tokens):
-        flat, _ = session.passes.gradient(
-            units.shard, units.weights, session.buffer_dtype
-        )
-        return session.world.sum(flat, "parameter buffers")
+        return mean_gradient(session, units)
 
 
-def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor]]:
-    """The gradient of each of this rank's units, flat, [P]; one backward pass each.
-
-    Yields:
-        Number of the group and its gradient, in the order of the groups.
-    """
-    shard, groups = units.shard, _groups(units.shard)
-    for unit in groups.unique().tolist():
-        here = groups == unit
-        places = shard.ragged.spread(here).nonzero().squeeze(1)
-        flat, _ = session.passes.gradient(
-            Shard(batch=shard.batch, positions=shard.positions[here]),
-            lambda token, *rest: units.weights(places[token.cpu()], *rest),
-            session.buffer_dtype,
-        )
-        yield unit, flat.mul_(shard.batch.num_groups)
+def _projections(
+    session: Session, factors: Factors, settings: GradientDotSettings
+) -> tuple[Tensor, ...]:
+    """<X_u, Ybar> [B_E], <Y_u, Xbar> [B_U] and, of the same rollouts, <X_u, Y_u> [B]."""
+    if same_rollouts(session.batches["E"], session.batches["U"]):
+        return _paired(session, factors)
+    if settings.variance_method == "backward":
+        against = (factors.y_bar, factors.scale * factors.x_bar)
+        pairs = zip((factors.x, factors.y), against)
+        return tuple(_group_by_group(session, units, v) for units, v in pairs)
+    return _forward(session, factors)
 
 
-def directional_sums(session: Session, units: Units, scores: TokenScores) -> Tensor:
-    """Each unit's derivative along the direction of the scores, [B]; one collective."""
-    assert scores.dlogp is not None
-    shard, every = units.shard, torch.arange(len(scores.logp))
-    weights, _ = units.weights(every, scores.logp, scores.entropy)
-    per_sequence = shard.ragged.sum(weights * scores.dlogp) * shard.batch.num_groups
-    totals = group_totals(per_sequence, _groups(shard), shard.batch.num_groups)
-    return session.world.sum(totals, "scalars")
-
-
-def _forward_projections(session: Session, factors: Factors) -> tuple[Tensor, Tensor]:
-    """<X_u, Ybar> [B_E] and <Y_u, Xbar> [B_U], all units of a batch in one pass."""
+def _forward(session: Session, factors: Factors) -> tuple[Tensor, Tensor]:
+    """All units of a batch in one forward-mode pass."""
     x, y, passes = factors.x, factors.y, session.passes
     along_y_bar = factors.along_y_bar
     if along_y_bar is None:
@@ -359,63 +306,32 @@ def _forward_projections(session: Session, factors: Factors) -> tuple[Tensor, Te
         direction = passes.layout.views(factors.scale * factors.x_bar)
         along_x_bar = passes.score(y.shard, direction)
     return (
-        factors.along_rate * directional_sums(session, x, along_y_bar),
-        directional_sums(session, y, along_x_bar),
+        factors.per_unit * directional_derivatives(session, x, along_y_bar),
+        directional_derivatives(session, y, along_x_bar),
     )
 
 
-def _backward_projections(session: Session, factors: Factors) -> tuple[Tensor, Tensor]:
-    """<X_u, Ybar> [B_E] and <Y_u, Xbar> [B_U], one backward pass for each unit."""
-    against = (factors.y_bar, factors.scale * factors.x_bar)
-    products = []
-    for units, vector in zip((factors.x, factors.y), against):
-        along = torch.zeros(units.shard.batch.num_groups, dtype=torch.float64)
-        split, num_tokens = units.shard.batch.split, units.shard.ragged.num_tokens
-        with session.phase(f"gradient dot: groups of {split}", num_tokens):
-            for unit, flat in unit_gradients(session, units):
-                along[unit] = inner_product(flat, vector)
-            products.append(session.world.sum(along, "scalars"))
-    return products[0], products[1]
+def _group_by_group(session: Session, units: Units, vector: Tensor) -> Tensor:
+    """<G_u, vector> of all units, one backward pass for each."""
+    products = torch.zeros(units.count, dtype=torch.float64)
+    phase = f"gradient dot: groups of {units.shard.batch.split}"
+    with session.phase(phase, units.shard.ragged.num_tokens):
+        for unit, flat in unit_gradients(session, units):
+            products[unit] = inner_product(flat, vector)
+        return session.world.sum(products, "scalars")
 
 
-def _paired_projections(
-    session: Session, factors: Factors
-) -> tuple[Tensor, Tensor, Tensor]:
-    """<X_u, Ybar>, <Y_u, Xbar> and <X_u, Y_u> of the same rollouts, [B] each.
-
-    One backward pass over each unit for X and one for Y.
-    """
+def _paired(session: Session, factors: Factors) -> tuple[Tensor, ...]:
+    """All three of the same rollouts, one backward pass over each unit for X and Y."""
     x, y = factors.x, factors.y
-    along_y, along_x = factors.y_bar, factors.scale * factors.x_bar
-    products = torch.zeros(3, x.shard.batch.num_groups, dtype=torch.float64)
-    with session.phase("gradient dot: groups of E", 2 * x.shard.ragged.num_tokens):
+    onto_y, onto_x = factors.y_bar, factors.scale * factors.x_bar
+    products = torch.zeros(3, x.count, dtype=torch.float64)
+    with session.phase("gradient dot: groups", 2 * x.shard.ragged.num_tokens):
         # The same groups on this rank, in the same order: both are dealt out alike.
         pairs = zip(unit_gradients(session, x), unit_gradients(session, y), strict=True)
         for (unit, of_x), (_, of_y) in pairs:
-            products[0, unit] = inner_product(of_x, along_y)
-            products[1, unit] = inner_product(of_y, along_x)
+            products[0, unit] = inner_product(of_x, onto_y)
+            products[1, unit] = inner_product(of_y, onto_x)
             products[2, unit] = inner_product(of_x, factors.scale * of_y)
         session.world.sum(products, "scalars")
-    return products[0], products[1], products[2]
-
-
-def proxy_gradient_norm(session: Session, split: str = "U", limit: int = 64) -> float:
-    """Norm of the gradient of mean S over the batch's first `limit` sequences.
-
-    0 exactly when no gradient flows from log-probabilities to trainable parameters:
-    S is then a constant, and X and Y vanish whatever the rewards. One pass and one
-    collective; the sample is the same at every world size.
-
-    Args:
-        session: the run.
-        split: the batch, "E" or "U".
-        limit: size of the sample.
-
-    Raises:
-        RunError: a value is not finite.
-    """
-    batch = session.batches[split]
-    shard, sample = session.shard(batch), batch.first(limit)
-    part = Shard(batch=sample, positions=shard.positions[shard.positions < len(sample)])
-    share = torch.full((len(part.positions),), 1 / len(sample), dtype=torch.float64)
-    return global_norm(mean_gradient(session, _units(part, share), "audit: proxy"))
+    return tuple(products)

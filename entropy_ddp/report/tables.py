@@ -32,6 +32,65 @@ def print_results(console: Console, results: Results, out: str | None) -> None:
     console.print(_verdict_line(results, out))
 
 
+def print_diagnosis(console: Console, results: Results, out: str | None) -> None:
+    """The audits: every complaint with its next step, then all of them."""
+    console.print(_header(results))
+    complaints = [row for row in results.audit if row.verdict != "ok"]
+    for row in sorted(complaints, key=lambda row: row.verdict):
+        console.print(_complaint(row))
+    if not complaints:
+        console.print("No check complains.")
+    console.print(_answer(results))
+    console.print(_audit_table(results.audit))
+    console.print(_verdict_line(results, out))
+
+
+def print_sweep(console: Console, results: Results, out: str | None) -> None:
+    """Truth and predictions by step size, and what the sweep says as a whole."""
+    assert results.sweep is not None and results.sweep_summary is not None
+    console.print(_header(results))
+    for row in results.audit:
+        if row.verdict != "ok":
+            console.print(_complaint(row))
+    table = _table(
+        f"Entropy change by step size, {UNITS[results.truth.normalize]}",
+        "learning rate",
+        "ΔH true",
+        "ΔH first order",
+        "ΔH second order",
+        "ESS / N",
+    )
+    for point in results.sweep:
+        second = "-" if point.delta_h2 is None else f"{point.delta_h2:+.4e}"
+        table.add_row(
+            number(point.eta, 4),
+            _plus_minus(point.delta_h_true, point.se),
+            _plus_minus(point.delta_h1, point.delta_h1_se),
+            second,
+            f"{point.ess_fraction:.4f}",
+        )
+    console.print(table)
+    summary = results.sweep_summary
+    lines = [f"noise floor of ΔH true: {number(summary.noise_floor, 3)}"]
+    if summary.exponent is not None:
+        lines.append(f"|ΔH true| grows as eta to the power {summary.exponent:.3f}")
+    if summary.agreement is None:
+        lines.append("first order and truth agree within two standard errors nowhere")
+    else:
+        low, high = (number(eta, 3) for eta in summary.agreement)
+        lines.append(
+            f"first order and truth agree within two standard errors from {low} to {high}"
+        )
+    if results.curvature is not None and results.curvature.eta_star is not None:
+        edge = number(results.curvature.eta_star, 3)
+        lines.append(f"edge of the linear regime, eta*: {edge}")
+    for point in summary.odd or []:
+        odd = f"{point['delta_h']:+.6e}"
+        lines.append(f"odd part at eta = {number(point['eta'], 4)}: {odd}")
+    console.print("\n".join(lines))
+    console.print(_verdict_line(results, out))
+
+
 def number(value: float, digits: int = 6) -> str:
     """A number in scientific notation that never rounds to 0."""
     return f"{value:.{digits - 1}e}"
@@ -50,7 +109,7 @@ def _header(results: Results) -> Panel:
     run = results.run
     ranks = f"{run.world_size} rank{'s' if run.world_size > 1 else ''}"
     lines.append(f"{ranks} on {run.device}, {run.dtype}, seed {run.seed}")
-    return Panel("\n".join(lines), title="entropy_ddp probe", expand=False)
+    return Panel("\n".join(lines), title="entropy_ddp", expand=False)
 
 
 def _complaint(row: AuditRow) -> Text:

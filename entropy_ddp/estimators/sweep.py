@@ -1,0 +1,137 @@
+"""A grid of step sizes along one direction: which to measure, and what they say.
+
+For AdamW the parameter change is exactly linear in the learning rate, so one direction v
+serves every eta, and theta + eta v is measured without another optimizer step.
+
+Shape legend: N sequences, p points.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.estimators.errors import effective_sample_size
+
+SMALLEST_SHARE = 1e-3
+
+
+def predicted_ess_fraction(dlogp: Tensor, eta: float) -> float:
+    """ESS / N at eta if log-weights were linear, log w_i = eta l'_i, from l' [N]."""
+    return effective_sample_size(eta * dlogp) / len(dlogp)
+
+
+def choose_grid(
+    dlogp: Tensor, slope: float, noise_floor: float, ess_warn: float, num_points: int
+) -> list[float]:
+    """Learning rates, evenly spaced in their logarithm, over which a sweep is telling.
+
+    The largest is where the effective sample size is predicted to fall to `ess_warn`; the
+    smallest where the change is predicted to be ten times the noise floor, but at least a
+    thousandth of the largest.
+
+    Args:
+        dlogp: l'_i along v, [N].
+        slope: slope of the entropy along v.
+        noise_floor: |Delta H| when nothing moves.
+        ess_warn: threshold of ESS / N.
+        num_points: number of learning rates.
+    """
+    spread = float((dlogp - dlogp.mean()).abs().max())
+    low, high = 0.0, (1e3 / spread if spread else 1.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        trusted = predicted_ess_fraction(dlogp, middle) >= ess_warn
+        low, high = (middle, high) if trusted else (low, middle)
+    smallest = 10 * noise_floor / abs(slope) if slope else 0.0
+    smallest = min(max(smallest, SMALLEST_SHARE * low), low / 10)
+    steps = torch.linspace(math.log(smallest), math.log(low), num_points).double()
+    return [float(f"{eta:.6g}") for eta in steps.exp().tolist()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """One step size: keys of a row of `sweep` in results.json.
+
+    Attributes:
+        eta: learning rate; negative on the mirrored side of a symmetric sweep.
+        delta_h_true: measured change.
+        se: its standard error.
+        ess_fraction: effective sample size over N.
+        delta_h1: first-order prediction.
+        delta_h1_se: its standard error.
+        delta_h2: second-order prediction; None without curvature.
+        difference_se: paired standard error of delta_h_true - delta_h1.
+    """
+
+    eta: float
+    delta_h_true: float
+    se: float
+    ess_fraction: float
+    delta_h1: float
+    delta_h1_se: float
+    delta_h2: float | None
+    difference_se: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSummary:
+    """What a sweep says as a whole.
+
+    Attributes:
+        exponent: d log |delta_h_true| / d log eta by least squares over trusted points
+            above the noise; 1 in the linear regime. None with fewer than two points.
+        agreement: smallest and largest eta of the run of trusted points, from the
+            smallest up, at which truth and first order agree within two standard errors
+            of the truth. None if there is none.
+        noise_floor: |Delta H| when nothing moves.
+        odd: for a symmetric sweep, {eta, delta_h} with delta_h half the difference of
+            both sides: the even orders, curvature first, drop out. None otherwise.
+    """
+
+    exponent: float | None
+    agreement: list[float] | None
+    noise_floor: float
+    odd: list[dict[str, float]] | None
+
+
+def summarise(
+    points: list[SweepPoint], noise_floor: float, ess_abort: float
+) -> SweepSummary:
+    """Exponent, range of agreement and odd part of a sweep."""
+    forward = sorted((p for p in points if p.eta > 0), key=lambda p: p.eta)
+    trusted = [
+        p
+        for p in forward
+        if p.ess_fraction >= ess_abort and abs(p.delta_h_true) > noise_floor
+    ]
+    agreeing: list[float] = []
+    for point in trusted:
+        if abs(point.delta_h_true - point.delta_h1) > 2 * point.se:
+            break
+        agreeing.append(point.eta)
+    mirrored = {p.eta: p for p in points if p.eta < 0}
+    odd = [
+        {
+            "eta": p.eta,
+            "delta_h": (p.delta_h_true - mirrored[-p.eta].delta_h_true) / 2,
+        }
+        for p in forward
+        if -p.eta in mirrored
+    ]
+    return SweepSummary(
+        exponent=_exponent(trusted),
+        agreement=[agreeing[0], agreeing[-1]] if agreeing else None,
+        noise_floor=noise_floor,
+        odd=odd or None,
+    )
+
+
+def _exponent(points: list[SweepPoint]) -> float | None:
+    if len(points) < 2:
+        return None
+    pairs = [(math.log(p.eta), math.log(abs(p.delta_h_true))) for p in points]
+    mean_x, mean_y = (sum(column) / len(pairs) for column in zip(*pairs))
+    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread

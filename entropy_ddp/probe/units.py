@@ -1,0 +1,180 @@
+"""Groups as units with a gradient each: their mean, their own, their derivatives.
+
+Unit u of B has the gradient G_u = B sum_{t in u} a_t grad log p_t, a sum over its tokens,
+so that one backward pass with the weights a gives the mean over all units. What the units
+of E and U stand for:
+
+    entropy_units   G_u = X_u, whose direction raises the entropy
+    reward_units    G_u = grad J_u, J_u = mean_g (A_{u,g} / L_u) S_{u,g}
+    loss_units      G_u = -B times the gradient of the unit's share of the loss
+
+Shape legend: n sequences and t tokens of this rank, B units of the batch, P trainable
+elements.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.estimators.errors import group_totals
+from entropy_ddp.estimators.gradient_dot import (
+    Weighting,
+    entropy_coefficients,
+    reward_coefficients,
+)
+from entropy_ddp.policy.parameters import global_norm
+from entropy_ddp.policy.scoring import TokenScores, TokenWeights
+from entropy_ddp.probe.session import Session
+from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.update.loss import loss_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The groups of one batch that this rank holds, each with its gradient.
+
+    Attributes:
+        shard: this rank's groups; may be empty.
+        weights: gives a_t of this rank's tokens, as `pull_back` wants them.
+    """
+
+    shard: Shard
+    weights: TokenWeights
+
+    @property
+    def group(self) -> Tensor:
+        """Group number of each of this rank's sequences, [n]."""
+        return self.shard.batch.groups[self.shard.positions]
+
+    @property
+    def count(self) -> int:
+        """Number of units B of the whole batch."""
+        return self.shard.batch.num_groups
+
+    def only(self, unit: int) -> "Units":
+        """One of this rank's units, with its share of the same mean."""
+        here = self.group == unit
+        places = self.shard.ragged.spread(here).nonzero().squeeze(1)
+        return Units(
+            shard=Shard(batch=self.shard.batch, positions=self.shard.positions[here]),
+            weights=lambda token, *rest: self.weights(places[token.cpu()], *rest),
+        )
+
+
+def entropy_units(session: Session, base: TokenScores, weighting: Weighting) -> Units:
+    """The groups of E with X_u.
+
+    Args:
+        session: the run.
+        base: this rank's tokens of E at theta.
+        weighting: what the log-probability of a response is divided by.
+    """
+    shard = session.shard(session.batches["E"])
+    group, ragged = shard.batch.groups[shard.positions], shard.ragged
+    logp = ragged.sum(base.logp)
+    coefficients = entropy_coefficients(logp, ragged.lengths, group, weighting)
+    return _sequence_units(shard, coefficients / shard.batch.num_groups)
+
+
+def reward_units(session: Session) -> Units:
+    """The groups of U with grad J_u; for the loss `nll` every advantage is 1."""
+    shard = session.shard(session.batches["U"])
+    advantages = torch.ones(len(shard.positions), dtype=torch.float64)
+    if session.config.update.loss != "nll":
+        advantages = shard.batch.advantages[shard.positions]
+    group, lengths = shard.batch.groups[shard.positions], shard.ragged.lengths
+    coefficients = reward_coefficients(advantages, lengths, group)
+    return _sequence_units(shard, coefficients / shard.batch.num_groups)
+
+
+def loss_units(session: Session) -> Units:
+    """The groups of U with their share of the configured loss, descending.
+
+    The loss's own normalisation (the number of tokens of U, for `dapo`) is held fixed.
+
+    Raises:
+        InputError: `ratio: clipped` and a sequence has no sampling log-probs.
+    """
+    shard = session.shard(session.batches["U"])
+    descent = loss_weights(shard, session.config.update)
+
+    def ascent(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        on_logp, on_entropy = descent(token, logp, entropy)
+        return -on_logp, on_entropy
+
+    return Units(shard=shard, weights=ascent)
+
+
+def _sequence_units(shard: Shard, coefficients: Tensor) -> Units:
+    """Units whose tokens have their sequence's coefficient as weight, [n]."""
+    on_logp = shard.ragged.spread(coefficients)
+    on_entropy = torch.zeros_like(on_logp)
+    return Units(
+        shard=shard,
+        weights=lambda token, *_: (on_logp[token.cpu()], on_entropy[token.cpu()]),
+    )
+
+
+def mean_gradient(session: Session, units: Units) -> Tensor:
+    """Mean of the gradients of all units of all ranks, flat, [P]; one collective."""
+    flat, _ = session.passes.gradient(units.shard, units.weights, session.buffer_dtype)
+    return session.world.sum(flat, "parameter buffers")
+
+
+def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor]]:
+    """The gradient of each of this rank's units, one backward pass for each.
+
+    Yields:
+        Number of the unit, ascending, and its gradient, flat, [P].
+    """
+    for unit in units.group.unique().tolist():
+        alone = units.only(unit)
+        flat, _ = session.passes.gradient(
+            alone.shard, alone.weights, session.buffer_dtype
+        )
+        yield unit, flat.mul_(units.count)
+
+
+def directional_derivatives(
+    session: Session, units: Units, scores: TokenScores
+) -> Tensor:
+    """<G_u, d> of all units, [B], d the direction of the scores; one collective.
+
+    Args:
+        session: the run.
+        units: the units.
+        scores: this rank's tokens at theta with derivatives along d.
+    """
+    assert scores.dlogp is not None
+    every = torch.arange(len(scores.logp))
+    weights, _ = units.weights(every, scores.logp, scores.entropy)
+    sums = units.count * units.shard.ragged.sum(weights * scores.dlogp)
+    totals = group_totals(sums, units.group, units.count)
+    return session.world.sum(totals, "scalars")
+
+
+def proxy_gradient_norm(session: Session, split: str = "U", limit: int = 64) -> float:
+    """Norm of the gradient of mean S over the batch's first `limit` sequences.
+
+    0 exactly when no gradient flows from log-probabilities to trainable parameters: X
+    and Y then vanish whatever the rewards. The sample is the same at every world size.
+
+    Args:
+        session: the run.
+        split: the batch, "E" or "U".
+        limit: size of the sample.
+
+    Raises:
+        RunError: a value is not finite.
+    """
+    batch = session.batches[split]
+    shard, sample = session.shard(batch), batch.first(limit)
+    positions = shard.positions[shard.positions < len(sample)]
+    units = _sequence_units(
+        Shard(batch=sample, positions=positions),
+        torch.full((len(positions),), 1 / len(sample), dtype=torch.float64),
+    )
+    with session.phase("audit: gradient of mean S", units.shard.ragged.num_tokens):
+        return global_norm(mean_gradient(session, units))
