@@ -222,10 +222,12 @@ def _plain(value: Any) -> Any:
 def _require_finite(value: Any, place: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise RunError(f"{place} is {value}: the run's numbers cannot be trusted")
-    items = value.items() if isinstance(value, dict) else None
-    if isinstance(value, list):
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
         items = enumerate(value)
-    for name, item in items or ():
+    for name, item in items:
         _require_finite(item, f"{place}.{name}")
 
 

@@ -173,13 +173,13 @@ def _attention(
         for pair, n in zip(operands, (1, repeats, repeats))
     )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    rows = q[0].shape[-2]
-    per_row = q[0].numel() // (rows * q[0].shape[-1]) * k[0].shape[-2]
+    rows, width = query.shape[-2:]
+    per_row = query.numel() // (rows * width) * key.shape[-2]
     block = max(1, ATTENTION_BLOCK_ELEMENTS // per_row)
     primals, tangents = [], []
     for start in range(0, rows, block):
         pieces = [x if x is None else x[..., start : start + block, :] for x in q]
-        mask = _attention_mask(attn_mask, is_causal, start, pieces[0], k[0])
+        mask = _attention_mask(attn_mask, is_causal, start, pieces[0], key)
         primal, tangent = _attention_block(pieces, k, v, mask, scale)
         primals.append(primal)
         tangents.append(tangent)
@@ -211,6 +211,7 @@ def _attention_block(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     (q, dq), (k, dk), (v, dv) = query, key, value
+    assert q is not None and k is not None and v is not None
     scores = (q * scale) @ k.mT
     if mask is not None and mask.dtype == torch.bool:
         scores.masked_fill_(~mask, -torch.inf)

@@ -11,10 +11,10 @@ of tokens: a [batch, length, vocabulary] tensor never exists.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ NUM_PROJECTIONS = 32
 TokenWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def _unfilled(num_tokens: int) -> Tensor:
+    """A flat token array to be filled microbatch by microbatch; NaN until then."""
+    return torch.full((num_tokens,), torch.nan, dtype=torch.float64)
+
+
 @dataclass(kw_only=True)
 class TokenScores:
     """Flat token arrays of one rank's shard, float64 on the CPU, each [t], in nats.
@@ -51,44 +56,59 @@ class TokenScores:
     Attributes:
         logp: log-probability of each response token.
         entropy: entropy H of the distribution each token was drawn from.
-        dlogp: derivative of logp along the direction; None at order 0.
-        dentropy: derivative of entropy along the direction; None at order 0.
-        features: what baselines and control variates need beside these, by name (see
-            `head.distribution_features`), and `hidden`, random projections of the
-            hidden state, float32, [t, 32]; empty at order 0.
         num_microbatches: number of microbatches this rank ran.
     """
 
     logp: Tensor
     entropy: Tensor
-    dlogp: Tensor | None = None
-    dentropy: Tensor | None = None
-    features: dict[str, Tensor] = field(default_factory=dict)
     num_microbatches: int = 0
 
     @classmethod
-    def empty(cls, num_tokens: int, order: int) -> "TokenScores":
-        """Arrays to be filled microbatch by microbatch; NaN until filled."""
-
-        def unfilled(names: Iterable[str]) -> dict[str, Tensor]:
-            shape = (num_tokens,)
-            return {n: torch.full(shape, torch.nan, dtype=torch.float64) for n in names}
-
-        if order == 0:
-            return cls(**unfilled(("logp", "entropy")))
-        values = unfilled(("logp", "entropy", "dlogp", "dentropy"))
-        features = unfilled(FEATURES)
-        shape = (num_tokens, NUM_PROJECTIONS)
-        features["hidden"] = torch.full(shape, torch.nan, dtype=torch.float32)
-        return cls(**values, features=features)
+    def empty(cls, num_tokens: int) -> "TokenScores":
+        """Arrays to be filled."""
+        return cls(logp=_unfilled(num_tokens), entropy=_unfilled(num_tokens))
 
     def fill(self, token: Tensor, **values: Tensor) -> None:
         """Put one microbatch's values at their places in the flat arrays."""
         for name, value in values.items():
-            array = (
-                self.features[name] if name in self.features else getattr(self, name)
-            )
+            array = self.array(name)
             array[token] = value.to("cpu", array.dtype)
+
+    def array(self, name: str) -> Tensor:
+        """The flat token array of this name."""
+        return getattr(self, name)
+
+
+@dataclass(kw_only=True)
+class DirectionalScores(TokenScores):
+    """Token scores with their derivatives along a direction v.
+
+    Attributes:
+        dlogp: derivative of logp along v.
+        dentropy: derivative of entropy along v.
+        features: what baselines and control variates need beside these, by name: those
+            of `head.distribution_features` [t], and `hidden`, random projections of
+            the hidden state, float32, [t, 32]. Empty if not asked for.
+    """
+
+    dlogp: Tensor
+    dentropy: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, num_tokens: int, with_features: bool = False) -> "DirectionalScores":
+        """Arrays to be filled."""
+        features = {}
+        if with_features:
+            features = {name: _unfilled(num_tokens) for name in FEATURES}
+            hidden = torch.full((num_tokens, NUM_PROJECTIONS), torch.nan)
+            features["hidden"] = hidden
+        names = ("logp", "entropy", "dlogp", "dentropy")
+        return cls(**{n: _unfilled(num_tokens) for n in names}, features=features)
+
+    def array(self, name: str) -> Tensor:
+        """The flat token array of this name."""
+        return self.features[name] if name in self.features else getattr(self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,8 +287,24 @@ class Passes:
     advance: Callable[[int], None] = lambda count: None
     performed: dict[str, int] = field(default_factory=dict)
 
+    @overload
+    def score(self, shard: Shard) -> TokenScores: ...
+
+    @overload
     def score(
-        self, shard: Shard, direction: Mapping[str, Tensor] | None = None
+        self,
+        shard: Shard,
+        direction: Mapping[str, Tensor],
+        *,
+        with_features: bool = False,
+    ) -> DirectionalScores: ...
+
+    def score(
+        self,
+        shard: Shard,
+        direction: Mapping[str, Tensor] | None = None,
+        *,
+        with_features: bool = False,
     ) -> TokenScores:
         """Log p and H of every response token, with a direction also their derivatives.
 
@@ -276,22 +312,23 @@ class Passes:
             shard: this rank's sequences; may be empty.
             direction: tangent of each trainable parameter by name (order 1), or None
                 (order 0).
+            with_features: at order 1, also what baselines and control variates need.
 
         Raises:
             RunError: a value is not finite, or the model returned no tangent.
         """
-        order = 0 if direction is None else 1
-        scores = TokenScores.empty(shard.ragged.num_tokens, order)
-        duals = (
-            nullcontext()
-            if direction is None
-            else dual_parameters(self.tokens, self.parameters, direction)
-        )
+        num_tokens = shard.ragged.num_tokens
+        scores = TokenScores.empty(num_tokens)
+        duals: AbstractContextManager[None] = nullcontext()
+        if direction is not None:
+            scores = DirectionalScores.empty(num_tokens, with_features)
+            duals = dual_parameters(self.tokens, self.parameters, direction)
         with torch.no_grad(), precision_context(self.dtype), duals:
             for microbatch in self._microbatches(shard):
-                self._score_microbatch(microbatch, scores, order)
+                self._score_microbatch(microbatch, scores)
                 scores.num_microbatches += 1
                 self.advance(len(microbatch.token))
+        order = 0 if direction is None else 1
         self._count(f"score order {order}", scores.num_microbatches)
         _require_finite(scores, shard)
         return scores
@@ -309,7 +346,7 @@ class Passes:
         Raises:
             RunError: a value is not finite.
         """
-        scores = TokenScores.empty(shard.ragged.num_tokens, 0)
+        scores = TokenScores.empty(shard.ragged.num_tokens)
         no_sync = getattr(self.wrapped, "no_sync", nullcontext)
         with precision_context(self.dtype), no_sync():
             for microbatch in self._microbatches(shard):
@@ -361,17 +398,17 @@ class Passes:
         budget = self.tokens.settings.tokens_per_microbatch
         return (m.to(self.device) for m in make_microbatches(shard, budget))
 
-    def _score_microbatch(
-        self, microbatch: Microbatch, scores: TokenScores, order: int
-    ) -> None:
+    def _score_microbatch(self, microbatch: Microbatch, scores: TokenScores) -> None:
         hidden = self.tokens.hidden_states(microbatch)
-        if order and halves(hidden)[1] is None:
+        directional = isinstance(scores, DirectionalScores)
+        with_features = isinstance(scores, DirectionalScores) and scores.features
+        if directional and halves(hidden)[1] is None:
             raise RunError(
                 "the model returned no tangent: every trainable parameter is bypassed "
                 "(adapter merged or disabled), or the forward pass runs under "
                 "inference_mode or reentrant gradient checkpointing"
             )
-        if order:
+        if with_features:
             projected = self.tokens.projected(halves(hidden)[0])
             scores.fill(microbatch.token.cpu(), hidden=projected)
         for chunk in self.tokens.chunks(hidden):
@@ -380,9 +417,11 @@ class Passes:
             logits = logits.to(self.tokens.settings.entropy_dtype)
             logp, entropy, *softmax = log_softmax_statistics(logits, targets)
             values = {"logp": logp, "entropy": entropy}
-            if order:
+            if directional:
+                assert tangent is not None
                 tangent = tangent.to(logits.dtype)
-                values |= distribution_features(tangent, targets, entropy, *softmax)
+                if with_features:
+                    values |= distribution_features(tangent, targets, entropy, *softmax)
                 derivatives = directional_derivatives(tangent, targets, *softmax)
                 values.update(zip(("dlogp", "dentropy"), derivatives))
             scores.fill(microbatch.token[chunk].cpu(), **values)
@@ -392,9 +431,11 @@ class Passes:
 
 
 def _require_finite(scores: TokenScores, shard: Shard) -> None:
-    for name in ("logp", "entropy", "dlogp", "dentropy"):
-        values = getattr(scores, name)
-        if values is None or bool(values.isfinite().all()):
+    names = ["logp", "entropy"]
+    names += ["dlogp", "dentropy"] if isinstance(scores, DirectionalScores) else []
+    for name in names:
+        values = scores.array(name)
+        if bool(values.isfinite().all()):
             continue
         token = int((~values.isfinite()).nonzero()[0])
         sequence = shard.sequences[int(shard.ragged.sequence_of_token[token])]

@@ -11,7 +11,7 @@ from entropy_ddp.policy.parameters import (
     global_norm,
     inner_product,
 )
-from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.policy.scoring import DirectionalScores, TokenScores
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
@@ -252,7 +252,7 @@ def _sampler_rows(
     return rows
 
 
-def _on_policy_row(session: Session, base: TokenScores) -> AuditRow:
+def _on_policy_row(session: Session, base: DirectionalScores) -> AuditRow:
     """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
     innovations = -base.logp - base.entropy
     local = torch.stack([innovations.sum(), base.features["log_variance"].sum()])

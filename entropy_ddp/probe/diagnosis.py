@@ -13,7 +13,7 @@ from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens
 from entropy_ddp.estimators.errors import relative_difference
 from entropy_ddp.estimators.linear import sequence_terms, slope_weights
 from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.policy.scoring import DirectionalScores
 from entropy_ddp.probe.estimation import baseline_predictions, derivatives_of
 from entropy_ddp.probe.phases import gather_sums
 from entropy_ddp.probe.session import Session
@@ -40,7 +40,7 @@ class Duality:
 
 def check_duality(
     session: Session,
-    base: TokenScores,
+    base: DirectionalScores,
     mean_entropy: float,
     direction: Tensor,
     size: int = SAMPLE_SEQUENCES,
@@ -136,7 +136,7 @@ def learning_rate_ratios(
 
 
 def measure_noise_floor(
-    session: Session, base: TokenScores, size: int = SAMPLE_SEQUENCES
+    session: Session, base: DirectionalScores, size: int = SAMPLE_SEQUENCES
 ) -> float:
     """|Delta H| of the sample when it is only scored again, in other microbatches.
 
@@ -175,6 +175,6 @@ def _sample(session: Session, size: int) -> tuple[Batch, Shard, Tensor]:
     )
 
 
-def _select(scores: TokenScores, here: Tensor) -> TokenScores:
+def _select(scores: DirectionalScores, here: Tensor) -> DirectionalScores:
     names = ("logp", "entropy", "dlogp", "dentropy")
-    return TokenScores(**{name: getattr(scores, name)[here] for name in names})
+    return DirectionalScores(**{name: getattr(scores, name)[here] for name in names})

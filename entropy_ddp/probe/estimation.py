@@ -44,7 +44,7 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
-from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.policy.scoring import DirectionalScores, TokenScores
 from entropy_ddp.probe.phases import SequenceSums, gather_sums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
@@ -71,7 +71,7 @@ class EntropyEstimates:
 
 
 def estimate(
-    session: Session, base: TokenScores, stepped: TokenScores
+    session: Session, base: DirectionalScores, stepped: TokenScores
 ) -> EntropyEstimates:
     """Every estimator of truth and prediction from two scoring passes over E."""
     world, batch = session.world, session.batches["E"]
@@ -92,7 +92,7 @@ def estimate(
 
 
 def changes_at(
-    session: Session, base: TokenScores, shifted: TokenScores
+    session: Session, base: DirectionalScores, shifted: TokenScores
 ) -> dict[ImportanceMode, EntropyChange]:
     """Delta H by every mode between two scoring passes over E."""
     shard = session.shard(session.batches["E"])
@@ -147,7 +147,7 @@ def _per_decision(
 
 
 def _slopes(
-    session: Session, shard: Shard, base: TokenScores, original: Ratio
+    session: Session, shard: Shard, base: DirectionalScores, original: Ratio
 ) -> dict[tuple[Score, Baseline, bool], Slope]:
     """The slope by every estimator that applies, from one gather."""
     objective, ragged = session.config.objective, shard.ragged
@@ -178,7 +178,7 @@ def _slopes(
 
 
 def baseline_predictions(
-    world: World, shard: Shard, base: TokenScores, integrand: Integrand
+    world: World, shard: Shard, base: DirectionalScores, integrand: Integrand
 ) -> dict[Baseline, Tensor]:
     """Predictions of what follows each token, [t, 2], by baseline; two collectives."""
     ragged, batch = shard.ragged, shard.batch
@@ -203,9 +203,8 @@ def baseline_predictions(
     }
 
 
-def derivatives_of(scores: TokenScores) -> TokenDerivatives:
+def derivatives_of(scores: DirectionalScores) -> TokenDerivatives:
     """An order-1 score as the estimators take it."""
-    assert scores.dlogp is not None and scores.dentropy is not None
     return TokenDerivatives(
         logp=scores.logp,
         entropy=scores.entropy,
@@ -217,13 +216,12 @@ def derivatives_of(scores: TokenScores) -> TokenDerivatives:
 def estimate_curvature(
     session: Session,
     estimates: EntropyEstimates,
-    base: TokenScores,
+    base: DirectionalScores,
     second: tuple[Tensor, Tensor],
 ) -> Curvature:
     """H'' along the step from the base pass and the second derivatives of l_i and H_i."""
     batch = session.batches["E"]
     shard = session.shard(batch)
-    assert base.dlogp is not None and base.dentropy is not None
     first = gather_sums(session.world, shard, base.dlogp, base.dentropy)
     numerators = [
         _ratio(session, SequenceSums(logp=logp, entropy=entropy)).numerator

@@ -32,10 +32,11 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     Raises:
         InputError: anything is wrong.
     """
-    files = require_optimizer(find_checkpoint(config.checkpoint))
+    files = find_checkpoint(config.checkpoint)
+    optimizer_file = require_optimizer(files)
     session = open_policy(config, world, files, progress)
     policy = session.policy
-    optimizer = load_optimizer(files.optimizer, policy.model, policy.parameters)
+    optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
     checks = check_model(session.passes, policy.vocabulary_size)
     batches = _read_batches(session)
     found = {
@@ -49,7 +50,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
             "trainable elements": session.passes.layout.numel,
         },
         "optimizer": {
-            "file": str(files.optimizer),
+            "file": str(optimizer_file),
             "kind": type(optimizer).__name__,
             "parameters with state": len(optimizer.state),
             "groups": [

@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
 from entropy_ddp.policy.parameters import fingerprint, global_norm, preserved
-from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.policy.scoring import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
@@ -95,12 +95,12 @@ def score_after_step(session: Session, gradient: Tensor) -> SteppedScores:
     return SteppedScores(step=step, scores=scores, hashes=(before, stepped, restored))
 
 
-def score_along_step(session: Session, step: Step) -> TokenScores:
+def score_along_step(session: Session, step: Step) -> DirectionalScores:
     """This rank's tokens of E at theta, with derivatives along v = delta / eta."""
     shard = session.shard(session.batches["E"])
     direction = session.passes.layout.views(step.direction)
     with session.phase("slope: E along the step", shard.ragged.num_tokens):
-        return session.passes.score(shard, direction)
+        return session.passes.score(shard, direction, with_features=True)
 
 
 # Euclidean length of the parameter change between the two passes of a second derivative:

@@ -117,10 +117,11 @@ def open_session(
     Raises:
         InputError: anything in the configuration, checkpoint or batches is wrong.
     """
-    files = require_optimizer(find_checkpoint(config.checkpoint))
+    files = find_checkpoint(config.checkpoint)
+    optimizer_file = require_optimizer(files)
     session = open_policy(config, world, files, progress)
     policy = session.policy
-    session.optimizer = load_optimizer(files.optimizer, policy.model, policy.parameters)
+    session.optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
     with session.phase("self-check"):
         session.self_checks = check_model(session.passes, policy.vocabulary_size)
     for split, source in (("E", config.batches.E), ("U", config.batches.U)):
@@ -154,8 +155,8 @@ def open_policy(
     )
 
 
-def require_optimizer(files: CheckpointFiles) -> CheckpointFiles:
-    """The files, if the optimizer state is among them.
+def require_optimizer(files: CheckpointFiles) -> Path:
+    """The file of the optimizer state.
 
     Raises:
         InputError: it is not.
@@ -166,7 +167,7 @@ def require_optimizer(files: CheckpointFiles) -> CheckpointFiles:
             "checkpoint.optimizer to the saved AdamW state (a fresh optimizer would "
             "step in another direction)"
         )
-    return files
+    return files.optimizer
 
 
 def make_passes(policy: Policy, config: Config, world: World) -> Passes:

@@ -62,8 +62,8 @@ def run_sweep(config: Config, world: World, out: Path, progress: Progress) -> Pr
         point = known.get(eta) or _measure_point(session, measured, eta)
         points.append(point)
         if world.is_main:
-            rows = [{"identity": identity} | asdict(p) for p in points]
-            write_jsonl(out / POINTS_FILE, rows)
+            kept = [{"identity": identity} | asdict(p) for p in points]
+            write_jsonl(out / POINTS_FILE, kept)
     summary = summarise(points, measured.noise_floor, config.truth.ess_abort)
     rows = audit_rows(session, measured, Extras())
     probed = make_results(session, measured, rows)
@@ -77,9 +77,7 @@ def _grid(session: Session, measured: Measured) -> list[float]:
     etas = sweep.etas
     if etas is None:
         shard = session.shard(session.batches["E"])
-        base = measured.base
-        assert base.dlogp is not None
-        (dlogp,) = gather_sums(session.world, shard, base.dlogp)
+        (dlogp,) = gather_sums(session.world, shard, measured.base.dlogp)
         etas = choose_grid(
             dlogp,
             measured.slope.value,

@@ -84,9 +84,9 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
     if results.curvature is not None and results.curvature.eta_star is not None:
         edge = number(results.curvature.eta_star, 3)
         lines.append(f"edge of the linear regime, eta*: {edge}")
-    for point in summary.odd or []:
-        odd = f"{point['delta_h']:+.6e}"
-        lines.append(f"odd part at eta = {number(point['eta'], 4)}: {odd}")
+    for pair in summary.odd or []:
+        odd = f"{pair['delta_h']:+.6e}"
+        lines.append(f"odd part at eta = {number(pair['eta'], 4)}: {odd}")
     console.print("\n".join(lines))
     console.print(_verdict_line(results, out))
 
@@ -136,6 +136,18 @@ def _answer(results: Results) -> Table:
     difference = truth.delta_h_true - linear.delta_h1
     share = difference / linear.difference_se if linear.difference_se else math.inf
     unit = UNITS[truth.normalize]
+    notes = [
+        f"{truth.H_orig:.6f} {unit} = {truth.H_orig / math.log(2):.6f} bits; ± is one "
+        "standard error over groups.",
+        "The difference has its own (paired) error: it is what the first order leaves "
+        "out.",
+    ]
+    if results.curvature is not None:
+        second = results.curvature.delta_h2
+        notes.append(
+            f"With the curvature of the step the prediction is {second:+.4e}, and the "
+            f"difference {truth.delta_h_true - second:+.1e}."
+        )
     table = _table(
         f"Entropy change of one {results.update.loss} step, {unit}",
         "H before",
@@ -143,11 +155,7 @@ def _answer(results: Results) -> Table:
         "ΔH first order",
         "true - first order",
         "in SE",
-        caption=(
-            f"{truth.H_orig:.6f} {unit} = {truth.H_orig / math.log(2):.6f} bits; ± is "
-            "one standard error over groups.\nThe difference has its own (paired) "
-            "error: it is the curvature of the step, plus noise."
-        ),
+        caption="\n".join(notes),
     )
     table.add_row(
         f"{truth.H_orig:.6f}",
@@ -276,7 +284,7 @@ def _audit_table(rows: list[AuditRow]) -> RenderableType:
 
 
 def _verdict_line(results: Results, out: str | None) -> Text:
-    verdicts = [row.verdict for row in results.audit]
+    verdicts: list[str] = [row.verdict for row in results.audit]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICT_STYLES)
     style = "green" if results.status == "ok" else "bold red"
     seconds = sum(results.run.seconds.values())

@@ -1,7 +1,6 @@
 """Is Delta H what pen and paper give, and its error what repeated sampling shows?"""
 
 import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
