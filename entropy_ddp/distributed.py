@@ -8,6 +8,7 @@ Failures are collective. The first rank to fail leaves its message in the store 
 prints it; the others see that a message is there already and stay silent.
 """
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,7 +99,12 @@ class World:
         """
         if self.store is None:
             return module
-        return DistributedDataParallel(module, init_sync=False, broadcast_buffers=False)
+        # Buffers must not be synchronised before each forward pass: ranks run different
+        # numbers of them. torch 2.13 renames the option.
+        known = inspect.signature(DistributedDataParallel).parameters
+        renamed = "forward_sync_buffers"
+        option = renamed if renamed in known else "broadcast_buffers"
+        return DistributedDataParallel(module, init_sync=False, **{option: False})
 
     def claim_failure(self, message: str) -> bool:
         """Whether this rank is the first to fail, and so the one to print."""

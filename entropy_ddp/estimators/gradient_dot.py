@@ -27,9 +27,14 @@ Neither is the slope of the entropy per token of `linear`, a ratio of means over
 two agree in what they mean, not in their digits.
 
 bars_dot is unbiased for <E[X], E[Y]> when E and U are independent and the matrix is
-fixed. When they are the same rollouts, the terms u = u' are biased by E<X_u, Y_u>/B and
-are removed (see `without_diagonal`). V_X and V_Y are the delta method's; the covariance
-of <X_u, Ybar> and <Y_u, Xbar>, which is not zero for the same rollouts, is not in `se`.
+fixed. V_X and V_Y are the delta method's, for independent E and U; together they exceed
+the variance by tr(Cov X Cov Y) / (B_E B_U), of second order.
+
+When E and U are the same rollouts, the terms u = u' bias the product by about
+E<X_u, Y_u>/B and are removed (`without_diagonal`). V_X + V_Y then leaves out twice the
+covariance of <X_u, Ybar> and <Y_u, Xbar>, which is of the same order: on the toy policy
+of the tests its root is 0.83 of the standard deviation at B = 1,000 (and 1.34 at B = 20,
+where the diagonal is in both projections). `paired_variance` has neither defect.
 
 Shape legend: n whole groups' sequences, B units. S in nats, everything float64.
 """
@@ -143,6 +148,26 @@ def without_diagonal(dot: float, y_projections: Tensor, diagonal: Tensor) -> flo
     return dot + excess / (count * (count - 1))
 
 
+def paired_variance(
+    x_projections: Tensor, y_projections: Tensor, diagonal: Tensor
+) -> float:
+    """Variance of bars_dot without its diagonal, when E and U are the same B units.
+
+    That of the mean of <X_u, Ybar> + <Y_u, Xbar> - 2 <X_u, Y_u> / B: the delta method
+    of a U-statistic, which has the covariance of the two and no unit times itself.
+
+    Args:
+        x_projections: <X_u, Ybar>, [B].
+        y_projections: <Y_u, Xbar>, [B].
+        diagonal: <X_u, Y_u>, [B].
+
+    Raises:
+        InputError: there are fewer than two units.
+    """
+    own = 2 * diagonal / len(diagonal)
+    return variance_of_mean(x_projections + y_projections - own)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DotEstimate:
     """<Xbar, Ybar> with the variances of its two factors.
@@ -152,6 +177,8 @@ class DotEstimate:
         V_X, V_Y: variance of it due to the units of E and of U.
         frac_var: (V_X + V_Y) / bars_dot^2; None when bars_dot is 0.
         u_statistic: whether the diagonal was removed.
+        paired_variance: variance of the U-statistic, covariance included; None if no
+            diagonal was removed.
     """
 
     bars_dot: float
@@ -159,6 +186,7 @@ class DotEstimate:
     V_Y: float
     frac_var: float | None
     u_statistic: bool
+    paired_variance: float | None = None
 
 
 def estimate_dot(
@@ -179,12 +207,15 @@ def estimate_dot(
         InputError: there are fewer than two units in either batch.
     """
     V_X, V_Y = variance_of_mean(x_projections), variance_of_mean(y_projections)
+    paired = None
     if diagonal is not None:
         dot = without_diagonal(dot, y_projections, diagonal)
+        paired = paired_variance(x_projections, y_projections, diagonal)
     return DotEstimate(
         bars_dot=dot,
         V_X=V_X,
         V_Y=V_Y,
         frac_var=(V_X + V_Y) / dot**2 if dot else None,
         u_statistic=diagonal is not None,
+        paired_variance=paired,
     )

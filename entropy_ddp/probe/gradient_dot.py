@@ -87,6 +87,8 @@ class GradientDotResult:
         x_norm, y_norm: Euclidean norms of Xbar and Ybar.
         u_statistic: whether E and U are the same rollouts, so that the diagonal was
             removed.
+        se_paired: standard error of deltaH1 with the covariance of X and Y, which the
+            same rollouts have; None when E and U are different.
     """
 
     direction: Direction
@@ -102,6 +104,7 @@ class GradientDotResult:
     x_norm: float
     y_norm: float
     u_statistic: bool
+    se_paired: float | None = None
 
 
 def obstacle(batches: dict[str, Batch]) -> str | None:
@@ -213,7 +216,7 @@ def gradient_dot(
         factors = _preconditioned_factors(session, stepped.step, base, settings)
     dot = inner_product(factors.x_bar, factors.y_bar)
     estimate = estimate_dot(dot, *_projections(session, factors, settings))
-    learning_rate = factors.learning_rate
+    learning_rate, paired = factors.learning_rate, estimate.paired_variance
     return GradientDotResult(
         direction=settings.direction,
         weighting=settings.weighting,
@@ -228,6 +231,7 @@ def gradient_dot(
         x_norm=global_norm(factors.x_bar),
         y_norm=global_norm(factors.y_bar),
         u_statistic=estimate.u_statistic,
+        se_paired=None if paired is None else learning_rate * math.sqrt(paired),
     )
 
 

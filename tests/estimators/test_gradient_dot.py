@@ -7,7 +7,7 @@ random (the coverage of intervals) is simulated 2,000 times with a fixed seed.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import pytest
@@ -288,6 +288,14 @@ def test_estimate_by_double_loop() -> None:
     expected += math.fsum(float(x[i] @ y[j]) for i, j in pairs) / len(pairs)
     assert math.isclose(paired.bars_dot, expected, rel_tol=1e-12)
     assert paired.u_statistic
+    own = [
+        float(x[i] @ y_bar + y[i] @ x_bar) - 2 * float(x[i] @ y[i]) / 6
+        for i in range(6)
+    ]
+    mean = math.fsum(own) / 6
+    spread = math.fsum((value - mean) ** 2 for value in own) / 30
+    assert paired.paired_variance is not None and plain.paired_variance is None
+    assert math.isclose(paired.paired_variance, spread, rel_tol=1e-12)
     for estimate in (plain, paired):
         for found, units, bar in (
             (estimate.V_X, x, y_bar),
@@ -462,3 +470,42 @@ def test_intervals_of_independent_batches_cover(
     ratio = math.sqrt(math.fsum(variances) / NUM_BATCHES) / float(values.std())
     assert abs(ratio - 1) <= 0.05
     assert 0.93 <= coverage(values, variances, float(mean_x @ mean_y)) <= 0.97
+
+
+def test_intervals_of_the_same_rollouts_cover(
+    simulated: tuple[Simulated, Simulated],
+) -> None:
+    """The variance of the U-statistic; V_X + V_Y knows nothing of the covariance."""
+    E, _ = simulated
+    toy = make_toy(ragged=True)
+    U = replace(E, coefficients=E.groups.reward_coefficients(toy))
+    mean_x, mean_y = expected_bars()
+    x_bars, y_bars = E.bars, U.bars
+    along_y, along_x = E.projections(y_bars), U.projections(x_bars)
+    diagonal = diagonals(E, U)
+    plain = (x_bars * y_bars).sum(1)
+    estimates = [
+        estimate_dot(float(value), *three)
+        for value, *three in zip(plain, along_y, along_x, diagonal)
+    ]
+    values = torch.tensor([estimate.bars_dot for estimate in estimates], dtype=DOUBLE)
+    variances = [float(estimate.paired_variance or 0.0) for estimate in estimates]
+    expected = float(mean_x @ mean_y)
+    ratio = math.sqrt(math.fsum(variances) / NUM_BATCHES) / float(values.std())
+    assert abs(ratio - 1) <= 0.05
+    assert 0.93 <= coverage(values, variances, expected) <= 0.97
+    error = float(values.std()) / math.sqrt(NUM_BATCHES)
+    assert abs(float(values.mean()) - expected) <= 3 * error
+
+
+def diagonals(E: Simulated, U: Simulated) -> Tensor:
+    """<X_u, Y_u> of the same groups, [NUM_BATCHES, NUM_UNITS]."""
+    products = E.scores @ E.scores.T
+    response = E.groups.response.reshape(-1, 2)
+    left, right = (s.coefficients.reshape(-1, 2) for s in (E, U))
+    total = sum(
+        left[:, i] * right[:, j] * products[response[:, i], response[:, j]]
+        for i, j in itertools.product(range(2), repeat=2)
+    )
+    assert isinstance(total, Tensor)
+    return total.reshape(NUM_BATCHES, NUM_UNITS)

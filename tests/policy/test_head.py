@@ -8,6 +8,7 @@ from torch import Tensor
 
 from entropy_ddp.policy.head import (
     directional_derivatives,
+    distribution_features,
     log_softmax_statistics,
     logits_gradient,
 )
@@ -162,6 +163,34 @@ def test_a_constant_added_to_logits_or_tangents_changes_nothing() -> None:
         strict=True,
     ):
         assert_close(actual, expected)
+
+
+def test_features_are_those_of_the_definition(logits: Tensor) -> None:
+    """Sums over the vocabulary of each row, written out."""
+    targets, tangent = likely_targets(logits), random(TOKENS, VOCABULARY, seed=11)
+    _, entropy, *softmax = log_softmax_statistics(logits, targets)
+    found = distribution_features(tangent, targets, entropy, *softmax)
+    for i, target in enumerate(targets.tolist()):
+        allowed = logits[i] > -torch.inf
+        p, dz = logits[i][allowed].softmax(0), tangent[i][allowed]
+        log_p, d_log_p = logits[i][allowed].log_softmax(0), dz - (p * dz).sum()
+        ranked, top = p.sort(descending=True).values, p.argmax()
+        second = ranked[1] if len(p) > 1 else torch.zeros(()).double()
+        spread = (p * (log_p - (p * log_p).sum()).square()).sum()
+        expected = {
+            "top_probability": ranked[0],
+            "margin": ranked[0] - second,
+            "log_variance": spread,
+            "collision": p.square().sum(),
+            "dcollision": (p.square() * d_log_p).sum(),
+            "dtop": p[top] * d_log_p[top],
+        }
+        for name, value in expected.items():
+            assert_close(found[name][i], value)
+        if len(ranked.unique()) == len(ranked):
+            top_id = allowed.nonzero()[top].item()
+            assert float(found["is_top"][i]) == float(target == top_id)
+    assert found.keys() == {*expected, "is_top"}
 
 
 def test_statistics_leave_the_logits_alone() -> None:
