@@ -486,17 +486,46 @@ def test_a_rank_that_fails_stops_all_without_an_agent(
     fault.require_clean_end(2, "".join(finished.stderr for finished in ended))
 
 
-def test_a_bad_row_is_told_once(place: Workplace, tmp_path: Path) -> None:
-    """Every rank reads the whole file and finds it; one of them says so."""
+# The command line on a standard error that takes its time, a remote terminal say.
+SLOW_PRINTING = """
+import sys
+import time
+
+write = sys.stderr.write
+
+def slow(text):
+    if "error:" in text:
+        time.sleep(float(sys.argv[1]))
+    return write(text)
+
+sys.stderr.write = slow
+
+from entropy_ddp.cli import main
+
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("delay_seconds", [0, 5])
+def test_a_bad_row_is_told_once(
+    place: Workplace, tmp_path: Path, delay_seconds: int
+) -> None:
+    """Every rank reads the whole file and finds it; one of them gets to say so.
+
+    The launcher stops all ranks when the first one has ended: that must not happen
+    before the message is out.
+    """
     rows = [
-        replace(row, response_ids=[-1]) if i == 6 else row
-        for i, row in enumerate(E_RAGGED)
+        replace(row, response_ids=[-1]) if index == 6 else row
+        for index, row in enumerate(E_RAGGED)
     ]
     write_rows(tmp_path / "E.jsonl", rows)
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_PRINTING)
     setting = f"batches.E.file={tmp_path / 'E.jsonl'}"
     config, out = place.config("ragged"), tmp_path / "out"
     arguments = ("probe", "--config", config, "--out", out, "--set", setting)
-    command = launching.torchrun(2, *launching.PACKAGE, *arguments)
+    command = launching.torchrun(2, script, str(delay_seconds), *arguments)
     finished = launching.run(command)
     assert finished.returncode != 0
     assert finished.stdout == ""

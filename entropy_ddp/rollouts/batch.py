@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Elements of the padded block in which running sums are taken.
+DENSE_ELEMENTS = 1 << 22
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
@@ -98,10 +101,16 @@ class Ragged:
         of one sequence does not depend on which others share its rank.
         """
         before = torch.zeros_like(values)
-        for start, length in zip(self.starts.tolist(), self.lengths.tolist()):
-            if length > 1:
-                piece = values[start : start + length - 1]
-                before[start + 1 : start + length] = piece.cumsum(0)
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
+        rows = max(1, DENSE_ELEMENTS // max(longest, 1))
+        for first in range(0, len(self.lengths), rows):
+            lengths = self.lengths[first : first + rows]
+            begin = int(self.starts[first])
+            block = slice(begin, begin + int(lengths.sum()))
+            place = (self.sequence_of_token[block] - first, self.position[block])
+            dense = values.new_zeros(len(lengths), longest + 1)
+            dense[place[0], place[1] + 1] = values[block]
+            before[block] = dense.cumsum(1)[place]
         return before
 
     def sum_after(self, values: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from entropy_ddp.results import Probed
 RTOL = 1e-10  # the contract's bar for float64, relative to the scale named with it
 SUM_ATOL = 1e-14  # a sum of a dozen shares of order 0.1 in another order
 DIFFERENCE_RTOL = 1e-7  # the contract's bar for central differences
+CURVATURE_RTOL = 1e-5  # the contract's bar for second differences
 DIFFERENCE_STEP = 0.02  # times the direction's norm
 LEARNING_RATE = 0.02  # large: every mode of weights gives a change of its own
 MAX_GRAD_NORM = 0.1
@@ -454,6 +455,21 @@ def test_slope_is_the_derivative_of_its_partner(along: Along) -> None:
         slope = along.case.linear(*estimator)["slope"]
         difference = along.derivative(lambda t: t.delta_h_true, PAIRS[estimator])
         assert abs(slope - difference) <= DIFFERENCE_RTOL * abs(difference), estimator
+
+
+def test_curvature_is_the_second_derivative_of_snis(along: Along) -> None:
+    case, step = along.case, along.step
+    rows, objective = case.run.E, case.setting.objective("snis")
+    entropy = ref.entropy_along(rows, along.scores_at, objective)
+    difference = ref.curvature_by_central_difference(entropy, step)
+    curvature = case.probed.results.curvature
+    assert curvature is not None
+    found = curvature.second_derivative
+    assert abs(found - difference) <= CURVATURE_RTOL * abs(difference)
+    slope = case.probed.results.linear.slope
+    second = LEARNING_RATE * slope + 0.5 * LEARNING_RATE**2 * found
+    assert curvature.delta_h2 == pytest.approx(second, rel=1e-12)
+    assert curvature.eta_star == pytest.approx(abs(2 * slope / found), rel=1e-12)
 
 
 def test_linear_contributions_are_derivatives_of_the_true_ones(along: Along) -> None:

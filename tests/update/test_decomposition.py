@@ -80,10 +80,8 @@ def make_taken(settings: dict[str, Any]) -> Taken:
         {"params": [parameters["weight"], parameters["bias"]], "weight_decay": 0.1},
         {"params": [parameters["matrix"]], "lr": 3e-3, "weight_decay": 0.0},
     ]
-    kind = torch.optim.AdamW if settings.get("decoupled_weight_decay", True) else None
-    kind = kind or torch.optim.Adam
-    options = {k: v for k, v in settings.items() if k != "decoupled_weight_decay"}
-    optimizer = kind(groups, **{"lr": 1e-2, "betas": (0.8, 0.9)} | options)
+    options = {"lr": 1e-2, "betas": (0.8, 0.9), "decoupled_weight_decay": True}
+    optimizer = torch.optim.Adam(groups, **options | settings)
     for scale in (3.0, 1.0, 0.3, 0.1):
         for parameter in parameters.values():
             parameter.grad = noise(scale, *parameter.shape)
