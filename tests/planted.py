@@ -1,9 +1,10 @@
-"""A run in which everything is in order, as plain rows, so that one fault can be planted.
+"""A run in which everything is in order, so that one fault can be planted in it.
 
-E is sampled from the policy itself, by a sampler of a few lines that shares nothing with
-the package; prompts, responses and groups are ragged.
+Both batches are sampled from the policy itself, by a sampler of a few lines that shares
+nothing with the package; prompts, responses and groups are ragged.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -25,11 +26,12 @@ from entropy_ddp.results import Probed
 Document = dict[str, Any]
 
 END = 0  # the tiny models' end-of-sequence token
-MAX_RESPONSE = 40
 PROMPT_LENGTHS = (2, 3, 5)
-# One microbatch, and several when the noise floor is measured at a fifth of it.
-COMPUTE = {"device": "cpu", "tokens_per_microbatch": 1500}
+NUM_GROUPS = {"E": 60, "U": 6}
+NUM_RESPONSES = {"E": 1, "U": 3}
 LEARNING_RATE = 1e-3
+# Two microbatches of E, and more when the noise floor is measured at a fifth of it.
+COMPUTE = {"device": "cpu", "tokens_per_microbatch": 1500}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +47,34 @@ class Scene:
         """The same scene with these sections of the configuration replaced or added."""
         return replace(self, sections=self.sections | sections)
 
+    def with_step(self, **update: Any) -> "Scene":
+        """The same scene with these keys of the `update` section."""
+        return self.with_sections(update=self.sections["update"] | update)
+
     def with_rows(self, split: str, change: Callable[[Document], Document]) -> "Scene":
         """The same scene with every row of a batch changed."""
-        rows = [change(dict(row)) for row in getattr(self, split)]
+        rows: list[Document] = [change(row) for row in getattr(self, split)]
         return replace(self, E=rows) if split == "E" else replace(self, U=rows)
 
-    def with_weights(self, folder: Path, change: Callable[[str, Tensor], Tensor]) -> "Scene":
-        """The same scene with every tensor of the adapter file changed."""
+    def with_weights(
+        self, folder: Path, change: Callable[[str, Tensor], Tensor]
+    ) -> "Scene":
+        """Another adapter and batches sampled from it; the same optimizer state.
+
+        Args:
+            folder: where the checkpoint is copied to.
+            change: the new values of a parameter from its name and its old ones.
+        """
         saved = copy_checkpoint(self.saved, folder)
         path = saved.folder / "adapter_model.safetensors"
         weights = {name: change(name, x) for name, x in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
-        return replace(self, saved=saved)
+        model = copy.deepcopy(saved.model)
+        with torch.no_grad():
+            for name, parameter in ref.trainable(model).items():
+                parameter.copy_(change(name, parameter.detach()))
+        saved = replace(saved, model=model)
+        return replace(self, saved=saved, **sample_batches(model))
 
     def with_moments(self, folder: Path, **moments: float) -> "Scene":
         """The same scene with these moments of the optimizer set to a constant."""
@@ -70,7 +88,7 @@ class Scene:
         return replace(self, saved=saved)
 
     def config(self, folder: Path) -> Config:
-        """The configuration, its batches written to the folder."""
+        """The configuration; its batches are written to the folder."""
         files = [
             write_documents(folder / f"{split}.jsonl", rows)
             for split, rows in (("E", self.E), ("U", self.U))
@@ -78,11 +96,11 @@ class Scene:
         return Config.model_validate(run_config(self.saved, *files) | self.sections)
 
     def audit(self, folder: Path, world: World | None = None) -> Probed:
-        """The `audit` command's run, in this process."""
+        """A run of the `audit` command in this process."""
         return run_audit(self.config(folder), world or World(), None, _quiet)
 
     def probe(self, folder: Path) -> Probed:
-        """The `probe` command's run, in this process."""
+        """A run of the `probe` command in this process."""
         return run_probe(self.config(folder), World(), None, _quiet)
 
 
@@ -103,20 +121,12 @@ def copy_checkpoint(saved: Saved, folder: Path) -> Saved:
     return replace(saved, folder=target)
 
 
-def make_scene(root: Path, family: str = "qwen2") -> Scene:
-    """A checkpoint with 60 single responses in E and six groups of three in U."""
-    saved = save_checkpoint(root, family)
-    vocabulary = saved.model.config.vocab_size
-    evaluation = sample_groups(saved.model, 1, groups=60, responses=1)
-    update = sample_groups(saved.model, 2, groups=6, responses=3)
-    generator = torch.Generator().manual_seed(3)
-    rewards = torch.rand(len(update), generator=generator).tolist()
-    update = [row | {"reward": r} for row, r in zip(update, rewards, strict=True)]
-    assert vocabulary > END
+def make_scene(root: Path, family: str = "qwen2", weight_decay: float = 0.1) -> Scene:
+    """A checkpoint, 60 groups of one response in E and six of three in U."""
+    saved = save_checkpoint(root, family, weight_decay=weight_decay)
     return Scene(
         saved=saved,
-        E=evaluation,
-        U=update,
+        **sample_batches(saved.model),
         sections={
             "compute": COMPUTE,
             "update": {"max_grad_norm": 1.0, "lr_override": LEARNING_RATE},
@@ -124,43 +134,44 @@ def make_scene(root: Path, family: str = "qwen2") -> Scene:
     )
 
 
-def sample_groups(
-    model: nn.Module, seed: int, *, groups: int, responses: int
-) -> list[Document]:
-    """Groups of responses to random prompts, sampled from the model at temperature 1."""
+def sample_batches(
+    model: nn.Module, seed: int = 1, max_tokens: int = 40
+) -> dict[str, list[Document]]:
+    """E and U sampled from the model at temperature 1, with random rewards in U."""
     generator = torch.Generator().manual_seed(seed)
-    rows: list[Document] = []
-    for group in range(groups):
-        length = PROMPT_LENGTHS[group % len(PROMPT_LENGTHS)]
-        vocabulary = model.config.vocab_size
-        prompt = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
-        rows += [{"group": group, "prompt_ids": prompt} for _ in range(responses)]
+    vocabulary = model.config.vocab_size
+    batches: dict[str, list[Document]] = {"E": [], "U": []}
+    for split, rows in batches.items():
+        for group in range(NUM_GROUPS[split]):
+            size = (PROMPT_LENGTHS[group % len(PROMPT_LENGTHS)],)
+            prompt = torch.randint(END + 1, vocabulary, size, generator=generator)
+            row = {"group": group, "prompt_ids": prompt.tolist()}
+            rows += [dict(row) for _ in range(NUM_RESPONSES[split])]
+    everything = batches["E"] + batches["U"]
     for length in PROMPT_LENGTHS:
-        same = [row for row in rows if len(row["prompt_ids"]) == length]
-        sampled = sample_responses(model, [r["prompt_ids"] for r in same], generator)
-        for row, response in zip(same, sampled, strict=True):
-            row["response_ids"] = response
-            row["finished"] = response[-1] == END
-    return rows
+        rows = [row for row in everything if len(row["prompt_ids"]) == length]
+        prompts = torch.tensor([row["prompt_ids"] for row in rows])
+        responses = sample_responses(model, prompts, generator, max_tokens)
+        for row, response in zip(rows, responses, strict=True):
+            row |= {"response_ids": response, "finished": response[-1] == END}
+    for row in batches["U"]:
+        row["reward"] = torch.rand((), generator=generator).item()
+    return batches
 
 
 @torch.no_grad()
 def sample_responses(
-    model: nn.Module, prompts: list[list[int]], generator: torch.Generator
+    model: nn.Module, prompts: Tensor, generator: torch.Generator, max_tokens: int
 ) -> list[list[int]]:
-    """One response to each of these prompts of one length, its end token kept."""
-    ids = torch.tensor(prompts)
-    start = ids.shape[1]
-    for _ in range(MAX_RESPONSE):
+    """One response to each prompt [n, P], up to its end token, which is kept."""
+    ids = prompts
+    for _ in range(max_tokens):
         with ref.true_float64():
             logits = model(input_ids=ids, use_cache=False).logits[:, -1]
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
-    return [_until_end(row) for row in ids[:, start:].tolist()]
-
-
-def _until_end(response: list[int]) -> list[int]:
-    return response[: response.index(END) + 1] if END in response else response
+    responses = ids[:, prompts.shape[1] :].tolist()
+    return [r[: r.index(END) + 1] if END in r else r for r in responses]
 
 
 def reference_rows(documents: list[Document]) -> list[ref.Row]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.gradient_dot import Weighting, estimate_dot
 from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.policy.scoring import DirectionalScores
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.units import (
@@ -176,7 +176,7 @@ class Factors:
     x_bar: Tensor
     y_bar: Tensor
     learning_rate: float
-    along_y_bar: TokenScores | None = None
+    along_y_bar: DirectionalScores | None = None
     per_unit: float = 1.0
 
 
@@ -184,7 +184,7 @@ def gradient_dot(
     session: Session,
     stepped: SteppedScores,
     gradient: Tensor,
-    base: TokenScores,
+    base: DirectionalScores,
     settings: GradientDotSettings,
 ) -> GradientDotResult | None:
     """<Xbar, Ybar>, deltaH1 and its standard error, from all ranks.
@@ -239,7 +239,7 @@ def _step_factors(
     session: Session,
     step: Step,
     gradient: Tensor,
-    base: TokenScores,
+    base: DirectionalScores,
     settings: GradientDotSettings,
 ) -> Factors:
     """Xbar, and the step as Ybar."""
@@ -263,7 +263,7 @@ def _step_factors(
 
 
 def _preconditioned_factors(
-    session: Session, step: Step, base: TokenScores, settings: GradientDotSettings
+    session: Session, step: Step, base: DirectionalScores, settings: GradientDotSettings
 ) -> Factors:
     """Xbar, and the preconditioned gradient of the reward as Ybar."""
     x, y = entropy_units(session, base, settings.weighting), reward_units(session)

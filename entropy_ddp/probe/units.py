@@ -25,7 +25,7 @@ from entropy_ddp.estimators.gradient_dot import (
     reward_coefficients,
 )
 from entropy_ddp.policy.parameters import global_norm
-from entropy_ddp.policy.scoring import TokenScores, TokenWeights
+from entropy_ddp.policy.scoring import DirectionalScores, TokenScores, TokenWeights
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
@@ -138,7 +138,7 @@ def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor
 
 
 def directional_derivatives(
-    session: Session, units: Units, scores: TokenScores
+    session: Session, units: Units, scores: DirectionalScores
 ) -> Tensor:
     """<G_u, d> of all units, [B], d the direction of the scores; one collective.
 
@@ -147,7 +147,6 @@ def directional_derivatives(
         units: the units.
         scores: this rank's tokens at theta with derivatives along d.
     """
-    assert scores.dlogp is not None
     every = torch.arange(len(scores.logp))
     weights, _ = units.weights(every, scores.logp, scores.entropy)
     sums = units.count * units.shard.ragged.sum(weights * scores.dlogp)

@@ -20,12 +20,12 @@ import pytest
 import reference as ref
 import torch
 from reference import LossSettings, Row
-from tiny_runs import TinyRun, make_run
+from tiny_runs import TinyRun, as_batch, make_run
 from torch import Tensor
 
 from entropy_ddp.config import to_yaml
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.scoring import TokenScores
+from entropy_ddp.policy.scoring import DirectionalScores
 from entropy_ddp.probe.gradient_dot import (
     GradientDotResult,
     GradientDotSettings,
@@ -212,7 +212,7 @@ class Opened:
     session: Session
     gradient: Tensor
     stepped: SteppedScores
-    base: TokenScores
+    base: DirectionalScores
 
     @classmethod
     def of(cls, session: Session) -> "Opened":
@@ -382,26 +382,32 @@ def test_same_rollouts(make_named_run: RunMaker, form: GradientDotSettings) -> N
     assert abs(expected - float(x_bar @ y_bar)) > 1e-3 * found.x_norm * found.y_norm
 
 
-def test_what_counts_as_the_same_rollouts(make_named_run: RunMaker) -> None:
+def test_what_counts_as_the_same_rollouts() -> None:
     """Responses, prompts, groups and their order; rewards and group names do not."""
-    run = make_named_run("qwen2-lora")
-    other = replace(run.U[-1], response_ids=[*run.U[-1].response_ids, 3])
+    rows = ref.random_rows(4, groups=3, responses=[2, 3, 2])
+    last = rows[-1]
     variations = {
-        "as they are": (run.U, True),
-        "other rewards": ([replace(row, reward=1.0) for row in run.U], True),
-        "other names": ([replace(row, group=f"g{row.group}") for row in run.U], True),
-        "reversed": (run.U[::-1], False),
-        "one less": (run.U[:-1], False),
-        "one token more": ([*run.U[:-1], other], False),
-        "other groups": (
-            [replace(row, group=0) for row in run.U[:2]] + run.U[2:],
-            True,
+        "as they are": (rows, True),
+        "other rewards": ([replace(row, reward=1.0) for row in rows], True),
+        "other names": ([replace(row, group=f"g{row.group}") for row in rows], True),
+        "reversed": (rows[::-1], False),
+        "one less": (rows[:-1], False),
+        "one token more": (
+            [*rows[:-1], replace(last, response_ids=[*last.response_ids, 3])],
+            False,
         ),
-        "another batch": (run.E, False),
+        "another prompt": (
+            [
+                replace(row, prompt_ids=[1, *row.prompt_ids]) if row.group == 0 else row
+                for row in rows
+            ],
+            False,
+        ),
+        "a group split": ([*rows[:-1], replace(last, group="other")], False),
     }
-    for name, (rows, expected) in variations.items():
-        batches = replace(run, E=rows).open(update=LOSSES["dr_grpo"]).batches
-        assert same_rollouts(batches["E"], batches["U"]) == expected, name
+    for name, (others, expected) in variations.items():
+        left, right = as_batch(rows, 13), as_batch(others, 13, "U")
+        assert same_rollouts(left, right) == expected, name
 
 
 # When it is computed
@@ -580,8 +586,10 @@ with process_group() as world:
 def test_number_of_ranks_does_not_matter(
     make_named_run: RunMaker, tmp_path: Path
 ) -> None:
-    """Five ranks: two hold nothing of U, one nothing of E; also with E = U."""
+    """Three ranks, of which one holds nothing; also with E = U."""
     run = make_named_run("qwen2-lora")
+    E, U = ([row for row in rows if row.group in (0, 1)] for rows in (run.E, run.U))
+    run = replace(run, E=E, U=U)
     paths, alone = [], []
     for number, each in enumerate((run, replace(run, E=run.U))):
         folder = tmp_path / f"run {number}"
@@ -598,9 +606,9 @@ def test_number_of_ranks_does_not_matter(
             alone.append(asdict(opened.result(settings)))
         alone[-1]["proxy"] = proxy_gradient_norm(opened.session)
     command = launching.python("-c", RANKS, tmp_path, *paths)
-    for finished in launching.run_ranks(5, command):
+    for finished in launching.run_ranks(3, command):
         finished.require_success()
-    documents = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(5)]
+    documents = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
     assert [0, 0] in [document["held"] for document in documents]
     for document in documents:
         for found, expected in zip(document["results"], alone, strict=True):
