@@ -586,6 +586,20 @@ def test_an_output_folder_that_is_a_file_is_refused(run: Run, tmp_path: Path) ->
     assert "out: cannot be written: File exists" in result.stderr
 
 
+def test_a_batch_with_tokens_in_one_group_only_is_no_crash(
+    run: Run, tmp_path: Path
+) -> None:
+    """Without that group nothing is left to average: refused, or reported on."""
+    rows = rows_of(run.folder, "E.jsonl")
+    for row in rows[1:]:
+        row["response_ids"] = []
+    rows[0]["response_ids"] = [3, 4, 5]
+    path = tmp_path / "E.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run.probe(tmp_path / "out", "--set", f"batches.E.file={path}")
+    assert result.exit_code in (0, 2), result.stderr
+
+
 def test_a_defect_shows_its_traceback(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -806,22 +820,17 @@ def test_a_reward_that_fails_on_one_rank_stops_all(
     assert not (tmp_path / "out" / "U.jsonl").exists()
 
 
+@pytest.mark.usefixtures("rewards")
 def test_sampling_does_not_depend_on_the_number_of_ranks(
     sampled_config: Path, tmp_path: Path
 ) -> None:
     """Two ranks write the files that one process writes, log-probs to 1e-12."""
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ("sample", "--config", sampled_config, "--quiet", "--out")
+    invoke(*arguments, one)
+    command = launching.torchrun(2, *launching.PACKAGE, *arguments, two)
     path = {"PYTHONPATH": str(sampled_config.parent)}
-    alone = launching.python(*launching.PACKAGE, *arguments, one)
-    processes = [
-        launching.start(alone, path),
-        launching.start(
-            launching.torchrun(2, *launching.PACKAGE, *arguments, two), path
-        ),
-    ]
-    for process in processes:
-        launching.finish(process).require_success()
+    launching.run(command, path).require_success()
     for name in ("E.jsonl", "U.jsonl"):
         pairs = zip(rows_of(one, name), rows_of(two, name), strict=True)
         for mine, theirs in pairs:

@@ -8,82 +8,40 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from checkpoints import run_config, save_checkpoint, write_rows
+from reference import random_rows
 from safetensors.torch import load_file
 
 from entropy_ddp.atomic import written_whole
+from entropy_ddp.config import load_config
+from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.results import (
-    AuditRow,
-    BatchFacts,
-    LinearResult,
-    Probed,
-    Results,
-    RunFacts,
-    TruthResult,
-    UpdateResult,
-    prepare_folder,
-    write_results,
-)
+from entropy_ddp.probe.run import run_probe
+from entropy_ddp.results import Probed, Results, prepare_folder, write_results
 
-BATCH = BatchFacts(num_groups=2, num_sequences=3, num_tokens=7)
-RESULTS = Results(
-    status="ok",
-    run=RunFacts(
-        versions={"torch": "0"},
-        world_size=1,
-        seed=0,
-        device="cpu",
-        dtype="float64",
-        started="2000-01-01T00:00:00+00:00",
-        seconds={"score": 0.5},
-        microbatches={"score order 0": 2},
-    ),
-    E=BATCH,
-    U=BATCH,
-    update=UpdateResult(
-        loss="grpo",
-        learning_rate_used=1e-3,
-        param_update_l2=0.1,
-        grad_norm=2.0,
-        clip_coef=0.5,
-        num_optimizer_steps=1,
-        top_parameters=[{"name": "w", "l2": 0.1}],
-    ),
-    truth=TruthResult(
-        normalize="per_token",
-        is_mode="snis",
-        H_orig=1.0,
-        H_upd=0.9,
-        delta_h_true=-0.1,
-        se=0.01,
-        ess=2.9,
-        ess_fraction=0.97,
-        log_weight={"min": -0.1, "median": 0.0, "max": 0.1},
-        clip_fraction=0.0,
-    ),
-    truth_all=[{"is_mode": "snis", "delta_h_true": -0.1}],
-    linear=LinearResult(
-        normalize="per_token",
-        score="full",
-        baseline="none",
-        slope=-100.0,
-        delta_h1=-0.1,
-        se=1.0,
-        se_jackknife=1.1,
-        terms={"score": -300.0, "pathwise": 0.0, "denominator": 200.0},
-        duality_gap=1e-16,
-        difference_se=0.01,
-    ),
-    linear_all=[{"score": "full", "slope": -100.0}],
-    audit=[AuditRow(name="a", value=1, expected="1", verdict="ok")],
-)
 ROWS = [{"split": "E", "index": 0, "logp": -1.0}]
 
 
-def probed(**changes: Any) -> Probed:
-    """A finished probe, with some of its parts replaced."""
-    parts = {"results": RESULTS, "sequences": ROWS, "delta": None} | changes
-    return Probed(**parts)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What a probe of a tiny model found."""
+    folder = tmp_path_factory.mktemp("run")
+    saved = save_checkpoint(folder, "gpt2")
+    batches = [
+        write_rows(folder / f"{split}.jsonl", random_rows(seed))
+        for seed, split in enumerate("EU")
+    ]
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config(saved, *batches)))
+    config = load_config(path, ())
+    return run_probe(config, World(), None, lambda *progress: None).results
+
+
+@pytest.fixture
+def probed(results: Results) -> Probed:
+    """A finished probe with one row."""
+    return Probed(results=results, sequences=ROWS, delta=None)
 
 
 def listing(folder: Path) -> list[str]:
@@ -91,33 +49,36 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_run_directory_holds_what_was_found(tmp_path: Path) -> None:
+def test_a_run_directory_holds_what_was_found(tmp_path: Path, probed: Probed) -> None:
     """results.json, per_sequence.jsonl and config.yaml, and no temporary file."""
-    write_results(tmp_path, probed(), "seed: 0\n")
+    write_results(tmp_path, probed, "seed: 0\n")
     assert listing(tmp_path) == ["config.yaml", "per_sequence.jsonl", "results.json"]
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document == RESULTS.to_dict()
+    assert document == probed.results.to_dict()
     assert next(iter(document)) == "schema_version"
     assert (tmp_path / "config.yaml").read_text() == "seed: 0\n"
     lines = (tmp_path / "per_sequence.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == ROWS
 
 
-def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
+def test_numbers_keep_all_their_digits(tmp_path: Path, probed: Probed) -> None:
     """A float64 reads back as the same bits."""
     value = -0.1 - 2.0**-55
-    truth = replace(RESULTS.truth, delta_h_true=value, se=math.pi * 1e-300)
-    write_results(tmp_path, probed(results=replace(RESULTS, truth=truth)), "")
+    truth = replace(probed.results.truth, delta_h_true=value, se=math.pi * 1e-300)
+    changed = replace(probed.results, truth=truth)
+    write_results(tmp_path, replace(probed, results=changed), "")
     found = json.loads((tmp_path / "results.json").read_text())["truth"]
     assert found["delta_h_true"] == value
     assert found["se"] == math.pi * 1e-300
 
 
-def test_the_parameter_change_is_saved_on_request(tmp_path: Path) -> None:
+def test_the_parameter_change_is_saved_on_request(
+    tmp_path: Path, probed: Probed
+) -> None:
     """Named tensors of their own shape and dtype, though they share one buffer."""
     flat = torch.arange(6, dtype=torch.float64)
     delta = {"a": flat[:2], "b": flat[2:].view(2, 2)}
-    write_results(tmp_path, probed(delta=delta), "")
+    write_results(tmp_path, replace(probed, delta=delta), "")
     found = load_file(tmp_path / "delta_theta.safetensors")
     assert found.keys() == delta.keys()
     for name, tensor in delta.items():
@@ -127,23 +88,23 @@ def test_the_parameter_change_is_saved_on_request(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_never_written(
-    tmp_path: Path, value: float
+    tmp_path: Path, probed: Probed, value: float
 ) -> None:
     """The error names the number; no file appears."""
-    bad = replace(RESULTS, truth=replace(RESULTS.truth, se=value))
+    bad = replace(probed.results, truth=replace(probed.results.truth, se=value))
     with pytest.raises(RunError, match=f"results.truth.se is {value}"):
-        write_results(tmp_path, probed(results=bad), "")
-    listed = replace(RESULTS, linear_all=[{"score": "full", "slope": value}])
+        write_results(tmp_path, replace(probed, results=bad), "")
+    listed = replace(probed.results, linear_all=[{"score": "full", "slope": value}])
     with pytest.raises(RunError, match="results.linear_all.0.slope is"):
-        write_results(tmp_path, probed(results=listed), "")
+        write_results(tmp_path, replace(probed, results=listed), "")
     assert listing(tmp_path) == []
 
 
-def test_a_failure_half_way_leaves_no_results(tmp_path: Path) -> None:
+def test_a_failure_half_way_leaves_no_results(tmp_path: Path, probed: Probed) -> None:
     """results.json comes last: where it stands, everything else is complete."""
     bad_rows = [*ROWS, {"split": "E", "index": 1, "logp": math.nan}]
     with pytest.raises(RunError, match=r"per_sequence.jsonl:2: .*logp"):
-        write_results(tmp_path, probed(sequences=bad_rows), "")
+        write_results(tmp_path, replace(probed, sequences=bad_rows), "")
     assert "results.json" not in listing(tmp_path)
     assert "per_sequence.jsonl" not in listing(tmp_path)
     assert not [name for name in listing(tmp_path) if name.endswith(".tmp")]
@@ -151,26 +112,31 @@ def test_a_failure_half_way_leaves_no_results(tmp_path: Path) -> None:
 
 def test_while_results_are_replaced_no_old_ones_stand_beside_new_files(
     tmp_path: Path,
+    probed: Probed,
 ) -> None:
     """A reader sees the old run, no results, or the new run; never a mixture."""
-    write_results(tmp_path, probed(), "seed: 0\n")
+    write_results(tmp_path, probed, "seed: 0\n")
     bad_rows = [{"logp": math.nan}]
     with pytest.raises(RunError):
-        write_results(tmp_path, probed(sequences=bad_rows), "seed: 1\n")
+        write_results(tmp_path, replace(probed, sequences=bad_rows), "seed: 1\n")
     complete = "results.json" in listing(tmp_path)
     assert not complete or (tmp_path / "config.yaml").read_text() == "seed: 0\n"
 
 
-def test_replacing_results_removes_the_files_of_the_run_before(tmp_path: Path) -> None:
+def test_replacing_results_removes_the_files_of_the_run_before(
+    tmp_path: Path, probed: Probed
+) -> None:
     """A parameter change that this run did not save is not left lying there."""
-    write_results(tmp_path, probed(delta={"w": torch.ones(2)}), "seed: 0\n")
-    write_results(tmp_path, probed(), "seed: 1\n")
+    write_results(tmp_path, replace(probed, delta={"w": torch.ones(2)}), "seed: 0\n")
+    write_results(tmp_path, probed, "seed: 1\n")
     assert listing(tmp_path) == ["config.yaml", "per_sequence.jsonl", "results.json"]
 
 
-def test_a_folder_with_results_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_folder_with_results_is_refused_unless_told_otherwise(
+    tmp_path: Path, probed: Probed
+) -> None:
     """The message names the folder and what to do."""
-    write_results(tmp_path, probed(), "")
+    write_results(tmp_path, probed, "")
     message = "holds the results of an earlier run; give --overwrite or another --out"
     with pytest.raises(InputError, match=message):
         prepare_folder(tmp_path, overwrite=False)
@@ -228,7 +194,7 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
         pass
 
 
-def test_a_part_that_was_not_asked_for_is_absent() -> None:
+def test_a_part_that_was_not_asked_for_is_absent(probed: Probed) -> None:
     """Not null: to_dict leaves out fields that are None."""
 
     def has_null(value: Any) -> bool:
@@ -238,4 +204,4 @@ def test_a_part_that_was_not_asked_for_is_absent() -> None:
             return any(map(has_null, value))
         return value is None
 
-    assert not has_null(RESULTS.to_dict())
+    assert not has_null(probed.results.to_dict())

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with batches on disk, probed in this process, and their naive step."""
+"""Tiny checkpoints with batches, probed in this process, and their naive step."""
 
 import copy
 from collections.abc import Sequence

@@ -269,7 +269,7 @@ def batches() -> list[tuple[Any, ...]]:
 def test_errors_describe_the_spread_over_batches(
     batches: list[tuple[Any, ...]], normalize: str
 ) -> None:
-    """400 batches of 200 groups; errors that took sequences for independent would fail."""
+    """400 batches of 200 groups whose two sequences are not independent."""
     values: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
     for groups, ragged, tokens in batches:

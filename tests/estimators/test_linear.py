@@ -1,4 +1,4 @@
-"""Is the slope what pen and paper and the reference give, with its errors and shares?"""
+"""Is the slope what pen and paper give, with its terms, errors and shares?"""
 
 import math
 from itertools import product
@@ -199,7 +199,7 @@ def test_delta_method_and_jackknife_agree_for_many_groups(
 
 @pytest.mark.parametrize("normalize", ref.NORMALIZATIONS)
 def test_a_batch_counted_twice_has_the_same_slope(normalize: str) -> None:
-    """With every group doubled a mean stays, a sum doubles, errors fall as they should."""
+    """A mean stays, a sum doubles, and errors fall with the number of groups."""
     rows, tokens = made_up(3, num_groups=40)
     again = [Row(row.group + 40, [1], row.response_ids) for row in rows]
     once, twice = (

@@ -49,7 +49,7 @@ def logits(request: pytest.FixtureRequest) -> Tensor:
 
 
 def likely_targets(logits: Tensor) -> Tensor:
-    """The most likely token of even rows, the second of odd ones where it is allowed."""
+    """The most likely token of even rows, the second of odd ones if it is allowed."""
     order = logits.argsort(dim=-1, descending=True)
     second = torch.arange(len(logits)) % 2
     second[logits.gather(1, order[:, 1:2]).squeeze(1) == -torch.inf] = 0

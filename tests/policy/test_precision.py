@@ -81,7 +81,7 @@ def test_only_float64_models_get_the_context() -> None:
 
 
 class Float32Spy(TorchDispatchMode):
-    """Counts results in less than float64, unless they are the positions 0, 1, 2, ..."""
+    """Counts results in less than float64 that are not whole numbers (positions)."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""Do both passes give what one sequence at a time gives, without a block of all logits?"""
+"""Do both passes give what single sequences give, without a block of all logits?"""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Does nothing but the checkpoint, the batches and the objective decide the results?
 
-Microbatches, chunks, attention blocks, padding, the order of rows and a second run: each
-must leave every number of a probe as it is.
+Microbatches, chunks, attention blocks, padding, the order of rows and a second run:
+each must leave every number of a probe as it is.
 """
 
 from collections.abc import Callable

@@ -292,7 +292,7 @@ class Interrupted(Exception):
 
 
 def interrupt(*args: Any, **kwargs: Any) -> None:
-    raise Interrupted
+    raise Interrupted("in between")
 
 
 @pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=str)
@@ -325,7 +325,7 @@ def raise_after_the_step(session: Session, patch: pytest.MonkeyPatch) -> None:
 
     def step_and_fail() -> None:
         step()
-        raise Interrupted
+        raise Interrupted("in between")
 
     patch.setattr(session.optimizer, "step", step_and_fail)
 
@@ -351,10 +351,10 @@ def fail_in_scoring(session: Session, patch: pytest.MonkeyPatch) -> None:
 
 
 FAILURES: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
-    "in the optimizer": (raise_after_the_step, Interrupted, ""),
+    "in the optimizer": (raise_after_the_step, Interrupted, "in between"),
     "weights overflow": (overflow_in_the_step, RunError, "NaN or infinite"),
     "two steps": (step_twice, RunError, "expected one optimizer step, counted 2"),
-    "in the scoring pass": (fail_in_scoring, Interrupted, ""),
+    "in the scoring pass": (fail_in_scoring, Interrupted, "in between"),
 }
 
 

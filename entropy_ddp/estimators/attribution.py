@@ -1,0 +1,198 @@
+"""Which tokens of the update batch move the entropy, and how well cheap scores tell.
+
+The first-order change is linear in the step, and AdamW's step is a sum: momentum, weight
+decay, and one part for every token of U (with the denominator and the clip coefficient of
+the full gradient held fixed),
+
+    delta_h1 = <grad H, momentum> + <grad H, decay> + sum_ik share_ik
+    share_ik = -a_ik D_z log p_ik,      z = gain * grad H
+
+with a_ik the weight of log p_ik in the loss's gradient, gain the factor by which the step
+multiplies the gradient, and D_z the derivative along z: one backward pass over E and one
+forward-mode pass over U give every token's share, in nats.
+
+`proxies` are scores that practitioners use in place of the share because they need no
+gradient. All rank tokens; none has the units of an entropy change.
+
+Shape legend: T tokens and N sequences of U.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOP_SHARES = (0.01, 0.05, 0.2)
+NUM_DECILES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """What is known of every token of U, float64, [T] each, in file order.
+
+    Attributes:
+        share: exact share in delta_h1, nats.
+        logp: log-probability.
+        entropy: entropy of the distribution it was drawn from.
+        advantage: advantage of its sequence.
+        sequence: number of its sequence, int64.
+        position: 0-based position in its response, int64.
+    """
+
+    share: Tensor
+    logp: Tensor
+    entropy: Tensor
+    advantage: Tensor
+    sequence: Tensor
+    position: Tensor
+
+
+def covariance_score(logp: Tensor, advantage: Tensor) -> Tensor:
+    """(log p - mean)(A - mean), means over the tokens of the batch, [T].
+
+    Its mean is the covariance that the entropy-mechanism paper (arXiv 2505.22617) makes
+    responsible for entropy loss: a positive score predicts a negative share.
+    """
+    return (logp - logp.mean()) * (advantage - advantage.mean())
+
+
+def proxies(table: TokenTable) -> dict[str, Tensor]:
+    """Cheap scores of every token, [T] each, signed so that they predict entropy loss.
+
+    `covariance` as above; `surprisal` -log p; `entropy` H; `advantage` |A|;
+    `advantage_logp` A log p; `discriminator` -A p (H + log p) (arXiv 2602.03392).
+    """
+    probability = table.logp.exp()
+    return {
+        "covariance": covariance_score(table.logp, table.advantage),
+        "surprisal": -table.logp,
+        "entropy": table.entropy,
+        "advantage": table.advantage.abs(),
+        "advantage_logp": table.advantage * table.logp,
+        "discriminator": table.advantage * probability * (table.entropy + table.logp),
+    }
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, ties sharing the mean of theirs, [T]."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    mean_rank = last - (count.double() + 1) / 2
+    return mean_rank[place]
+
+
+def spearman(left: Tensor, right: Tensor) -> float | None:
+    """Rank correlation of two scores [T]; None if one of them is constant."""
+    a, b = ranks(left), ranks(right)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float((a.square().sum() * b.square().sum()).sqrt())
+    return float(a @ b) / scale if scale else None
+
+
+def top_overlap(score: Tensor, share: Tensor, fraction: float) -> float:
+    """Share of the tokens largest by |share| that are also largest by |score|."""
+    count = max(1, round(fraction * len(share)))
+    chosen = score.abs().topk(count).indices
+    wanted = share.abs().topk(count).indices
+    return len(set(chosen.tolist()) & set(wanted.tolist())) / count
+
+
+def judge_proxy(score: Tensor, share: Tensor) -> dict[str, Any]:
+    """How well a score ranks tokens against their exact share.
+
+    Returns:
+        `spearman` of score and share (a score that predicts entropy loss has a negative
+        one), and `top_overlap` of the tokens largest by absolute value, by fraction.
+    """
+    judged: dict[str, Any] = {
+        "top_overlap": {
+            f"{fraction:g}": top_overlap(score, share, fraction)
+            for fraction in TOP_SHARES
+        }
+    }
+    correlation = spearman(score, share)
+    return judged if correlation is None else {"spearman": correlation} | judged
+
+
+def concentration(share: Tensor) -> float:
+    """Smallest fraction of tokens that holds half of the sum of |share|.
+
+    0.5 if all tokens count alike; near 0 if few do all of it.
+    """
+    sizes = share.abs().sort(descending=True).values
+    running = sizes.cumsum(0)
+    if not float(running[-1]):
+        return 0.5
+    needed = int((running < running[-1] / 2).sum()) + 1
+    return needed / len(share)
+
+
+def share_by(labels: list[str], label_of_token: Tensor, share: Tensor) -> list[Any]:
+    """Sum of shares and number of tokens by label; empty labels are left out.
+
+    Args:
+        labels: names.
+        label_of_token: number of each token's label, [T].
+        share: exact shares, [T].
+    """
+    totals = share.new_zeros(len(labels)).index_add_(0, label_of_token, share)
+    counts = torch.bincount(label_of_token, minlength=len(labels))
+    rows = zip(labels, totals.tolist(), counts.tolist())
+    return [
+        {"label": label, "share": total, "num_tokens": count}
+        for label, total, count in rows
+        if count
+    ]
+
+
+def probability_deciles(logp: Tensor) -> Tensor:
+    """Decile of each token by its probability, 0 the least probable, [T]."""
+    place = ranks(logp) / max(len(logp), 1)
+    return (place * NUM_DECILES).long().clamp(max=NUM_DECILES - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A choice of tokens to leave out of the update.
+
+    Attributes:
+        name: what is chosen, in words.
+        mask: whether a token is left out, [T].
+    """
+
+    name: str
+    mask: Tensor
+
+
+def rules(table: TokenTable, fraction: float) -> list[Rule]:
+    """Choices of tokens whose leaving out is worth asking about.
+
+    Args:
+        table: U's tokens.
+        fraction: share of the tokens that a rule which ranks tokens chooses.
+    """
+    count = max(1, round(fraction * len(table.share)))
+    percent = f"{fraction:.3g} of tokens"
+    covariance = covariance_score(table.logp, table.advantage)
+    failed = table.advantage < 0
+    median = table.logp.median()
+    return [
+        Rule(
+            name=f"largest entropy loss, {percent}", mask=_largest(-table.share, count)
+        ),
+        Rule(name=f"largest entropy gain, {percent}", mask=_largest(table.share, count)),
+        Rule(name=f"largest covariance, {percent}", mask=_largest(covariance, count)),
+        Rule(
+            name="improbable tokens of responses with A < 0",
+            mask=failed & (table.logp < median),
+        ),
+        Rule(name="all tokens with A < 0", mask=failed),
+        Rule(name="all tokens with A > 0", mask=table.advantage > 0),
+    ]
+
+
+def _largest(score: Tensor, count: int) -> Tensor:
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    mask[score.topk(count).indices] = True
+    return mask

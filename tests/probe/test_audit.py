@@ -1,0 +1,677 @@
+"""Is the cause of a predicted change that is zero or looks wrong named, and no other?
+
+Each fault is planted in a run in which everything is in order: in the checkpoint on
+disk, in a batch, in the configuration, or in the process. The audit must complain about
+exactly that.
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import reference as ref
+import torch
+from planted import END, Document, Scene
+from reference import LossSettings, Objective
+from rich.console import Console
+from tiny_runs import TinyRun
+from torch import Tensor, nn
+
+from entropy_ddp import audit
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import RunError
+from entropy_ddp.policy.checkpoint import Policy
+from entropy_ddp.probe import session
+from entropy_ddp.report.tables import print_diagnosis, print_results
+from entropy_ddp.results import AuditRow, Probed, Results
+from entropy_ddp.update import step
+
+RTOL = 1e-10  # the contract's bar for float64
+TEN_DIGITS = 5e-10  # relative error of a number that is printed with ten digits
+PROPORTIONALITY = 1e-6  # of the ratio 10, in float64
+
+COVERAGE = ("gradient coverage: entropy (X)", "gradient coverage: loss (Y)")
+CHANGE = "norm of the parameter change"
+UNCHANGED = "share of elements that did not change"
+RATIOS = (f"{CHANGE} at lr / at lr/10", "delta_h1 at lr / at lr/10")
+SIGNAL = "norm of the gradient of mean log p"
+RMS = "rms of the step / learning rate"
+MOMENTS = ("second moments equal to 0", "second moments below eps^2")
+GROUPS = "U groups with std(A) > 0"
+SURPRISAL = "E surprisal against entropy, in SD"
+SAMPLER = {split: f"{split} sampler mismatch, mean |Δ log p|" for split in "EU"}
+NOISE = "noise floor of delta_h_true"
+ESS, CURVED = "ESS / N", "eta / eta*"
+DIFFERENCE = "|true - first order| / SE of the truth"
+RESTORED = "restored bits: parameters and optimizer state"
+RANKS = (
+    "parameters before the step",
+    "parameters after the step",
+    "parameters after the restore",
+    "frozen parameters",
+)
+
+
+def complaints(probed: Probed) -> dict[str, str]:
+    """The checks that are not ok, with their verdicts."""
+    rows = probed.results.audit
+    return {row.name: row.verdict for row in rows if row.verdict != "ok"}
+
+
+def find(probed: Probed, name: str) -> AuditRow:
+    """The audit of this name."""
+    (row,) = (row for row in probed.results.audit if row.name == name)
+    return row
+
+
+# Runs in which everything is in order
+
+
+def in_float32(scene: Scene, root: Path) -> Scene:
+    return scene.with_sections(precision={"model": "float32"})
+
+
+def with_sampler(scene: Scene, root: Path) -> Scene:
+    """Both batches as a sampler reports them that computes in float64."""
+    batches = {}
+    for split, rows in (("E", scene.E), ("U", scene.U)):
+        scores = ref.scores(scene.saved.model, planted.reference_rows(rows), 1.0)
+        batches[split] = [
+            row | {"sampling_logprobs": logp.tolist()}
+            for row, (logp, _) in zip(rows, scores, strict=True)
+        ]
+    return replace(scene, **batches)
+
+
+def of_single_tokens(scene: Scene, root: Path) -> Scene:
+    """E of 180 first tokens after three prompts: the change has a small error."""
+    generator = torch.Generator().manual_seed(9)
+    rows: list[Document] = []
+    for row in scene.E[:3]:
+        prompt = row["prompt_ids"]
+        for response in planted.sample_responses(
+            scene.saved.model, torch.tensor([prompt] * 60), generator, max_tokens=1
+        ):
+            given = {"prompt_ids": prompt, "response_ids": response}
+            rows.append({"group": len(rows)} | given)
+    return replace(scene, E=rows)
+
+
+HEALTHY: dict[str, Callable[[Scene, Path], Scene]] = {
+    "plain": lambda scene, root: scene,
+    "gpt2": lambda scene, root: planted.make_scene(root, "gpt2"),
+    "float32": in_float32,
+    "sampler": with_sampler,
+    "single tokens": of_single_tokens,
+    "no decay": lambda scene, root: planted.make_scene(root, weight_decay=0.0),
+}
+Runs = dict[str, tuple[Scene, Probed]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every run without a fault, with its audit."""
+    plain = planted.make_scene(tmp_path_factory.mktemp("plain"))
+    found = {}
+    for name, make in HEALTHY.items():
+        root = tmp_path_factory.mktemp("healthy")
+        scene = make(plain, root)
+        found[name] = scene, scene.audit(root)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(runs: Runs) -> Scene:
+    return runs["plain"][0]
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_nothing_is_wrong_without_a_fault(runs: Runs, name: str) -> None:
+    probed = runs[name][1]
+    assert complaints(probed) == {}
+    assert probed.results.status == "ok"
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt2"])
+def test_the_step_is_proportional_to_the_learning_rate(runs: Runs, name: str) -> None:
+    for ratio in RATIOS:
+        value = find(runs[name][1], ratio).value
+        assert abs(value - 10) <= 10 * PROPORTIONALITY, ratio
+
+
+def test_an_adapter_saved_for_inference_is_trainable(runs: Runs) -> None:
+    """PEFT marks every adapter it saves as frozen (`inference_mode`)."""
+    scene, probed = runs["plain"]
+    config = json.loads((scene.saved.folder / "adapter_config.json").read_text())
+    assert config["inference_mode"] is True
+    parameters = ref.trainable(scene.saved.model)
+    assert find(probed, "trainable tensors").value == len(parameters)
+    covered = f"{len(parameters)} of {len(parameters)} tensors"
+    assert [find(probed, name).value for name in COVERAGE] == [covered, covered]
+
+
+# One fault each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A fault, and everything that the audit must and may say about it.
+
+    `complaints` are the verdicts of the checks that must complain, of which the first
+    names the cause in these words. `perhaps` are consequences that hang on rounding.
+    """
+
+    plant: Callable[[Scene, Path], Scene]
+    complaints: dict[str, str]
+    cause: str
+    of: str = "plain"
+    perhaps: frozenset[str] = field(default_factory=frozenset)
+
+
+def warned(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "warn")
+
+
+def zeroed(*words: str) -> Callable[[str, Tensor], Tensor]:
+    """Zero the parameters whose name has one of these words."""
+
+    def change(name: str, values: Tensor) -> Tensor:
+        hit = any(word in name for word in words)
+        return torch.zeros_like(values) if hit else values
+
+    return change
+
+
+def in_every_tenth(change: dict[str, Any]) -> Callable[[Scene, str], Scene]:
+    """Every tenth row of a batch replaced in part."""
+
+    def plant(scene: Scene, split: str) -> Scene:
+        rows = [
+            row | change if number % 10 == 0 else row
+            for number, row in enumerate(getattr(scene, split))
+        ]
+        return replace(scene, **{split: rows})
+
+    return plant
+
+
+emptied = in_every_tenth({"response_ids": [], "finished": False})
+
+
+def late_mask(row: Document) -> Document:
+    """The response mask begins one token late: the first token belongs to neither."""
+    if len(row["response_ids"]) == 1:
+        return row
+    lists = ("response_ids", "sampling_logprobs")
+    return row | {key: row[key][1:] for key in lists if key in row}
+
+
+def shifted_sampler(row: Document) -> Document:
+    return row | {"sampling_logprobs": [x - 0.02 for x in row["sampling_logprobs"]]}
+
+
+def stripped(row: Document) -> Document:
+    """A finished response without the token that ended it, if another one is left."""
+    ids = row["response_ids"]
+    return row | {"response_ids": ids[:-1] if ids[-1] == END and ids[:-1] else ids}
+
+
+def cut_off(row: Document) -> Document:
+    """The response of a sampler that stops after four tokens."""
+    ids = row["response_ids"][:4]
+    return row | {"response_ids": ids, "finished": ids[-1] == END}
+
+
+FAULTS: dict[str, Fault] = {
+    "a step below the rounding of most weights": Fault(
+        of="float32",
+        plant=lambda scene, root: scene.with_step(lr_override=1e-9),
+        complaints=warned(UNCHANGED, *RATIOS),
+        cause="tiny against the rounding of the weights",
+        perhaps=frozenset({NOISE}),
+    ),
+    "B matrices still zero": Fault(
+        plant=lambda scene, root: scene.with_weights(root, zeroed("lora_B")),
+        complaints=warned(*COVERAGE),
+        cause="B matrices still zero",
+    ),
+    "one layer without a gradient": Fault(
+        plant=lambda scene, root: scene.with_weights(
+            root, zeroed("layers.1.mlp.down_proj.lora_B")
+        ),
+        complaints=warned(*COVERAGE),
+        cause="some trainable tensors get no gradient",
+    ),
+    "empty responses in E": Fault(
+        plant=lambda scene, root: emptied(scene, "E"),
+        complaints=warned("E responses without tokens"),
+        cause="they count in N with entropy 0",
+    ),
+    "empty responses in U": Fault(
+        plant=lambda scene, root: emptied(scene, "U"),
+        complaints=warned("U responses without tokens"),
+        cause="they count in N with entropy 0",
+    ),
+    "misaligned masks": Fault(
+        plant=lambda scene, root: scene.with_rows("E", late_mask),
+        complaints=warned(SURPRISAL),
+        cause="prompt and response are misaligned",
+    ),
+    "misaligned masks, sampler known": Fault(
+        of="sampler",
+        plant=lambda scene, root: scene.with_rows("E", late_mask),
+        complaints=warned(SAMPLER["E"], SURPRISAL),
+        cause="prompt and response are misaligned",
+    ),
+    "temperature too low": Fault(
+        plant=lambda scene, root: scene.with_sections(objective={"temperature": 0.7}),
+        complaints=warned(SURPRISAL),
+        cause="objective.temperature",
+    ),
+    "temperature too high, sampler known": Fault(
+        of="sampler",
+        plant=lambda scene, root: scene.with_sections(objective={"temperature": 1.4}),
+        complaints=warned(SAMPLER["E"], SAMPLER["U"], SURPRISAL),
+        cause="another temperature",
+    ),
+    "another sampler of E": Fault(
+        of="sampler",
+        plant=lambda scene, root: scene.with_rows("E", shifted_sampler),
+        complaints=warned(SAMPLER["E"]),
+        cause="the rollouts come from other weights",
+    ),
+    "another sampler of U": Fault(
+        of="sampler",
+        plant=lambda scene, root: scene.with_rows("U", shifted_sampler),
+        complaints=warned(SAMPLER["U"]),
+        cause="the rollouts come from other weights",
+    ),
+    "second moments that crush the step": Fault(
+        of="no decay",
+        plant=lambda scene, root: scene.with_moments(root, exp_avg_sq=1e8),
+        complaints=warned(RMS),
+        cause="second moments crush the step",
+    ),
+    "second moments that crush all but weight decay": Fault(
+        plant=lambda scene, root: scene.with_moments(root, exp_avg_sq=1e8),
+        complaints=warned(RMS),
+        cause="second moments crush the step",
+    ),
+    "no moments": Fault(
+        plant=lambda scene, root: scene.with_moments(root, exp_avg=0.0, exp_avg_sq=0.0),
+        complaints=warned(*MOMENTS),
+        cause="the optimizer has hardly seen a gradient",
+    ),
+    "tiny second moments": Fault(
+        of="no decay",
+        plant=lambda scene, root: scene.with_moments(
+            root, exp_avg=0.0, exp_avg_sq=1e-18
+        ),
+        complaints=warned(MOMENTS[1]),
+        cause="crushed by eps",
+    ),
+    "effective sample size below the warning": Fault(
+        plant=lambda scene, root: scene.with_step(lr_override=0.08),
+        complaints=warned(ESS, CURVED),
+        cause="too large for importance sampling",
+    ),
+    "effective sample size below trust": Fault(
+        plant=lambda scene, root: scene.with_step(lr_override=0.5),
+        complaints={ESS: "fail", CURVED: "warn"},
+        cause="too large for importance sampling",
+        perhaps=frozenset({DIFFERENCE}),
+    ),
+    "a step near the edge of the linear regime": Fault(
+        plant=lambda scene, root: scene.with_step(lr_override=0.04),
+        complaints=warned(CURVED),
+        cause="leaves the linear regime",
+    ),
+    "a change that is not linear": Fault(
+        of="single tokens",
+        plant=lambda scene, root: scene.with_step(lr_override=0.1),
+        complaints=warned(DIFFERENCE),
+        cause="leaves the linear regime",
+    ),
+    "end tokens stripped from E": Fault(
+        plant=lambda scene, root: scene.with_rows("E", stripped),
+        complaints=warned("E finished responses that end in an end token"),
+        cause="the end-of-sequence token was stripped",
+    ),
+    "end tokens stripped from U": Fault(
+        plant=lambda scene, root: scene.with_rows("U", stripped),
+        complaints=warned("U finished responses that end in an end token"),
+        cause="the end-of-sequence token was stripped",
+    ),
+    "most responses cut off": Fault(
+        plant=lambda scene, root: scene.with_rows("E", cut_off),
+        complaints=warned("E truncated responses"),
+        cause="raise max_new_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_and_nothing_else(
+    runs: Runs, tmp_path: Path, name: str
+) -> None:
+    fault = FAULTS[name]
+    probed = fault.plant(runs[fault.of][0], tmp_path).audit(tmp_path)
+    found = complaints(probed)
+    assert fault.complaints.items() <= found.items()
+    assert found.keys() - fault.complaints.keys() <= fault.perhaps
+    assert fault.cause in find(probed, next(iter(fault.complaints))).hint
+    require_complete(probed.results)
+
+
+def require_complete(results: Results) -> None:
+    """Each complaint has a hint and nothing else has one; the status follows from all.
+
+    The document has the contract's keys, JSON types, and each name once.
+    """
+    verdicts = [row.verdict for row in results.audit]
+    assert results.status == ("untrusted" if "fail" in verdicts else "ok")
+    assert all((row.hint != "") == (row.verdict != "ok") for row in results.audit)
+    document = json.loads(json.dumps(results.to_dict(), allow_nan=False))
+    keys = {"name", "value", "expected", "verdict", "hint"}
+    assert all(row.keys() == keys for row in document["audit"])
+    names = [row["name"] for row in document["audit"]]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_the_document_is_complete_without_a_fault(runs: Runs, name: str) -> None:
+    require_complete(runs[name][1].results)
+
+
+# Nothing moves, nothing flows
+
+
+def test_a_step_that_rounding_swallows_whole(runs: Runs, tmp_path: Path) -> None:
+    """A learning rate far below the rounding of float32: the change is exactly zero."""
+    probed = runs["float32"][0].with_step(lr_override=1e-12).audit(tmp_path)
+    found = complaints(probed)
+    assert found[CHANGE] == "fail"
+    assert found[UNCHANGED] == "warn"
+    assert found.keys() <= {CHANGE, UNCHANGED, RMS, NOISE, *RATIOS}
+    assert "below the rounding of the weights' dtype" in find(probed, CHANGE).hint
+    assert probed.results.linear.delta_h1 == 0
+    require_complete(probed.results)
+
+
+def test_an_adapter_of_zeros_gives_no_gradient(plain: Scene, tmp_path: Path) -> None:
+    """A = B = 0: no parameter reaches the policy to first order."""
+    probed = plain.with_weights(tmp_path, zeroed("lora_")).audit(tmp_path)
+    found = complaints(probed)
+    assert {SIGNAL: "fail", **dict.fromkeys(COVERAGE, "fail")}.items() <= found.items()
+    assert "no gradient flows through the responses" in find(probed, SIGNAL).hint
+    assert "its matrices are zero" in find(probed, SIGNAL).hint
+    assert probed.results.linear.slope == 0
+    require_complete(probed.results)
+
+
+@pytest.mark.parametrize(
+    "bypass",
+    [
+        lambda model: model.disable_adapter_layers(),
+        lambda model: model.merge_adapter(),
+    ],
+    ids=["disabled", "merged"],
+)
+def test_an_adapter_that_is_not_in_use_is_refused(
+    plain: Scene,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bypass: Callable[[nn.Module], None],
+) -> None:
+    load = session.load_policy
+
+    def load_bypassed(*arguments: Any) -> Policy:
+        policy = load(*arguments)
+        bypass(policy.model)
+        return policy
+
+    monkeypatch.setattr(session, "load_policy", load_bypassed)
+    with pytest.raises(RunError, match="adapter merged or disabled"):
+        plain.audit(tmp_path)
+
+
+@pytest.mark.parametrize("learning_rate", [1e-9, 3e-9, 1e-8])
+def test_a_change_of_rounding_alone_is_below_the_noise_floor(
+    runs: Runs, tmp_path: Path, learning_rate: float
+) -> None:
+    """The truth in float32 is off by more than its size: float64 says so."""
+    changes = {}
+    for name in ("plain", "float32"):
+        scene = runs[name][0].with_step(lr_override=learning_rate)
+        probed = scene.audit(tmp_path)
+        changes[name] = probed.results.truth.delta_h_true
+    assert abs(changes["float32"] - changes["plain"]) > abs(changes["plain"])
+    assert find(probed, NOISE).verdict == "warn"
+    assert "as small as the rounding" in find(probed, NOISE).hint
+
+
+# Rewards without a signal
+
+
+@pytest.fixture(scope="module")
+def equal_rewards(
+    plain: Scene, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Scene, Probed]:
+    """Every response of U is given the same reward."""
+    scene = plain.with_rows("U", lambda row: row | {"reward": 1.0})
+    return scene, scene.audit(tmp_path_factory.mktemp("equal"))
+
+
+def test_equal_rewards_leave_momentum_and_decay(
+    equal_rewards: tuple[Scene, Probed], tmp_path: Path
+) -> None:
+    """No group has a signal, and the change that is left is that of a zero gradient."""
+    scene, probed = equal_rewards
+    row = find(probed, GROUPS)
+    assert (row.verdict, row.value) == ("warn", 0.0)
+    assert "what remains is momentum and weight decay" in row.hint
+    results = probed.results
+    assert results.update.grad_norm == 0
+    E, U = map(planted.reference_rows, (scene.E, scene.U))
+    run = TinyRun(saved=scene.saved, E=E, U=U, folder=tmp_path)
+    expected = run.naive_step(
+        LossSettings(), max_grad_norm=1.0, learning_rate=planted.LEARNING_RATE
+    )
+    model = scene.saved.model
+    before = ref.scores(model, E, 1.0)
+    with ref.parameters_shifted(model, expected.delta, 1.0):
+        after = ref.scores(model, E, 1.0)
+    truth = ref.delta_h_true(E, before, after, Objective())
+    error = results.truth.delta_h_true - truth.delta_h_true
+    assert truth.delta_h_true != 0
+    assert abs(error) <= RTOL * truth.H_orig
+
+
+def test_equal_rewards_are_not_blamed_on_the_adapter(
+    equal_rewards: tuple[Scene, Probed],
+) -> None:
+    """The result is right, and the rewards are the only thing to complain about."""
+    probed = equal_rewards[1]
+    assert complaints(probed) == warned(GROUPS)
+    assert probed.results.status == "ok"
+
+
+def test_share_and_histogram_of_the_groups_with_a_signal(
+    plain: Scene, tmp_path: Path
+) -> None:
+    """Two of six groups have unequal rewards; the rest is in the histogram's first bin."""
+    rewards = {0: [1.0, 0.0, 0.0], 1: [0.5, 0.5, 0.25]}
+    rows = [
+        row | {"reward": rewards.get(row["group"], [1.0] * 3)[number % 3]}
+        for number, row in enumerate(plain.U)
+    ]
+    probed = replace(plain, U=rows).audit(tmp_path)
+    assert complaints(probed) == {}
+    assert find(probed, GROUPS).value == pytest.approx(2 / 6, rel=RTOL)
+    histogram = find(probed, "histogram of std(A) over U groups").value
+    spreads = [math.sqrt(2) / 3, math.sqrt(2) / 12]  # population standard deviations
+    place = int(5 * spreads[1] / spreads[0])
+    expected = [4, 0, 0, 0, 1]
+    expected[place] += 1
+    assert list(histogram.values()) == expected
+
+
+# Faults of the process
+
+
+@pytest.mark.parametrize("kind", ["everything", "the optimizer"])
+def test_a_restore_that_fails(
+    plain: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Copies are taken and not put back, or those of the parameters only."""
+
+    @contextmanager
+    def not_preserved(
+        tensors: Iterable[Tensor], device: torch.device | None = None
+    ) -> Iterator[list[Tensor]]:
+        tensors = list(tensors)
+        copies = [tensor.detach().clone() for tensor in tensors]
+        yield copies
+        with torch.no_grad():
+            for tensor, saved in zip(tensors, copies, strict=True):
+                if kind == "the optimizer" and isinstance(tensor, nn.Parameter):
+                    tensor.copy_(saved)
+
+    monkeypatch.setattr(step, "preserved", not_preserved)
+    probed = plain.audit(tmp_path)
+    found = complaints(probed)
+    assert found.pop(RESTORED) == "fail"
+    assert set(found.values()) <= {"warn"}  # consequences: steps from another state
+    assert "the probe changed the model in memory" in find(probed, RESTORED).hint
+    require_complete(probed.results)
+
+
+@dataclass(kw_only=True)
+class TwoFaced(World):
+    """Another rank answers too, with one fingerprint of its own."""
+
+    place: int = 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        answers = super().gather_objects(value)
+        if isinstance(value, tuple) and len(value) == len(RANKS):
+            other = list(value)
+            other[self.place] = "another fingerprint"
+            answers.append(tuple(other))
+        return answers
+
+
+@pytest.mark.parametrize("place", range(len(RANKS)), ids=RANKS)
+def test_ranks_that_differ(plain: Scene, tmp_path: Path, place: int) -> None:
+    probed = plain.audit(tmp_path, TwoFaced(place=place))
+    name = f"equal on all ranks: {RANKS[place]}"
+    assert complaints(probed) == {name: "fail"}
+    assert "ranks hold different weights" in find(probed, name).hint
+    require_complete(probed.results)
+
+
+@pytest.mark.parametrize(
+    ("scale_sum", "tokens", "name"),
+    [
+        (0.02, (100, 100), "sum_deriv_scales"),
+        (0.04, (100, 100), "sum_deriv_scales"),
+        (0.03, (99, 100), "total_tokens_used"),
+        (0.03, (101, 100), "total_tokens_used"),
+    ],
+)
+def test_a_microbatch_lost_or_counted_twice(
+    scale_sum: float, tokens: tuple[int, int], name: str
+) -> None:
+    """Three microbatches of a batch of 100 tokens, or not."""
+    rows = audit.scale_checks(scale_sum, 3, 100.0, tokens)
+    assert [row.name for row in rows if row.verdict == "fail"] == [name]
+    rows = audit.scale_checks(0.03, 3, 100.0, (100, 100))
+    assert {row.verdict for row in rows} == {"ok"}
+
+
+# What is shown
+
+
+def shown(printer: Callable[..., None], results: Results) -> str:
+    """What a terminal of 120 columns shows."""
+    console = Console(file=io.StringIO(), width=120)
+    printer(console, results, None)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def troubled(
+    plain: Scene, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Probed, dict[str, str]]:
+    """A run with a warning that stands before a failure in the list of checks."""
+    scene = plain.with_sections(truth={"ess_warn": 1.0})
+    probed = scene.audit(tmp_path_factory.mktemp("troubled"), TwoFaced())
+    found = complaints(probed)
+    assert list(found.values()) == ["warn", "fail"]
+    return probed, found
+
+
+@pytest.mark.parametrize("printer", [print_diagnosis, print_results])
+def test_failures_are_shown_first(
+    troubled: tuple[Probed, dict[str, str]], printer: Callable[..., None]
+) -> None:
+    """Failures, then warnings, each with its next step; then every table."""
+    probed, found = troubled
+    text = shown(printer, probed.results)
+    words = " ".join(text.split())
+    warning, failure = found
+    places = [
+        words.index(f"FAILED: {failure}"),
+        words.index(find(probed, failure).hint),
+        words.index(f"warning: {warning}"),
+        words.index(find(probed, warning).hint),
+        words.index("Entropy change of one dr_grpo step"),
+        words.index("Audits"),
+    ]
+    assert places == sorted(places)
+
+
+def test_a_run_in_order_says_so(runs: Runs) -> None:
+    text = shown(print_diagnosis, runs["plain"][1].results)
+    assert "No check complains." in text
+    assert "FAILED" not in text and "warning" not in text
+
+
+def table_values(text: str) -> dict[str, str]:
+    """The second column of a table by its first."""
+    rows = [line.split("│") for line in text.splitlines() if line.startswith("│")]
+    return {row[1].strip(): row[2].strip() for row in rows if len(row) == 6}
+
+
+@pytest.mark.parametrize("name", ["plain", "float32", "sampler"])
+def test_values_are_shown_with_ten_digits(runs: Runs, name: str) -> None:
+    """Nothing that is not 0 is shown as 0, however small it is."""
+    results = runs[name][1].results
+    values = table_values(shown(print_diagnosis, results))
+    seen = 0
+    for row in results.audit:
+        if not isinstance(row.value, float):
+            continue
+        printed = float(values[row.name])
+        assert abs(printed - row.value) <= TEN_DIGITS * abs(row.value), row.name
+        assert (printed == 0) == (row.value == 0), row.name
+        seen += 1
+    assert seen > 20
+    for name in ("entropy gradient . v, ten largest",):
+        for place, value in find(runs["plain"][1], name).value.items():
+            assert value != 0, place
+    change = results.linear.delta_h1
+    fixed, scientific = (
+        find(runs["plain"][1], f"delta_h1, ten {kind}").value
+        for kind in ("decimals", "digits")
+    )
+    assert len(fixed.split(".")[1]) == 10
+    assert change != 0 and float(scientific) != 0
