@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
@@ -53,7 +53,7 @@ class Options:
     as_json: bool
 
 
-def configured(command: Callable[[Options], None]) -> Callable[..., None]:
+def configured(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of a configured run, bundled."""
 
     @click.option(
@@ -82,8 +82,10 @@ def configured(command: Callable[[Options], None]) -> Callable[..., None]:
         help="Print results as JSON on standard output, and nothing else there.",
     )
     @wraps(command)
-    def wrapper(**options: Any) -> None:
-        command(Options(**options))
+    def wrapper(**arguments: Any) -> None:
+        names = Options.__dataclass_fields__
+        options = {name: arguments.pop(name) for name in names}
+        command(Options(**options), **arguments)
 
     return wrapper
 
@@ -104,6 +106,16 @@ def sweep(options: Options) -> None:
 
 @main.command()
 @configured
+@click.option("--verify", is_flag=True, help="Take every what-if step for real.")
+def attribute(options: Options, verify: bool) -> None:
+    """Which sequences and tokens of U cause the change, and what if they were out."""
+    assignment = ("attribution.verify=true",) if verify else ()
+    assignments = (*options.assignments, *assignment)
+    _run_job("attribute", replace(options, assignments=assignments))
+
+
+@main.command()
+@configured
 def audit(options: Options) -> None:
     """Why is the predicted change zero, noisy or wrong? Every check on all of E."""
     _run_job("audit", options)
@@ -120,6 +132,7 @@ def _job(
     name: str, config: "Config", world: "World", out: Path, options: Options
 ) -> int:
     from entropy_ddp.config import to_yaml
+    from entropy_ddp.probe.attribution import run_attribution
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
     from entropy_ddp.report import tables
@@ -129,6 +142,7 @@ def _job(
     job, show = {
         "probe": (run_probe, tables.print_results),
         "sweep": (run_sweep, tables.print_sweep),
+        "attribute": (run_attribution, tables.print_attribution),
         "audit": (run_audit, tables.print_diagnosis),
     }[name]
     if world.is_main:

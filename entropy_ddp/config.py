@@ -152,6 +152,12 @@ class Update(Section):
     save_delta: bool = False
 
     @model_validator(mode="after")
+    def _ratio_needs_advantages(self) -> "Update":
+        if self.loss == "nll" and self.ratio == "clipped":
+            raise ValueError("`ratio: clipped` needs advantages; `nll` has none")
+        return self
+
+    @model_validator(mode="after")
     def _positive_length(self) -> "Update":
         if isinstance(self.length_norm, int) and self.length_norm < 1:
             raise ValueError("`length_norm` must be `group_max` or a positive integer")
@@ -194,6 +200,23 @@ class Linear(Section):
         return self
 
 
+class GradientDot(Section):
+    """The prediction as an inner product of two mean gradients, with its variance.
+
+    Attributes:
+        enabled: `auto` computes it when every group of E has two responses or more.
+        direction: the other factor is the `step`, or the `preconditioned` gradient of
+            the reward.
+        weighting: what the log-probability of a response is divided by.
+        variance_method: one forward-mode pass for all groups, or a backward pass each.
+    """
+
+    enabled: Literal["auto", True, False] = "auto"
+    direction: Literal["step", "preconditioned"] = "step"
+    weighting: Literal["dr_grpo", "per_token_avg"] = "dr_grpo"
+    variance_method: Literal["jvp", "backward"] = "jvp"
+
+
 class Curvature(Section):
     """The second derivative along the step: two more passes over E."""
 
@@ -223,6 +246,20 @@ class Sweep(Section):
         ):
             raise ValueError("`etas` must be positive numbers, each once")
         return self
+
+
+class Attribution(Section):
+    """The `attribute` command.
+
+    Attributes:
+        top: number of tokens shown.
+        fraction: share of U's tokens that the what-if rules choose which rank tokens.
+        verify: take every masked step for real: one pass over U and E for each rule.
+    """
+
+    top: int = Field(default=20, gt=0)
+    fraction: float = Field(default=0.05, gt=0, lt=1)
+    verify: bool = False
 
 
 class Precision(Section):
@@ -270,7 +307,9 @@ class Config(Section):
     truth: Truth = Truth()
     linear: Linear = Linear()
     curvature: Curvature = Curvature()
+    gradient_dot: GradientDot = GradientDot()
     sweep: Sweep = Sweep()
+    attribution: Attribution = Attribution()
     precision: Precision = Precision()
     compute: Compute = Compute()
     seed: int = Field(default=0, ge=0)

@@ -159,6 +159,75 @@ class CurvatureResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientDotResult:
+    """The gradient-dot form of the first-order prediction.
+
+    Attributes:
+        direction, weighting: which form.
+        bars_dot: <Xbar, Ybar>, without its diagonal if `u_statistic`.
+        u_cross: -bars_dot.
+        deltaH1: learning_rate times bars_dot, in nats per token of the weighting.
+        learning_rate: eta of the first param group; 1 for direction `step`, whose Ybar
+            holds every group's own already.
+        V_X, V_Y: variance of bars_dot due to the groups of E and of U.
+        se_deltaH1: learning_rate sqrt(V_X + V_Y).
+        frac_var: (V_X + V_Y) / bars_dot^2; None when bars_dot is 0.
+        x_norm, y_norm: Euclidean norms of Xbar and Ybar.
+        u_statistic: whether E and U are the same rollouts, so that the diagonal was
+            removed.
+        se_paired: standard error of deltaH1 with the covariance of X and Y, which the
+            same rollouts have; None when E and U are different.
+    """
+
+    direction: str
+    weighting: str
+    bars_dot: float
+    u_cross: float
+    deltaH1: float
+    learning_rate: float
+    V_X: float
+    V_Y: float
+    se_deltaH1: float
+    frac_var: float | None
+    x_norm: float
+    y_norm: float
+    u_statistic: bool
+    se_paired: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionResult:
+    """Which part of the step, and which tokens of U, make delta_h1; nats.
+
+    Attributes:
+        momentum: part of the saved first moment.
+        weight_decay: part of the weight decay.
+        gradient: part of U's gradient; the sum of its tokens' shares.
+        total: the sum of the three; delta_h1 up to rounding.
+        attribution_gap: |total - delta_h1| over the largest term of delta_h1.
+        covariance: how well (log p - mean)(A - mean) ranks tokens against their share:
+            {spearman, top_overlap}; a good predictor has a Spearman correlation near -1.
+        proxies: the same for other cheap scores, by name.
+        concentration: smallest fraction of tokens that holds half of the sum of |share|.
+        summaries: sums of shares by sign of advantage, probability, position, ...
+        what_if: delta_h1 had the chosen tokens been left out.
+        top_tokens: the tokens with the largest shares, in their context.
+    """
+
+    momentum: float
+    weight_decay: float
+    gradient: float
+    total: float
+    attribution_gap: float
+    covariance: dict[str, Any]
+    proxies: dict[str, dict[str, Any]]
+    concentration: float
+    summaries: dict[str, list[Any]]
+    what_if: list[dict[str, Any]]
+    top_tokens: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditRow:
     """One check.
 
@@ -191,8 +260,10 @@ class Results:
     linear: LinearResult
     linear_all: list[dict[str, Any]]
     curvature: CurvatureResult | None = None
+    gradient_dot: GradientDotResult | None = None
     sweep: list[SweepPoint] | None = None
     sweep_summary: SweepSummary | None = None
+    attribution: AttributionResult | None = None
     audit: list[AuditRow]
     schema_version: int = SCHEMA_VERSION
 
@@ -239,11 +310,13 @@ class Probed:
         results: what goes into results.json.
         sequences: the rows of per_sequence.jsonl, E then U, in file order.
         delta: change of every parameter by name, if the run was asked to save it.
+        tokens: the rows of tokens.jsonl.gz, for a run that attributes.
     """
 
     results: Results
-    sequences: Iterable[dict[str, Any]]
+    sequences: list[dict[str, Any]]
     delta: dict[str, Tensor] | None
+    tokens: list[dict[str, Any]] | None = None
 
 
 def prepare_folder(out: Path, overwrite: bool) -> None:
@@ -281,6 +354,8 @@ def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
     with written_whole(out / "config.yaml") as stream:
         stream.write(config_yaml.encode())
     write_jsonl(out / "per_sequence.jsonl", probed.sequences)
+    if probed.tokens is not None:
+        write_jsonl(out / "tokens.jsonl.gz", probed.tokens)
     if probed.delta is not None:
         from safetensors.torch import save
 

@@ -224,9 +224,11 @@ class Policy:
     @cached_property
     def probabilities(self) -> Tensor:
         """The same at theta."""
-        return self.probability(zero())
+        return self.probability(at(0.0))
 
-    def entropy(self, eta: Tensor, normalize: Normalize, integrand: Integrand) -> Tensor:
+    def entropy(
+        self, eta: Tensor, normalize: Normalize, integrand: Integrand
+    ) -> Tensor:
         """H(theta + eta v), of one sequence where `normalize` is `sum`; a scalar."""
         logp, entropy = self.token_scores(eta)
         probability = self.probability(eta)
@@ -243,7 +245,7 @@ class Policy:
         self, order: int, normalize: Normalize, integrand: Integrand = "rb"
     ) -> float:
         """The order-th derivative of H in eta at 0, by autograd of the sum."""
-        eta = zero().requires_grad_()
+        eta = at(0.0).requires_grad_()
         value = self.entropy(eta, normalize, integrand)
         for _ in range(order):
             (value,) = torch.autograd.grad(value, eta, create_graph=True)
@@ -254,20 +256,19 @@ class Policy:
     ) -> float:
         """H(theta + eta v) - H(theta)."""
         after, before = (
-            float(self.entropy(torch.tensor(x).double(), normalize, integrand))
-            for x in (eta, 0.0)
+            float(self.entropy(at(x), normalize, integrand)) for x in (eta, 0.0)
         )
         return after - before
 
     def table(self, eta_after: float = 0.0) -> Table:
         """All responses; theta' = theta + eta_after v."""
-        one = torch.ones((), dtype=torch.float64)
+        one = at(1.0)
 
         def first(eta: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             return jvp(self.token_scores, (eta,), (one,))
 
-        (values, derivatives), (_, second) = jvp(first, (zero(),), (one,))
-        after = self.token_scores(torch.tensor(eta_after, dtype=torch.float64))
+        (values, derivatives), (_, second) = jvp(first, (at(0.0),), (one,))
+        after = self.token_scores(at(eta_after))
         hidden = self._inputs[self.state, :NUM_HIDDEN].T
         features = self._features()
         rows = [*values, *derivatives, *second, *after]
@@ -277,8 +278,8 @@ class Policy:
         )
 
     def _features(self) -> dict[str, Tensor]:
-        one = torch.ones((), dtype=torch.float64)
-        logits, tangent = jvp(self.logits, (zero(),), (one,))
+        one = at(1.0)
+        logits, tangent = jvp(self.logits, (at(0.0),), (one,))
         log_pi = torch.log_softmax(logits, dim=-1)[self.state]
         entropy = -(log_pi.exp() * log_pi).sum(-1)
         return distribution_features(
@@ -315,9 +316,9 @@ class Policy:
         return group[choice].flatten(1), weight[choice].prod(1)
 
 
-def zero() -> Tensor:
-    """eta = 0."""
-    return torch.zeros((), dtype=torch.float64)
+def at(eta: float) -> Tensor:
+    """eta as a scalar tensor, float64."""
+    return torch.tensor(eta, dtype=torch.float64)
 
 
 def group_numbers(num_groups: int, responses: int) -> Tensor:

@@ -737,7 +737,6 @@ def assemble_slope(pieces: SlopePieces, normalize: str) -> Slope:
     ones = torch.ones_like(pieces.score)
     terms = [float(term) for term in _slope_terms(pieces, normalize, ones)]
     D = 1.0 if normalize == "sum" else float(pieces.size.sum())
-    mean_entropy = float(pieces.value.sum()) / D
     denominator_slope = float(pieces.remaining.sum()) / D
     shares = pieces.score + pieces.pathwise - pieces.value * denominator_slope
     shares = shares / D

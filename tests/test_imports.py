@@ -23,8 +23,8 @@ ROOMS = (
     "results",
     "audit",
     "report",
-    "probe",
     "demo",
+    "probe",
     "cli",
     "__main__",
 )

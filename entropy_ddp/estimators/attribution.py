@@ -173,7 +173,7 @@ def rules(table: TokenTable, fraction: float) -> list[Rule]:
         fraction: share of the tokens that a rule which ranks tokens chooses.
     """
     count = max(1, round(fraction * len(table.share)))
-    percent = f"{fraction:.3g} of tokens"
+    percent = f"{fraction:.3g} of the tokens"
     covariance = covariance_score(table.logp, table.advantage)
     failed = table.advantage < 0
     median = table.logp.median()
@@ -181,7 +181,9 @@ def rules(table: TokenTable, fraction: float) -> list[Rule]:
         Rule(
             name=f"largest entropy loss, {percent}", mask=_largest(-table.share, count)
         ),
-        Rule(name=f"largest entropy gain, {percent}", mask=_largest(table.share, count)),
+        Rule(
+            name=f"largest entropy gain, {percent}", mask=_largest(table.share, count)
+        ),
         Rule(name=f"largest covariance, {percent}", mask=_largest(covariance, count)),
         Rule(
             name="improbable tokens of responses with A < 0",

@@ -62,7 +62,7 @@ def predictors(entropy: Tensor, features: dict[str, Tensor], ragged: Ragged) -> 
 
 
 def folds_of(groups: Tensor) -> Tensor:
-    """Fold of each group number: the same at every world size."""
+    """Fold of each group, from a number that does not depend on data or ranks."""
     return groups % NUM_FOLDS
 
 

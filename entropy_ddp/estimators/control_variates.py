@@ -78,22 +78,27 @@ def zero_mean_sums(
     return total.index_add_(0, ragged.sequence_of_token, quantities)
 
 
-def adjusted_slope(slope: Slope, zero_mean: Tensor, groups: Tensor) -> Slope:
+def adjusted_slope(
+    slope: Slope, zero_mean: Tensor, groups: Tensor, fold: Tensor | None = None
+) -> Slope:
     """The slope with its control variates removed, contributions and errors included.
 
     Args:
         slope: a slope of any score and baseline.
         zero_mean: Z_i of all sequences, [N, m].
         groups: group of each sequence, [N].
+        fold: fold of each group, [n_g]; by default from the group's number.
 
     Raises:
         InputError: there are fewer than two groups.
     """
     num_groups = len(slope.influence)
+    if fold is None:
+        fold = folds_of(torch.arange(num_groups))
     total = zero_mean.new_zeros(num_groups, zero_mean.shape[1])
     total.index_add_(0, groups, zero_mean)
-    coefficients = cross_fitted_slopes(total, slope.influence)
-    correction = (zero_mean * coefficients[folds_of(groups)]).sum(1)
+    coefficients = cross_fitted_slopes(total, slope.influence, fold)
+    correction = (zero_mean * coefficients[fold[groups]]).sum(1)
     by_group = group_totals(correction, groups, num_groups)
     influence = slope.influence - by_group
     rest = (correction.sum() - by_group) * slope.rescaled
@@ -111,12 +116,15 @@ def adjusted_slope(slope: Slope, zero_mean: Tensor, groups: Tensor) -> Slope:
     )
 
 
-def cross_fitted_slopes(zero_mean: Tensor, influence: Tensor) -> Tensor:
+def cross_fitted_slopes(
+    zero_mean: Tensor, influence: Tensor, fold: Tensor | None = None
+) -> Tensor:
     """For each fold, coefficients of psi_g on Z_g fitted on the other folds, [f, m].
 
     A ridge regression on standardised variates with a free constant.
     """
-    fold = folds_of(torch.arange(len(influence)))
+    if fold is None:
+        fold = folds_of(torch.arange(len(influence)))
     scale = zero_mean.square().mean(0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     standard = zero_mean / scale

@@ -68,7 +68,8 @@ def relative_difference(value: float, reference: float, scale: float) -> float:
 def effective_sample_size(log_weights: Tensor) -> float:
     """(sum w)^2 / sum w^2 of weights given by their logarithms, [n].
 
-    Between 1 and n; n exactly when all weights are equal.
+    Between 1 and n; n when all weights are equal.
     """
     twice = torch.logsumexp(2 * log_weights, 0)
-    return float((2 * torch.logsumexp(log_weights, 0) - twice).exp())
+    size = float((2 * torch.logsumexp(log_weights, 0) - twice).exp())
+    return min(size, float(len(log_weights)))

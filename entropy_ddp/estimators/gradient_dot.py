@@ -15,16 +15,16 @@ log-probability of a response, T_{u,g} its length and L_u the longest of its gro
 Which functional X is the gradient of (expectations over i.i.d. responses of one prompt):
 
 `per_token_avg`  E[X_u] = -grad E[S/T] + grad E[1/T], exactly: the gradient of the mean
-    per-token surprisal of a response, plus that of its mean inverse length. The second
-    term is there because grad S carries no credit for the 1/T it is divided by; it is 0
-    when all responses to a prompt are equally long.
+    per-token surprisal of a response, plus that of its mean inverse length: what
+    grad E[S/T] has beside E[(S/T) grad S]. The second term is 0 when all responses to
+    a prompt are equally long.
 `dr_grpo`  E[X_u] = -grad E[S_1/L] + G E[(S_2/L) grad S_1] + (1/G) grad E[1/L]. Equally
     long responses leave (1/L) grad H alone, H the entropy of the response. Otherwise
     L_u depends on the very response that is weighted: the baseline is not free of it,
     and E[X_u] is not the gradient of any functional of the policy in general.
 
-Neither is the slope of the entropy per token of `linear`, a ratio of means over E: the
-two agree in what they mean, not in their digits.
+Neither is the slope of the entropy per token in `linear`, a ratio of means over E with
+the Rao-Blackwell entropy of each step: the two differ in expectation, not in noise only.
 
 bars_dot is unbiased for <E[X], E[Y]> when E and U are independent and the matrix is
 fixed. V_X and V_Y are the delta method's, for independent E and U; together they exceed

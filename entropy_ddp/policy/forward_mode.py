@@ -217,8 +217,10 @@ def _attention_block(
         scores.masked_fill_(~mask, -torch.inf)
     elif mask is not None:
         scores += mask
-    # A row without any allowed key is all NaN after softmax; its output is zero.
-    weights = scores.softmax(-1).nan_to_num_(0.0)
+    weights = scores.softmax(-1)
+    if mask is not None:
+        # A row without any allowed key is all NaN after softmax; its output is zero.
+        weights.masked_fill_((scores == -torch.inf).all(-1, keepdim=True), 0.0)
     dscores = _sum_present(
         None if dq is None else (dq * scale) @ k.mT,
         None if dk is None else (q * scale) @ dk.mT,

@@ -54,7 +54,8 @@ def directional_derivatives(
 ) -> tuple[Tensor, Tensor]:
     """(log p_y)' [m] and H' [m] along the tangent z' of the logits [m, V].
 
-    Tangents of zero-probability tokens may be anything finite.
+    Tangents of zero-probability tokens may be anything finite. The probabilities are
+    overwritten.
     """
     mean = (probabilities * tangent).sum(-1)
     dlogp = tangent.gather(-1, targets[:, None]).squeeze(-1) - mean

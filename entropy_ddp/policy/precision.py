@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_NARROW_NAMES = ("torch.FloatTensor", "torch.HalfTensor", "torch.BFloat16Tensor")
 _CASTS = {Tensor.to, Tensor.type}
 _REDUCTIONS = {
     F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax,
@@ -44,14 +46,19 @@ class _KeepFloat64(TorchFunctionMode):
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
                 return args[0]
+            if func is Tensor.type_as and args[1].is_floating_point():
+                return args[0].to(args[1].device)
             if func in _CASTS or func in _REDUCTIONS:
-                args = tuple(_widened(argument) for argument in args)
+                args = (args[0], *(_widened(argument) for argument in args[1:]))
                 kwargs = {name: _widened(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
 def _widened(value: Any) -> Any:
-    narrow = value in (torch.float32, torch.float16, torch.bfloat16) if isinstance(
-        value, torch.dtype
-    ) else False  # fmt: skip
+    """What a cast or reduction is asked for, with narrow floats read as float64."""
+    if isinstance(value, str) and value in _NARROW_NAMES:
+        return torch.float64
+    if isinstance(value, Tensor) and value.dtype in _NARROW:
+        return value.new_empty(0, dtype=torch.float64)
+    narrow = isinstance(value, torch.dtype) and value in _NARROW
     return torch.float64 if narrow else value

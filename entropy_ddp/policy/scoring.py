@@ -72,7 +72,8 @@ class TokenScores:
         """Put one microbatch's values at their places in the flat arrays."""
         for name, value in values.items():
             array = self.array(name)
-            array[token] = value.to("cpu", array.dtype)
+            # Not value.to(dtype), which leaves float64 alone within `true_float64`.
+            array[token] = torch.empty(value.shape, dtype=array.dtype).copy_(value)
 
     def array(self, name: str) -> Tensor:
         """The flat token array of this name."""

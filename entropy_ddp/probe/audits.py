@@ -12,6 +12,7 @@ from entropy_ddp.policy.parameters import (
     inner_product,
 )
 from entropy_ddp.policy.scoring import DirectionalScores, TokenScores
+from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
@@ -19,8 +20,14 @@ from entropy_ddp.results import AuditRow
 from entropy_ddp.rollouts.batch import Batch, Ragged
 from entropy_ddp.rollouts.microbatch import make_microbatches
 
-# Of the term scale: the largest of the sums whose difference is the slope.
-GAP_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1}
+# Of the term scale: the largest of the sums whose difference is the slope. By the
+# narrower of the dtypes of model and parameter buffers.
+GAP_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         audit.close(
             "duality gap",
             measured.duality.gap,
-            GAP_TOLERANCE[session.policy.dtype],
+            max(GAP_TOLERANCE[d] for d in (session.policy.dtype, session.buffer_dtype)),
             "forward and reverse mode disagree: an operation of this model loses or "
             "detaches a derivative; try compute.attention: eager",
         ),
@@ -58,11 +65,23 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         *_state_rows(session, measured.stepped),
         *_communication_rows(session),
     ]
+    if session.config.gradient_dot.enabled == "auto":
+        rows += _gradient_dot_row(session)
     if extras.ratios is not None:
         rows += audit.proportionality_checks(extras.ratios)
     if extras.signal is not None:
         rows.append(audit.signal_check(extras.signal))
     return rows
+
+
+def _gradient_dot_row(session: Session) -> list[AuditRow]:
+    """Why the gradient-dot form was not computed, where it was not."""
+    reason = obstacle(session.batches)
+    return (
+        []
+        if reason is None
+        else [audit.fact("gradient-dot form: not computed", reason)]
+    )
 
 
 def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:

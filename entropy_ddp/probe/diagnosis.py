@@ -98,21 +98,6 @@ def check_duality(
     )
 
 
-def signal_norm(session: Session, size: int = SAMPLE_SEQUENCES) -> float:
-    """Norm of the gradient of the mean response log-probability of a sample of E."""
-    sample, shard, _ = _sample(session, size)
-    weight = torch.full((shard.ragged.num_tokens,), 1 / len(sample)).double()
-    zero = torch.zeros_like(weight)
-    with session.phase("audit: signal", shard.ragged.num_tokens):
-        gradient, _ = session.passes.gradient(
-            shard,
-            lambda token, *_: (weight[token.cpu()], zero[token.cpu()]),
-            session.buffer_dtype,
-        )
-        session.world.sum(gradient, "parameter buffers")
-    return global_norm(gradient)
-
-
 def learning_rate_ratios(
     session: Session, gradient: Tensor, step: Step, slope_gradient: Tensor
 ) -> tuple[float, float]:

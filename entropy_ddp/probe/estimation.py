@@ -169,11 +169,12 @@ def _slopes(
     )
     terms, zero_mean = rows.tensor_split([width * len(estimators)], dim=1)
     groups = shard.batch.groups
+    group_fold = folds_of(shard.batch.group_order)
     slopes = {}
     for estimator, piece in zip(estimators, terms.split(width, dim=1)):
         slope = slope_from_terms(piece, original, groups, estimator)
         slopes[*estimator, False] = slope
-        slopes[*estimator, True] = adjusted_slope(slope, zero_mean, groups)
+        slopes[*estimator, True] = adjusted_slope(slope, zero_mean, groups, group_fold)
     return slopes
 
 
@@ -192,7 +193,7 @@ def baseline_predictions(
         dim=1,
     )
     group = ragged.spread(batch.groups[shard.positions])
-    fold = folds_of(group)
+    fold = folds_of(batch.group_order[group])
     moments = fold_moments(known, target, base.dlogp.square(), fold)
     coefficients = cross_fitted_coefficients(world.sum(moments, "scalars"))
     totals = position_totals(target, ragged.position, int(batch.lengths.max()))

@@ -24,13 +24,13 @@ Shape legend: P trainable elements, B units (groups) of a batch.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from entropy_ddp.config import GradientDot
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.gradient_dot import Weighting, estimate_dot
+from entropy_ddp.estimators.gradient_dot import estimate_dot
 from entropy_ddp.policy.parameters import global_norm, inner_product
 from entropy_ddp.policy.scoring import DirectionalScores
 from entropy_ddp.probe.phases import SteppedScores
@@ -44,67 +44,10 @@ from entropy_ddp.probe.units import (
     reward_units,
     unit_gradients,
 )
+from entropy_ddp.results import GradientDotResult
 from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.update.decomposition import gradient_gain, preconditioner
 from entropy_ddp.update.step import Step
-
-Direction = Literal["step", "preconditioned"]
-VarianceMethod = Literal["jvp", "backward"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientDotSettings:
-    """The `gradient_dot` section of a configuration.
-
-    Attributes:
-        enabled: `auto` computes it when E and U allow it.
-        direction: Ybar is the `step` itself, or the `preconditioned` gradient of the
-            reward.
-        weighting: what the log-probability of a response is divided by in X.
-        variance_method: one forward-mode pass for all units, or a backward pass each.
-    """
-
-    enabled: bool | Literal["auto"] = "auto"
-    direction: Direction = "step"
-    weighting: Weighting = "dr_grpo"
-    variance_method: VarianceMethod = "jvp"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientDotResult:
-    """The gradient-dot form of the first-order prediction.
-
-    Attributes:
-        direction, weighting: which form.
-        bars_dot: <Xbar, Ybar>, without its diagonal if `u_statistic`.
-        u_cross: -bars_dot.
-        deltaH1: learning_rate times bars_dot, in nats per token of the weighting.
-        learning_rate: eta of the first param group; 1 for direction `step`, whose Ybar
-            holds every group's own already.
-        V_X, V_Y: variance of bars_dot due to the groups of E and of U.
-        se_deltaH1: learning_rate sqrt(V_X + V_Y).
-        frac_var: (V_X + V_Y) / bars_dot^2; None when bars_dot is 0.
-        x_norm, y_norm: Euclidean norms of Xbar and Ybar.
-        u_statistic: whether E and U are the same rollouts, so that the diagonal was
-            removed.
-        se_paired: standard error of deltaH1 with the covariance of X and Y, which the
-            same rollouts have; None when E and U are different.
-    """
-
-    direction: Direction
-    weighting: Weighting
-    bars_dot: float
-    u_cross: float
-    deltaH1: float
-    learning_rate: float
-    V_X: float
-    V_Y: float
-    se_deltaH1: float
-    frac_var: float | None
-    x_norm: float
-    y_norm: float
-    u_statistic: bool
-    se_paired: float | None = None
 
 
 def obstacle(batches: dict[str, Batch]) -> str | None:
@@ -124,7 +67,7 @@ def obstacle(batches: dict[str, Batch]) -> str | None:
     return None
 
 
-def is_wanted(settings: GradientDotSettings, batches: dict[str, Batch]) -> bool:
+def is_wanted(settings: GradientDot, batches: dict[str, Batch]) -> bool:
     """Whether to compute it: `true`, or `auto` and possible.
 
     Args:
@@ -185,7 +128,7 @@ def gradient_dot(
     stepped: SteppedScores,
     gradient: Tensor,
     base: DirectionalScores,
-    settings: GradientDotSettings,
+    settings: GradientDot,
 ) -> GradientDotResult | None:
     """<Xbar, Ybar>, deltaH1 and its standard error, from all ranks.
 
@@ -240,7 +183,7 @@ def _step_factors(
     step: Step,
     gradient: Tensor,
     base: DirectionalScores,
-    settings: GradientDotSettings,
+    settings: GradientDot,
 ) -> Factors:
     """Xbar, and the step as Ybar."""
     x = entropy_units(session, base, settings.weighting)
@@ -263,7 +206,7 @@ def _step_factors(
 
 
 def _preconditioned_factors(
-    session: Session, step: Step, base: DirectionalScores, settings: GradientDotSettings
+    session: Session, step: Step, base: DirectionalScores, settings: GradientDot
 ) -> Factors:
     """Xbar, and the preconditioned gradient of the reward as Ybar."""
     x, y = entropy_units(session, base, settings.weighting), reward_units(session)
@@ -287,7 +230,7 @@ def _mean_gradient(session: Session, units: Units) -> Tensor:
 
 
 def _projections(
-    session: Session, factors: Factors, settings: GradientDotSettings
+    session: Session, factors: Factors, settings: GradientDot
 ) -> tuple[Tensor, ...]:
     """<X_u, Ybar> [B_E], <Y_u, Xbar> [B_U] and, of the same rollouts, <X_u, Y_u> [B]."""
     if same_rollouts(session.batches["E"], session.batches["U"]):

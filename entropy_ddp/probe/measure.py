@@ -68,12 +68,16 @@ class Measured:
         return None if curvature is None else curvature.eta_star(self.slope.value)
 
 
-def measure(session: Session, audit_sequences: int) -> Measured:
+def measure(
+    session: Session, audit_sequences: int, *, with_curvature: bool = True
+) -> Measured:
     """One forward and backward over U, E after the step, E along the step, audits.
 
     Args:
         session: an opened run.
         audit_sequences: number of sequences of E for audits with a pass of their own.
+        with_curvature: whether the curvature is measured if the configuration enables
+            it.
 
     Raises:
         InputError: the learning rate is 0, or something the loss needs is missing.
@@ -85,7 +89,7 @@ def measure(session: Session, audit_sequences: int) -> Measured:
     base = score_along_step(session, stepped.step)
     estimates = estimate(session, base, stepped.scores)
     curvature = None
-    if config.curvature.enabled:
+    if with_curvature and config.curvature.enabled:
         second = score_twice_along_step(session, stepped.step)
         curvature = estimate_curvature(session, estimates, base, second)
     linear = config.linear

@@ -31,13 +31,19 @@ NUM_TOP_PARAMETERS = 10
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
-def make_results(session: Session, measured: Measured, rows: list[AuditRow]) -> Probed:
+def make_results(
+    session: Session,
+    measured: Measured,
+    rows: list[AuditRow],
+    **parts: Any,
+) -> Probed:
     """The results of a probe; the same on every rank.
 
     Args:
         session: the run.
         measured: what the passes gave.
         rows: the audits.
+        parts: parts of the results that a job adds: gradient_dot, sweep, attribution.
     """
     results = Results(
         status="untrusted" if worst_verdict(rows) == "fail" else "ok",
@@ -51,6 +57,7 @@ def make_results(session: Session, measured: Measured, rows: list[AuditRow]) -> 
         linear_all=_linear_all(measured),
         curvature=_curvature_result(measured),
         audit=rows,
+        **parts,
     )
     layout, delta = session.passes.layout, measured.step.delta
     return Probed(

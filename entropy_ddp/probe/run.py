@@ -8,11 +8,12 @@ from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.diagnosis import (
     SAMPLE_SEQUENCES,
     learning_rate_ratios,
-    signal_norm,
 )
+from entropy_ddp.probe.gradient_dot import gradient_dot, is_wanted
 from entropy_ddp.probe.measure import measure
 from entropy_ddp.probe.outcome import make_results
 from entropy_ddp.probe.session import Progress, open_session
+from entropy_ddp.probe.units import proxy_gradient_norm
 from entropy_ddp.results import Probed
 
 
@@ -34,8 +35,18 @@ def run_probe(
         RunError: a number is not finite.
     """
     session = open_session(config, world, out, progress)
+    # Asked for but impossible: said before the first pass.
+    is_wanted(config.gradient_dot, session.batches)
     measured = measure(session, SAMPLE_SEQUENCES)
-    return make_results(session, measured, audit_rows(session, measured, Extras()))
+    dot = gradient_dot(
+        session,
+        measured.stepped,
+        measured.gradient,
+        measured.base,
+        config.gradient_dot,
+    )
+    rows = audit_rows(session, measured, Extras())
+    return make_results(session, measured, rows, gradient_dot=dot)
 
 
 def run_audit(
@@ -52,6 +63,6 @@ def run_audit(
         ratios=learning_rate_ratios(
             session, measured.gradient, measured.step, measured.duality.gradient
         ),
-        signal=signal_norm(session, everything),
+        signal=proxy_gradient_norm(session, limit=len(session.batches["U"])),
     )
     return make_results(session, measured, audit_rows(session, measured, extras))

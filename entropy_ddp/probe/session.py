@@ -203,12 +203,15 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
     for split, batch in batches.items():
         if batch.num_tokens == 0:
             raise InputError(f"batch {split}: has no response tokens at all")
-    if "E" in batches and batches["E"].num_groups < 2:
-        raise InputError(
-            "batch E: expected at least 2 groups (a standard error needs independent "
-            f"groups), found {batches['E'].num_groups}; give each prompt draw a group "
-            "of its own"
-        )
+    if "E" in batches:
+        evaluation = batches["E"]
+        groups = len(evaluation.groups[evaluation.lengths > 0].unique())
+        if groups < 2:
+            raise InputError(
+                "batch E: expected at least 2 groups with response tokens (a standard "
+                f"error needs independent groups), found {groups}; give each prompt "
+                "draw a group of its own"
+            )
     if "U" in batches and config.update.loss != "nll":
         source = config.batches.U.file or "sampled U"
         require_rewards(batches["U"], Path(source))

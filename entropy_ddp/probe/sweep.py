@@ -8,7 +8,7 @@ folder continues where it stopped.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,7 @@ def run_sweep(config: Config, world: World, out: Path, progress: Progress) -> Pr
             write_jsonl(out / POINTS_FILE, kept)
     summary = summarise(points, measured.noise_floor, config.truth.ess_abort)
     rows = audit_rows(session, measured, Extras())
-    probed = make_results(session, measured, rows)
-    results = replace(probed.results, sweep=points, sweep_summary=summary)
-    return replace(probed, results=results)
+    return make_results(session, measured, rows, sweep=points, sweep_summary=summary)
 
 
 def _grid(session: Session, measured: Measured) -> list[float]:
@@ -95,12 +93,14 @@ def _measure_point(session: Session, measured: Measured, eta: float) -> SweepPoi
     passes = session.passes
     views = passes.layout.views(measured.step.direction)
     device = snapshot_device(session.config.compute)
-    with session.phase(f"sweep: eta = {eta:.3g}", shard.ragged.num_tokens):
-        with preserved(passes.parameters.values(), device):
-            with torch.no_grad():
-                for name, parameter in passes.parameters.items():
-                    parameter.add_(views[name].to(parameter), alpha=eta)
-            scores = passes.score(shard)
+    with (
+        session.phase(f"sweep: eta = {eta:.3g}", shard.ragged.num_tokens),
+        preserved(passes.parameters.values(), device),
+    ):
+        with torch.no_grad():
+            for name, parameter in passes.parameters.items():
+                parameter.add_(views[name].to(parameter), alpha=eta)
+        scores = passes.score(shard)
     changes = changes_at(session, measured.base, scores)
     change, slope = changes[session.config.truth.is_mode], measured.slope
     curvature = measured.curvature

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.results import AuditRow, Results
+from entropy_ddp.results import AttributionResult, AuditRow, GradientDotResult, Results
 
 VERDICT_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 UNITS = {
@@ -28,6 +28,8 @@ def print_results(console: Console, results: Results, out: str | None) -> None:
     console.print(_answer(results))
     console.print(_estimators(results))
     console.print(_step(results))
+    if results.gradient_dot is not None:
+        console.print(_gradient_dot(results.gradient_dot))
     console.print(_audit_table(results.audit))
     console.print(_verdict_line(results, out))
 
@@ -91,6 +93,121 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
     console.print(_verdict_line(results, out))
 
 
+def print_attribution(console: Console, results: Results, out: str | None) -> None:
+    """Parts of the step, tokens that matter most, cheap scores against exact shares."""
+    found = results.attribution
+    assert found is not None
+    console.print(_header(results))
+    for row in results.audit:
+        if row.verdict != "ok":
+            console.print(_complaint(row))
+    console.print(_answer(results))
+    console.print(_parts(found))
+    console.print(_top_tokens(found))
+    console.print(_summaries(found))
+    console.print(_proxies(found))
+    console.print(_what_if(found))
+    console.print(_verdict_line(results, out))
+
+
+def _parts(found: AttributionResult) -> Table:
+    table = _table(
+        "ΔH first order by part of the step",
+        "part",
+        "nats",
+        "of the total",
+        caption=(
+            f"attribution gap {number(found.attribution_gap, 3)}; half of the sum of "
+            f"|share| is in {found.concentration:.1%} of U's tokens"
+        ),
+    )
+    parts = {
+        "momentum (earlier batches)": found.momentum,
+        "weight decay": found.weight_decay,
+        "gradient of U": found.gradient,
+        "total": found.total,
+    }
+    for name, value in parts.items():
+        share = f"{value / found.total:+.1%}" if found.total else "-"
+        table.add_row(name, number(value, 11), share)
+    return table
+
+
+def _top_tokens(found: AttributionResult) -> Table:
+    columns = ("share, nats", "log p", "A", "line", "k", "token in its context")
+    table = _table(f"The {len(found.top_tokens)} tokens that matter most", *columns)
+    table.columns[0].justify = "right"
+    table.columns[-1].justify = "left"
+    for row in found.top_tokens:
+        context = Text("-")
+        if "context" in row:
+            before, token, after = row["context"]
+            context = Text(before, style="dim")
+            context.append(f"[{token}]", style="bold")
+            context.append(after, style="dim")
+        table.add_row(
+            f"{row['share']:+.3e}",
+            f"{row['logp']:.3f}",
+            f"{row['advantage']:+.3f}",
+            str(row["index"] + 1),
+            str(row["k"]),
+            context,
+        )
+    return table
+
+
+def _summaries(found: AttributionResult) -> Table:
+    table = _table("Shares summed by kind of token", "kind", "nats", "tokens")
+    for name, rows in found.summaries.items():
+        table.add_row(f"by {name}", style="bold")
+        for row in rows:
+            table.add_row(
+                f"  {row['label']}", f"{row['share']:+.4e}", f"{row['num_tokens']:,}"
+            )
+    return table
+
+
+def _proxies(found: AttributionResult) -> Table:
+    scores = {"covariance": found.covariance, **found.proxies}
+    fractions = list(found.covariance["top_overlap"])
+    table = _table(
+        "How well cheap scores rank tokens against their exact share",
+        "score",
+        "Spearman",
+        *(f"overlap of top {float(f):.0%}" for f in fractions),
+        caption="a score that predicts entropy loss has a Spearman correlation near -1",
+    )
+    for name, judged in scores.items():
+        correlation = judged.get("spearman")
+        table.add_row(
+            name,
+            "-" if correlation is None else f"{correlation:+.3f}",
+            *(f"{judged['top_overlap'][f]:.1%}" for f in fractions),
+        )
+    return table
+
+
+def _what_if(found: AttributionResult) -> Table:
+    verified = any("delta_h_true" in row for row in found.what_if)
+    table = _table(
+        "What if these tokens had been left out of the update",
+        "rule",
+        "tokens",
+        "ΔH first order",
+        *(("ΔH true",) if verified else ()),
+        caption=(
+            "first order: with the Adam denominator of the whole update; true: the "
+            "masked step taken"
+        ),
+    )
+    for row in found.what_if:
+        cells = [row["rule"], f"{row['num_tokens']:,}", f"{row['delta_h1']:+.4e}"]
+        if verified:
+            cells.append(_plus_minus(row["delta_h_true"], row["se"]))
+        table.add_row(*cells)
+    return table
+
+
 def number(value: float, digits: int = 6) -> str:
     """A number in scientific notation that never rounds to 0."""
     return f"{value:.{digits - 1}e}"
@@ -118,6 +235,35 @@ def _complaint(row: AuditRow) -> Text:
     text.append(f"{row.name} is {_value(row.value)}, expected {row.expected}; ")
     text.append(row.hint)
     return text
+
+
+def _gradient_dot(dot: GradientDotResult) -> Table:
+    """The gradient-dot form, its variance, and the terms it comes from."""
+    table = _table(
+        f"Gradient-dot form, direction {dot.direction}, weighting {dot.weighting}",
+        "quantity",
+        "value",
+        caption=(
+            "same rollouts in E and U: the diagonal was removed"
+            if dot.u_statistic
+            else None
+        ),
+    )
+    table.add_row("deltaH1", _plus_minus(dot.deltaH1, dot.se_deltaH1))
+    rows = {
+        "<X, Y>": dot.bars_dot,
+        "U_cross": dot.u_cross,
+        "V_X, variance due to E": dot.V_X,
+        "V_Y, variance due to U": dot.V_Y,
+        "frac_var": dot.frac_var,
+        "norm of X": dot.x_norm,
+        "norm of Y": dot.y_norm,
+        "SE with the covariance of X and Y": dot.se_paired,
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, number(value, 11))
+    return table
 
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:

@@ -8,6 +8,7 @@ Shape legend: N sequences, T = sum of the response lengths T_i, n and t the same
 rank's share.
 """
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -147,6 +148,11 @@ class Batch:
         return torch.tensor([s.num_tokens for s in self.sequences], dtype=torch.int64)
 
     @cached_property
+    def ragged(self) -> Ragged:
+        """Layout of flat token arrays of the whole batch."""
+        return Ragged(self.lengths)
+
+    @cached_property
     def groups(self) -> Tensor:
         """Group number of each sequence, int64, [N]."""
         return torch.tensor([s.group for s in self.sequences], dtype=torch.int64)
@@ -155,6 +161,22 @@ class Batch:
     def group_sizes(self) -> Tensor:
         """Number of responses of each group, int64, [num_groups]."""
         return torch.bincount(self.groups, minlength=self.num_groups)
+
+    @cached_property
+    def group_order(self) -> Tensor:
+        """The rank of each group by the hash of its key, int64, [num_groups].
+
+        A number for each group that does not depend on where in the file it stands.
+        """
+        keys = {s.group: s.group_key for s in self.sequences}
+        digests = {
+            group: hashlib.sha256(repr(key).encode()).digest()
+            for group, key in keys.items()
+        }
+        place = torch.empty(len(keys), dtype=torch.int64)
+        for rank, group in enumerate(sorted(digests, key=digests.__getitem__)):
+            place[group] = rank
+        return place
 
     @cached_property
     def num_tokens(self) -> int:

@@ -145,9 +145,12 @@ def _difference(
     before: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    delta = layout.flatten(parameters, dtype)
+    delta = torch.empty(layout.numel, dtype=dtype)
     for name, view in layout.views(delta).items():
-        view -= before[name].to(view)
+        after = parameters[name].detach().cpu()
+        # Subtracted in the parameter's own precision, and rounded once.
+        wide = torch.promote_types(after.dtype, torch.float32)
+        view.copy_(after.to(wide) - before[name].cpu().to(wide))
     if not bool(delta.isfinite().all()):
         raise RunError("the optimizer step has NaN or infinite components")
     return delta

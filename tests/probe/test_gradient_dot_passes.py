@@ -9,7 +9,7 @@ weight decay, to the step that torch takes.
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,16 +19,16 @@ import launching
 import pytest
 import reference as ref
 import torch
-from reference import LossSettings, Row
 from tiny_runs import TinyRun, as_batch, make_run
 from torch import Tensor
+from unit_vectors import Vectors
 
 from entropy_ddp.config import to_yaml
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.scoring import DirectionalScores
 from entropy_ddp.probe.gradient_dot import (
+    GradientDot,
     GradientDotResult,
-    GradientDotSettings,
     gradient_dot,
     obstacle,
     same_rollouts,
@@ -44,7 +44,6 @@ from entropy_ddp.probe.units import proxy_gradient_norm
 from entropy_ddp.update.decomposition import step_parts
 
 RTOL = 1e-10  # the contract's bar for float64
-DOUBLE = torch.float64
 E_RESPONSES = [2, 3, 2, 4]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-lora": ("qwen2", {}),
@@ -59,7 +58,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 MEASURED = [("qwen2-lora", loss) for loss in LOSSES] + [("gpt2-full-tied", "dr_grpo")]
 FORMS = [
-    GradientDotSettings(enabled=True, direction=direction, weighting=weighting)
+    GradientDot(enabled=True, direction=direction, weighting=weighting)
     for direction in ("step", "preconditioned")
     for weighting in ("dr_grpo", "per_token_avg")
 ]
@@ -83,125 +82,6 @@ def make_named_run(tmp_path_factory: pytest.TempPathFactory) -> RunMaker:
     return make
 
 
-# The vectors, one backward pass each
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Vectors:
-    """All gradients of a run by plain autograd, in the model's order of parameters."""
-
-    run: TinyRun
-    update: dict[str, Any]
-
-    @property
-    def loss(self) -> LossSettings:
-        names = ("loss", "length_norm", "ratio")
-        return LossSettings(**{n: self.update[n] for n in names if n in self.update})
-
-    def flat(self, value: Tensor) -> Tensor:
-        """Gradient of a scalar, [P]."""
-        parameters = ref.trainable(self.run.saved.model).values()
-        if not value.requires_grad:
-            return torch.zeros(sum(p.numel() for p in parameters), dtype=DOUBLE)
-        with ref.true_float64():
-            gradients = torch.autograd.grad(
-                value, list(parameters), materialize_grads=True
-            )
-        return torch.cat([gradient.flatten() for gradient in gradients])
-
-    def of_sequences(self, rows: Sequence[Row]) -> tuple[list[float], list[Tensor]]:
-        """S and grad S of every row."""
-        values, gradients = [], []
-        for row in rows:
-            logp, _ = ref.token_scores(self.run.saved.model, row, 1.0)
-            values.append(math.fsum(logp.tolist()))
-            gradients.append(self.flat(logp.sum()))
-        return values, gradients
-
-    def x(self, weighting: str) -> Tensor:
-        """X_u of E's groups, [B_E, P]."""
-        values, gradients = self.of_sequences(self.run.E)
-        units = []
-        for places in members(self.run.E):
-            lengths = [len(self.run.E[i].response_ids) for i in places]
-            divisors = [max(*lengths, 1)] * len(places)
-            if weighting == "per_token_avg":
-                divisors = [max(length, 1) for length in lengths]
-            weighted = [values[i] / d for i, d in zip(places, divisors, strict=True)]
-            unit = torch.zeros_like(gradients[0])
-            for i, own in zip(places, weighted, strict=True):
-                others = (math.fsum(weighted) - own) / (len(places) - 1)
-                unit -= (own - others) * gradients[i] / len(places)
-            units.append(unit)
-        return torch.stack(units)
-
-    def reward(self) -> Tensor:
-        """grad J_u of U's groups, [B_U, P]."""
-        rows = self.run.U
-        _, gradients = self.of_sequences(rows)
-        advantages = [1.0] * len(rows)
-        if self.loss.loss != "nll":
-            advantages = ref.advantages(rows, "centered")
-        units = []
-        for places in members(rows):
-            longest = max(len(rows[i].response_ids) for i in places)
-            terms = [advantages[i] / longest * gradients[i] for i in places]
-            units.append(sum(terms) / len(places))
-        return torch.stack(units)
-
-    def loss_shares(self) -> Tensor:
-        """B_U times the gradient of each group's share of the loss, [B_U, P]."""
-        rows, settings = self.run.U, self.loss
-        advantages = [1.0] * len(rows)
-        if settings.loss == "nll":
-            settings = replace(settings, loss="dapo")  # which it is, for A = 1
-        else:
-            advantages = ref.advantages(rows, "centered")
-        units = []
-        for places in members(rows):
-            alone = [a if i in places else 0.0 for i, a in enumerate(advantages)]
-            value = ref.rl_loss(self.run.saved.model, rows, alone, settings)
-            units.append(len(members(rows)) * self.flat(value))
-        return torch.stack(units)
-
-    def adam(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """eta, first and second moment, and parameters of every element, [P] each."""
-        pieces: dict[str, tuple[Tensor, ...]] = {}
-        parameters = ref.trainable(self.run.saved.model)
-        names = {id(p): name for name, p in parameters.items()}
-        for group in self.run.saved.optimizer.param_groups:
-            assert group["betas"] == (0.9, 0.99) and group["eps"] == 1e-8
-            rate = self.update.get("lr_override", group["lr"])
-            for p in group["params"]:
-                state = self.run.saved.optimizer.state[p]
-                assert float(state["step"]) == 3
-                moments = (state["exp_avg"], state["exp_avg_sq"])
-                pieces[names[id(p)]] = (torch.full_like(p, rate), *moments, p)
-        columns = zip(*(pieces[name] for name in parameters), strict=True)
-        rate, first, second, theta = (
-            torch.cat([piece.detach().flatten() for piece in column])
-            for column in columns
-        )
-        return rate, first, second, theta
-
-    def y(self, direction: str, clip_coef: float) -> Tensor:
-        """Y_u of U's groups, [B_U, P]."""
-        rate, _, second, _ = self.adam()
-        if direction == "preconditioned":
-            return self.reward() / ((second / (1 - 0.99**3)).sqrt() + 1e-8)
-        shares = self.loss_shares()
-        clipped = clip_coef * shares.mean(0)
-        moment = 0.99 * second + 0.01 * clipped.square()
-        denominator = (moment / (1 - 0.99**4)).sqrt() + 1e-8
-        return -rate * clip_coef * 0.1 * shares / ((1 - 0.9**4) * denominator)
-
-
-def members(rows: Sequence[Row]) -> list[list[int]]:
-    """Places of the rows of each group, groups in order of appearance."""
-    groups = dict.fromkeys(row.group for row in rows)
-    return [[i for i, row in enumerate(rows) if row.group == g] for g in groups]
-
-
 # The same by the package
 
 
@@ -221,7 +101,7 @@ class Opened:
         base = score_along_step(session, stepped.step)
         return cls(session=session, gradient=gradient, stepped=stepped, base=base)
 
-    def result(self, settings: GradientDotSettings) -> GradientDotResult:
+    def result(self, settings: GradientDot) -> GradientDotResult:
         found = gradient_dot(
             self.session, self.stepped, self.gradient, self.base, settings
         )
@@ -278,7 +158,7 @@ def variance(units: Tensor, along: Tensor) -> float:
     return math.fsum(squares) / (len(units) * (len(units) - 1))
 
 
-def expect(case: Case, settings: GradientDotSettings) -> dict[str, Any]:
+def expect(case: Case, settings: GradientDot) -> dict[str, Any]:
     """Every number of the result, from the vectors."""
     x, y = case.x(settings.weighting), case.y(settings.direction)
     x_bar, y_bar = x.mean(0), case.y_bar(settings.direction)
@@ -303,8 +183,8 @@ def expect(case: Case, settings: GradientDotSettings) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["jvp", "backward"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.direction}-{f.weighting}")
-def test_every_number(case: Case, form: GradientDotSettings, method: str) -> None:
-    found = asdict(case.opened.result(replace(form, variance_method=method)))
+def test_every_number(case: Case, form: GradientDot, method: str) -> None:
+    found = asdict(case.opened.result(form.model_copy(update={"variance_method": method})))
     expected = expect(case, form)
     size = found["x_norm"] * found["y_norm"]
     scales = {"bars_dot": size, "u_cross": size, "frac_var": expected["frac_var"]}
@@ -346,7 +226,7 @@ def test_shares_of_the_step_add_up(case: Case) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.direction}-{f.weighting}")
-def test_same_rollouts(make_named_run: RunMaker, form: GradientDotSettings) -> None:
+def test_same_rollouts(make_named_run: RunMaker, form: GradientDot) -> None:
     """Pairs of different groups only; momentum and decay have no diagonal."""
     run = make_named_run("qwen2-lora")
     run = replace(run, E=[replace(row, reward=None) for row in run.U])
@@ -367,7 +247,7 @@ def test_same_rollouts(make_named_run: RunMaker, form: GradientDotSettings) -> N
     mean = math.fsum(sums) / count
     spread = math.fsum((s - mean) ** 2 for s in sums) / (count * (count - 1))
     results = [
-        case.opened.result(replace(form, variance_method=method))
+        case.opened.result(form.model_copy(update={"variance_method": method}))
         for method in ("jvp", "backward")
     ]
     assert results[0] == results[1]
@@ -425,17 +305,17 @@ def test_auto_says_why_not_and_true_refuses(make_named_run: RunMaker) -> None:
         opened = Opened.of(broken.open(update=LOSSES["dr_grpo"]))
         arguments = (opened.session, opened.stepped, opened.gradient, opened.base)
         before = dict(opened.session.world.collectives)
-        assert gradient_dot(*arguments, GradientDotSettings()) is None
+        assert gradient_dot(*arguments, GradientDot()) is None
         with pytest.raises(InputError, match=f"gradient_dot: needs.*{reason}"):
-            gradient_dot(*arguments, GradientDotSettings(enabled=True))
+            gradient_dot(*arguments, GradientDot(enabled=True))
         found = obstacle(opened.session.batches)
         assert found is not None and found.startswith("needs at least 2")
         assert opened.session.world.collectives == before
     opened = Opened.of(run.open(update=LOSSES["dr_grpo"]))
     arguments = (opened.session, opened.stepped, opened.gradient, opened.base)
     assert obstacle(opened.session.batches) is None
-    assert gradient_dot(*arguments, GradientDotSettings(enabled=False)) is None
-    assert gradient_dot(*arguments, GradientDotSettings()) is not None
+    assert gradient_dot(*arguments, GradientDot(enabled=False)) is None
+    assert gradient_dot(*arguments, GradientDot()) is not None
 
 
 @pytest.mark.parametrize(
@@ -463,7 +343,7 @@ def test_passes_and_collectives(
     performed = dict(opened.session.passes.performed)
     world = opened.session.world
     before = dict(world.collectives)
-    opened.result(GradientDotSettings(**form))
+    opened.result(GradientDot(**form))
     sizes = {
         split: int((batch.lengths > 0).sum())
         for split, batch in opened.session.batches.items()
@@ -488,7 +368,7 @@ def test_passes_and_collectives(
 def test_microbatches_and_order_do_not_matter(
     make_named_run: RunMaker, direction: Any, method: Any
 ) -> None:
-    settings = GradientDotSettings(direction=direction, variance_method=method)
+    settings = GradientDot(direction=direction, variance_method=method)
     run, update = make_named_run("qwen2-lora"), LOSSES["dr_grpo"]
     reordered = replace(run, E=run.E[::-1], U=run.U[::-1])
     results = [
@@ -520,7 +400,7 @@ def test_float32(make_named_run: RunMaker) -> None:
     results = [
         Opened.of(
             run.open(update=LOSSES["dr_grpo"], precision={"model": dtype})
-        ).result(GradientDotSettings(variance_method=method))
+        ).result(GradientDot(variance_method=method))
         for dtype, method in (
             ("float64", "jvp"),
             ("float32", "jvp"),
@@ -570,7 +450,7 @@ with process_group() as world:
         base = phases.score_along_step(session, stepped.step)
         for direction in ("step", "preconditioned"):
             for method in ("jvp", "backward"):
-                settings = gd.GradientDotSettings(
+                settings = gd.GradientDot(
                     direction=direction, variance_method=method
                 )
                 found = gd.gradient_dot(session, stepped, gradient, base, settings)
@@ -602,7 +482,7 @@ def test_number_of_ranks_does_not_matter(
         for direction, method in itertools.product(
             ("step", "preconditioned"), ("jvp", "backward")
         ):
-            settings = GradientDotSettings(direction=direction, variance_method=method)
+            settings = GradientDot(direction=direction, variance_method=method)
             alone.append(asdict(opened.result(settings)))
         alone[-1]["proxy"] = proxy_gradient_norm(opened.session)
     command = launching.python("-c", RANKS, tmp_path, *paths)

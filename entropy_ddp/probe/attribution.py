@@ -1,0 +1,349 @@
+"""Attribution: every token's exact share in the first-order change, and what if it were out.
+
+Beside the passes of a probe it costs one backward pass over E (which the audit of forward
+against reverse mode is part of) and one forward-mode pass over U, however large U is.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_ddp import audit
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
+from entropy_ddp.estimators.attribution import (
+    TokenTable,
+    concentration,
+    covariance_score,
+    judge_proxy,
+    probability_deciles,
+    proxies,
+    rules,
+    share_by,
+)
+from entropy_ddp.estimators.errors import relative_difference
+from entropy_ddp.policy.parameters import inner_product
+from entropy_ddp.policy.scoring import TokenWeights
+from entropy_ddp.probe.audits import Extras, audit_rows
+from entropy_ddp.probe.estimation import changes_at
+from entropy_ddp.probe.measure import Measured, measure
+from entropy_ddp.probe.outcome import make_results
+from entropy_ddp.probe.phases import snapshot_device
+from entropy_ddp.probe.session import Progress, Session, open_session
+from entropy_ddp.results import AttributionResult, AuditRow, Probed
+from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.update.decomposition import step_parts
+from entropy_ddp.update.loss import loss_weights
+from entropy_ddp.update.step import one_step
+
+# Tokens shown on either side of a token in its context.
+CONTEXT_TOKENS = 16
+# Of the largest term of the slope.
+GAP_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+def run_attribution(
+    config: Config, world: World, out: Path | None, progress: Progress
+) -> Probed:
+    """A probe without curvature, and the share of every token and sequence of U.
+
+    Args:
+        config: the run's configuration.
+        world: the ranks.
+        out: run directory, where sampled rollouts are kept; None keeps none.
+        progress: told how far the current phase is.
+
+    Raises:
+        InputError: the configuration, the checkpoint or a batch is wrong.
+        RunError: a number is not finite.
+    """
+    session = open_session(config, world, out, progress)
+    measured = measure(session, len(session.batches["E"]), with_curvature=False)
+    parts = split_step(session, measured)
+    table = score_shares(session, measured, parts.direction)
+    batch = session.batches["U"]
+    by_sequence = table.share.new_zeros(len(batch))
+    by_sequence.index_add_(0, table.sequence, table.share)
+    result = _attribution_result(session, measured, parts, table)
+    rows = [*audit_rows(session, measured, Extras()), _gap_row(session, result)]
+    probed = make_results(session, measured, rows, attribution=result)
+    shares = by_sequence.tolist()
+    for row in probed.sequences:
+        if row["split"] == "U":
+            row["share"] = shares[row["index"]]
+    return Probed(
+        results=probed.results,
+        sequences=probed.sequences,
+        delta=probed.delta,
+        tokens=token_rows(session, table),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitStep:
+    """The first-order change by part of the step.
+
+    Attributes:
+        momentum: <grad H, momentum part>, nats.
+        decay: <grad H, weight-decay part>, nats.
+        direction: z = gain * grad H by parameter name: the share of a gradient g_i in
+            the change is -<z, g_i>.
+    """
+
+    momentum: float
+    decay: float
+    direction: dict[str, Tensor]
+
+
+def split_step(session: Session, measured: Measured) -> SplitStep:
+    """Momentum and decay parts of delta_h1, and the direction z of the gradient part."""
+    assert session.optimizer is not None
+    passes = session.passes
+    flat = measured.duality.gradient / measured.estimates.original.denominator
+    slopes, direction = passes.layout.views(flat), {}
+    momentum = decay = 0.0
+    for name, parts in step_parts(
+        session.optimizer,
+        passes.parameters,
+        measured.gradient,
+        measured.step,
+        session.config.update,
+    ):
+        slope = slopes[name]
+        momentum += _dot(slope, parts.momentum)
+        decay += _dot(slope, parts.decay)
+        direction[name] = parts.gain.to(slope) * slope
+    return SplitStep(momentum=momentum, decay=decay, direction=direction)
+
+
+def _dot(slope: Tensor, part: Tensor) -> float:
+    return inner_product(slope.reshape(-1), part.cpu().reshape(-1))
+
+
+def score_shares(
+    session: Session, measured: Measured, direction: dict[str, Tensor]
+) -> TokenTable:
+    """Share, log p and entropy of every token of U, all ranks' in file order."""
+    batch = session.batches["U"]
+    shard = session.shard(batch)
+    with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
+        scores = session.passes.score(shard, direction)
+    weights = loss_weights(shard, session.config.update)
+    on_logp, _ = weights(
+        torch.arange(shard.ragged.num_tokens), scores.logp, scores.entropy
+    )
+    columns = [-on_logp * scores.dlogp, scores.logp, scores.entropy]
+    rows = session.world.gather_rows(
+        torch.stack(columns, dim=1), _token_places(batch, shard), batch.num_tokens
+    )
+    share, logp, entropy = rows.unbind(1)
+    ragged = batch.ragged
+    return TokenTable(
+        share=share,
+        logp=logp,
+        entropy=entropy,
+        advantage=ragged.spread(_advantages(session)),
+        sequence=ragged.sequence_of_token,
+        position=ragged.position,
+    )
+
+
+def _token_places(batch: Batch, shard: Shard) -> Tensor:
+    """Places of this rank's tokens in the flat token arrays of the whole batch, [t]."""
+    starts = batch.ragged.starts[shard.positions]
+    return shard.ragged.spread(starts) + shard.ragged.position
+
+
+def _advantages(session: Session) -> Tensor:
+    """A_i of U, [N]; 1 for the loss that has none."""
+    batch = session.batches["U"]
+    if session.config.update.loss == "nll":
+        return torch.ones(len(batch), dtype=torch.float64)
+    return batch.advantages
+
+
+def _attribution_result(
+    session: Session, measured: Measured, parts: SplitStep, table: TokenTable
+) -> AttributionResult:
+    gradient = float(table.share.sum())
+    total = parts.momentum + parts.decay + gradient
+    step, slope = measured.step, measured.slope
+    scale = step.learning_rate * max(map(abs, slope.terms.values()))
+    scores = proxies(table)
+    judged = {name: judge_proxy(score, table.share) for name, score in scores.items()}
+    return AttributionResult(
+        momentum=parts.momentum,
+        weight_decay=parts.decay,
+        gradient=gradient,
+        total=total,
+        attribution_gap=relative_difference(
+            total, step.learning_rate * slope.value, scale
+        ),
+        covariance=judged.pop("covariance"),
+        proxies=judged,
+        concentration=concentration(table.share),
+        summaries=_summaries(session, table),
+        what_if=_what_if(session, measured, table, total),
+        top_tokens=_top_tokens(session, table),
+    )
+
+
+def _gap_row(session: Session, result: AttributionResult) -> AuditRow:
+    return audit.close(
+        "attribution gap",
+        result.attribution_gap,
+        max(GAP_TOLERANCE[d] for d in (session.policy.dtype, session.buffer_dtype)),
+        "the parts of the step do not add up to it: the optimizer's update rule is not "
+        "the one that is decomposed",
+    )
+
+
+def _summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
+    """Shares by sign of advantage, probability, position, reward and pass rate."""
+    batch, share = session.batches["U"], table.share
+    sign = (table.advantage.sign() + 1).long()
+    decile = probability_deciles(table.logp)
+    edges = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
+    place = torch.bucketize(table.position + 1, edges, right=True) - 1
+    positions = [
+        f"{low}" if high == low + 1 else f"{low}-{high - 1}"
+        for low, high in pairwise(edges.tolist())
+    ]
+    summaries = {
+        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, share),
+        "probability decile": share_by(
+            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, share
+        ),
+        "position": share_by([*positions, f"{edges[-1]} on"], place, share),
+    }
+    rewards = [s.reward for s in batch.sequences]
+    if all(reward is not None for reward in rewards):
+        best = torch.tensor(rewards, dtype=torch.float64)
+        passed = (best >= best.max()).double()
+        rate = torch.zeros(batch.num_groups, dtype=torch.float64)
+        rate.index_add_(0, batch.groups, passed)
+        rate /= batch.group_sizes
+        quarter = (rate * 4).long().clamp(max=3)[batch.groups]
+        ragged = batch.ragged
+        summaries["largest reward"] = share_by(
+            ["not reached", "reached"], ragged.spread(passed.long()), share
+        )
+        summaries["pass rate of the group"] = share_by(
+            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), share
+        )
+    return summaries
+
+
+def _what_if(
+    session: Session, measured: Measured, table: TokenTable, total: float
+) -> list[dict[str, Any]]:
+    """delta_h1 without the tokens that each rule chooses; with `verify`, the truth too."""
+    settings = session.config.attribution
+    rows = []
+    for rule in rules(table, settings.fraction):
+        row: dict[str, Any] = {
+            "rule": rule.name,
+            "num_tokens": int(rule.mask.sum()),
+            "delta_h1": total - float(table.share[rule.mask].sum()),
+        }
+        if settings.verify:
+            row |= _masked_truth(session, measured, ~rule.mask)
+        rows.append(row)
+    return rows
+
+
+def _masked_truth(
+    session: Session, measured: Measured, keep: Tensor
+) -> dict[str, float]:
+    """Take the step on the kept tokens only, score E, undo; keep [T] of all of U."""
+    world, passes, config = session.world, session.passes, session.config
+    assert session.optimizer is not None
+    batch = session.batches["U"]
+    shard, evaluation = session.shard(batch), session.shard(session.batches["E"])
+    weights = _masked(
+        loss_weights(shard, config.update), keep[_token_places(batch, shard)]
+    )
+    with session.phase("what if: masked step", shard.ragged.num_tokens):
+        gradient, _ = passes.gradient(shard, weights, session.buffer_dtype)
+        world.sum(gradient, "parameter buffers")
+        with one_step(
+            session.optimizer,
+            session.policy.parameters,
+            gradient,
+            config.update,
+            snapshot_device(config.compute),
+        ):
+            scores = passes.score(evaluation)
+    change = changes_at(session, measured.base, scores)[config.truth.is_mode]
+    return {"delta_h_true": change.value, "se": change.se}
+
+
+def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
+    def masked(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        on_logp, on_entropy = weights(token, logp, entropy)
+        return on_logp * keep[token.cpu()].to(on_logp), on_entropy
+
+    return masked
+
+
+def token_rows(session: Session, table: TokenTable) -> list[dict[str, Any]]:
+    """The rows of tokens.jsonl.gz: every token of U, k counted from 1."""
+    batch, tokenizer = session.batches["U"], session.policy.tokenizer
+    covariance = covariance_score(table.logp, table.advantage)
+    columns = {
+        "logp": table.logp,
+        "entropy": table.entropy,
+        "advantage": table.advantage,
+        "covariance": covariance,
+        "share": table.share,
+    }
+    lists = [column.tolist() for column in columns.values()]
+    ids = torch.cat([s.response_ids for s in batch.sequences]).tolist()
+    rows = []
+    for place, (sequence, position, token_id) in enumerate(
+        zip(table.sequence.tolist(), table.position.tolist(), ids)
+    ):
+        row = {
+            "index": batch.sequences[sequence].index,
+            "k": position + 1,
+            "token_id": token_id,
+        }
+        if tokenizer is not None:
+            row["text"] = tokenizer.decode([token_id])
+        rows.append(row | {n: values[place] for n, values in zip(columns, lists)})
+    return rows
+
+
+def _top_tokens(session: Session, table: TokenTable) -> list[dict[str, Any]]:
+    """The tokens with the largest shares by absolute value, in their context."""
+    batch, tokenizer = session.batches["U"], session.policy.tokenizer
+    count = min(session.config.attribution.top, len(table.share))
+    rows = []
+    for place in table.share.abs().topk(count).indices.tolist():
+        sequence = batch.sequences[int(table.sequence[place])]
+        position = int(table.position[place])
+        row: dict[str, Any] = {
+            "index": sequence.index,
+            "k": position + 1,
+            "share": float(table.share[place]),
+            "logp": float(table.logp[place]),
+            "entropy": float(table.entropy[place]),
+            "advantage": float(table.advantage[place]),
+        }
+        if tokenizer is not None:
+            ids = sequence.response_ids.tolist()
+            before = [*sequence.prompt_ids.tolist(), *ids[:position]][-CONTEXT_TOKENS:]
+            after = ids[position + 1 : position + 1 + CONTEXT_TOKENS]
+            pieces = (before, [ids[position]], after)
+            row["context"] = [tokenizer.decode(piece) for piece in pieces]
+        rows.append(row)
+    return rows

@@ -1,0 +1,484 @@
+"""Is what the estimators estimate the entropy's change, derivative and second derivative?
+
+On a policy whose responses can all be listed, so can all batches of two or three groups.
+The sum over these batches of probability times estimate is the expectation, and must be
+the exact value where no ratio is formed; where one is, the bias is known or falls as 1/N.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import combinations_with_replacement, product
+from math import factorial
+
+import pytest
+import torch
+from enumerable import (
+    PaddedRagged,
+    Policy,
+    Table,
+    at,
+    changes,
+    curvature_of,
+    group_numbers,
+    predictions,
+    second_order,
+    slopes,
+)
+from torch import Tensor
+
+from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.estimators.control_variates import adjusted_slope
+from entropy_ddp.estimators.curvature import SecondOrder, curvature
+from entropy_ddp.estimators.entropy import (
+    PrefixSums,
+    Ratio,
+    per_decision_ratio,
+    prefix_log_weights,
+    prefix_sums,
+    reweighted,
+)
+from entropy_ddp.estimators.linear import (
+    Baseline,
+    Score,
+    applicable_estimators,
+    sequence_terms,
+    slope_from_terms,
+    slope_weights,
+)
+from entropy_ddp.rollouts.batch import Ragged
+
+ATOL = 1e-10  # the contract's bar for expectations in float64
+ETA = 0.3
+INTEGRANDS: tuple[Integrand, ...] = ("rb", "surprisal")
+NORMALIZATIONS: tuple[Normalize, ...] = (
+    "per_token",
+    "per_sequence",
+    "per_sequence_token_mean",
+    "sum",
+)
+UNFITTED = (("full", "none"), ("to_go", "none"), ("to_go", "hk"))
+ESTIMATORS = applicable_estimators("sum")
+
+
+@cache
+def policy(name: str) -> Policy:
+    """Policies of 170, 15, 7 and 6 responses, the first and the last with two prompts."""
+    sizes = {
+        "large": (5, 3, 2),
+        "long": (3, 3, 1),
+        "short": (3, 2, 1),
+        "prompts": (2, 2, 2),
+    }
+    vocabulary, length, num_prompts = sizes[name]
+    return Policy(
+        vocabulary=vocabulary, length=length, num_prompts=num_prompts, seed=length
+    )
+
+
+BATCHES = {
+    "two sequences": ("long", 2, 1),
+    "three sequences": ("short", 3, 1),
+    "two groups of two": ("prompts", 2, 2),
+}
+"""Policy, number of groups, responses of each."""
+
+
+def expectation(
+    batches: str, estimates: Callable[[Table, Tensor], dict[object, float]]
+) -> dict[object, float]:
+    """Sum over all batches of probability times estimate."""
+    name, num_groups, responses = BATCHES[batches]
+    table = policy(name).table(ETA)
+    groups = group_numbers(num_groups, responses)
+    index, probability = policy(name).ordered_batches(num_groups, responses)
+    return weighted(table, index, probability, lambda x: estimates(x, groups))
+
+
+def weighted(
+    table: Table,
+    index: Iterable[Tensor],
+    weights: Tensor,
+    estimates: Callable[[Table], dict[object, float]],
+) -> dict[object, float]:
+    """Sum of weight times estimate over these batches."""
+    total: dict[object, float] = {}
+    for rows, weight in zip(index, weights.tolist(), strict=True):
+        for key, value in estimates(table.select(rows)).items():
+            total[key] = total.get(key, 0.0) + weight * value
+    return total
+
+
+def num_sequences(batches: str) -> int:
+    """N of every batch."""
+    return BATCHES[batches][1] * BATCHES[batches][2]
+
+
+# The oracle itself
+
+
+@pytest.mark.parametrize("name", ["large", "long", "short", "prompts"])
+def test_responses_are_all_there_is(name: str) -> None:
+    """Probabilities sum to one at any theta; scores and the entropy's noise to zero."""
+    p = policy(name)
+    table = p.table(ETA)
+    for eta in (0.0, ETA):
+        total = float(p.probability(at(eta)).sum())
+        assert abs(total - 1) < 1e-14
+    log_weights = p.ragged.sum(table["logp_after"] - table["logp"])
+    after = p.probability(at(ETA))
+    torch.testing.assert_close(p.probabilities * log_weights.exp(), after)
+    assert abs(float((p.probabilities * p.ragged.sum(table["dlogp"])).sum())) < 1e-14
+    # The two integrands have the same mean: chain rule of the entropy.
+    rb, surprisal = (p.entropy(at(0.0), "sum", kind) for kind in INTEGRANDS)
+    assert abs(float(rb - surprisal)) < 1e-14
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_exact_derivatives_are_differences_of_the_exact_entropy(
+    normalize: Normalize,
+) -> None:
+    p, h = policy("large"), 1e-3
+    values = [p.change(k * h, normalize) for k in (-2, -1, 1, 2)]
+    slope = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+    bend = (-values[0] + 16 * values[1] + 16 * values[2] - values[3]) / (12 * h**2)
+    assert slope == pytest.approx(p.derivative(1, normalize), rel=1e-9)
+    assert bend == pytest.approx(p.derivative(2, normalize), rel=1e-7)
+
+
+def test_tokens_of_the_table_are_those_of_the_policy() -> None:
+    """First and second derivatives of log p and H, and a layout without a loop."""
+    p, h = policy("large"), 1e-4
+    table = p.table()
+    for row, name in enumerate(("logp", "entropy")):
+        low, middle, high = (p.token_scores(at(eta))[row] for eta in (-h, 0.0, h))
+        torch.testing.assert_close(table[name], middle)
+        for derivative, expected in (
+            ("d" + name, (high - low) / (2 * h)),
+            ("d2" + name, (high - 2 * middle + low) / h**2),
+        ):
+            torch.testing.assert_close(table[derivative], expected, rtol=0, atol=1e-6)
+    values = table["logp"]
+    looped = Ragged(p.ragged.lengths)
+    assert isinstance(table.ragged, PaddedRagged)
+    for name in ("sum_before", "sum_after"):
+        found, expected = (getattr(r, name)(values) for r in (table.ragged, looped))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+def test_samples_have_the_listed_probabilities() -> None:
+    """Prompts are shared within a group, and responses come as often as they should."""
+    p = policy("prompts")
+    index = p.sample(num_batches=100, num_groups=100, responses=2, seed=0)
+    prompts = p.prompt[index].view(100, 100, 2)
+    assert (prompts[..., 0] == prompts[..., 1]).all()
+    share = torch.bincount(index.flatten(), minlength=len(p.prompt)) / index.numel()
+    # Five standard deviations of the share of 10,000 independent groups.
+    spread = (p.probabilities / 10_000).sqrt()
+    assert ((share - p.probabilities).abs() < 5 * spread).all()
+    for num_groups, responses in ((2, 2), (3, 1)):
+        batches, probability = p.ordered_batches(num_groups, responses)
+        assert len({tuple(rows) for rows in batches.tolist()}) == len(batches)
+        assert abs(float(probability.sum()) - 1) < 1e-14
+
+
+# The slope
+
+
+def unweighted_terms(
+    p: Policy,
+    estimator: tuple[Score, Baseline],
+    normalize: Normalize,
+    integrand: Integrand,
+    mean_entropy: float,
+) -> Tensor:
+    """`sequence_terms` of every response at a given Hbar, [R, 4]."""
+    table = p.table()
+    kind = (integrand, normalize, *estimator)
+    weights = slope_weights(table.tokens, table.ragged, mean_entropy, kind)
+    return sequence_terms(table.tokens, table.ragged, weights, integrand)
+
+
+def at_infinite_size(p: Policy, ratio: Ratio) -> Ratio:
+    """The estimator on a batch with each response as often as it is probable."""
+    size = None if ratio.size is None else ratio.size * p.probabilities
+    return Ratio(numerator=ratio.numerator * p.probabilities, size=size)
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize(
+    ("normalize", "estimator"),
+    [
+        (n, e)
+        for n, e in product(NORMALIZATIONS, UNFITTED)
+        if e in applicable_estimators(n)
+    ],
+)
+def test_slope_of_all_responses(
+    normalize: Normalize, estimator: tuple[Score, Baseline], integrand: Integrand
+) -> None:
+    """Each response as often as it is probable: the exact derivative, term by term."""
+    p = policy("large")
+    original = at_infinite_size(p, p.table().ratio(normalize, integrand))
+    entropy = float(p.entropy(at(0.0), normalize, integrand))
+    assert original.value == pytest.approx(entropy, rel=1e-14)
+    terms = unweighted_terms(p, estimator, normalize, integrand, original.value)
+    terms = terms * p.probabilities[:, None]
+    slope = slope_from_terms(
+        terms, original, torch.arange(len(p.probabilities)), estimator
+    )
+    expected = p.derivative(1, normalize, integrand)
+    assert abs(slope.value - expected) < ATOL
+    assert abs(sum(slope.terms.values()) - expected) < ATOL
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("estimator", UNFITTED)
+def test_slope_of_single_sequences(
+    estimator: tuple[Score, Baseline], integrand: Integrand
+) -> None:
+    """Where no ratio is formed every sequence alone is unbiased, whatever Hbar is."""
+    p = policy("large")
+    exact = p.derivative(1, "sum", integrand)
+    without_ratio: list[Normalize] = ["sum"]
+    if estimator[0] == "to_go":
+        without_ratio.append("per_sequence")
+    for normalize, mean_entropy in product(without_ratio, (0.0, 1.7)):
+        terms = unweighted_terms(p, estimator, normalize, integrand, mean_entropy)
+        centred, score, pathwise, count = p.probabilities @ terms
+        assert abs(centred - exact) < ATOL
+        assert abs(score + pathwise - exact) < ATOL
+        assert abs(count) < ATOL
+
+
+def test_pathwise_term_of_the_surprisal_has_mean_zero() -> None:
+    p = policy("large")
+    terms = unweighted_terms(p, ("full", "none"), "sum", "surprisal", 0.0)
+    assert abs(float(p.probabilities @ terms[:, 2])) < 1e-14
+    assert float(p.probabilities @ terms[:, 2].abs()) > 0.1
+
+
+@cache
+def expected_slopes(batches: str, integrand: Integrand) -> dict[object, float]:
+    """Expectation of every slope, by normalisation, estimator and adjustment."""
+
+    def estimates(batch: Table, groups: Tensor) -> dict[object, float]:
+        predicted = predictions(batch, groups, integrand)
+        zero_mean = batch.zero_mean()
+        found: dict[object, float] = {}
+        for normalize in ("sum", "per_sequence"):
+            for estimator, slope in slopes(
+                batch, groups, normalize, integrand, predicted=predicted
+            ).items():
+                found[normalize, *estimator] = slope.value
+                if normalize == "sum" and estimator in UNFITTED:
+                    adjusted = adjusted_slope(slope, zero_mean, groups)
+                    found["adjusted", *estimator] = adjusted.value
+        return found
+
+    return expectation(batches, estimates)
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("batches", BATCHES)
+def test_slope_of_batches(
+    batches: str, estimator: tuple[Score, Baseline], integrand: Integrand
+) -> None:
+    """Also with baselines that are fitted on the other groups of the same batch."""
+    p = policy(BATCHES[batches][0])
+    exact = p.derivative(1, "sum", integrand)
+    found = expected_slopes(batches, integrand)
+    assert abs(found["sum", *estimator] / num_sequences(batches) - exact) < ATOL
+    bias = 0.0
+    if estimator == ("full", "none"):
+        # - Hbar sum l' / N: the mean of H_i l'_i for i the same sequence, over N.
+        table = p.table()
+        score = p.ragged.sum(table["dlogp"]) * table.integrand(integrand)
+        bias = -float(p.probabilities @ score) / num_sequences(batches)
+        assert abs(bias) > 1e-3
+    assert abs(found["per_sequence", *estimator] - exact - bias) < ATOL
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("estimator", UNFITTED)
+@pytest.mark.parametrize("batches", BATCHES)
+def test_control_variates_do_not_move_the_mean_of_a_sum(
+    batches: str, estimator: tuple[Score, Baseline], integrand: Integrand
+) -> None:
+    """Coefficients come from the other groups alone.
+
+    With a fitted baseline these groups' influence has seen the own group, and a bias of
+    the order of the ratio's is left: `test_coverage` bounds it.
+    """
+    exact = policy(BATCHES[batches][0]).derivative(1, "sum", integrand)
+    found = expected_slopes(batches, integrand)
+    assert abs(found["adjusted", *estimator] / num_sequences(batches) - exact) < ATOL
+
+
+# The bias of a ratio
+
+
+def multisets(p: Policy, size: int) -> tuple[Tensor, Tensor]:
+    """Every batch up to its order, and its probability: for symmetric estimators."""
+    num_responses = len(p.probabilities)
+    rows = torch.tensor(list(combinations_with_replacement(range(num_responses), size)))
+    counts = torch.zeros(len(rows), num_responses, dtype=torch.float64)
+    counts.scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+    orders = factorial(size) / torch.lgamma(counts + 1).exp().prod(1)
+    return rows, orders * p.probabilities[rows].prod(1)
+
+
+@cache
+def ratio_bias(size: int) -> dict[object, float]:
+    """Exact bias of every slope per token in batches of `size` sequences."""
+    p = policy("short")
+    groups = torch.arange(size)
+    rows, probability = multisets(p, size)
+    assert abs(float(probability.sum()) - 1) < 1e-13
+    mean = weighted(
+        p.table(),
+        rows,
+        probability,
+        lambda batch: {
+            e: s.value for e, s in slopes(batch, groups, "per_token").items()
+        },
+    )
+    exact = p.derivative(1, "per_token")
+    return {estimator: value - exact for estimator, value in mean.items()}
+
+
+def leading_bias(estimator: tuple[Score, Baseline]) -> float:
+    """N times the bias for N to infinity, by the second-order delta method.
+
+    The slope per token is (b - (a / d) r) / d of four means; the bias of a smooth
+    function of means is tr(f'' Cov) / 2 / N.
+    """
+    p = policy("short")
+    ratio = p.table().ratio("per_token", "rb")
+    terms = unweighted_terms(p, estimator, "per_token", "rb", 0.0)
+    columns = torch.stack([terms[:, 0], terms[:, 3], ratio.numerator, ratio.size])
+    mean = columns @ p.probabilities
+    centred = columns - mean[:, None]
+    covariance = (centred * p.probabilities) @ centred.T
+
+    def slope(x: Tensor) -> Tensor:
+        return (x[0] - x[2] / x[3] * x[1]) / x[3]
+
+    hessian = torch.autograd.functional.hessian(slope, mean)
+    return float((hessian * covariance).sum()) / 2
+
+
+@pytest.mark.parametrize("estimator", UNFITTED)
+def test_bias_of_the_slope_per_token_falls_as_one_over_n(
+    estimator: tuple[Score, Baseline],
+) -> None:
+    """Exact biases at N = 3 and 6; without the next order, what theory says."""
+    leading = leading_bias(estimator)
+    small, large = (size * ratio_bias(size)[estimator] / leading for size in (3, 6))
+    assert abs(large - 1) < abs(small - 1) < 0.1
+    assert abs(2 * large - small - 1) < 0.02
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS[3:])
+def test_bias_with_fitted_baselines_falls_as_one_over_n(
+    estimator: tuple[Score, Baseline],
+) -> None:
+    """The predictions, too, are multiplied by an Hbar that has seen the own group."""
+    small, large = (ratio_bias(size)[estimator] for size in (3, 6))
+    assert small / large == pytest.approx(2, rel=0.1)
+
+
+# The change of the entropy
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_change_of_all_responses(normalize: Normalize, integrand: Integrand) -> None:
+    """Each response as often as it is probable: weights give exactly H(theta')."""
+    p = policy("large")
+    table, ragged = p.table(ETA), p.ragged
+    exact = p.entropy(at(ETA), normalize, integrand)
+    after = at_infinite_size(p, table.ratio(normalize, integrand, "_after"))
+    log_ratio = table["logp_after"] - table["logp"]
+    found = reweighted(after, ragged.sum(log_ratio)).value
+    assert abs(found - float(exact)) < ATOL
+    if integrand == "rb" and normalize != "per_sequence_token_mean":
+        log_weights = prefix_log_weights(ragged, log_ratio)
+        sums = prefix_sums(ragged, log_weights, table["entropy_after"], 0.5)
+        ratio = per_decision_ratio(
+            normalize,
+            PrefixSums(
+                entropy=sums.entropy * p.probabilities,
+                steps=sums.steps * p.probabilities,
+            ),
+            0.5,
+        )
+        # The number of sequences is not weighted: here it is sum p = 1.
+        value = ratio.value if normalize == "per_token" else ratio.numerator.sum()
+        assert abs(float(value) - float(exact)) < ATOL
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("batches", BATCHES)
+def test_change_of_a_sum(batches: str, integrand: Integrand) -> None:
+    """`snis` and `per_decision` have no bias over batches; `clip` does."""
+    p = policy(BATCHES[batches][0])
+
+    def estimates(batch: Table, groups: Tensor) -> dict[object, float]:
+        found = changes(batch, groups, "sum", integrand)
+        return {mode: change.value for mode, change in found.items()}
+
+    found = expectation(batches, estimates)
+    exact = num_sequences(batches) * p.change(ETA, "sum", integrand)
+    assert abs(found["snis"] - exact) < ATOL
+    if integrand == "rb":
+        assert abs(found["per_decision"] - exact) < ATOL
+
+
+def test_change_per_sequence_per_decision_has_no_bias() -> None:
+    """N is not weighted and so there is no ratio."""
+    p = policy(BATCHES["two sequences"][0])
+
+    def estimates(batch: Table, groups: Tensor) -> dict[object, float]:
+        found = changes(batch, groups, "per_sequence")
+        return {mode: change.value for mode, change in found.items()}
+
+    found = expectation("two sequences", estimates)
+    exact = p.change(ETA, "per_sequence")
+    assert abs(found["per_decision"] - exact) < ATOL
+    assert abs(found["snis"] - exact) > 1e-4
+
+
+# The second derivative
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_curvature_of_all_responses(normalize: Normalize, integrand: Integrand) -> None:
+    """Each response as often as it is probable: exactly the second derivative."""
+    p = policy("large")
+    table = p.table()
+    derivatives = second_order(table, normalize, integrand)
+    found = curvature(
+        SecondOrder(
+            dlogp=derivatives.dlogp,
+            d2logp=derivatives.d2logp,
+            dnumerator=derivatives.dnumerator * p.probabilities,
+            d2numerator=derivatives.d2numerator * p.probabilities,
+        ),
+        at_infinite_size(p, table.ratio(normalize, integrand)),
+        torch.arange(len(p.probabilities)),
+    )
+    assert abs(found.value - p.derivative(2, normalize, integrand)) < ATOL
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("batches", BATCHES)
+def test_curvature_of_a_sum(batches: str, integrand: Integrand) -> None:
+    p = policy(BATCHES[batches][0])
+
+    def estimates(batch: Table, groups: Tensor) -> dict[object, float]:
+        return {"value": curvature_of(batch, groups, "sum", integrand).value}
+
+    found = expectation(batches, estimates)["value"] / num_sequences(batches)
+    assert abs(found - p.derivative(2, "sum", integrand)) < ATOL
