@@ -8,6 +8,7 @@ Failures are collective. The first rank to fail leaves its message in the store 
 prints it; the others see that a message is there already and stay silent.
 """
 
+import gc
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -181,5 +182,8 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
     )
     world = World(rank=rank, world_size=world_size, local_rank=local_rank, store=store)
     yield world
-    # Not after a failure: tearing the group down can wait for ranks that are gone.
+    # Not after a failure: tearing the group down can wait for ranks that are gone. The
+    # wrapped modules hold the group and live in reference cycles; threads of a group
+    # that outlives this line abort the process when the interpreter ends.
+    gc.collect()
     dist.destroy_process_group()

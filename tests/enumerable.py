@@ -79,18 +79,6 @@ ARRAYS = (
 )
 
 
-class PaddedRagged(Ragged):
-    """A `Ragged` without the loop over sequences: short responses, thousands of batches."""
-
-    def sum_before(self, values: Tensor) -> Tensor:
-        """Sum over the earlier tokens of the same sequence, [t]."""
-        shape = (len(self.lengths), int(self.lengths.max()))
-        padded = values.new_zeros(shape)
-        padded[self.sequence_of_token, self.position] = values
-        before = padded.cumsum(1) - padded
-        return before[self.sequence_of_token, self.position]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Token arrays of some responses, as scoring passes at theta and theta' return them.
@@ -100,7 +88,7 @@ class Table:
         arrays: the rows `ARRAYS` and then `NUM_HIDDEN` projections, [.., t].
     """
 
-    ragged: PaddedRagged
+    ragged: Ragged
     arrays: Tensor
 
     def __getitem__(self, name: str) -> Tensor:
@@ -142,7 +130,7 @@ class Table:
 
     def select(self, index: Tensor) -> "Table":
         """The responses with these row numbers, in this order, [N]."""
-        ragged = PaddedRagged(self.ragged.lengths[index])
+        ragged = Ragged(self.ragged.lengths[index])
         token = ragged.spread(self.ragged.starts[index]) + ragged.position
         return Table(ragged=ragged, arrays=self.arrays.index_select(1, token))
 
@@ -182,7 +170,7 @@ class Policy:
             for k, token in enumerate(ids)
         ]
         self.state, self.target = torch.tensor(rows).T
-        self.ragged = PaddedRagged(
+        self.ragged = Ragged(
             torch.tensor([len(ids) for ids in responses] * num_prompts)
         )
         self.prompt = torch.arange(num_prompts).repeat_interleave(len(responses))

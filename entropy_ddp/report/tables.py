@@ -282,11 +282,10 @@ def _answer(results: Results) -> Table:
     difference = truth.delta_h_true - linear.delta_h1
     share = difference / linear.difference_se if linear.difference_se else math.inf
     unit = UNITS[truth.normalize]
+    bits = truth.H_orig / math.log(2)
     notes = [
-        f"{truth.H_orig:.6f} {unit} = {truth.H_orig / math.log(2):.6f} bits; ± is one "
-        "standard error over groups.",
-        "The difference has its own (paired) error: it is what the first order leaves "
-        "out.",
+        f"{truth.H_orig:.6f} {unit} = {bits:.6f} bits; ± is one standard error.",
+        "The difference has a (paired) error of its own: it is what first order misses.",
     ]
     if results.curvature is not None:
         second = results.curvature.delta_h2

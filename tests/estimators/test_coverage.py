@@ -17,7 +17,6 @@ from functools import cache, cached_property
 import pytest
 import torch
 from enumerable import (
-    PaddedRagged,
     Policy,
     Table,
     changes,
@@ -60,6 +59,7 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
+from entropy_ddp.rollouts.batch import Ragged
 
 NUM_BATCHES = 2000
 NUM_GROUPS = 200
@@ -165,7 +165,7 @@ class Pieces:
 
     def _predicted_terms(self, index: Tensor, groups: Tensor) -> dict[str, Tensor]:
         """What each fitted baseline takes from the columns of the terms, [N, 4]."""
-        ragged = PaddedRagged(self.ragged.lengths[index])
+        ragged = Ragged(self.ragged.lengths[index])
         token = ragged.spread(self.ragged.starts[index]) + ragged.position
         known, target, dlogp = self.known[token], self.target[token], self.dlogp[token]
         group = ragged.spread(groups)

@@ -440,7 +440,7 @@ from entropy_ddp.probe import gradient_dot as gd, phases
 from entropy_ddp.probe.session import open_session
 from entropy_ddp.probe.units import proxy_gradient_norm
 
-with process_group() as world:
+def measure(world):
     results = []
     for path in sys.argv[2:]:
         config = load_config(Path(path), ())
@@ -459,6 +459,10 @@ with process_group() as world:
     held = [len(session.shard(batch).positions) for batch in session.batches.values()]
     text = json.dumps({"results": results, "held": held})
     Path(sys.argv[1], f"{world.rank}.json").write_text(text)
+
+
+with process_group() as world:
+    measure(world)
 """
 
 

@@ -377,26 +377,26 @@ def begun(qwen2: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-Change = Callable[[TinyRun, Path], tuple[TinyRun, dict[str, Any]]]
+Change = Callable[[TinyRun], tuple[TinyRun, dict[str, Any]]]
 
 
 def with_sections(**sections: Any) -> Change:
-    return lambda run, root: (run, sections)
+    return lambda run: (run, sections)
 
 
-def other_response(run: TinyRun, root: Path) -> tuple[TinyRun, dict[str, Any]]:
+def other_response(run: TinyRun) -> tuple[TinyRun, dict[str, Any]]:
     """One token of E is another one."""
     ids = [(run.E[0].response_ids[0] + 1) % 17, *run.E[0].response_ids[1:]]
     return replace(run, E=[replace(run.E[0], response_ids=ids), *run.E[1:]]), {}
 
 
-def other_reward(run: TinyRun, root: Path) -> tuple[TinyRun, dict[str, Any]]:
+def other_reward(run: TinyRun) -> tuple[TinyRun, dict[str, Any]]:
     """One reward of U is another one."""
     row = replace(run.U[0], reward=(run.U[0].reward or 0.0) + 1.0)
     return replace(run, U=[row, *run.U[1:]]), {}
 
 
-def other_group(run: TinyRun, root: Path) -> tuple[TinyRun, dict[str, Any]]:
+def other_group(run: TinyRun) -> tuple[TinyRun, dict[str, Any]]:
     """One row of E is a group of its own: only standard errors change."""
     return replace(run, E=[*run.E[:-2], replace(run.E[-2], group=99), run.E[-1]]), {}
 
@@ -404,10 +404,8 @@ def other_group(run: TinyRun, root: Path) -> tuple[TinyRun, dict[str, Any]]:
 def other_file(name: str, change: Callable[[Path], None]) -> Change:
     """A file of the checkpoint or of its base is replaced under its old name."""
 
-    def spoil(run: TinyRun, root: Path) -> tuple[TinyRun, dict[str, Any]]:
-        target = next(run.folder.rglob(name))
-        shutil.copy(target, root / "kept")
-        change(target)
+    def spoil(run: TinyRun) -> tuple[TinyRun, dict[str, Any]]:
+        change(next(run.folder.rglob(name)))
         return run, {}
 
     return spoil
@@ -444,9 +442,7 @@ OTHERS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_points_of_another_run_are_refused(
-    begun: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, name: str
-) -> None:
+def test_points_of_another_run_are_refused(tmp_path: Path, name: str) -> None:
     """Whatever a point depends on beside its eta must be the same."""
     run = make_run(tmp_path / "run", "qwen2")
     out = tmp_path / "out"
@@ -454,7 +450,7 @@ def test_points_of_another_run_are_refused(
     with pytest.raises(KeyboardInterrupt):
         sweep(run, out, Watch(stop_at=2))
     before = (out / POINTS_FILE).read_bytes()
-    changed, sections = OTHERS[name](run, tmp_path)
+    changed, sections = OTHERS[name](run)
     watch = Watch()
     with pytest.raises(InputError, match="another configuration, checkpoint or batch"):
         sweep(changed, out, watch, **sections)

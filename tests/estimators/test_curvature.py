@@ -1,0 +1,136 @@
+"""Is the second derivative that of the importance-sampled entropy on the same batch?"""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from enumerable import Policy, Table, curvature_of, group_numbers
+from torch import Tensor
+
+from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.errors import InputError
+from entropy_ddp.estimators.curvature import Curvature
+from entropy_ddp.estimators.entropy import reweighted
+from entropy_ddp.estimators.errors import jackknife_error
+from entropy_ddp.rollouts.batch import Ragged
+
+DIFFERENCE_RTOL = 1e-7  # five points, errors of order STEP^4
+STEP = 3e-3
+RTOL = 1e-10  # the same sums in another order
+NUM_GROUPS = 7
+NORMALIZATIONS: tuple[Normalize, ...] = (
+    "per_token",
+    "per_sequence",
+    "per_sequence_token_mean",
+    "sum",
+)
+INTEGRANDS: tuple[Integrand, ...] = ("rb", "surprisal")
+GROUPS = torch.cat([group_numbers(NUM_GROUPS, 2), torch.tensor([NUM_GROUPS - 1])])
+
+
+@cache
+def table(eta: float) -> Table:
+    return Policy(num_prompts=2, seed=5).table(eta)
+
+
+def batch(eta: float, keep: Tensor | None = None) -> Table:
+    """Groups of two responses, in the last group a third one without a token.
+
+    Args:
+        eta: step size of theta'.
+        keep: sequences to keep, all by default, [N] bool.
+    """
+    index = Policy(num_prompts=2, seed=5).sample(1, NUM_GROUPS, 2, seed=2)[0]
+    keep = torch.ones(len(GROUPS), dtype=torch.bool) if keep is None else keep
+    chosen = table(eta).select(index[keep[:-1]])
+    empty = torch.zeros(int(keep[-1]), dtype=torch.int64)
+    lengths = torch.cat([chosen.ragged.lengths, empty])
+    return Table(ragged=Ragged(lengths), arrays=chosen.arrays)
+
+
+def importance_sampled(eta: float, normalize: Normalize, integrand: Integrand) -> float:
+    """H(theta + eta v) of the batch by `snis`."""
+    moved = batch(eta)
+    log_weights = moved.ragged.sum(moved["logp_after"] - moved["logp"])
+    return reweighted(moved.ratio(normalize, integrand, "_after"), log_weights).value
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_value_is_the_second_difference(
+    normalize: Normalize, integrand: Integrand
+) -> None:
+    a, b, c, d, e = (
+        importance_sampled(k * STEP, normalize, integrand) for k in (-2, -1, 0, 1, 2)
+    )
+    difference = (-a + 16 * b - 30 * c + 16 * d - e) / (12 * STEP**2)
+    found = curvature_of(batch(0.0), GROUPS, normalize, integrand)
+    assert found.value == pytest.approx(difference, rel=DIFFERENCE_RTOL)
+
+
+@pytest.mark.parametrize("integrand", INTEGRANDS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_error_is_that_of_leaving_each_group_out(
+    normalize: Normalize, integrand: Integrand
+) -> None:
+    """Recomputed without the group; a sum is scaled to the full number of groups."""
+    scale = NUM_GROUPS / (NUM_GROUPS - 1) if normalize == "sum" else 1.0
+    expected = []
+    for group in range(NUM_GROUPS):
+        keep = group != GROUPS
+        groups = GROUPS[keep] - (GROUPS[keep] > group).long()
+        rest = curvature_of(batch(0.0, keep), groups, normalize, integrand)
+        expected.append(scale * rest.value)
+    found = curvature_of(batch(0.0), GROUPS, normalize, integrand)
+    assert found.without.tolist() == pytest.approx(expected, rel=RTOL)
+    error = jackknife_error(torch.tensor(expected, dtype=torch.float64))
+    assert found.se == pytest.approx(error, rel=RTOL)
+    assert found.se > 0
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_value_does_not_depend_on_the_order_or_clustering(normalize: Normalize) -> None:
+    """Groups enter the error only."""
+    whole = batch(0.0)
+    found = curvature_of(whole, GROUPS, normalize)
+    shuffled = GROUPS[torch.randperm(len(GROUPS), generator=torch.Generator())]
+    each = curvature_of(whole, torch.arange(len(GROUPS)), normalize)
+    assert curvature_of(whole, shuffled, normalize).value == pytest.approx(found.value)
+    assert each.value == pytest.approx(found.value, rel=RTOL)
+    assert each.se != pytest.approx(found.se, rel=1e-3)
+
+
+def test_second_order_prediction_and_the_edge_of_the_linear_regime() -> None:
+    bend = Curvature(value=-4.0, se=1.0, without=torch.zeros(2))
+    assert bend.second_order(0.5, 3.0) == 0.5 * 3.0 - 0.5 * 0.25 * 4.0
+    edge = bend.eta_star(3.0)
+    assert edge == 1.5
+    linear = edge * 3.0
+    assert bend.second_order(edge, 3.0) - linear == -linear
+    assert bend.eta_star(-3.0) == 1.5
+    assert Curvature(value=0.0, se=1.0, without=torch.zeros(2)).eta_star(3.0) is None
+
+
+def test_second_order_prediction_leaves_the_third_order() -> None:
+    """Halving eta divides what is left by eight."""
+    slope = 0.0
+    for k, weight in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+        slope += weight * importance_sampled(k * STEP, "per_token", "rb")
+    slope /= 12 * STEP
+    bend = curvature_of(batch(0.0), GROUPS, "per_token")
+    here = importance_sampled(0.0, "per_token", "rb")
+    left = [
+        importance_sampled(eta, "per_token", "rb")
+        - here
+        - bend.second_order(eta, slope)
+        for eta in (0.02, 0.01)
+    ]
+    assert math.log2(left[0] / left[1]) == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_fewer_than_two_groups_raise(normalize: Normalize) -> None:
+    one = torch.zeros(len(GROUPS), dtype=torch.int64)
+    with pytest.raises(InputError, match="at least 2 groups in E, found 1"):
+        curvature_of(batch(0.0), one, normalize)

@@ -1,0 +1,190 @@
+"""Are the step sizes of a sweep the telling ones, and is its summary what it says?"""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from entropy_ddp.estimators.sweep import (
+    SMALLEST_SHARE,
+    SweepPoint,
+    choose_grid,
+    predicted_ess_fraction,
+    summarise,
+)
+
+GRID_RTOL = 1e-5  # learning rates are rounded to six digits
+ESS_ATOL = 1e-5
+RTOL = 1e-12
+
+DLOGP = 30.0 + 200.0 * torch.randn(
+    500, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+)
+SLOPE = -40.0
+
+
+def grid(
+    dlogp: Tensor = DLOGP,
+    slope: float = SLOPE,
+    noise_floor: float = 0.0,
+    ess_warn: float = 0.5,
+    num_points: int = 8,
+) -> list[float]:
+    return choose_grid(dlogp, slope, noise_floor, ess_warn, num_points)
+
+
+# The grid
+
+
+def test_predicted_ess_is_that_of_linear_log_weights() -> None:
+    weights = (0.004 * DLOGP).exp()
+    expected = float(weights.sum() ** 2 / weights.square().sum()) / len(DLOGP)
+    assert predicted_ess_fraction(DLOGP, 0.004) == pytest.approx(expected, rel=RTOL)
+    assert predicted_ess_fraction(DLOGP, 0.0) == pytest.approx(1.0, rel=RTOL)
+
+
+@pytest.mark.parametrize("num_points", [2, 3, 8])
+def test_rates_are_sorted_and_evenly_spaced_in_their_logarithm(num_points: int) -> None:
+    etas = grid(num_points=num_points)
+    assert len(etas) == num_points
+    assert etas == sorted(set(etas))
+    steps = [math.log(b / a) for a, b in pairwise(etas)]
+    assert steps == pytest.approx([sum(steps) / len(steps)] * len(steps), rel=GRID_RTOL)
+
+
+@pytest.mark.parametrize("ess_warn", [0.2, 0.5, 0.9])
+def test_largest_rate_is_where_the_predicted_ess_meets_the_threshold(
+    ess_warn: float,
+) -> None:
+    largest = grid(ess_warn=ess_warn)[-1]
+    assert abs(predicted_ess_fraction(DLOGP, largest) - ess_warn) < ESS_ATOL
+
+
+def test_smallest_rate_is_ten_times_the_noise() -> None:
+    largest = grid()[-1]
+    for share in (0.005, 0.02, 0.09):
+        noise_floor = share * largest * abs(SLOPE) / 10
+        etas = grid(noise_floor=noise_floor)
+        assert abs(SLOPE) * etas[0] == pytest.approx(10 * noise_floor, rel=GRID_RTOL)
+        assert etas[-1] == pytest.approx(largest, rel=GRID_RTOL)
+
+
+def test_smallest_rate_is_between_a_thousandth_and_a_tenth_of_the_largest() -> None:
+    """Without noise, without a slope, and where all would drown in noise."""
+    for options, share in (
+        ({"noise_floor": 0.0}, SMALLEST_SHARE),
+        ({"noise_floor": 1e-9}, SMALLEST_SHARE),
+        ({"slope": 0.0, "noise_floor": 1.0}, SMALLEST_SHARE),
+        ({"noise_floor": 1e9}, 0.1),
+    ):
+        etas = grid(**options)
+        assert etas[0] / etas[-1] == pytest.approx(share, rel=GRID_RTOL)
+
+
+def test_grid_follows_the_spread_of_the_log_weights() -> None:
+    """Not their mean, which every weight shares; and inversely to their scale."""
+    assert grid(DLOGP + 1e3) == pytest.approx(grid(), rel=GRID_RTOL)
+    assert grid(1e6 * DLOGP) == pytest.approx([e / 1e6 for e in grid()], rel=GRID_RTOL)
+
+
+def test_log_weights_that_are_all_alike_set_no_limit() -> None:
+    etas = grid(torch.full((10,), 3.0, dtype=torch.float64))
+    assert etas[-1] == pytest.approx(1.0, rel=GRID_RTOL)
+    assert all(0 < eta < math.inf for eta in etas)
+
+
+# The summary
+
+POINT = SweepPoint(
+    eta=1.0,
+    delta_h_true=1.0,
+    se=1e-3,
+    ess_fraction=0.9,
+    delta_h1=1.0,
+    delta_h1_se=1e-3,
+    delta_h2=None,
+    difference_se=1e-3,
+)
+ETAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def point(eta: float, change: float, **options: float) -> SweepPoint:
+    return replace(POINT, eta=eta, delta_h_true=change, **options)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_exponent_of_a_power_law(power: float, sign: int) -> None:
+    points = [point(eta, sign * 7 * eta**power) for eta in ETAS]
+    for order in (points, points[::-1]):
+        found = summarise(order, noise_floor=0.0, ess_abort=0.1).exponent
+        assert found == pytest.approx(power, rel=RTOL)
+
+
+def test_exponent_is_of_trusted_points_above_the_noise() -> None:
+    points = [point(eta, 7 * eta) for eta in ETAS[1:-1]]
+    points.append(point(ETAS[0], 0.5, ess_fraction=0.05))
+    points.append(point(ETAS[-1], 1e-6))
+    points.append(point(-1.0, 123.0))
+    found = summarise(points, noise_floor=1e-6, ess_abort=0.1)
+    assert found.exponent == pytest.approx(1.0, rel=RTOL)
+    assert found.noise_floor == 1e-6
+
+
+def test_exponent_of_fewer_than_two_points_is_none() -> None:
+    for points in ([], [point(1e-3, 1.0)], [point(1e-3, 1.0), point(-1e-3, 1.0)]):
+        assert summarise(points, noise_floor=0.0, ess_abort=0.1).exponent is None
+
+
+def quadratic(eta: float, se: float = 2e-4) -> SweepPoint:
+    """Truth 5 eta + 40 eta^2, first order 5 eta."""
+    return point(eta, 5 * eta + 40 * eta**2, delta_h1=5 * eta, se=se)
+
+
+def test_agreement_ends_where_the_quadratic_term_is_two_errors() -> None:
+    """40 eta^2 = 4e-4 at eta = 3.2e-3."""
+    points = [quadratic(eta) for eta in ETAS]
+    found = summarise(points[::-1], noise_floor=0.0, ess_abort=0.1)
+    assert found.agreement == [1e-4, 3e-3]
+
+
+def test_agreement_is_a_run_from_the_smallest_rate_up() -> None:
+    """A point that agrees beyond one that does not is a coincidence."""
+    points = [quadratic(eta) for eta in ETAS]
+    points[2] = point(ETAS[2], 9.0, delta_h1=5 * ETAS[2])
+    assert summarise(points, 0.0, 0.1).agreement == [1e-4, 3e-4]
+    points[0] = point(ETAS[0], 9.0, delta_h1=5 * ETAS[0])
+    assert summarise(points, 0.0, 0.1).agreement is None
+    assert summarise([], 0.0, 0.1).agreement is None
+
+
+def test_agreement_passes_over_points_that_say_nothing() -> None:
+    """Those in the noise, those without enough effective sequences."""
+    points = [quadratic(eta) for eta in ETAS]
+    points[0] = point(ETAS[0], 1e-9, delta_h1=1.0)
+    points[1] = point(ETAS[1], 9.0, delta_h1=1.0, ess_fraction=0.05)
+    assert summarise(points, 1e-8, 0.1).agreement == [1e-3, 3e-3]
+
+
+def test_odd_part_has_no_even_orders() -> None:
+    """a eta + b eta^2 + c eta^3 + d eta^4: what is left is a eta + c eta^3."""
+
+    def change(eta: float) -> float:
+        return 5 * eta + 40 * eta**2 - 300 * eta**3 + 1e4 * eta**4
+
+    points = [point(sign * eta, change(sign * eta)) for eta in ETAS for sign in (1, -1)]
+    points.append(point(0.1, change(0.1)))
+    odd = summarise(points, noise_floor=0.0, ess_abort=0.1).odd
+    assert odd is not None
+    assert [row["eta"] for row in odd] == list(ETAS)
+    assert [row["delta_h"] for row in odd] == pytest.approx(
+        [5 * eta - 300 * eta**3 for eta in ETAS], rel=RTOL
+    )
+
+
+def test_odd_part_of_a_one_sided_sweep_is_none() -> None:
+    points = [point(eta, eta) for eta in ETAS]
+    assert summarise(points, noise_floor=0.0, ess_abort=0.1).odd is None
