@@ -135,14 +135,14 @@ def _job(
     from entropy_ddp.probe.attribution import run_attribution
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
-    from entropy_ddp.report import tables
+    from entropy_ddp.report import attribution, tables
     from entropy_ddp.report.progress import phase_progress
     from entropy_ddp.results import prepare_folder, write_results
 
     job, show = {
         "probe": (run_probe, tables.print_results),
         "sweep": (run_sweep, tables.print_sweep),
-        "attribute": (run_attribution, tables.print_attribution),
+        "attribute": (run_attribution, attribution.print_attribution),
         "audit": (run_audit, tables.print_diagnosis),
     }[name]
     if world.is_main:
@@ -172,8 +172,8 @@ def sample(options: Options) -> None:
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
     from entropy_ddp.probe.sample import run_sample
+    from entropy_ddp.report.inputs import print_samples
     from entropy_ddp.report.progress import phase_progress
-    from entropy_ddp.report.tables import print_samples
 
     console = _console(world, options)
     with phase_progress(console) as progress:
@@ -195,8 +195,8 @@ def check(options: Options) -> None:
 
 def _check(config: "Config", world: "World", options: Options) -> int:
     from entropy_ddp.probe.inspect import inspect_run
+    from entropy_ddp.report.inputs import print_inspection
     from entropy_ddp.report.progress import phase_progress
-    from entropy_ddp.report.tables import print_inspection
 
     console = _console(world, options)
     with phase_progress(console) as progress:

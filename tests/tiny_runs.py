@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.policy.parameters import trainable_parameters
-from entropy_ddp.policy.scoring import Passes, ResponseTokens, ScoringSettings
+from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.session import Session, open_session
 from entropy_ddp.results import Probed

@@ -5,16 +5,12 @@ log-probability and the entropy of the distribution it was drawn from, and at or
 also their derivatives along a direction in parameter space (forward mode, nothing is
 stored). `pull_back` adds the gradient of sum(a log p + b H) over all response tokens
 into one flat buffer (reverse mode, one backward per microbatch).
-
-Only the hidden states at response positions reach the output layer, and those in chunks
-of tokens: a [batch, length, vocabulary] tensor never exists.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -22,247 +18,16 @@ from torch import Tensor, nn
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.forward_mode import dual_parameters, halves
 from entropy_ddp.policy.head import (
-    FEATURES,
     directional_derivatives,
     distribution_features,
     log_softmax_statistics,
-    logits_gradient,
 )
 from entropy_ddp.policy.parameters import ParameterLayout
 from entropy_ddp.policy.precision import precision_context
+from entropy_ddp.policy.response_tokens import ResponseTokens, TokenWeights
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.rollouts.microbatch import Microbatch, make_microbatches
-
-# Elements of one chunk's [tokens, vocabulary] block: 64 MiB of float64 at most.
-CHUNK_ELEMENTS = 1 << 23
-
-# Random projections of the hidden state that predicts a token: what the model itself
-# knows before it draws the token, for regressions on it.
-NUM_PROJECTIONS = 32
-
-# (flat token places [m], log p [m], H [m]) -> weights a [m] of log p and b [m] of H.
-TokenWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _unfilled(num_tokens: int) -> Tensor:
-    """A flat token array to be filled microbatch by microbatch; NaN until then."""
-    return torch.full((num_tokens,), torch.nan, dtype=torch.float64)
-
-
-@dataclass(kw_only=True)
-class TokenScores:
-    """Flat token arrays of one rank's shard, float64 on the CPU, each [t], in nats.
-
-    Attributes:
-        logp: log-probability of each response token.
-        entropy: entropy H of the distribution each token was drawn from.
-        num_microbatches: number of microbatches this rank ran.
-    """
-
-    logp: Tensor
-    entropy: Tensor
-    num_microbatches: int = 0
-
-    @classmethod
-    def empty(cls, num_tokens: int) -> "TokenScores":
-        """Arrays to be filled."""
-        return cls(logp=_unfilled(num_tokens), entropy=_unfilled(num_tokens))
-
-    def fill(self, token: Tensor, **values: Tensor) -> None:
-        """Put one microbatch's values at their places in the flat arrays."""
-        for name, value in values.items():
-            array = self.array(name)
-            # Not value.to(dtype), which leaves float64 alone within `true_float64`.
-            array[token] = torch.empty(value.shape, dtype=array.dtype).copy_(value)
-
-    def array(self, name: str) -> Tensor:
-        """The flat token array of this name."""
-        return getattr(self, name)
-
-
-@dataclass(kw_only=True)
-class DirectionalScores(TokenScores):
-    """Token scores with their derivatives along a direction v.
-
-    Attributes:
-        dlogp: derivative of logp along v.
-        dentropy: derivative of entropy along v.
-        features: what baselines and control variates need beside these, by name: those
-            of `head.distribution_features` [t], and `hidden`, random projections of
-            the hidden state, float32, [t, 32]. Empty if not asked for.
-    """
-
-    dlogp: Tensor
-    dentropy: Tensor
-    features: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def empty(cls, num_tokens: int, with_features: bool = False) -> "DirectionalScores":
-        """Arrays to be filled."""
-        features = {}
-        if with_features:
-            features = {name: _unfilled(num_tokens) for name in FEATURES}
-            hidden = torch.full((num_tokens, NUM_PROJECTIONS), torch.nan)
-            features["hidden"] = hidden
-        names = ("logp", "entropy", "dlogp", "dentropy")
-        return cls(**{n: _unfilled(num_tokens) for n in names}, features=features)
-
-    def array(self, name: str) -> Tensor:
-        """The flat token array of this name."""
-        return self.features[name] if name in self.features else getattr(self, name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringSettings:
-    """How the passes run; none of these changes a result beyond rounding.
-
-    Attributes:
-        temperature: sampling temperature; logits are divided by it. This one is part
-            of the definition of the policy.
-        entropy_dtype: dtype of the sums over the vocabulary.
-        tokens_per_microbatch: budget of padded tokens.
-    """
-
-    temperature: float = 1.0
-    entropy_dtype: torch.dtype = torch.float64
-    tokens_per_microbatch: int = 4096
-
-
-class ResponseTokens(nn.Module):
-    """A causal language model seen as a function of response tokens only.
-
-    Args:
-        causal_lm: a Hugging Face causal language model, with or without an adapter.
-        settings: temperature and dtype of the sums.
-    """
-
-    def __init__(self, causal_lm: nn.Module, settings: ScoringSettings) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-        self.settings = settings
-
-    @property
-    def transformer(self) -> nn.Module:
-        """The model below the output layer."""
-        return self._unwrapped.base_model
-
-    @property
-    def output_layer(self) -> nn.Module:
-        """The output layer: hidden state to logits."""
-        return self._unwrapped.get_output_embeddings()
-
-    @property
-    def _unwrapped(self) -> nn.Module:
-        """The Hugging Face model, adapter layers inside, without PEFT's wrapper."""
-        model = self.causal_lm
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def hidden_states(self, microbatch: Microbatch) -> Tensor:
-        """Hidden states that predict the response tokens, [m, width]."""
-        output = self.transformer(input_ids=microbatch.input_ids, use_cache=False)
-        return output.last_hidden_state[microbatch.row, microbatch.column]
-
-    def projected(self, hidden: Tensor) -> Tensor:
-        """Hidden states in a fixed random subspace, [m, NUM_PROJECTIONS]."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (hidden.shape[1], NUM_PROJECTIONS)
-        directions = torch.randn(shape, generator=generator) / hidden.shape[1] ** 0.5
-        return hidden @ directions.to(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over temperature in the model's dtype, [m, V]."""
-        return self.output_layer(hidden) / self.settings.temperature
-
-    def chunks(self, hidden: Tensor) -> Iterable[slice]:
-        """Slices of the m tokens whose logits fit the chunk budget."""
-        weight = self.output_layer.weight
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        return (slice(i, i + size) for i in range(0, len(hidden), size))
-
-    def forward(
-        self, microbatch: Microbatch, weights: TokenWeights
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The surrogate whose gradient is wanted, and log p [m] and H [m] without one.
-
-        Returns:
-            sum(a log p + b H) as a differentiable scalar, log p, H.
-        """
-        hidden = self.hidden_states(microbatch)
-        trainable = [p for p in self.output_layer.parameters() if p.requires_grad]
-        return _WeightedSum.apply(self, microbatch, weights, hidden, *trainable)
-
-
-class _WeightedSum(torch.autograd.Function):
-    """sum(a log p + b H) of tokens, from their hidden states.
-
-    The gradient with respect to hidden states and output layer is taken during the
-    forward pass, chunk by chunk, as the weights are known there: the logits are
-    computed once and never stored.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        policy: ResponseTokens,
-        microbatch: Microbatch,
-        weights: TokenWeights,
-        hidden: Tensor,
-        *trainable: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        logps, entropies, hidden_gradients = [], [], []
-        gradients = [torch.zeros_like(parameter) for parameter in trainable]
-        for chunk in policy.chunks(hidden):
-            targets = microbatch.target_ids[chunk]
-            with torch.enable_grad():
-                piece = hidden[chunk].detach().requires_grad_()
-                logits = policy.logits(piece)
-            values, cotangent = _chunk_cotangent(
-                logits.detach().to(policy.settings.entropy_dtype),
-                targets,
-                partial(weights, microbatch.token[chunk]),
-            )
-            surrogate, logp, entropy = values
-            total += surrogate
-            logps.append(logp)
-            entropies.append(entropy)
-            into_hidden, *into_layer = torch.autograd.grad(
-                logits, [piece, *trainable], cotangent.to(logits.dtype)
-            )
-            hidden_gradients.append(into_hidden)
-            for gradient, addition in zip(gradients, into_layer):
-                gradient += addition
-        ctx.save_for_backward(torch.cat(hidden_gradients), *gradients)
-        logp, entropy = torch.cat(logps), torch.cat(entropies)
-        ctx.mark_non_differentiable(logp, entropy)
-        return total, logp, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = outputs[0]
-        return (
-            None,
-            None,
-            None,
-            *(saved * scale.to(saved.dtype) for saved in ctx.saved_tensors),
-        )
-
-
-def _chunk_cotangent(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """(sum(a log p + b H), log p, H) and its gradient with respect to the logits."""
-    logp, entropy, probabilities, log_probabilities = log_softmax_statistics(
-        logits, targets
-    )
-    a, b = (w.to(logits) for w in weights(logp, entropy))
-    total = (a * logp + b * entropy).sum(dtype=torch.float64)
-    gradient = logits_gradient(
-        (a, b), targets, entropy, probabilities, log_probabilities
-    )
-    return (total, logp, entropy), gradient
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.parameters import preserved
 from entropy_ddp.policy.precision import precision_context
-from entropy_ddp.policy.scoring import Passes, TokenScores
+from entropy_ddp.policy.scores import TokenScores
+from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
 
 # Relative tolerances: output layer, duality, central difference. Values of a float32

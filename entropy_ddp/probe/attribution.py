@@ -15,6 +15,7 @@ from torch import Tensor
 from entropy_ddp import audit
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.attribution import (
     TokenTable,
     concentration,
@@ -27,7 +28,7 @@ from entropy_ddp.estimators.attribution import (
 )
 from entropy_ddp.estimators.errors import relative_difference
 from entropy_ddp.policy.parameters import inner_product
-from entropy_ddp.policy.scoring import TokenWeights
+from entropy_ddp.policy.response_tokens import TokenWeights
 from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure
@@ -66,6 +67,11 @@ def run_attribution(
         InputError: the configuration, the checkpoint or a batch is wrong.
         RunError: a number is not finite.
     """
+    if config.linear.control_variates:
+        raise InputError(
+            "linear.control_variates: attribution is of a slope without them (they are "
+            "no derivative of the update); set it to false"
+        )
     session = open_session(config, world, out, progress)
     measured = measure(session, len(session.batches["E"]), with_curvature=False)
     parts = split_step(session, measured)

@@ -11,7 +11,7 @@ from entropy_ddp.policy.parameters import (
     global_norm,
     inner_product,
 )
-from entropy_ddp.policy.scoring import DirectionalScores, TokenScores
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.phases import SteppedScores

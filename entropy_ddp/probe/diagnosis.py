@@ -11,9 +11,9 @@ from torch import Tensor
 
 from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens
 from entropy_ddp.estimators.errors import relative_difference
-from entropy_ddp.estimators.linear import sequence_terms, slope_weights
+from entropy_ddp.estimators.linear import SlopeWeights, sequence_terms, slope_weights
 from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scoring import DirectionalScores
+from entropy_ddp.policy.scores import DirectionalScores
 from entropy_ddp.probe.estimation import baseline_predictions, derivatives_of
 from entropy_ddp.probe.phases import gather_sums
 from entropy_ddp.probe.session import Session
@@ -50,36 +50,15 @@ def check_duality(
     The weights c and the pathwise weights are shared; both slopes are of the sample's
     terms with the whole batch's mean entropy and denominator left out.
     """
-    config = session.config
+    integrand = session.config.objective.integrand
     sample, shard, here = _sample(session, size)
     tokens, ragged = derivatives_of(_select(base, here)), shard.ragged
-    estimator = (
-        config.objective.integrand,
-        config.objective.normalize,
-        config.linear.score,
-        config.linear.baseline,
-    )
-    predictions = {}
-    if config.linear.baseline in ("loo", "ridge"):
-        predictions = baseline_predictions(
-            session.world,
-            session.shard(session.batches["E"]),
-            base,
-            config.objective.integrand,
-        )
-    prediction = predictions.get(config.linear.baseline)
-    weights = slope_weights(
-        tokens,
-        ragged,
-        mean_entropy,
-        estimator,
-        None if prediction is None else prediction[here],
-    )
-    terms = sequence_terms(tokens, ragged, weights, config.objective.integrand)
+    weights = _configured_weights(session, base, mean_entropy, (shard, here))
+    terms = sequence_terms(tokens, ragged, weights, integrand)
     gathered = session.world.gather_rows(terms, shard.positions, len(sample))
     centred, score, pathwise, counts = gathered.sum(0).tolist()
     on_logp, on_entropy = weights.centred, weights.pathwise
-    if config.objective.integrand == "surprisal":
+    if integrand == "surprisal":
         on_logp = on_logp - weights.pathwise
         on_entropy = torch.zeros_like(weights.pathwise)
     with session.phase("audit: reverse mode", ragged.num_tokens):
@@ -95,6 +74,38 @@ def check_duality(
         gap=relative_difference(reverse, centred, scale),
         gradient=gradient,
         num_sequences=len(sample),
+    )
+
+
+def _configured_weights(
+    session: Session,
+    base: DirectionalScores,
+    mean_entropy: float,
+    sample: tuple[Shard, Tensor],
+) -> SlopeWeights:
+    """Weights of the configured slope for the sample's tokens.
+
+    Args:
+        session: the run.
+        base: this rank's tokens of E.
+        mean_entropy: Hbar over all of E.
+        sample: this rank's share of the sample, and where its tokens lie in E's arrays.
+    """
+    (shard, here), linear = sample, session.config.linear
+    objective = session.config.objective
+    prediction = None
+    if linear.baseline in ("loo", "ridge"):
+        whole = session.shard(session.batches["E"])
+        predictions = baseline_predictions(
+            session.world, whole, base, objective.integrand
+        )
+        prediction = predictions[linear.baseline][here]
+    return slope_weights(
+        derivatives_of(_select(base, here)),
+        shard.ragged,
+        mean_entropy,
+        (objective.integrand, objective.normalize, linear.score, linear.baseline),
+        prediction,
     )
 
 

@@ -44,7 +44,7 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
-from entropy_ddp.policy.scoring import DirectionalScores, TokenScores
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.phases import SequenceSums, gather_sums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard

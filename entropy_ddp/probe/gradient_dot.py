@@ -32,7 +32,7 @@ from entropy_ddp.config import GradientDot
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.gradient_dot import estimate_dot
 from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scoring import DirectionalScores
+from entropy_ddp.policy.scores import DirectionalScores
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.units import (

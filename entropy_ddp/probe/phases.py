@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
 from entropy_ddp.policy.parameters import fingerprint, global_norm, preserved
-from entropy_ddp.policy.scoring import DirectionalScores, TokenScores
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights

@@ -21,7 +21,8 @@ from entropy_ddp.policy.checkpoint import (
     resolve_device,
 )
 from entropy_ddp.policy.optimizer_state import load_optimizer
-from entropy_ddp.policy.scoring import Passes, ResponseTokens, ScoringSettings
+from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.policy.selfcheck import SelfCheck, check_model
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard

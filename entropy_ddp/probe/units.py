@@ -25,7 +25,8 @@ from entropy_ddp.estimators.gradient_dot import (
     reward_coefficients,
 )
 from entropy_ddp.policy.parameters import global_norm
-from entropy_ddp.policy.scoring import DirectionalScores, TokenScores, TokenWeights
+from entropy_ddp.policy.response_tokens import TokenWeights
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights

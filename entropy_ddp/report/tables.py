@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.results import AttributionResult, AuditRow, GradientDotResult, Results
+from entropy_ddp.results import AuditRow, GradientDotResult, Results
 
 VERDICT_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 UNITS = {
@@ -21,30 +21,32 @@ UNITS = {
 
 def print_results(console: Console, results: Results, out: str | None) -> None:
     """All tables of a probe: what is wrong first, the answer, then the details."""
-    console.print(_header(results))
-    for row in results.audit:
-        if row.verdict != "ok":
-            console.print(_complaint(row))
-    console.print(_answer(results))
+    print_heading(console, results)
     console.print(_estimators(results))
     console.print(_step(results))
     if results.gradient_dot is not None:
         console.print(_gradient_dot(results.gradient_dot))
     console.print(_audit_table(results.audit))
-    console.print(_verdict_line(results, out))
+    console.print(verdict_line(results, out))
+
+
+def print_heading(console: Console, results: Results) -> None:
+    """What was probed, what is wrong with it, and the answer."""
+    console.print(_header(results))
+    complaints = [row for row in results.audit if row.verdict != "ok"]
+    # What fails before what only warns.
+    for row in sorted(complaints, key=lambda row: row.verdict):
+        console.print(_complaint(row))
+    console.print(_answer(results))
 
 
 def print_diagnosis(console: Console, results: Results, out: str | None) -> None:
     """The audits: every complaint with its next step, then all of them."""
-    console.print(_header(results))
-    complaints = [row for row in results.audit if row.verdict != "ok"]
-    for row in sorted(complaints, key=lambda row: row.verdict):
-        console.print(_complaint(row))
-    if not complaints:
+    print_heading(console, results)
+    if all(row.verdict == "ok" for row in results.audit):
         console.print("No check complains.")
-    console.print(_answer(results))
     console.print(_audit_table(results.audit))
-    console.print(_verdict_line(results, out))
+    console.print(verdict_line(results, out))
 
 
 def print_sweep(console: Console, results: Results, out: str | None) -> None:
@@ -54,7 +56,7 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
     for row in results.audit:
         if row.verdict != "ok":
             console.print(_complaint(row))
-    table = _table(
+    table = new_table(
         f"Entropy change by step size, {UNITS[results.truth.normalize]}",
         "learning rate",
         "ΔH true",
@@ -66,8 +68,8 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
         second = "-" if point.delta_h2 is None else f"{point.delta_h2:+.4e}"
         table.add_row(
             number(point.eta, 4),
-            _plus_minus(point.delta_h_true, point.se),
-            _plus_minus(point.delta_h1, point.delta_h1_se),
+            plus_minus(point.delta_h_true, point.se),
+            plus_minus(point.delta_h1, point.delta_h1_se),
             second,
             f"{point.ess_fraction:.4f}",
         )
@@ -90,122 +92,7 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
         odd = f"{pair['delta_h']:+.6e}"
         lines.append(f"odd part at eta = {number(pair['eta'], 4)}: {odd}")
     console.print("\n".join(lines))
-    console.print(_verdict_line(results, out))
-
-
-def print_attribution(console: Console, results: Results, out: str | None) -> None:
-    """Parts of the step, tokens that matter most, cheap scores against exact shares."""
-    found = results.attribution
-    assert found is not None
-    console.print(_header(results))
-    for row in results.audit:
-        if row.verdict != "ok":
-            console.print(_complaint(row))
-    console.print(_answer(results))
-    console.print(_parts(found))
-    console.print(_top_tokens(found))
-    console.print(_summaries(found))
-    console.print(_proxies(found))
-    console.print(_what_if(found))
-    console.print(_verdict_line(results, out))
-
-
-def _parts(found: AttributionResult) -> Table:
-    table = _table(
-        "ΔH first order by part of the step",
-        "part",
-        "nats",
-        "of the total",
-        caption=(
-            f"attribution gap {number(found.attribution_gap, 3)}; half of the sum of "
-            f"|share| is in {found.concentration:.1%} of U's tokens"
-        ),
-    )
-    parts = {
-        "momentum (earlier batches)": found.momentum,
-        "weight decay": found.weight_decay,
-        "gradient of U": found.gradient,
-        "total": found.total,
-    }
-    for name, value in parts.items():
-        share = f"{value / found.total:+.1%}" if found.total else "-"
-        table.add_row(name, number(value, 11), share)
-    return table
-
-
-def _top_tokens(found: AttributionResult) -> Table:
-    columns = ("share, nats", "log p", "A", "line", "k", "token in its context")
-    table = _table(f"The {len(found.top_tokens)} tokens that matter most", *columns)
-    table.columns[0].justify = "right"
-    table.columns[-1].justify = "left"
-    for row in found.top_tokens:
-        context = Text("-")
-        if "context" in row:
-            before, token, after = row["context"]
-            context = Text(before, style="dim")
-            context.append(f"[{token}]", style="bold")
-            context.append(after, style="dim")
-        table.add_row(
-            f"{row['share']:+.3e}",
-            f"{row['logp']:.3f}",
-            f"{row['advantage']:+.3f}",
-            str(row["index"] + 1),
-            str(row["k"]),
-            context,
-        )
-    return table
-
-
-def _summaries(found: AttributionResult) -> Table:
-    table = _table("Shares summed by kind of token", "kind", "nats", "tokens")
-    for name, rows in found.summaries.items():
-        table.add_row(f"by {name}", style="bold")
-        for row in rows:
-            table.add_row(
-                f"  {row['label']}", f"{row['share']:+.4e}", f"{row['num_tokens']:,}"
-            )
-    return table
-
-
-def _proxies(found: AttributionResult) -> Table:
-    scores = {"covariance": found.covariance, **found.proxies}
-    fractions = list(found.covariance["top_overlap"])
-    table = _table(
-        "How well cheap scores rank tokens against their exact share",
-        "score",
-        "Spearman",
-        *(f"overlap of top {float(f):.0%}" for f in fractions),
-        caption="a score that predicts entropy loss has a Spearman correlation near -1",
-    )
-    for name, judged in scores.items():
-        correlation = judged.get("spearman")
-        table.add_row(
-            name,
-            "-" if correlation is None else f"{correlation:+.3f}",
-            *(f"{judged['top_overlap'][f]:.1%}" for f in fractions),
-        )
-    return table
-
-
-def _what_if(found: AttributionResult) -> Table:
-    verified = any("delta_h_true" in row for row in found.what_if)
-    table = _table(
-        "What if these tokens had been left out of the update",
-        "rule",
-        "tokens",
-        "ΔH first order",
-        *(("ΔH true",) if verified else ()),
-        caption=(
-            "first order: with the Adam denominator of the whole update; true: the "
-            "masked step taken"
-        ),
-    )
-    for row in found.what_if:
-        cells = [row["rule"], f"{row['num_tokens']:,}", f"{row['delta_h1']:+.4e}"]
-        if verified:
-            cells.append(_plus_minus(row["delta_h_true"], row["se"]))
-        table.add_row(*cells)
-    return table
+    console.print(verdict_line(results, out))
 
 
 def number(value: float, digits: int = 6) -> str:
@@ -213,7 +100,7 @@ def number(value: float, digits: int = 6) -> str:
     return f"{value:.{digits - 1}e}"
 
 
-def _plus_minus(value: float, error: float) -> str:
+def plus_minus(value: float, error: float) -> str:
     return f"{value:+.4e} ± {error:.1e}"
 
 
@@ -232,14 +119,14 @@ def _header(results: Results) -> Panel:
 def _complaint(row: AuditRow) -> Text:
     label = {"warn": "warning", "fail": "FAILED"}[row.verdict]
     text = Text(f"{label}: ", style=VERDICT_STYLES[row.verdict])
-    text.append(f"{row.name} is {_value(row.value)}, expected {row.expected}; ")
+    text.append(f"{row.name} is {as_text(row.value)}, expected {row.expected}; ")
     text.append(row.hint)
     return text
 
 
 def _gradient_dot(dot: GradientDotResult) -> Table:
     """The gradient-dot form, its variance, and the terms it comes from."""
-    table = _table(
+    table = new_table(
         f"Gradient-dot form, direction {dot.direction}, weighting {dot.weighting}",
         "quantity",
         "value",
@@ -249,7 +136,7 @@ def _gradient_dot(dot: GradientDotResult) -> Table:
             else None
         ),
     )
-    table.add_row("deltaH1", _plus_minus(dot.deltaH1, dot.se_deltaH1))
+    table.add_row("deltaH1", plus_minus(dot.deltaH1, dot.se_deltaH1))
     rows = {
         "<X, Y>": dot.bars_dot,
         "U_cross": dot.u_cross,
@@ -266,7 +153,7 @@ def _gradient_dot(dot: GradientDotResult) -> Table:
     return table
 
 
-def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
     table = Table(
         title=title, title_justify="left", caption=caption, caption_justify="left"
     )
@@ -293,7 +180,7 @@ def _answer(results: Results) -> Table:
             f"With the curvature of the step the prediction is {second:+.4e}, and the "
             f"difference {truth.delta_h_true - second:+.1e}."
         )
-    table = _table(
+    table = new_table(
         f"Entropy change of one {results.update.loss} step, {unit}",
         "H before",
         "ΔH true",
@@ -304,9 +191,9 @@ def _answer(results: Results) -> Table:
     )
     table.add_row(
         f"{truth.H_orig:.6f}",
-        _plus_minus(truth.delta_h_true, truth.se),
-        _plus_minus(linear.delta_h1, abs(eta) * linear.se),
-        _plus_minus(difference, linear.difference_se),
+        plus_minus(truth.delta_h_true, truth.se),
+        plus_minus(linear.delta_h1, abs(eta) * linear.se),
+        plus_minus(difference, linear.difference_se),
         f"{share:+.1f}",
     )
     return table
@@ -315,7 +202,7 @@ def _answer(results: Results) -> Table:
 def _estimators(results: Results) -> Table:
     """Every estimator of the same two numbers, with its error."""
     eta = results.update.learning_rate_used
-    table = _table(
+    table = new_table(
         "All estimators of this run",
         "estimator",
         "ΔH",
@@ -361,7 +248,7 @@ def _step(results: Results) -> Table:
     """The step, and the three terms of the slope."""
     update, linear = results.update, results.linear
     eta = update.learning_rate_used
-    table = _table("The step and the terms of ΔH first order", "quantity", "value")
+    table = new_table("The step and the terms of ΔH first order", "quantity", "value")
     rows = {
         "learning rate": update.learning_rate_used,
         "norm of the parameter change": update.param_update_l2,
@@ -398,18 +285,18 @@ def short_name(parameter: str) -> str:
     return parameter.removesuffix(".weight").removesuffix(".default")
 
 
-def _value(value: Any) -> str:
+def as_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.11g}"
-    return "\n".join(f"{short_name(k)}: {_value(item)}" for k, item in value.items())
+    return "\n".join(f"{short_name(k)}: {as_text(item)}" for k, item in value.items())
 
 
 def _audit_table(rows: list[AuditRow]) -> RenderableType:
-    table = _table("Audits", "check", "value", "expected", "")
+    table = new_table("Audits", "check", "value", "expected", "")
     for column, width in zip(table.columns, (47, 21, 17)):
         column.max_width = width
     for row in rows:
@@ -417,18 +304,18 @@ def _audit_table(rows: list[AuditRow]) -> RenderableType:
             # A line for each entry: names are too long for a column of values.
             table.add_row(row.name)
             for name, item in row.value.items():
-                table.add_row(f"  {short_name(name)}", _value(item))
+                table.add_row(f"  {short_name(name)}", as_text(item))
             continue
         table.add_row(
             row.name,
-            _value(row.value),
+            as_text(row.value),
             row.expected,
             Text(row.verdict, style=VERDICT_STYLES[row.verdict]),
         )
     return table
 
 
-def _verdict_line(results: Results, out: str | None) -> Text:
+def verdict_line(results: Results, out: str | None) -> Text:
     verdicts: list[str] = [row.verdict for row in results.audit]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICT_STYLES)
     style = "green" if results.status == "ok" else "bold red"
@@ -438,30 +325,3 @@ def _verdict_line(results: Results, out: str | None) -> Text:
     if out is not None:
         text.append(f", written to {out}", style="default")
     return text
-
-
-def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -> None:
-    """What `sample` rolled out."""
-    names = list(dict.fromkeys(name for row in summaries for name in row))
-    table = _table(f"Rollouts written to {out}", *names)
-    for row in summaries:
-        table.add_row(*(_value(row[name]) if name in row else "-" for name in names))
-    console.print(table)
-
-
-def print_inspection(console: Console, found: dict[str, Any]) -> None:
-    """What `check` found, one table."""
-    table = _table("Configuration, checkpoint and batches are valid", "", "found")
-    table.columns[1].justify = "left"
-    for subject, facts in found.items():
-        for name, value in facts.items():
-            lines = value if isinstance(value, list) else [value]
-            text = "\n".join(_one_line(line) for line in lines)
-            table.add_row(f"{subject}: {name}", text)
-    console.print(table)
-
-
-def _one_line(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
-    return _value(value)

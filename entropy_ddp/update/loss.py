@@ -18,7 +18,7 @@ from torch import Tensor
 
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.scoring import TokenWeights
+from entropy_ddp.policy.response_tokens import TokenWeights
 from entropy_ddp.rollouts.batch import Batch, Shard
 
 

@@ -90,13 +90,16 @@ def test_error_is_that_of_leaving_each_group_out(
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_value_does_not_depend_on_the_order_or_clustering(normalize: Normalize) -> None:
+def test_value_does_not_depend_on_the_clustering(normalize: Normalize) -> None:
     """Groups enter the error only."""
     whole = batch(0.0)
     found = curvature_of(whole, GROUPS, normalize)
-    shuffled = GROUPS[torch.randperm(len(GROUPS), generator=torch.Generator())]
+    generator = torch.Generator().manual_seed(0)
+    shuffled = GROUPS[torch.randperm(len(GROUPS), generator=generator)]
     each = curvature_of(whole, torch.arange(len(GROUPS)), normalize)
-    assert curvature_of(whole, shuffled, normalize).value == pytest.approx(found.value)
+    assert curvature_of(whole, shuffled, normalize).value == pytest.approx(
+        found.value, rel=RTOL
+    )
     assert each.value == pytest.approx(found.value, rel=RTOL)
     assert each.se != pytest.approx(found.se, rel=1e-3)
 

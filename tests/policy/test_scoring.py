@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entropy_ddp.errors import RunError
-from entropy_ddp.policy import scoring
+from entropy_ddp.policy import response_tokens
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Batch, Shard
 
@@ -376,7 +376,7 @@ CHUNK = 4
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch, case: Case) -> Iterator[LogitsSpy]:
     vocabulary = case.model.config.vocab_size
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", (CHUNK + 1) * vocabulary - 1)
+    monkeypatch.setattr(response_tokens, "CHUNK_ELEMENTS", (CHUNK + 1) * vocabulary - 1)
     yield LogitsSpy(vocabulary)
 
 
@@ -411,7 +411,7 @@ def test_a_vocabulary_beyond_the_chunk_budget_goes_token_by_token(
     monkeypatch: pytest.MonkeyPatch, qwen2: Case
 ) -> None:
     expected = qwen2.passes().score(qwen2.shard)
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 3)
+    monkeypatch.setattr(response_tokens, "CHUNK_ELEMENTS", 3)
     spy = LogitsSpy(qwen2.model.config.vocab_size)
     with spy:
         scores = qwen2.passes().score(qwen2.shard)

@@ -8,6 +8,7 @@ exactly that.
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.probe import session
-from entropy_ddp.report.tables import print_diagnosis, print_results
+from entropy_ddp.report.tables import print_diagnosis, print_results, short_name
 from entropy_ddp.results import AuditRow, Probed, Results
 from entropy_ddp.update import step
 
@@ -667,13 +668,27 @@ def test_values_are_shown_with_ten_digits(runs: Runs, name: str) -> None:
         assert (printed == 0) == (row.value == 0), row.name
         seen += 1
     assert seen > 20
-    for name in ("entropy gradient . v, ten largest",):
-        for place, value in find(runs["plain"][1], name).value.items():
-            assert value != 0, place
-    change = results.linear.delta_h1
     fixed, scientific = (
-        find(runs["plain"][1], f"delta_h1, ten {kind}").value
+        find(runs[name][1], f"delta_h1, ten {kind}").value
         for kind in ("decimals", "digits")
     )
-    assert len(fixed.split(".")[1]) == 10
-    assert change != 0 and float(scientific) != 0
+    assert re.fullmatch(r"-?\d+\.\d{10}", fixed)
+    assert re.fullmatch(r"-?\d\.\d{10}e-\d\d", scientific)
+    change = results.linear.delta_h1
+    assert abs(float(scientific) - change) <= TEN_DIGITS * abs(change)
+
+
+def test_products_with_the_step_are_shown_one_by_one(runs: Runs) -> None:
+    """The first three parameters, and the ten with the largest products."""
+    results = runs["plain"][1].results
+    values = table_values(shown(print_diagnosis, results))
+    first, largest = (
+        find(runs["plain"][1], f"entropy gradient . v, {which}").value
+        for which in ("first three parameters", "ten largest")
+    )
+    assert (len(first), len(largest)) == (3, 10)
+    sizes = [abs(value) for value in largest.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    for name, value in {**first, **largest}.items():
+        printed = float(values[short_name(name)])
+        assert abs(printed - value) <= TEN_DIGITS * abs(value), name

@@ -25,7 +25,7 @@ from unit_vectors import Vectors
 
 from entropy_ddp.config import to_yaml
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.scoring import DirectionalScores
+from entropy_ddp.policy.scores import DirectionalScores
 from entropy_ddp.probe.gradient_dot import (
     GradientDot,
     GradientDotResult,

@@ -17,7 +17,7 @@ from reference import Row
 from tiny_runs import TinyRun, make_run
 from torch import Tensor
 
-from entropy_ddp.policy import forward_mode, scoring
+from entropy_ddp.policy import forward_mode, response_tokens
 from entropy_ddp.results import Probed
 
 RTOL = 1e-10  # the contract's bar for float64; entropies and shares are of order 1
@@ -101,7 +101,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chunks_of(elements: int) -> Patch:
-    return lambda patch: patch.setattr(scoring, "CHUNK_ELEMENTS", elements)
+    return lambda patch: patch.setattr(response_tokens, "CHUNK_ELEMENTS", elements)
 
 
 def single_query_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,34 @@
+"""What `sample` made and what `check` found, as tables in the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+
+from entropy_ddp.report.tables import as_text, new_table
+
+
+def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -> None:
+    """What `sample` rolled out."""
+    names = list(dict.fromkeys(name for row in summaries for name in row))
+    table = new_table(f"Rollouts written to {out}", *names)
+    for row in summaries:
+        table.add_row(*(as_text(row[name]) if name in row else "-" for name in names))
+    console.print(table)
+
+
+def print_inspection(console: Console, found: dict[str, Any]) -> None:
+    """What `check` found, one table."""
+    table = new_table("Configuration, checkpoint and batches are valid", "", "found")
+    table.columns[1].justify = "left"
+    for subject, facts in found.items():
+        for name, value in facts.items():
+            lines = value if isinstance(value, list) else [value]
+            text = "\n".join(_one_line(line) for line in lines)
+            table.add_row(f"{subject}: {name}", text)
+    console.print(table)
+
+
+def _one_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {as_text(item)}" for name, item in value.items())
+    return as_text(value)

@@ -1,0 +1,243 @@
+"""Are the scores of tokens what their definitions say, ties and constants included?
+
+Every expectation is a double loop over the definition, or an array made by hand.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from entropy_ddp.estimators.attribution import (
+    TokenTable,
+    concentration,
+    covariance_score,
+    judge_proxy,
+    probability_deciles,
+    proxies,
+    ranks,
+    rules,
+    share_by,
+    spearman,
+    top_overlap,
+)
+
+ATOL = 1e-14  # float64, sums of a dozen numbers of order 1
+DOUBLE = torch.float64
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=DOUBLE)
+
+
+def random_scores(seed: int, count: int, *, levels: int | None = None) -> Tensor:
+    """Normal numbers; rounded to few levels, so that many are equal, if asked."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, generator=generator, dtype=DOUBLE)
+    return values if levels is None else (values * levels).round() / levels
+
+
+def rank_of(value: float, values: list[float]) -> float:
+    """Number of smaller values, plus half of the number of other equal ones."""
+    smaller = sum(other < value for other in values)
+    equal = sum(other == value for other in values) - 1
+    return smaller + equal / 2
+
+
+def naive_spearman(left: list[float], right: list[float]) -> float:
+    """Pearson's correlation of the ranks."""
+    a = [rank_of(value, left) for value in left]
+    b = [rank_of(value, right) for value in right]
+    middle = (len(a) - 1) / 2
+    products = math.fsum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
+    squares = [math.fsum((x - middle) ** 2 for x in xs) for xs in (a, b)]
+    return products / math.sqrt(squares[0] * squares[1])
+
+
+def make_table(seed: int = 0) -> TokenTable:
+    """Four responses of 3, 5, 4 and 1 tokens; one of them has advantage 0."""
+    lengths = torch.tensor([3, 5, 4, 1])
+    sequence = torch.arange(4).repeat_interleave(lengths)
+    count = len(sequence)
+    return TokenTable(
+        share=random_scores(seed, count),
+        logp=-random_scores(seed + 1, count).abs(),
+        entropy=random_scores(seed + 2, count).abs(),
+        advantage=tensor(-0.5, 1.5, 0.0, -1.0)[sequence],
+        sequence=sequence,
+        position=torch.cat([torch.arange(int(n)) for n in lengths]),
+    )
+
+
+# Ranks and their correlation
+
+
+@pytest.mark.parametrize("levels", [None, 2, 1])
+def test_ranks_by_a_double_loop(levels: int | None) -> None:
+    values = random_scores(1, 30, levels=levels)
+    listed = values.tolist()
+    assert ranks(values).tolist() == [rank_of(value, listed) for value in listed]
+
+
+@pytest.mark.parametrize("levels", [(None, None), (2, None), (1, 2), (2, 1)])
+def test_spearman_by_a_double_loop(levels: tuple[int | None, int | None]) -> None:
+    left, right = random_scores(2, 40, levels=levels[0]), random_scores(3, 40)
+    right = right + 0.7 * left
+    if levels[1] is not None:
+        right = (right * levels[1]).round()
+    expected = naive_spearman(left.tolist(), right.tolist())
+    found = spearman(left, right)
+    assert found is not None
+    assert abs(found - expected) <= ATOL
+    assert abs(expected) < 0.99
+
+
+def test_spearman_sees_the_order_only() -> None:
+    values = random_scores(4, 25)
+    rising, falling = spearman(values, values.exp()), spearman(values, -values.exp())
+    assert rising == pytest.approx(1.0, abs=ATOL)
+    assert falling == pytest.approx(-1.0, abs=ATOL)
+
+
+def test_spearman_of_a_constant_does_not_exist() -> None:
+    varied, constant = random_scores(5, 9), torch.full((9,), 0.3, dtype=DOUBLE)
+    for pair in ((varied, constant), (constant, varied), (constant, constant)):
+        assert spearman(*pair) is None
+        assert "spearman" not in judge_proxy(*pair)
+    assert spearman(tensor(1.0), tensor(2.0)) is None
+
+
+# Scores
+
+
+def test_covariance_score_by_hand() -> None:
+    """Means over tokens, not over sequences; its mean is the covariance."""
+    logp, advantage = tensor(-1.0, -2.0, -3.0, -6.0), tensor(1.0, 1.0, 1.0, -1.0)
+    found = covariance_score(logp, advantage)
+    assert found.tolist() == [1.0, 0.5, 0.0, 4.5]
+    both = torch.stack([logp, advantage])
+    covariance = torch.cov(both, correction=0)[0, 1]
+    assert abs(float(found.mean() - covariance)) <= ATOL
+
+
+def test_covariance_score_of_equal_advantages_is_zero() -> None:
+    logp = random_scores(6, 8)
+    found = covariance_score(logp, torch.full_like(logp, -0.25))
+    assert not bool(found.any())
+
+
+def test_proxies_token_by_token() -> None:
+    table = make_table()
+    found = proxies(table)
+    count = len(table.share)
+    columns = zip(
+        table.logp.tolist(), table.entropy.tolist(), table.advantage.tolist()
+    )
+    mean_logp, mean_advantage = (
+        math.fsum(column.tolist()) / count for column in (table.logp, table.advantage)
+    )
+    for token, (logp, entropy, advantage) in enumerate(columns):
+        expected = {
+            "covariance": (logp - mean_logp) * (advantage - mean_advantage),
+            "surprisal": -logp,
+            "entropy": entropy,
+            "advantage": abs(advantage),
+            "advantage_logp": advantage * logp,
+            "discriminator": advantage * math.exp(logp) * (entropy + logp),
+        }
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert abs(float(found[name][token]) - value) <= ATOL, name
+
+
+def test_top_overlap_by_hand() -> None:
+    share = tensor(5.0, -4.0, 3.0, -2.0, 1.0, 0.0, 0.1, 0.2, 0.3, 0.4)
+    score = tensor(9.0, 0.0, -8.0, -7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 6.0)
+    # The largest by size are 0 1 2 3 of the shares, and 0 2 3 9 of the scores.
+    for fraction, expected in ((0.1, 1.0), (0.2, 0.5), (0.3, 2 / 3), (0.4, 0.75)):
+        assert top_overlap(score, share, fraction) == expected
+    assert top_overlap(score, share, 0.01) == 1.0  # one token at least
+    assert top_overlap(-score, -share, 0.4) == 0.75
+
+
+def test_judge_proxy_has_the_fractions_as_keys() -> None:
+    score, share = random_scores(7, 200), random_scores(8, 200)
+    judged = judge_proxy(score, share)
+    assert list(judged) == ["spearman", "top_overlap"]
+    assert list(judged["top_overlap"]) == ["0.01", "0.05", "0.2"]
+    for fraction, overlap in judged["top_overlap"].items():
+        count = round(200 * float(fraction))
+        tops = [
+            {t for t in range(200) if sum(x.abs() > x[t].abs()) < count}
+            for x in (score, share)
+        ]
+        assert overlap == len(tops[0] & tops[1]) / count
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        ((1.0, 1.0, 1.0, 1.0), 0.5),
+        ((0.0, -8.0, 1.0, 1.0, 1.0), 0.2),
+        ((4.0, -3.0, 2.0, 1.0), 0.5),
+        ((-1.0, 1.0, 1.0), 2 / 3),
+        ((0.0, 0.0, 3.0), 1 / 3),
+        ((7.0,), 1.0),
+        ((0.0, 0.0), 0.5),
+    ],
+)
+def test_concentration_by_hand(share: tuple[float, ...], expected: float) -> None:
+    assert concentration(tensor(*share)) == expected
+
+
+# Groups of tokens
+
+
+def test_probability_deciles_hold_a_tenth_each() -> None:
+    logp = random_scores(9, 50)
+    found = probability_deciles(logp)
+    assert torch.bincount(found).tolist() == [5] * 10
+    order = logp.argsort()
+    assert found[order].tolist() == [place // 5 for place in range(50)]
+
+
+def test_probability_deciles_of_equal_and_of_few_tokens() -> None:
+    """Equal tokens share a decile, in the middle of those they would fill."""
+    assert probability_deciles(torch.zeros(7, dtype=DOUBLE)).tolist() == [4] * 7
+    assert probability_deciles(tensor(-1.0)).tolist() == [0]
+    assert probability_deciles(tensor(-1.0, -3.0, -2.0)).tolist() == [6, 0, 3]
+
+
+def test_share_by_label() -> None:
+    label = torch.tensor([2, 0, 2, 2, 0])
+    found = share_by(["a", "b", "c"], label, tensor(1.0, 2.0, 4.0, -8.0, 16.0))
+    assert found == [
+        {"label": "a", "share": 18.0, "num_tokens": 2},
+        {"label": "c", "share": -3.0, "num_tokens": 3},
+    ]
+
+
+# What is left out
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.9])
+def test_rules_choose_what_they_say(fraction: float) -> None:
+    """Sorted by hand: as many as the fraction says, one at least."""
+    table = make_table()
+    chosen = [set(rule.mask.nonzero()[:, 0].tolist()) for rule in rules(table, fraction)]
+    tokens = range(len(table.share))
+    count = max(1, round(fraction * len(tokens)))
+    share, logp = table.share.tolist(), table.logp.tolist()
+    advantage = table.advantage.tolist()
+    covariance = covariance_score(table.logp, table.advantage).tolist()
+    middle = sorted(logp)[(len(logp) - 1) // 2]
+    assert chosen == [
+        set(sorted(tokens, key=lambda t: share[t])[:count]),
+        set(sorted(tokens, key=lambda t: -share[t])[:count]),
+        set(sorted(tokens, key=lambda t: -covariance[t])[:count]),
+        {t for t in tokens if advantage[t] < 0 and logp[t] < middle},
+        {t for t in tokens if advantage[t] < 0},
+        {t for t in tokens if advantage[t] > 0},
+    ]
+    assert len({rule.name for rule in rules(table, fraction)}) == len(chosen)

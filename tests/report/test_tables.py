@@ -1,0 +1,367 @@
+"""Do the tables show every number whole, in any terminal and in a pipe?
+
+What is shown in 80, 100 and 120 columns is compared with what a terminal without an edge
+shows.
+"""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_runs import make_run
+
+from entropy_ddp import cli
+from entropy_ddp.distributed import World
+from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.report import tables
+from entropy_ddp.results import AuditRow, Results
+
+WIDTHS = (80, 100, 120)
+WITHOUT_AN_EDGE = 1000
+ESCAPE = "\x1b"
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d|10\d)(?:;\d+)*m")
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?%?")
+
+Printer = Callable[[Console, Results, str | None], None]
+PRINTERS: dict[str, Printer] = {
+    "probe": tables.print_results,
+    "audit": tables.print_diagnosis,
+    "sweep": tables.print_sweep,
+}
+
+
+def shown(printer: Printer, results: Results, width: int = 100) -> str:
+    """What a file receives at this width."""
+    console = Console(file=io.StringIO(), width=width)
+    printer(console, results, "runs/probe-20260101-000000")
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+NATS = {
+    "H_orig", "H_upd", "delta_h_true", "se", "delta_h_true_adjusted", "se_adjusted",
+    "slope", "delta_h1", "se_jackknife", "terms", "difference_se", "delta_h1_se",
+    "second_derivative", "delta_h2", "noise_floor", "odd", "delta_h",
+}  # fmt: skip
+
+
+def in_units(value: Any, factor: float, inside: bool = False) -> Any:
+    """Results whose entropies, changes and errors are this many times as large."""
+    if isinstance(value, float):
+        return factor * value if inside else value
+    if isinstance(value, list):
+        return [in_units(item, factor, inside) for item in value]
+    if isinstance(value, dict):
+        kept = value.items()
+    elif is_dataclass(value) and not isinstance(value, type):
+        kept = ((f.name, getattr(value, f.name)) for f in fields(value))
+    else:
+        return value
+    made = {
+        name: in_units(item, factor, name in NATS or (inside and name != "eta"))
+        for name, item in kept
+    }
+    return made if isinstance(value, dict) else replace(value, **made)
+
+
+def with_complaints(results: Results) -> Results:
+    """Every second check complains, with a hint of two lines."""
+    hint = "the likely cause of this, in so many words; " * 2 + "the next thing to try"
+    rows = [
+        replace(row, verdict=("warn", "fail")[number % 4 // 2], hint=hint)
+        if number % 2
+        else row
+        for number, row in enumerate(results.audit)
+    ]
+    return replace(results, audit=rows, status="untrusted")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """A symmetric sweep: its results have every part that a table shows."""
+    root = tmp_path_factory.mktemp("run")
+    run = make_run(root, "qwen2")
+    config = run.config(
+        compute={"device": "cpu", "tokens_per_microbatch": 10_000},
+        sweep={"etas": [0.001, 0.01], "symmetric": True},
+        precision={"model": "float32"},  # for a noise floor that is not 0
+    )
+    out = tmp_path_factory.mktemp("out")
+    return run_sweep(config, World(), out, lambda *progress: None).results
+
+
+VARIANTS: dict[str, Callable[[Results], Results]] = {
+    "as measured": lambda results: results,
+    "tiny": lambda results: in_units(results, 1e-15),
+    "large": lambda results: in_units(results, 1e6),
+    "complaints": with_complaints,
+    "no curvature": lambda results: replace(
+        results,
+        curvature=None,
+        sweep=[replace(point, delta_h2=None) for point in results.sweep or []],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One variant of the results, and a printer."""
+
+    printer: Printer
+    results: Results
+
+    def at(self, width: int) -> str:
+        return shown(self.printer, self.results, width)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, measured: Results) -> Results:
+    return VARIANTS[request.param](measured)
+
+
+@pytest.fixture(params=PRINTERS)
+def case(request: pytest.FixtureRequest, variant: Results) -> Shown:
+    return Shown(PRINTERS[request.param], variant)
+
+
+def number_counts(text: str) -> Counter[str]:
+    """How often each number stands in a text."""
+    return Counter(NUMBER.findall(text))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_numbers_are_whole(case: Shown, width: int) -> None:
+    """None is broken over two lines, cut off or left out; no line is too long."""
+    text, free = case.at(width), case.at(WITHOUT_AN_EDGE)
+    assert number_counts(text) == number_counts(free)
+    assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_name_is_cut_off(measured: Results, width: int) -> None:
+    """Parameters that differ at their ends can be told apart."""
+    for printer in PRINTERS.values():
+        assert "…" not in shown(printer, measured, width)
+
+
+def test_words_are_whole_in_100_columns(case: Shown) -> None:
+    """The width of a pipe: names and hints are broken between words only."""
+    words = {*re.findall(r"[\w*.-]+", case.at(100))}
+    free = {*re.findall(r"[\w*.-]+", case.at(WITHOUT_AN_EDGE))}
+    assert words == free
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_prediction_truth_and_difference_share_a_row(
+    measured: Results, width: int
+) -> None:
+    """With their errors, of which the difference has its own."""
+    truth, linear = measured.truth, measured.linear
+    rate = measured.update.learning_rate_used
+    pairs = (
+        (truth.delta_h_true, truth.se),
+        (linear.delta_h1, rate * linear.se),
+        (truth.delta_h_true - linear.delta_h1, linear.difference_se),
+    )
+    for printer in (tables.print_results, tables.print_diagnosis):
+        lines = shown(printer, measured, width).splitlines()
+        (place,) = (
+            number
+            for number, line in enumerate(lines)
+            if all(f"{value:+.4e} ±" in line for value, _ in pairs)
+        )
+        row = "".join(lines[place : place + 2])
+        assert all(f"{error:.1e}" in row for _, error in pairs)
+
+
+def test_no_value_that_is_not_a_number(case: Shown) -> None:
+    text = case.at(120)
+    assert not re.search(r"\b(nan|inf|NaN|None)\b", text)
+
+
+def test_no_infinity_where_the_error_is_zero(measured: Results) -> None:
+    """Truth and prediction of which no group says anything else have no error."""
+    linear = replace(measured.linear, difference_se=0.0)
+    text = shown(tables.print_results, replace(measured, linear=linear))
+    assert not re.search(r"\b(nan|inf)\b", text)
+
+
+# Nothing rounds to 0
+
+
+def zeros(text: str) -> list[str]:
+    """The numbers with decimals, an exponent or a percent sign that read as 0."""
+    return [
+        number
+        for number in NUMBER.findall(text)
+        if any(mark in number for mark in ".e%")
+        and float(number.rstrip("%").replace(",", "")) == 0
+    ]
+
+
+@pytest.mark.parametrize("printer", PRINTERS.values(), ids=PRINTERS)
+def test_changes_and_errors_never_read_as_zero(
+    measured: Results, printer: Printer
+) -> None:
+    """However small the estimates, terms and points of the sweep are."""
+    tiny = in_units(measured, 1e-30)
+    shown_entropy = replace(tiny.truth, H_orig=measured.truth.H_orig)
+    linear = replace(tiny.linear, difference_se=1e-3 * tiny.linear.difference_se)
+    results = replace(tiny, truth=shown_entropy, linear=linear, audit=[])
+    assert zeros(shown(printer, results)) == []
+
+
+def collapsed(results: Results) -> Results:
+    """A policy that is all but deterministic."""
+    return replace(results, truth=replace(results.truth, H_orig=3e-9))
+
+
+def in_agreement(results: Results) -> Results:
+    """Truth and prediction apart by a hundredth of a standard error."""
+    difference = abs(results.truth.delta_h_true - results.linear.delta_h1)
+    linear = replace(results.linear, difference_se=100 * difference)
+    return replace(results, linear=linear)
+
+
+def degenerate(results: Results) -> Results:
+    """One sequence of 50,000 has all of the weight."""
+    rows = [row | {"ess_fraction": 2e-5} for row in results.truth_all]
+    return replace(results, truth_all=rows)
+
+
+def efficient(results: Results) -> Results:
+    """An estimator whose error is a thirtieth of the first one's."""
+    first, *others = results.linear_all
+    rows = [row | {"se": first["se"] / 30} for row in others]
+    return replace(results, linear_all=[first, *rows])
+
+
+@pytest.mark.parametrize("change", [collapsed, in_agreement, degenerate, efficient])
+def test_no_small_number_reads_as_zero(
+    measured: Results, change: Callable[[Results], Results]
+) -> None:
+    results = replace(change(measured), audit=[])
+    assert zeros(shown(tables.print_results, results)) == []
+
+
+# Colours
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A terminal with colours that nothing turned on or off."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    return monkeypatch
+
+
+def in_terminal(results: Results) -> str:
+    terminal = Terminal()
+    PRINTERS["audit"](Console(file=terminal, width=100), results, "runs/x")
+    return terminal.getvalue()
+
+
+def test_no_color_turns_colours_off(
+    measured: Results, plain_environment: pytest.MonkeyPatch
+) -> None:
+    """The convention of no-color.org, and a terminal that understands nothing."""
+    results = with_complaints(measured)
+    assert COLOUR.search(in_terminal(results))
+    plain_environment.setenv("NO_COLOR", "1")
+    assert not COLOUR.search(in_terminal(results))
+    plain_environment.setenv("TERM", "dumb")
+    assert ESCAPE not in in_terminal(results)
+
+
+@pytest.mark.parametrize("printer", PRINTERS.values(), ids=PRINTERS)
+def test_a_pipe_gets_plain_text_of_100_columns(
+    measured: Results,
+    printer: Printer,
+    plain_environment: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The console of the command line, whose standard output is no terminal here."""
+    results = with_complaints(measured)
+    options = cli.Options(
+        config=None,
+        assignments=(),
+        out=None,
+        overwrite=False,
+        quiet=False,
+        as_json=False,
+    )
+    console = cli._console(World(), options)
+    assert console is not None
+    printer(console, results, "runs/x")
+    text = capsys.readouterr().out
+    assert ESCAPE not in text
+    assert text == shown(printer, results).replace(
+        "runs/probe-20260101-000000", "runs/x"
+    )
+
+
+# The other tables
+
+
+def test_values_of_an_audit_of_every_kind(measured: Results) -> None:
+    """Large integers, tiny and negative numbers, mappings and truth values."""
+    values: dict[str, Any] = {
+        "elements": 123_456_789_012,
+        "tiny": -1.2345678901e-38,
+        "by name": {"base_model.model.a.lora_A.default.weight": 6.02214076e-23},
+        "equal": True,
+        "digest": "0123456789abcdef",
+    }
+    rows = [
+        AuditRow(name=name, value=value, expected="1e-3 to 10", verdict="ok")
+        for name, value in values.items()
+    ]
+    for width in WIDTHS:
+        text = shown(tables.print_diagnosis, replace(measured, audit=rows), width)
+        for number in ("123,456,789,012", "-1.2345678901e-38", "6.02214076e-23"):
+            assert number in text
+        assert "  a.lora_A " in text
+        assert "True" in text and "0123456789abcdef" in text
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tables_of_samples_and_checks_keep_their_numbers(width: int) -> None:
+    """What `sample` and `check` found."""
+    summaries = [
+        {
+            "split": split,
+            "groups": 1024,
+            "sequences": 8192,
+            "tokens": 12_345_678,
+            "truncated": 0.123456789,
+            "mean reward": -1.2345e-7,
+        }
+        for split in ("E", "U")
+    ]
+    found = {
+        "checkpoint": {"elements": 1_234_567, "group": [{"lr": 1e-6, "eps": 1e-8}]},
+        "batch E": {"mean response length": 123.456},
+    }
+    texts = []
+    for columns in (width, WITHOUT_AN_EDGE):
+        console = Console(file=io.StringIO(), width=columns)
+        tables.print_samples(console, summaries, "runs/sample-20260101-000000")
+        tables.print_inspection(console, found)
+        assert isinstance(console.file, io.StringIO)
+        texts.append(console.file.getvalue())
+    assert number_counts(texts[0]) == number_counts(texts[1])
+    assert "…" not in texts[0]
+    assert zeros(texts[0]) == []
