@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe test test-all lint clean
+.PHONY: help install demo probe sweep attribute test test-all lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -67,6 +67,14 @@ demo: $(DEMO_COMPLETE) ## train the demo checkpoint, unless it is there
 probe: $(RUN_STAMP) $(DEMO_COMPLETE) ## probe the demo checkpoint with NPROC processes
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
 	    -m entropy_ddp probe --config $(CONFIG) --out $(OUT) --overwrite
+
+sweep: $(RUN_STAMP) $(DEMO_COMPLETE) ## measure the change over a grid of step sizes
+	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
+	    -m entropy_ddp sweep --config $(CONFIG) --out $(OUT)-sweep --overwrite
+
+attribute: $(RUN_STAMP) $(DEMO_COMPLETE) ## name the tokens of the update that move the entropy
+	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
+	    -m entropy_ddp attribute --verify --config $(CONFIG) --out $(OUT)-attribute --overwrite
 
 test: $(TEST_STAMP) ## run the fast tests
 	$(PYTEST) -m "not slow"

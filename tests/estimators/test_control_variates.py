@@ -230,7 +230,7 @@ def test_variates_lower_the_error_of_the_slope(normalize: Normalize) -> None:
     groups = torch.arange(2000)
     large = policy().table(ETA).select(policy().sample(1, 2000, 1, seed=5)[0])
     zero_mean = large.zero_mean()
-    for estimator, plain in slopes(large, groups, normalize).items():
+    for plain in slopes(large, groups, normalize).values():
         found = adjusted_slope(plain, zero_mean, groups)
         assert found.se < 0.95 * plain.se
         assert found.se_jackknife == pytest.approx(found.se, rel=0.01)
