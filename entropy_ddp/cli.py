@@ -244,35 +244,35 @@ def run_ranks(body: Callable[["World"], int]) -> int:
     Returns:
         The exit code.
     """
-    from entropy_ddp.distributed import process_group, single_process_warning
+    from entropy_ddp.distributed import World, process_group, single_process_warning
 
     # The libraries' deprecations among themselves are nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warning = single_process_warning(os.environ)
     if warning is not None:
         _error_console().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    world: World | None = None
     try:
         with process_group() as world:
-            try:
-                return body(world)
-            except Exception as error:  # noqa: BLE001
-                # Whatever it is, the first rank to fail says so; the others fail
-                # because it did.
-                if world.claim_failure(str(error)):
-                    _print_failure(error, world)
-                return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
-    except InputError as error:
-        _print_failure(error, None)
-        return EXIT_INPUT
+            return body(world)
+    except Exception as error:  # noqa: BLE001
+        # Whatever it is, the first rank to fail says so; the others fail because it did.
+        if world is None or world.claim_failure(str(error)):
+            _print_failure(error, world)
+            if world is not None:
+                world.failure_told()
+        return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
 
 
 def _print_failure(error: Exception, world: "World | None") -> None:
+    message = str(error)
     if not isinstance(error, (InputError, RunError)):
         traceback.print_exception(error)
+        message = f"unexpected {type(error).__name__}, see above"
     rank = f"rank {world.rank}: " if world is not None and world.world_size > 1 else ""
-    text = f"[bold red]error:[/] {rank}"
-    _error_console().print(text, end="", soft_wrap=True)
-    _error_console().print(str(error), markup=False, highlight=False, soft_wrap=True)
+    console = _error_console()
+    console.print(f"[bold red]error:[/] {rank}", end="", soft_wrap=True)
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _load(options: Options) -> "Config":

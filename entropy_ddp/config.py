@@ -23,7 +23,14 @@ FloatName = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written `1e-3`, which YAML 1.1 takes for text."""
+    """YAML with two traps closed: `1e-3` is a number, and no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = [name for number, name in enumerate(names) if name in names[:number]]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -71,8 +78,8 @@ class Sample(Section):
         with_replacement: whether a prompt can be drawn more than once.
         max_new_tokens: responses are cut off at this many tokens.
         reward: `module:function` that scores (prompt, response, row).
-        redraw_zero_advantage: how often a group whose rewards are all equal is drawn
-            again, with a new prompt.
+        redraw_zero_advantage: how often a group whose rewards are all equal is sampled
+            again, for the same prompt.
         sequences_per_call: responses generated together.
     """
 
@@ -364,6 +371,8 @@ def load_config(path: Path | None, assignments: tuple[str, ...]) -> Config:
     document = {} if path is None else _read_yaml(path)
     for assignment in assignments:
         _assign(document, assignment)
+    # A section with nothing in it is all defaults.
+    document = {key: value for key, value in document.items() if value is not None}
     try:
         return Config.model_validate(document)
     except ValidationError as error:
@@ -396,7 +405,9 @@ def _assign(document: dict[str, Any], assignment: str) -> None:
         raise InputError(f"--set {assignment}: the value is not valid YAML") from error
     *sections, last = key.split(".")
     for section in sections:
-        document = document.setdefault(section, {})
+        if document.get(section) is None:
+            document[section] = {}
+        document = document[section]
         if not isinstance(document, dict):
             raise InputError(f"--set {assignment}: `{section}` is not a section")
     document[last] = value
@@ -404,7 +415,12 @@ def _assign(document: dict[str, Any], assignment: str) -> None:
 
 def _explain(problem: Any) -> str:
     """One sentence for one of pydantic's findings."""
-    location = [str(part) for part in problem["loc"]]
+    # Without the alternatives of a union, which pydantic adds to the place.
+    location = [
+        str(part)
+        for part in problem["loc"]
+        if str(part).isidentifier() and part not in ("int", "float", "str", "bool")
+    ]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = sorted(_section_at(location[:-1]).model_fields)

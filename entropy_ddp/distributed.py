@@ -26,6 +26,8 @@ from entropy_ddp.errors import InputError
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FAILURE_KEY = "entropy_ddp/first_failure"
+_TOLD_KEY = "entropy_ddp/failure_told"
+_TELL_SECONDS = 8
 
 
 @dataclass(kw_only=True)
@@ -114,10 +116,20 @@ class World:
         claim = f"rank {self.rank}: {message}"
         try:
             first = self.store.compare_set(_FAILURE_KEY, "", claim)
+            if first.decode() == claim:
+                return True
+            # A launcher stops all ranks at the first that ends: not before the other's
+            # message is out.
+            self.store.wait([_TOLD_KEY], timedelta(seconds=_TELL_SECONDS))
         except (RuntimeError, ConnectionError):
             # The store lives on rank 0: it is gone because rank 0 failed and said so.
-            return False
-        return first.decode() == claim
+            pass
+        return False
+
+    def failure_told(self) -> None:
+        """Let the ranks that failed later know that the message is out."""
+        if self.store is not None:
+            self.store.set(_TOLD_KEY, "1")
 
     def _count(self, purpose: str, tensor: Tensor | None) -> None:
         number, size = self.collectives.get(purpose, (0, 0))
@@ -171,7 +183,6 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,

@@ -332,6 +332,9 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if (out / "results.json").exists():
+            # The points of a finished sweep; those of an interrupted one are kept.
+            (out / "sweep.jsonl").unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(dir=out):
             pass
     except OSError as error:
@@ -354,6 +357,9 @@ def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
     with written_whole(out / "config.yaml") as stream:
         stream.write(config_yaml.encode())
     write_jsonl(out / "per_sequence.jsonl", probed.sequences)
+    # What an earlier run left here and this one does not make is not this run's.
+    for name in ("tokens.jsonl.gz", "delta_theta.safetensors"):
+        (out / name).unlink(missing_ok=True)
     if probed.tokens is not None:
         write_jsonl(out / "tokens.jsonl.gz", probed.tokens)
     if probed.delta is not None:

@@ -96,6 +96,13 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
     base = checkpoint.base
     if base is None:
         base = _base_of(folder, adapter)
+    elif folder and adapter is None and _has_weights(folder):
+        if Path(base).resolve() != folder.resolve():
+            raise InputError(
+                f"{folder}: holds full weights, but checkpoint.base names {base}; which "
+                "of the two is to be measured? leave checkpoint.base out, or name an "
+                "adapter"
+            )
     return CheckpointFiles(
         base=base,
         adapter=adapter,
@@ -107,7 +114,7 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
 def _base_of(folder: Path | None, adapter: Path | None) -> str:
     if adapter is None:
         assert folder is not None
-        if not any((folder / name).exists() for name in WEIGHT_FILES):
+        if not _has_weights(folder):
             raise InputError(
                 f"{folder}: expected adapter_config.json (an adapter) or "
                 f"{WEIGHT_FILES[0]} (full weights), found {_listing(folder)}"
@@ -122,12 +129,19 @@ def _base_of(folder: Path | None, adapter: Path | None) -> str:
     return base
 
 
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in WEIGHT_FILES)
+
+
 def _read_adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable adapter configuration") from error
+    if not isinstance(config, dict):
+        found = type(config).__name__
+        raise InputError(f"{path}: expected a mapping, found {found}")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path}: expected peft_type LORA, found {kind}")
@@ -167,13 +181,20 @@ def resolve_device(compute: Compute, local_rank: int) -> torch.device:
     """The device of this rank.
 
     Raises:
-        InputError: `cuda` was asked for and there is none.
+        InputError: `cuda` was asked for and there is none, or fewer than ranks.
     """
-    available = torch.cuda.is_available()
-    if compute.device == "cuda" and not available:
+    count = torch.cuda.device_count()
+    if compute.device == "cuda" and not count:
         raise InputError("compute.device: cuda asked for, but torch sees no GPU")
-    if compute.device == "cpu" or not available:
+    if compute.device == "cpu" or not count:
         return torch.device("cpu")
+    if local_rank >= count:
+        raise InputError(
+            f"compute.device: this machine has {count} GPUs, and rank {local_rank} of "
+            "it finds none; start at most that many processes, or set compute.device: "
+            "cpu"
+        )
+    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
@@ -222,21 +243,33 @@ def _load_base(base: str, dtype: torch.dtype, attention: str) -> nn.Module:
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=False,
+            # Reported below, by name.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        # Whatever the libraries raise, it is these files that they cannot read.
         raise InputError(
             f"base model {base}: cannot be loaded ({_first_line(error)}); set "
             "checkpoint.base to its folder or hub id"
         ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
-            names = sorted(str(name) for name in report[kind])
+            names = sorted(_describe(entry) for entry in report[kind])
             raise InputError(
                 f"base model {base}: {len(names)} {kind.replace('_', ' ')}, the first "
                 f"is {names[0]}; the weights do not belong to its config.json"
             )
     return model
+
+
+def _describe(entry: Any) -> str:
+    """A key of a loading report, with its shapes if they are what is wrong."""
+    if isinstance(entry, str):
+        return entry
+    name, found, expected = entry
+    return f"{name} (found {tuple(found)}, expected {tuple(expected)})"
 
 
 def _load_adapter(model: nn.Module, adapter: Path) -> nn.Module:
@@ -247,7 +280,8 @@ def _load_adapter(model: nn.Module, adapter: Path) -> nn.Module:
     try:
         stored = load_peft_weights(str(adapter), device="cpu")
         wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:
+        # Whatever the libraries raise, it is these files that they cannot read.
         raise InputError(
             f"adapter {adapter}: does not fit the base model ({_first_line(error)}); "
             "is checkpoint.base the model it was trained on?"
@@ -269,8 +303,9 @@ def _load_tokenizer(source: str) -> Any:
     if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
         return None
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        # Whatever the library raises, it is this folder that it cannot read.
         raise InputError(
             f"tokenizer {source}: cannot be loaded ({_first_line(error)})"
         ) from error
@@ -283,5 +318,7 @@ def _require_finite_weights(model: nn.Module) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    """The line of a message that says most: the one that names a tensor, or the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    named = [line.strip() for line in lines if "size mismatch for" in line]
+    return (named or lines)[0]

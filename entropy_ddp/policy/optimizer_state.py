@@ -14,7 +14,6 @@ Hyper-parameters come from the saved groups; the stored learning rate is the one
 next step.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,18 @@ NO_DECAY_PATTERNS = [
     r"(?:^|\.)norm(?:$|\.)",
     r"_norm(?:$|\.)",
 ]
-GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
+GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
+# What Adam and AdamW groups may hold beside these; NAdam, say, has a `momentum_decay`.
+OTHER_GROUP_KEYS = {
+    "capturable",
+    "decoupled_weight_decay",
+    "differentiable",
+    "foreach",
+    "fused",
+    "initial_lr",
+    "maximize",
+    "param_names",
+}
 
 
 def load_optimizer(
@@ -68,10 +78,12 @@ def load_optimizer(
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:
+        # Whatever torch raises, it is this file that it cannot read.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{path}: not a readable optimizer state (tensors and plain values only; "
-            f"no code is run from it): {str(error).strip().splitlines()[0]}"
+            f"no code is run from it): {reason}"
         ) from error
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
         found = list(saved) if isinstance(saved, dict) else type(saved).__name__
@@ -80,11 +92,20 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"found {found}"
         )
     for group in saved["param_groups"]:
+        if not isinstance(group, dict):
+            found = type(group).__name__
+            raise InputError(f"{path}: expected param groups, found a {found} in place")
         missing = [key for key in GROUP_KEYS if key not in group]
         if missing:
             raise InputError(
                 f"{path}: expected an AdamW state; its param groups have no "
                 f"{', '.join(missing)}, only {', '.join(sorted(group))}"
+            )
+        foreign = sorted(group.keys() - set(GROUP_KEYS) - OTHER_GROUP_KEYS)
+        if foreign:
+            raise InputError(
+                f"{path}: expected an AdamW state, found one with {foreign[0]} in its "
+                "param groups; other optimizers are not supported"
             )
     decoupled = {g.get("decoupled_weight_decay", True) for g in saved["param_groups"]}
     if len(decoupled) > 1:

@@ -8,6 +8,7 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.checkpoint import find_checkpoint
 from entropy_ddp.probe.session import Progress, open_policy, sample_batch
+from entropy_ddp.results import prepare_folder
 from entropy_ddp.rollouts.files import write_jsonl
 
 
@@ -36,16 +37,17 @@ def run_sample(
     for path in files.values():
         if path.exists() and not overwrite:
             raise InputError(f"{path}: exists; give --overwrite or another --out")
+    if world.is_main:
+        prepare_folder(out, overwrite=True)
     session = open_policy(config, world, find_checkpoint(config.checkpoint), progress)
-    summaries = []
-    for split, source in sources.items():
-        rows = sample_batch(session, split, source)
-        if world.is_main:
-            out.mkdir(parents=True, exist_ok=True)
+    rows_of = {s: sample_batch(session, s, source) for s, source in sources.items()}
+    if world.is_main:
+        for split, rows in rows_of.items():
             write_jsonl(files[split], rows)
-        redraws = session.num_redraws[split]
-        summaries.append({"split": split} | _summary(rows) | {"redraws": redraws})
-    return summaries
+    return [
+        {"split": split} | _summary(rows) | {"redraws": session.num_redraws[split]}
+        for split, rows in rows_of.items()
+    ]
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from entropy_ddp.policy.checkpoint import (
     resolve_device,
 )
 from entropy_ddp.policy.optimizer_state import load_optimizer
+from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.policy.selfcheck import SelfCheck, check_model
@@ -34,6 +35,7 @@ from entropy_ddp.rollouts.files import (
 )
 from entropy_ddp.rollouts.rows import TokenLimits
 from entropy_ddp.rollouts.sampling import SamplingSettings, merge_rows, sample_rollouts
+from entropy_ddp.update.loss import require_sampling_logprobs
 
 # (name of the phase, units done by this rank, units this rank has to do)
 Progress = Callable[[str, int, int], None]
@@ -216,18 +218,24 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
     if "U" in batches and config.update.loss != "nll":
         source = config.batches.U.file or "sampled U"
         require_rewards(batches["U"], Path(source))
+    if "U" in batches and config.update.ratio == "clipped":
+        require_sampling_logprobs(batches["U"])
 
 
 def _open_batch(
     session: Session, split: str, source: BatchSource, out: Path | None
 ) -> Batch:
     limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
+    kept = None if out is None else out / "rollouts" / f"{split}.jsonl"
     if source.file is not None:
+        if kept is not None and session.world.is_main:
+            # What an earlier run sampled into this folder is not this run's.
+            kept.unlink(missing_ok=True)
         return read_batch(Path(source.file), split, limits, tokenizer)
     rows = sample_batch(session, split, source)
-    if out is not None and session.world.is_main:
-        (out / "rollouts").mkdir(exist_ok=True)
-        write_jsonl(out / "rollouts" / f"{split}.jsonl", rows)
+    if kept is not None and session.world.is_main:
+        kept.parent.mkdir(exist_ok=True)
+        write_jsonl(kept, rows)
     return make_batch(rows, f"sampled {split}", split, limits, tokenizer)
 
 
@@ -236,7 +244,7 @@ def sample_batch(
 ) -> list[dict[str, Any]]:
     """Roll a batch out of the policy, each rank its prompts; all rows on every rank."""
     name = f"sample {split}"
-    with session.phase(name):
+    with session.phase(name), precision_context(session.policy.dtype):
         sampled = sample_rollouts(
             session.policy.model,
             session.policy.tokenizer,

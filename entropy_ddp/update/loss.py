@@ -75,12 +75,21 @@ def loss_weights(shard: Shard, update: Update) -> TokenWeights:
     return weights
 
 
-def _sampling_logprobs(shard: Shard) -> Tensor:
-    for sequence in shard.batch.sequences:
+def require_sampling_logprobs(batch: Batch) -> None:
+    """Check that every sequence has what the clipped ratio needs.
+
+    Raises:
+        InputError: one has no sampling log-probs, naming its line.
+    """
+    for sequence in batch.sequences:
         if sequence.sampling_logprobs is None:
             raise InputError(
                 f"update.ratio: clipped needs sampling_logprobs in every row of U; "
                 f"line {sequence.index + 1} has none"
             )
+
+
+def _sampling_logprobs(shard: Shard) -> Tensor:
+    require_sampling_logprobs(shard.batch)
     pieces = [s.sampling_logprobs for s in shard.sequences]
     return torch.cat([torch.zeros(0, dtype=torch.float64), *pieces])

@@ -131,9 +131,7 @@ def test_proxies_token_by_token() -> None:
     table = make_table()
     found = proxies(table)
     count = len(table.share)
-    columns = zip(
-        table.logp.tolist(), table.entropy.tolist(), table.advantage.tolist()
-    )
+    columns = zip(table.logp.tolist(), table.entropy.tolist(), table.advantage.tolist())
     mean_logp, mean_advantage = (
         math.fsum(column.tolist()) / count for column in (table.logp, table.advantage)
     )
@@ -225,7 +223,9 @@ def test_share_by_label() -> None:
 def test_rules_choose_what_they_say(fraction: float) -> None:
     """Sorted by hand: as many as the fraction says, one at least."""
     table = make_table()
-    chosen = [set(rule.mask.nonzero()[:, 0].tolist()) for rule in rules(table, fraction)]
+    chosen = [
+        set(rule.mask.nonzero()[:, 0].tolist()) for rule in rules(table, fraction)
+    ]
     tokens = range(len(table.share))
     count = max(1, round(fraction * len(tokens)))
     share, logp = table.share.tolist(), table.logp.tolist()

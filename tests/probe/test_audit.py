@@ -413,6 +413,7 @@ def test_an_adapter_of_zeros_gives_no_gradient(plain: Scene, tmp_path: Path) -> 
     probed = plain.with_weights(tmp_path, zeroed("lora_")).audit(tmp_path)
     found = complaints(probed)
     assert {SIGNAL: "fail", **dict.fromkeys(COVERAGE, "fail")}.items() <= found.items()
+    assert found.keys() <= {SIGNAL, *COVERAGE, NOISE, RATIOS[1]}
     assert "no gradient flows through the responses" in find(probed, SIGNAL).hint
     assert "its matrices are zero" in find(probed, SIGNAL).hint
     assert probed.results.linear.slope == 0
@@ -504,6 +505,19 @@ def test_equal_rewards_are_not_blamed_on_the_adapter(
     probed = equal_rewards[1]
     assert complaints(probed) == warned(GROUPS)
     assert probed.results.status == "ok"
+
+
+def test_equal_rewards_without_momentum_and_decay_move_nothing(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """Nothing is left of the step: a change of exactly zero, and why."""
+    scene = runs["no decay"][0].with_rows("U", lambda row: row | {"reward": 1.0})
+    probed = scene.with_moments(tmp_path, exp_avg=0.0).audit(tmp_path)
+    found = complaints(probed)
+    assert {CHANGE: "fail", GROUPS: "warn"}.items() <= found.items()
+    assert "every group's rewards are all equal" in find(probed, GROUPS).hint
+    assert probed.results.linear.delta_h1 == 0
+    assert probed.results.update.param_update_l2 == 0
 
 
 def test_share_and_histogram_of_the_groups_with_a_signal(

@@ -12,13 +12,18 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import pytest
+import reference as ref
 from rich.console import Console
 from tiny_runs import make_run
 
 from entropy_ddp import cli
 from entropy_ddp.distributed import World
+from entropy_ddp.probe.attribution import run_attribution
+from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.report import tables
+from entropy_ddp.report.attribution import print_attribution
+from entropy_ddp.report.inputs import print_inspection, print_samples
 from entropy_ddp.results import AuditRow, Results
 
 WIDTHS = (80, 100, 120)
@@ -32,6 +37,7 @@ PRINTERS: dict[str, Printer] = {
     "probe": tables.print_results,
     "audit": tables.print_diagnosis,
     "sweep": tables.print_sweep,
+    "attribution": print_attribution,
 }
 
 
@@ -46,7 +52,9 @@ def shown(printer: Printer, results: Results, width: int = 100) -> str:
 NATS = {
     "H_orig", "H_upd", "delta_h_true", "se", "delta_h_true_adjusted", "se_adjusted",
     "slope", "delta_h1", "se_jackknife", "terms", "difference_se", "delta_h1_se",
-    "second_derivative", "delta_h2", "noise_floor", "odd", "delta_h",
+    "second_derivative", "delta_h2", "noise_floor", "odd", "delta_h", "bars_dot",
+    "u_cross", "deltaH1", "V_X", "V_Y", "se_deltaH1", "se_paired", "momentum",
+    "weight_decay", "gradient", "total", "share",
 }  # fmt: skip
 
 
@@ -83,16 +91,26 @@ def with_complaints(results: Results) -> Results:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """A symmetric sweep: its results have every part that a table shows."""
-    root = tmp_path_factory.mktemp("run")
-    run = make_run(root, "qwen2")
-    config = run.config(
+    """A symmetric sweep with the parts that other commands add to it."""
+    run = make_run(tmp_path_factory.mktemp("run"), "qwen2")
+    groups_of_two = ref.random_rows(7, groups=5, responses=2, vocabulary=17)
+    config = replace(run, E=groups_of_two).config(
         compute={"device": "cpu", "tokens_per_microbatch": 10_000},
         sweep={"etas": [0.001, 0.01], "symmetric": True},
+        attribution={"top": 5, "verify": True},
         precision={"model": "float32"},  # for a noise floor that is not 0
     )
     out = tmp_path_factory.mktemp("out")
-    return run_sweep(config, World(), out, lambda *progress: None).results
+    probed, swept, attributed = (
+        job(config, World(), out, lambda *progress: None).results
+        for job in (run_probe, run_sweep, run_attribution)
+    )
+    assert probed.gradient_dot is not None and attributed.attribution is not None
+    return replace(
+        swept,
+        gradient_dot=probed.gradient_dot,
+        attribution=attributed.attribution,
+    )
 
 
 VARIANTS: dict[str, Callable[[Results], Results]] = {
@@ -168,7 +186,11 @@ def test_prediction_truth_and_difference_share_a_row(
         (linear.delta_h1, rate * linear.se),
         (truth.delta_h_true - linear.delta_h1, linear.difference_se),
     )
-    for printer in (tables.print_results, tables.print_diagnosis):
+    for printer in (
+        tables.print_results,
+        tables.print_diagnosis,
+        print_attribution,
+    ):
         lines = shown(printer, measured, width).splitlines()
         (place,) = (
             number
@@ -189,6 +211,26 @@ def test_no_infinity_where_the_error_is_zero(measured: Results) -> None:
     linear = replace(measured.linear, difference_se=0.0)
     text = shown(tables.print_results, replace(measured, linear=linear))
     assert not re.search(r"\b(nan|inf)\b", text)
+
+
+@pytest.mark.parametrize("printer", PRINTERS.values(), ids=PRINTERS)
+def test_failures_come_first_then_warnings_then_tables(
+    measured: Results, printer: Printer
+) -> None:
+    results = with_complaints(measured)
+    lines = shown(printer, results).splitlines()
+    kinds = [
+        kind
+        for line in lines
+        for kind in ("FAILED: ", "warning: ", "┏")
+        if line.startswith(kind)
+    ]
+    order = list(dict.fromkeys(kinds))
+    assert order == ["FAILED: ", "warning: ", "┏"]
+    assert kinds == sorted(kinds, key=order.index)
+    verdicts = [row.verdict for row in results.audit]
+    assert kinds.count("FAILED: ") == verdicts.count("fail")
+    assert kinds.count("warning: ") == verdicts.count("warn")
 
 
 # Nothing rounds to 0
@@ -213,7 +255,8 @@ def test_changes_and_errors_never_read_as_zero(
     shown_entropy = replace(tiny.truth, H_orig=measured.truth.H_orig)
     linear = replace(tiny.linear, difference_se=1e-3 * tiny.linear.difference_se)
     results = replace(tiny, truth=shown_entropy, linear=linear, audit=[])
-    assert zeros(shown(printer, results)) == []
+    found = zeros(shown(printer, results))
+    assert [zero for zero in found if "%" not in zero] == []  # no share of anything
 
 
 def collapsed(results: Results) -> Results:
@@ -358,8 +401,8 @@ def test_tables_of_samples_and_checks_keep_their_numbers(width: int) -> None:
     texts = []
     for columns in (width, WITHOUT_AN_EDGE):
         console = Console(file=io.StringIO(), width=columns)
-        tables.print_samples(console, summaries, "runs/sample-20260101-000000")
-        tables.print_inspection(console, found)
+        print_samples(console, summaries, "runs/sample-20260101-000000")
+        print_inspection(console, found)
         assert isinstance(console.file, io.StringIO)
         texts.append(console.file.getvalue())
     assert number_counts(texts[0]) == number_counts(texts[1])

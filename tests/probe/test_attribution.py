@@ -1,0 +1,730 @@
+"""Does every sequence and every token of U get the share that brute force gives it?
+
+The step is decomposed again by its written formula with the reference's gradients, and
+each part's effect is a central difference of the reference's entropy along that part
+alone. Groups of U are mixed in the file, and some responses are empty.
+"""
+
+import gzip
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import reference as ref
+import torch
+import yaml
+from reference import LossSettings, Objective
+from tiny_runs import TinyRun, make_run
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.parameters import fingerprint
+from entropy_ddp.probe import attribution
+from entropy_ddp.probe.attribution import run_attribution
+from entropy_ddp.probe.session import Session
+from entropy_ddp.results import Probed
+from entropy_ddp.update.step import optimizer_tensors
+
+RTOL = 1e-10  # the contract's bar for float64, of the largest number of its kind
+GAP = {"float64": 1e-10, "float32": 1e-5}  # of the largest term of the slope
+DIFFERENCE_RTOL = 1e-7  # the contract's bar for central differences
+VERIFIED_RTOL = 1e-9  # a difference of two entropies
+DIFFERENCE_STEP = 0.02  # along a direction of norm 1
+LEARNING_RATE = 0.02
+FRACTION = 0.2
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-lora": ("gpt2", {}),
+    "qwen2-lora": ("qwen2", {}),
+    "llama-full": ("llama", {"full": True}),
+}
+TOKEN_KEYS = (
+    "index",
+    "k",
+    "token_id",
+    "text",
+    "logp",
+    "entropy",
+    "advantage",
+    "covariance",
+    "share",
+)
+
+
+DR_GRPO = LossSettings()
+CLIPPED = LossSettings(ratio="clipped")
+PER_TOKEN = Objective()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, a loss, a limit of the gradient's norm and an entropy."""
+
+    run: str
+    loss: LossSettings = DR_GRPO
+    max_grad_norm: float = 0.1
+    objective: Objective = PER_TOKEN
+
+    def sections(self) -> dict[str, Any]:
+        """The sections of the configuration."""
+        loss, objective = self.loss, self.objective
+        to_go = objective.is_mode == "per_decision"
+        return {
+            "update": {
+                "loss": loss.loss,
+                "length_norm": loss.length_norm,
+                "ratio": loss.ratio,
+                "epsilon_low": loss.epsilon_low,
+                "epsilon_high": loss.epsilon_high,
+                "max_grad_norm": self.max_grad_norm,
+                "lr_override": LEARNING_RATE,
+            },
+            "objective": {
+                "normalize": objective.normalize,
+                "integrand": objective.integrand,
+                "temperature": objective.temperature,
+            },
+            "linear": {"score": "to_go", "baseline": "hk"} if to_go else {},
+        }
+
+
+CASES = {
+    "gpt2 dr_grpo": Case("gpt2-lora"),
+    "gpt2 dr_grpo 12 unclipped": Case("gpt2-lora", LossSettings(length_norm=12), 0.0),
+    "gpt2 grpo": Case("gpt2-lora", LossSettings(loss="grpo")),
+    "gpt2 dapo unclipped": Case("gpt2-lora", LossSettings(loss="dapo"), 0.0),
+    "gpt2 nll": Case("gpt2-lora", LossSettings(loss="nll")),
+    "gpt2 ratio": Case("gpt2-lora", CLIPPED),
+    "gpt2 dapo, ratio unclipped": Case("gpt2-lora", replace(CLIPPED, loss="dapo"), 0.0),
+    "gpt2 to_go, hk": Case("gpt2-lora", objective=Objective(is_mode="per_decision")),
+    "qwen2 dr_grpo unclipped": Case("qwen2-lora", max_grad_norm=0.0),
+    "qwen2 grpo, ratio": Case("qwen2-lora", replace(CLIPPED, loss="grpo")),
+    "qwen2 sum, surprisal, warm": Case(
+        "qwen2-lora",
+        LossSettings(temperature=1.3),
+        objective=Objective(normalize="sum", integrand="surprisal", temperature=1.3),
+    ),
+    "llama dr_grpo": Case("llama-full"),
+    "llama nll unclipped": Case("llama-full", LossSettings(loss="nll"), 0.0),
+}
+
+RunMaker = Callable[[str], TinyRun]
+
+
+@pytest.fixture(scope="module")
+def named_run(tmp_path_factory: pytest.TempPathFactory) -> RunMaker:
+    """Each checkpoint is written once."""
+
+    @cache
+    def make(name: str) -> TinyRun:
+        family, options = RUNS[name]
+        return with_mixed_groups(
+            make_run(tmp_path_factory.mktemp(name), family, **options)
+        )
+
+    return make
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def with_mixed_groups(run: TinyRun) -> TinyRun:
+    """The same run; no group's rows of U stand together in the file."""
+    mixed = [*run.U[::3], *run.U[1::3], *run.U[2::3]]
+    groups = [row.group for row in mixed]
+    assert groups != sorted(groups)
+    return replace(run, U=mixed)
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+def attribute(run: TinyRun, **sections: Any) -> Probed:
+    """The whole job on one rank."""
+    return run_attribution(run.config(**sections), World(), None, quiet)
+
+
+@cache
+def attributed(run: TinyRun, case: Case) -> Probed:
+    return attribute(run, **case.sections())
+
+
+def update_rows(probed: Probed) -> list[dict[str, Any]]:
+    return [row for row in probed.sequences if row["split"] == "U"]
+
+
+def sequence_shares(probed: Probed) -> list[float]:
+    return [row["share"] for row in update_rows(probed)]
+
+
+def token_shares(probed: Probed) -> list[float]:
+    assert probed.tokens is not None
+    return [row["share"] for row in probed.tokens]
+
+
+# Brute force
+
+Direction = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NaiveParts:
+    """The change of the parameters as the written formula splits it, by name."""
+
+    momentum: Direction
+    decay: Direction
+    gain: Direction
+    """What multiplies a share of the gradient, with a minus sign."""
+
+    def of_gradient(self, gradient: Direction) -> Direction:
+        return {name: -gain * gradient[name] for name, gain in self.gain.items()}
+
+
+def naive_parts(run: TinyRun, gradient: Direction, max_grad_norm: float) -> NaiveParts:
+    """Momentum, decay, and eta kappa (1 - beta1) / (bc1 denom), by the formula."""
+    clipped, _, kappa = ref.clip_gradients(gradient, max_grad_norm)
+    parameters = ref.trainable(run.saved.model)
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    momentum, decay, gain = {}, {}, {}
+    for group in run.saved.optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            name = name_of[id(parameter)]
+            state = run.saved.optimizer.state[parameter]
+            t = int(state["step"]) + 1
+            second = beta2 * state["exp_avg_sq"] + (1 - beta2) * clipped[name] ** 2
+            denominator = (second / (1 - beta2**t)).sqrt() + group["eps"]
+            scale = LEARNING_RATE / ((1 - beta1**t) * denominator)
+            momentum[name] = -scale * beta1 * state["exp_avg"]
+            decay[name] = -LEARNING_RATE * group["weight_decay"] * parameter.detach()
+            gain[name] = scale * kappa * (1 - beta1)
+    return NaiveParts(momentum, decay, gain)
+
+
+def sequence_gradients(run: TinyRun, settings: LossSettings) -> list[Direction]:
+    """Gradient of every row's share of the loss: all other advantages are 0."""
+    parameters = ref.trainable(run.saved.model)
+    advantages = [1.0] * len(run.U)
+    if settings.loss == "nll":
+        settings = replace(settings, loss="dapo")  # `nll` is `dapo` with advantages 1
+    else:
+        advantages = ref.advantages(run.U, "centered")
+    gradients = []
+    for number, advantage in enumerate(advantages):
+        alone = [0.0] * len(run.U)
+        alone[number] = advantage
+        loss = ref.rl_loss(run.saved.model, run.U, alone, settings)
+        values = torch.autograd.grad(loss, list(parameters.values()))
+        gradients.append(dict(zip(parameters, values, strict=True)))
+    return gradients
+
+
+def added(directions: list[Direction]) -> Direction:
+    return {n: torch.stack([d[n] for d in directions]).sum(0) for n in directions[0]}
+
+
+def norm(direction: Direction) -> float:
+    return math.sqrt(sum(float(part.square().sum()) for part in direction.values()))
+
+
+def effect(run: TinyRun, objective: Objective, direction: Direction) -> float:
+    """Derivative of the importance-sampled entropy of E along it, by differences."""
+    size = norm(direction)
+    if not size:
+        return 0.0
+    unit = {name: part / size for name, part in direction.items()}
+    scores_at = ref.scores_along(run.saved.model, run.E, unit, objective.temperature)
+    value = ref.entropy_along(run.E, scores_at, objective)
+    return size * ref.slope_by_central_difference(value, DIFFERENCE_STEP)
+
+
+def test_shares_are_central_differences(named_run: RunMaker, case: Case) -> None:
+    """Sequences one by one, momentum and decay; empty responses have exactly 0."""
+    run = named_run(case.run)
+    probed = attributed(run, case)
+    result, update = probed.results.attribution, probed.results.update
+    assert result is not None
+    assert (update.clip_coef < 1) == bool(case.max_grad_norm)
+    gradients = sequence_gradients(run, case.loss)
+    whole = run.gradient(case.loss)
+    total = added(gradients)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(total[name], gradient, rtol=1e-10, atol=1e-14)
+    parts = naive_parts(run, whole, case.max_grad_norm)
+    expected = [
+        effect(run, case.objective, parts.of_gradient(gradient))
+        for gradient in gradients
+    ]
+    bar = DIFFERENCE_RTOL * max(map(abs, expected))
+    for share, value, row in zip(sequence_shares(probed), expected, run.U, strict=True):
+        assert abs(share - value) <= bar
+        assert bool(share) == bool(row.response_ids)
+    for found, direction in (
+        (result.momentum, parts.momentum),
+        (result.weight_decay, parts.decay),
+    ):
+        assert found != 0
+        assert abs(found - effect(run, case.objective, direction)) <= bar
+
+
+def entropy_gradient(run: TinyRun, objective: Objective) -> Direction:
+    """Gradient of the SNIS entropy per token at theta: autograd of weights and all."""
+    numerator = denominator = torch.zeros((), dtype=torch.float64)
+    for row in run.E:
+        logp, entropy = ref.token_scores(run.saved.model, row, objective.temperature)
+        weight = (logp.sum() - logp.sum().detach()).exp()
+        numerator = numerator + weight * entropy.sum()
+        denominator = denominator + weight * len(row.response_ids)
+    parameters = ref.trainable(run.saved.model)
+    values = torch.autograd.grad(numerator / denominator, list(parameters.values()))
+    return dict(zip(parameters, values, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2 ratio", "qwen2 dr_grpo unclipped"])
+def test_token_shares_by_autograd_of_each_token(named_run: RunMaker, name: str) -> None:
+    """The surrogate of one token at a time, over N_b G_b L_b."""
+    case = CASES[name]
+    run = named_run(case.run)
+    slope = entropy_gradient(run, case.objective)
+    parts = naive_parts(run, run.gradient(case.loss), case.max_grad_norm)
+    parameters = ref.trainable(run.saved.model)
+    expected, num_cut = [], 0
+    for row, advantage in zip(run.U, ref.advantages(run.U, "centered"), strict=True):
+        lengths = [len(r.response_ids) for r in run.U if r.group == row.group]
+        num_groups = len({r.group for r in run.U})
+        logp, _ = ref.token_scores(run.saved.model, row, 1.0)
+        for k, value in enumerate(logp):
+            surrogate = value * advantage
+            if case.loss.ratio == "clipped":
+                assert row.sampling_logprobs is not None
+                ratio = (value - row.sampling_logprobs[k]).exp()
+                surrogate = ratio * advantage
+                cut = ratio > 1.2 if advantage > 0 else ratio < 0.8
+                num_cut += bool(cut)
+                surrogate = 0.0 * surrogate if cut else surrogate
+            loss = -surrogate / (num_groups * len(lengths) * max(lengths))
+            gradients = torch.autograd.grad(
+                loss, list(parameters.values()), retain_graph=True
+            )
+            direction = parts.of_gradient(dict(zip(parameters, gradients, strict=True)))
+            share = sum(float((slope[n] * part).sum()) for n, part in direction.items())
+            expected.append(share)
+    assert bool(num_cut) == (case.loss.ratio == "clipped")
+    bar = RTOL * max(map(abs, expected))
+    for share, value in zip(token_shares(attributed(run, case)), expected, strict=True):
+        assert abs(share - value) <= bar
+
+
+# Sums
+
+
+def test_everything_sums_to_the_prediction(named_run: RunMaker, case: Case) -> None:
+    """Tokens to sequences, sequences to the gradient's part, the parts to delta_h1."""
+    run = named_run(case.run)
+    probed = attributed(run, case)
+    result, linear = probed.results.attribution, probed.results.linear
+    assert result is not None
+    assert probed.tokens is not None
+    scale = LEARNING_RATE * max(map(abs, linear.terms.values()))
+    for row in update_rows(probed):
+        tokens = [t["share"] for t in probed.tokens if t["index"] == row["index"]]
+        assert len(tokens) == row["num_tokens"]
+        assert abs(math.fsum(tokens) - row["share"]) <= RTOL * scale
+    sequences = math.fsum(sequence_shares(probed))
+    assert abs(sequences - result.gradient) <= RTOL * scale
+    parts = result.momentum + result.weight_decay + result.gradient
+    assert abs(parts - result.total) <= RTOL * scale
+    assert abs(result.total - linear.delta_h1) <= RTOL * scale
+    assert result.attribution_gap <= GAP["float64"]
+    for rows in result.summaries.values():
+        assert abs(sum(r["share"] for r in rows) - result.gradient) <= RTOL * scale
+        assert sum(r["num_tokens"] for r in rows) == len(probed.tokens)
+
+
+LINEAR = {
+    "full": {},
+    "to_go": {"score": "to_go"},
+    "to_go, hk": {"score": "to_go", "baseline": "hk"},
+    "to_go, loo": {"score": "to_go", "baseline": "loo"},
+    "to_go, ridge": {"score": "to_go", "baseline": "ridge"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "linear"),
+    [
+        *(("gpt2-lora", "float64", name) for name in LINEAR),
+        *(("qwen2-lora", "float32", name) for name in ("full", "to_go, hk")),
+        ("llama-full", "float32", "full"),
+    ],
+)
+def test_attribution_gap(
+    named_run: RunMaker, name: str, dtype: str, linear: str
+) -> None:
+    """The parts add up to what the linear estimator predicts, whichever it is."""
+    probed = attribute(
+        named_run(name), precision={"model": dtype}, linear=LINEAR[linear]
+    )
+    result = probed.results.attribution
+    assert result is not None
+    assert result.attribution_gap <= GAP[dtype]
+    (row,) = (r for r in probed.results.audit if r.name == "attribution gap")
+    assert (row.value, row.verdict) == (result.attribution_gap, "ok")
+    terms = probed.results.linear.terms
+    bar = GAP[dtype] * LEARNING_RATE * max(map(abs, terms.values()))
+    assert abs(result.total - probed.results.linear.delta_h1) <= bar
+
+
+def test_batch_without_advantages_moves_by_momentum_alone(named_run: RunMaker) -> None:
+    """Equal rewards: no share, no rank correlation, and nothing that is not finite."""
+    run = named_run("gpt2-lora")
+    equal = replace(run, U=[replace(row, reward=0.1) for row in run.U])
+    probed = attribute(equal)
+    document = probed.results.to_dict()["attribution"]
+    assert document["gradient"] == 0
+    assert document["momentum"] != 0
+    assert document["total"] == document["momentum"] + document["weight_decay"]
+    assert document["attribution_gap"] <= GAP["float64"]
+    assert set(token_shares(probed)) == set(sequence_shares(probed)) == {0.0}
+    for judged in (document["covariance"], *document["proxies"].values()):
+        assert "spearman" not in judged
+    for row in document["what_if"]:
+        assert row["delta_h1"] == document["total"]
+
+
+def test_top_tokens_are_the_largest_shares(named_run: RunMaker) -> None:
+    run = named_run("gpt2-lora")
+    probed = attribute(run, attribution={"top": 5})
+    result, tokens = probed.results.attribution, probed.tokens
+    assert result is not None
+    assert tokens is not None
+    wanted = sorted(tokens, key=lambda row: -abs(row["share"]))[:5]
+    keys = ("index", "k", "share", "logp", "entropy", "advantage")
+    assert result.top_tokens == [{key: row[key] for key in keys} for row in wanted]
+
+
+# What if
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskedRun(TinyRun):
+    """A run whose loss has the coefficient 0 on every token that is not kept."""
+
+    keep: list[list[bool]]
+
+    def gradient(
+        self, settings: LossSettings, advantage: str = "centered"
+    ) -> dict[str, Tensor]:
+        """That of dr_grpo, term by term; all tokens of a group count in L_b."""
+        parameters = ref.trainable(self.saved.model)
+        loss = torch.zeros((), dtype=torch.float64)
+        num_groups = len({row.group for row in self.U})
+        for row, value, keep in zip(
+            self.U, ref.advantages(self.U, advantage), self.keep, strict=True
+        ):
+            lengths = [len(r.response_ids) for r in self.U if r.group == row.group]
+            logp, _ = ref.token_scores(self.saved.model, row, settings.temperature)
+            kept = sum((x for x, k in zip(logp, keep, strict=True) if k), 0.0 * loss)
+            loss = loss - value * kept / (num_groups * len(lengths) * max(lengths))
+        values = torch.autograd.grad(loss, list(parameters.values()))
+        return dict(zip(parameters, values, strict=True))
+
+
+def chosen_tokens(tokens: list[dict[str, Any]]) -> list[set[int]]:
+    """Which rows every rule leaves out, in the rules' order."""
+    count = round(FRACTION * len(tokens))
+    places = range(len(tokens))
+    middle = sorted(row["logp"] for row in tokens)[(len(tokens) - 1) // 2]
+    failed = {t for t in places if tokens[t]["advantage"] < 0}
+    return [
+        set(sorted(places, key=lambda t: tokens[t]["share"])[:count]),
+        set(sorted(places, key=lambda t: -tokens[t]["share"])[:count]),
+        set(sorted(places, key=lambda t: -tokens[t]["covariance"])[:count]),
+        {t for t in failed if tokens[t]["logp"] < middle},
+        failed,
+        set(places) - failed,
+    ]
+
+
+def test_what_if_is_a_step_without_these_tokens(
+    named_run: RunMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predicted: the masked shares are missing. True: a masked naive step is taken.
+
+    Afterwards parameters and optimizer state are what they were, bit for bit.
+    """
+    case = CASES["gpt2 dr_grpo"]
+    run, opened = named_run(case.run), []
+
+    def open_and_remember(*arguments: Any) -> Session:
+        session = open_session(*arguments)
+        opened.append((session, session_fingerprint(session)))
+        return session
+
+    open_session = attribution.open_session
+    monkeypatch.setattr(attribution, "open_session", open_and_remember)
+    asked = {"verify": True, "fraction": FRACTION}
+    probed = attribute(run, **case.sections(), attribution=asked)
+    ((session, before),) = opened
+    assert session_fingerprint(session) == before
+
+    result, tokens = probed.results.attribution, probed.tokens
+    assert result is not None
+    assert tokens is not None
+    old = ref.scores(run.saved.model, run.E, 1.0)
+    found = []
+    for row, chosen in zip(result.what_if, chosen_tokens(tokens), strict=True):
+        assert row["num_tokens"] == len(chosen) > 0
+        shares = math.fsum(tokens[t]["share"] for t in chosen)
+        scale = max(abs(token["share"]) for token in tokens)
+        assert abs(row["delta_h1"] - (result.total - shares)) <= RTOL * scale
+        left_out = {(tokens[t]["index"], tokens[t]["k"]) for t in chosen}
+        keep = [
+            [(i, k + 1) not in left_out for k in range(len(r.response_ids))]
+            for i, r in enumerate(run.U)
+        ]
+        masked = MaskedRun(**vars(run), keep=keep).naive_step(
+            case.loss, max_grad_norm=case.max_grad_norm, learning_rate=LEARNING_RATE
+        )
+        with ref.parameters_shifted(run.saved.model, masked.delta, 1.0):
+            new = ref.scores(run.saved.model, run.E, 1.0)
+        truth = ref.delta_h_true(run.E, old, new, case.objective)
+        bar = VERIFIED_RTOL * abs(truth.delta_h_true)
+        assert abs(row["delta_h_true"] - truth.delta_h_true) <= bar
+        assert abs(row["se"] - truth.se) <= VERIFIED_RTOL * truth.se
+        found.append(row["delta_h_true"])
+    assert len({*found, probed.results.truth.delta_h_true}) == len(found) + 1
+
+
+def session_fingerprint(session: Session) -> str:
+    """Hash of every parameter and of every tensor of the optimizer state."""
+    assert session.optimizer is not None
+    state = optimizer_tensors(session.optimizer)
+    return fingerprint([*session.policy.model.named_parameters(), *state])
+
+
+def test_what_if_is_not_verified_unless_asked(named_run: RunMaker) -> None:
+    result = attributed(named_run("gpt2-lora"), CASES["gpt2 dr_grpo"]).results
+    assert result.attribution is not None
+    for row in result.attribution.what_if:
+        assert list(row) == ["rule", "num_tokens", "delta_h1"]
+
+
+# Optimizers with another rule
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            torch.optim.SGD,
+            "expected an AdamW state; its param groups have no betas, eps",
+        ),
+        (
+            torch.optim.RMSprop,
+            "expected an AdamW state; its param groups have no betas",
+        ),
+        (
+            torch.optim.Adamax,
+            "expected AdamW's exp_avg_sq for .* found exp_avg, exp_inf",
+        ),
+    ],
+)
+def test_other_optimizers_are_refused(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], message: str
+) -> None:
+    run = make_run(tmp_path, "gpt2")
+    parameters = list(ref.trainable(run.saved.model).values())
+    optimizer = kind(parameters, lr=1e-3)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), run.saved.folder / "optimizer.pt")
+    with pytest.raises(InputError, match=message):
+        attribute(run)
+
+
+# The command and its files
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A checkpoint with a tokenizer, and the configuration of a run on it."""
+
+    run: TinyRun
+    config: Path
+
+    def arguments(self, out: Path) -> list[str | Path]:
+        options = ("--config", self.config, "--out", out, "--verify", "--quiet")
+        return [*launching.PACKAGE, "attribute", *options]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A run directory."""
+
+    path: Path
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of results.json, which must be JSON without NaN."""
+        return json.loads((self.path / "results.json").read_text(), parse_constant=fail)
+
+    @property
+    def sequences(self) -> list[dict[str, Any]]:
+        """The rows of U."""
+        lines = (self.path / "per_sequence.jsonl").read_text().splitlines()
+        rows = [json.loads(line, parse_constant=fail) for line in lines]
+        return [row for row in rows if row["split"] == "U"]
+
+    @property
+    def tokens(self) -> list[dict[str, Any]]:
+        """The rows of tokens.jsonl.gz."""
+        with gzip.open(self.path / "tokens.jsonl.gz", "rt") as stream:
+            return [json.loads(line, parse_constant=fail) for line in stream]
+
+
+def fail(constant: str) -> None:
+    raise AssertionError(f"not a number of JSON: {constant}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """U has two groups only: one of three ranks has none of it."""
+    root = tmp_path_factory.mktemp("place")
+    run = make_run(root, "gpt2")
+    mixed = [run.U[i] for i in (2, 0, 3, 1, 4)]
+    assert [row.group for row in mixed] == [1, 0, 1, 0, 1]
+    run = replace(run, U=mixed)
+    words = {f"w{i}": i for i in range(run.saved.model.config.vocab_size)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0"))
+    )
+    tokenizer.save_pretrained(run.saved.folder)
+    config = run.config(attribution={"fraction": FRACTION})
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump()))
+    return Workplace(run, path)
+
+
+@pytest.fixture(scope="module")
+def written(place: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """The command, run once by one process."""
+    out = tmp_path_factory.mktemp("written") / "out"
+    launching.run(launching.python(*place.arguments(out))).require_success()
+    return Folder(out)
+
+
+def test_tokens_file(place: Workplace, written: Folder) -> None:
+    """Every token of U in file order, with the reference's numbers."""
+    rows, model, batch = iter(written.tokens), place.run.saved.model, place.run.U
+    scored = ref.scores(model, batch, 1.0)
+    advantages = ref.advantages(batch, "centered")
+    num_tokens = sum(len(row.response_ids) for row in batch)
+    pairs = list(zip(scored, advantages, strict=True))
+    mean_logp = math.fsum(float(x.sum()) for x, _ in scored) / num_tokens
+    mean_advantage = math.fsum(len(x) * a for (x, _), a in pairs) / num_tokens
+    for index, ((logp, entropy), advantage) in enumerate(pairs):
+        for k, token_id in enumerate(batch[index].response_ids):
+            row = next(rows)
+            assert tuple(row) == TOKEN_KEYS
+            assert (row["index"], row["k"], row["token_id"]) == (index, k + 1, token_id)
+            assert row["text"] == f"w{token_id}"
+            covariance = (float(logp[k]) - mean_logp) * (advantage - mean_advantage)
+            for key, value in (
+                ("logp", float(logp[k])),
+                ("entropy", float(entropy[k])),
+                ("advantage", advantage),
+                ("covariance", covariance),
+            ):
+                assert abs(row[key] - value) <= RTOL * max(1.0, abs(value)), key
+    assert next(rows, None) is None
+
+
+def test_shares_in_the_sequences_file(place: Workplace, written: Folder) -> None:
+    """In file order though groups are mixed; they sum to delta_h1 with the rest."""
+    results, rows = written.results, written.sequences
+    found, linear = results["attribution"], results["linear"]
+    scale = results["update"]["learning_rate_used"] * max(
+        map(abs, linear["terms"].values())
+    )
+    assert [row["index"] for row in rows] == list(range(len(place.run.U)))
+    for row, given in zip(rows, place.run.U, strict=True):
+        assert row["num_tokens"] == len(given.response_ids)
+        assert row["group"] == given.group
+        shares = [t["share"] for t in written.tokens if t["index"] == row["index"]]
+        assert abs(row["share"] - math.fsum(shares)) <= RTOL * scale
+    total = math.fsum(row["share"] for row in rows)
+    total += found["momentum"] + found["weight_decay"]
+    assert abs(total - linear["delta_h1"]) <= RTOL * scale
+
+
+def test_results_file(written: Folder) -> None:
+    results = written.results
+    assert results["status"] == "ok"
+    found = results["attribution"]
+    assert found.keys() >= {
+        "momentum",
+        "weight_decay",
+        "gradient",
+        "total",
+        "attribution_gap",
+        "covariance",
+    }
+    assert found["attribution_gap"] <= GAP["float64"]
+    assert list(found["covariance"]) == ["spearman", "top_overlap"]
+    assert all("delta_h_true" in row for row in found["what_if"])
+    assert "curvature" not in results
+    top = found["top_tokens"][0]
+    token = max(written.tokens, key=lambda row: abs(row["share"]))
+    assert (top["index"], top["k"]) == (token["index"], token["k"])
+    assert top["context"][1] == token["text"]
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_shares_of_one(
+    place: Workplace, written: Folder, tmp_path: Path
+) -> None:
+    """One of them has no sequence of U; every token, sequence, part and what-if."""
+    command = launching.torchrun(3, *place.arguments(tmp_path / "out"))
+    launching.run(command).require_success()
+    other = Folder(tmp_path / "out")
+    assert other.results["run"]["world_size"] == 3
+    for mine, theirs in (
+        (other.tokens, written.tokens),
+        (other.sequences, written.sequences),
+    ):
+        bar = RTOL * max(abs(row["share"]) for row in theirs)
+        for row, expected in zip(mine, theirs, strict=True):
+            assert row.keys() == expected.keys()
+            assert row["index"] == expected["index"]
+            assert abs(row["share"] - expected["share"]) <= bar
+    found, expected = other.results["attribution"], written.results["attribution"]
+    terms = written.results["linear"]["terms"]
+    rate = written.results["update"]["learning_rate_used"]
+    scale = rate * max(map(abs, terms.values()))
+    for key in ("momentum", "weight_decay", "gradient", "total"):
+        assert abs(found[key] - expected[key]) <= RTOL * scale, key
+    mine, theirs = found["covariance"], expected["covariance"]
+    assert mine["top_overlap"] == theirs["top_overlap"]
+    assert abs(mine["spearman"] - theirs["spearman"]) <= RTOL
+    entropy = written.results["truth"]["H_orig"]
+    for mine, theirs in zip(found["what_if"], expected["what_if"], strict=True):
+        assert (mine["rule"], mine["num_tokens"]) == (
+            theirs["rule"],
+            theirs["num_tokens"],
+        )
+        assert abs(mine["delta_h1"] - theirs["delta_h1"]) <= RTOL * scale
+        assert abs(mine["delta_h_true"] - theirs["delta_h_true"]) <= RTOL * entropy
