@@ -265,14 +265,12 @@ def run_ranks(body: Callable[["World"], int]) -> int:
 
 
 def _print_failure(error: Exception, world: "World | None") -> None:
-    message = str(error)
     if not isinstance(error, (InputError, RunError)):
         traceback.print_exception(error)
-        message = f"unexpected {type(error).__name__}, see above"
     rank = f"rank {world.rank}: " if world is not None and world.world_size > 1 else ""
     console = _error_console()
     console.print(f"[bold red]error:[/] {rank}", end="", soft_wrap=True)
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
 
 
 def _load(options: Options) -> "Config":

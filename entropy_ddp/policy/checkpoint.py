@@ -97,12 +97,7 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
     if base is None:
         base = _base_of(folder, adapter)
     elif folder and adapter is None and _has_weights(folder):
-        if Path(base).resolve() != folder.resolve():
-            raise InputError(
-                f"{folder}: holds full weights, but checkpoint.base names {base}; which "
-                "of the two is to be measured? leave checkpoint.base out, or name an "
-                "adapter"
-            )
+        _require_same(folder, base)
     return CheckpointFiles(
         base=base,
         adapter=adapter,
@@ -127,6 +122,14 @@ def _base_of(folder: Path | None, adapter: Path | None) -> str:
             "checkpoint.base"
         )
     return base
+
+
+def _require_same(folder: Path, base: str) -> None:
+    if Path(base).resolve() != folder.resolve():
+        raise InputError(
+            f"{folder}: holds full weights, but checkpoint.base names {base}; which of "
+            "the two is to be measured? leave checkpoint.base out, or name an adapter"
+        )
 
 
 def _has_weights(folder: Path) -> bool:

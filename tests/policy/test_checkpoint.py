@@ -232,7 +232,7 @@ def test_an_adapter_file_of_other_content_is_refused(
 
 
 ADAPTER_CONFIGS = [
-    ({"r": 4}, r"layers\.0\.mlp\.down_proj\.lora_A"),
+    ({"r": 4}, r"layers\.0\.self_attn\.q_proj\.lora_A.*\[2, 16\]"),
     ({"target_modules": ["q_proj"]}, "lora_A.weight is missing from the model"),
     (
         {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]},

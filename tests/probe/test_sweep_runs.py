@@ -496,6 +496,7 @@ sys.exit(run_ranks(body))
 """
 
 
+@pytest.mark.slow
 def test_three_ranks_give_the_sweep_of_one(
     qwen2: TinyRun, begun: Path, tmp_path: Path
 ) -> None:
