@@ -1,16 +1,16 @@
 """What is the exact answer? A policy so small that all its responses can be listed.
 
-Every response ends with the token END or at the greatest length, so a table of all of them
-with their probabilities is short, expectations over batches are sums, and the entropy
+Every response ends with the token END or at the greatest length, so a table of all of
+them with their probabilities is short, expectations are sums, and the entropy
 
     H(theta) = sum_s p_s(theta) A_s(theta) / sum_s p_s(theta) D_s
 
-(A_s, D_s as in `entropy_ddp.estimators.entropy`; prompts are equally likely) is known with
-its derivatives along v, by autograd of this very sum.
+(A_s, D_s as in `entropy_ddp.estimators.entropy`; prompts are equally likely) is known
+with its derivatives along v, by autograd of this very sum.
 
-A `Table` holds the token arrays that scoring passes return. A sampled batch is a selection
-of rows of the table of all responses, made without a model; the functions at the end put
-the estimators together on a batch as the probe does.
+A `Table` holds the token arrays that scoring passes return. A sampled batch is a
+selection of rows of the table of all responses, made without a model; the functions at
+the end put the estimators together on a batch as the probe does.
 
 Shape legend: S prefixes, R responses of the table, N sequences and t tokens of a batch,
 B batches, n groups of G responses, V vocabulary.
@@ -81,7 +81,7 @@ ARRAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Token arrays of some responses, as scoring passes at theta and theta' return them.
+    """Token arrays of some responses, as scoring at theta and theta' returns them.
 
     Attributes:
         ragged: layout of the token arrays.

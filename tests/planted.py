@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.run import run_audit, run_probe
+from entropy_ddp.probe.run import run_audit
 from entropy_ddp.results import Probed
 
 Document = dict[str, Any]
@@ -36,7 +36,7 @@ COMPUTE = {"device": "cpu", "tokens_per_microbatch": 1500}
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A checkpoint on disk, the rows of both batches and sections of a configuration."""
+    """A checkpoint on disk, the rows of both batches, sections of a configuration."""
 
     saved: Saved
     E: list[Document]
@@ -98,10 +98,6 @@ class Scene:
     def audit(self, folder: Path, world: World | None = None) -> Probed:
         """A run of the `audit` command in this process."""
         return run_audit(self.config(folder), world or World(), None, _quiet)
-
-    def probe(self, folder: Path) -> Probed:
-        """A run of the `probe` command in this process."""
-        return run_probe(self.config(folder), World(), None, _quiet)
 
 
 def _quiet(phase: str, done: int, total: int) -> None:

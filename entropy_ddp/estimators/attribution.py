@@ -52,8 +52,11 @@ def covariance_score(logp: Tensor, advantage: Tensor) -> Tensor:
     """(log p - mean)(A - mean), means over the tokens of the batch, [T].
 
     Its mean is the covariance that the entropy-mechanism paper (arXiv 2505.22617) makes
-    responsible for entropy loss: a positive score predicts a negative share.
+    responsible for entropy loss: a positive score predicts a negative share. Exactly 0
+    where all advantages are equal, whatever their mean rounds to.
     """
+    if bool((advantage == advantage[:1]).all()):
+        return torch.zeros_like(logp)
     return (logp - logp.mean()) * (advantage - advantage.mean())
 
 
@@ -90,8 +93,13 @@ def spearman(left: Tensor, right: Tensor) -> float | None:
     return float(a @ b) / scale if scale else None
 
 
-def top_overlap(score: Tensor, share: Tensor, fraction: float) -> float:
-    """Share of the tokens largest by |share| that are also largest by |score|."""
+def top_overlap(score: Tensor, share: Tensor, fraction: float) -> float | None:
+    """Share of the tokens largest by |share| that are also largest by |score|.
+
+    None if all are 0: there is no largest.
+    """
+    if not bool(score.any() and share.any()):
+        return None
     count = max(1, round(fraction * len(share)))
     chosen = score.abs().topk(count).indices
     wanted = share.abs().topk(count).indices
@@ -103,13 +111,12 @@ def judge_proxy(score: Tensor, share: Tensor) -> dict[str, Any]:
 
     Returns:
         `spearman` of score and share (a score that predicts entropy loss has a negative
-        one), and `top_overlap` of the tokens largest by absolute value, by fraction.
+        one), and `top_overlap` of the tokens largest by absolute value, by fraction;
+        each only where it is defined.
     """
+    overlaps = {f"{f:g}": top_overlap(score, share, f) for f in TOP_SHARES}
     judged: dict[str, Any] = {
-        "top_overlap": {
-            f"{fraction:g}": top_overlap(score, share, fraction)
-            for fraction in TOP_SHARES
-        }
+        "top_overlap": {f: o for f, o in overlaps.items() if o is not None}
     }
     correlation = spearman(score, share)
     return judged if correlation is None else {"spearman": correlation} | judged

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from entropy_ddp.estimators.attribution import TOP_SHARES
 from entropy_ddp.report.tables import (
     new_table,
     number,
@@ -86,7 +87,7 @@ def _summaries(found: AttributionResult) -> Table:
 
 def _proxies(found: AttributionResult) -> Table:
     scores = {"covariance": found.covariance, **found.proxies}
-    fractions = list(found.covariance["top_overlap"])
+    fractions = [f"{fraction:g}" for fraction in TOP_SHARES]
     table = new_table(
         "How well cheap scores rank tokens against their exact share",
         "score",
@@ -99,9 +100,13 @@ def _proxies(found: AttributionResult) -> Table:
         table.add_row(
             name,
             "-" if correlation is None else f"{correlation:+.3f}",
-            *(f"{judged['top_overlap'][f]:.1%}" for f in fractions),
+            *(_share(judged["top_overlap"].get(f)) for f in fractions),
         )
     return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _what_if(found: AttributionResult) -> Table:

@@ -1,4 +1,4 @@
-"""Are the predictions fitted as written, by the other groups alone, and do they help?"""
+"""Are predictions fitted as written, on the other groups alone, and do they help?"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -202,7 +202,7 @@ def test_ridge_solves_the_normal_equations_of_the_other_folds() -> None:
 
 
 def test_ridge_minimises_the_weighted_error() -> None:
-    """Without a penalty the residual is orthogonal to the predictors: here, nearly so."""
+    """Its residual is orthogonal to the predictors, up to the penalty."""
     batch = made_up()
     known, weight = batch.tokens(batch.known), batch.tokens(batch.weight)
     coefficients = cross_fitted_coefficients(batch.moments())
@@ -226,7 +226,7 @@ def test_ridge_does_not_depend_on_units() -> None:
 def test_predictions_are_linear_in_the_targets(
     predict: Callable[[Made], Tensor],
 ) -> None:
-    """A prediction of sum (H - Hbar) is that of sum H less Hbar times that of the count."""
+    """What is predicted of H - Hbar is that of H less Hbar times that of the count."""
     batch, mean_entropy = made_up(), 1.3
     centred = replace(batch, values=batch.values - mean_entropy)
     found, apart = predict(centred), predict(batch)

@@ -66,7 +66,7 @@ def group_sums(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("known", ["predictors", "hidden"])
 def test_every_variate_has_mean_zero(known: str) -> None:
-    """For each prompt, over all responses; with any function of the prefix as factor."""
+    """For each prompt, over all responses, with any function of the prefix."""
     table = policy().table()
     factors = getattr(table, known)
     sums = zero_mean_sums(table.tokens, table.features, factors, table.ragged)
@@ -201,8 +201,8 @@ def test_error_is_that_of_leaving_each_group_out(
 ) -> None:
     """The slope recomputed without the group, less beta Z of the groups that stay.
 
-    beta is held fixed in the units of sums over sequences: what is subtracted is divided
-    by the denominator of the groups that stay, as the slope is.
+    beta is held fixed in the units of sums over sequences: what is subtracted is
+    divided by the denominator of the groups that stay, as the slope is.
     """
     plain, zero_mean = slope(normalize, estimator), batch().zero_mean()
     found = adjusted_slope(plain, zero_mean, GROUPS)

@@ -340,7 +340,7 @@ def test_pieces_make_the_same_estimates_as_whole_batches(name: str) -> None:
 @pytest.mark.parametrize("estimate", NAMES)
 @pytest.mark.parametrize("name", CASES)
 def test_errors_are_the_spread_and_intervals_cover(name: str, estimate: str) -> None:
-    """And no bias is seen: that of a ratio is a hundredth of its standard error here."""
+    """And no bias is seen: that of a ratio is a hundredth of its error here."""
     pairs = simulated(name)[estimate]
     expected = exact(CASES[name], estimate)
     assert abs(error_ratio(pairs) - 1) < SPREAD_RTOL

@@ -1,8 +1,9 @@
-"""Is what the estimators estimate the entropy's change, derivative and second derivative?
+"""Do the estimators estimate the entropy's change, its slope and its curvature?
 
-On a policy whose responses can all be listed, so can all batches of two or three groups.
-The sum over these batches of probability times estimate is the expectation, and must be
-the exact value where no ratio is formed; where one is, the bias is known or falls as 1/N.
+If the responses of a policy can all be listed, so can all batches of two or three
+groups. The sum over these batches of probability times estimate is the expectation, and
+must be the exact value where no ratio is formed; where one is, the bias is known or
+falls as 1/N.
 """
 
 from collections.abc import Callable, Iterable
@@ -60,7 +61,7 @@ ESTIMATORS = applicable_estimators("sum")
 
 @cache
 def policy(name: str) -> Policy:
-    """Policies of 170, 15, 7 and 6 responses, the first and the last with two prompts."""
+    """Policies of 170, 15, 7 and 6 responses; two of them have two prompts."""
     sizes = {
         "large": (5, 3, 2),
         "long": (3, 3, 1),

@@ -523,7 +523,7 @@ def test_equal_rewards_without_momentum_and_decay_move_nothing(
 def test_share_and_histogram_of_the_groups_with_a_signal(
     plain: Scene, tmp_path: Path
 ) -> None:
-    """Two of six groups have unequal rewards; the rest is in the histogram's first bin."""
+    """Two of six groups have unequal rewards; the rest is in the first bin."""
     rewards = {0: [1.0, 0.0, 0.0], 1: [0.5, 0.5, 0.25]}
     rows = [
         row | {"reward": rewards.get(row["group"], [1.0] * 3)[number % 3]}

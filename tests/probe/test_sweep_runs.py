@@ -487,7 +487,8 @@ def body(world):
         phases = []
         probed = run_sweep(config, alone, out, lambda *p: phases.append(p))
         if world.is_main:
-            begun = [name for name, done, _ in phases if name[:6] == "sweep:" and not done]
+            names = [name for name, done, _ in phases if not done]
+            begun = [name for name in names if name.startswith("sweep:")]
             document = probed.results.to_dict() | {"begun": begun}
             (out / "results.json").write_text(json.dumps(document))
     return 0

@@ -1,7 +1,7 @@
 """Do the tables show every number whole, in any terminal and in a pipe?
 
-What is shown in 80, 100 and 120 columns is compared with what a terminal without an edge
-shows.
+What is shown in 80, 100 and 120 columns is compared with what a terminal without an
+edge shows.
 """
 
 import io
