@@ -16,9 +16,12 @@ y_k through g; m is the innovation by which y_k moves later entropies, against t
 of what came before.
 
 Their sums Z_g over a group are regressed on the group's influence psi_g on the slope, over
-the *other* folds of groups, and beta_{-fold} . Z_g is subtracted: the mean of the slope
-does not change (exactly for `sum`, up to the 1/N of the ratio otherwise), its variance
-falls by the share that Z explains.
+the *other* folds of groups, and beta_{-fold} . Z_g is subtracted. The variance of the slope
+falls by the share that Z explains. Its mean does not change: exactly for `sum` with a
+baseline that is not fitted (`full`, `none`, `hk`); up to the 1/n of a ratio for the other
+normalisations and for `loo` and `ridge`, whose predictions for other groups have seen this
+one. The coefficients cost degrees of freedom that the standard errors do not see, so at
+most one variate is used for every `GROUPS_PER_VARIATE` groups, the plain ones first.
 
 Shape legend: n sequences and t tokens of one rank, N of the batch, n_g groups, m variates.
 """
@@ -38,6 +41,7 @@ from entropy_ddp.estimators.errors import (
 from entropy_ddp.estimators.linear import Slope, TokenDerivatives
 from entropy_ddp.rollouts.batch import Ragged
 
+GROUPS_PER_VARIATE = 10.0
 # Weight of the ridge penalty, in observations for each variate.
 PENALTY_PER_VARIATE = 3.0
 
@@ -71,9 +75,9 @@ def zero_mean_sums(
         probability - features["collision"],
         is_top - features["top_probability"],
     )
-    columns = [predictor * u[:, None] for u in weighted]
-    columns += [predictor * (m * before)[:, None] for m in innovations]
-    quantities = torch.cat(columns, dim=1)
+    plain = torch.stack([*weighted, *(m * before for m in innovations)], dim=1)
+    # All of them times the first predictor, then times the second, and so on.
+    quantities = (predictor[:, :, None] * plain[:, None, :]).flatten(1)
     total = quantities.new_zeros(len(ragged.lengths), quantities.shape[1])
     return total.index_add_(0, ragged.sequence_of_token, quantities)
 
@@ -95,6 +99,7 @@ def adjusted_slope(
     num_groups = len(slope.influence)
     if fold is None:
         fold = folds_of(torch.arange(num_groups))
+    zero_mean = zero_mean[:, : int(num_groups / GROUPS_PER_VARIATE)]
     total = zero_mean.new_zeros(num_groups, zero_mean.shape[1])
     total.index_add_(0, groups, zero_mean)
     coefficients = cross_fitted_slopes(total, slope.influence, fold)
@@ -125,17 +130,15 @@ def cross_fitted_slopes(
     """
     if fold is None:
         fold = folds_of(torch.arange(len(influence)))
-    scale = zero_mean.square().mean(0).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    standard = zero_mean / scale
-    num_variates = zero_mean.shape[1]
     coefficients = []
     for number in range(int(fold.max()) + 1):
-        rows, values = standard[fold != number], influence[fold != number]
+        rows, values = zero_mean[fold != number], influence[fold != number]
+        scale = rows.square().mean(0).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        rows = rows / scale
         rows, values = rows - rows.mean(0), values - values.mean()
         gram = rows.T @ rows
-        penalty = num_variates * PENALTY_PER_VARIATE
-        gram.diagonal().add_(penalty)
+        gram.diagonal().add_(PENALTY_PER_VARIATE * rows.shape[1])
         coefficients.append(torch.linalg.solve(gram, rows.T @ values) / scale)
     return torch.stack(coefficients)
 

@@ -46,7 +46,8 @@ def choose_grid(
         low, high = (middle, high) if trusted else (low, middle)
     smallest = 10 * noise_floor / abs(slope) if slope else 0.0
     smallest = min(max(smallest, SMALLEST_SHARE * low), low / 10)
-    steps = torch.linspace(math.log(smallest), math.log(low), num_points).double()
+    ends = math.log(smallest), math.log(low)
+    steps = torch.linspace(*ends, num_points, dtype=torch.float64)
     return [float(f"{eta:.6g}") for eta in steps.exp().tolist()]
 
 
