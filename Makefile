@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute test test-all lint clean
+.PHONY: help install demo probe sweep attribute test test-fast lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -76,11 +76,11 @@ attribute: $(RUN_STAMP) $(DEMO_COMPLETE) ## name the tokens of the update that m
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
 	    -m entropy_ddp attribute --verify --config $(CONFIG) --out $(OUT)-attribute --overwrite
 
-test: $(TEST_STAMP) ## run the fast tests
-	$(PYTEST) -m "not slow"
-
-test-all: $(TEST_STAMP) ## run all tests
+test: $(TEST_STAMP) ## run all tests
 	$(PYTEST)
+
+test-fast: $(TEST_STAMP) ## run the tests that are not marked slow
+	$(PYTEST) -m "not slow"
 
 lint: $(DEV_STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .

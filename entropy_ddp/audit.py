@@ -123,8 +123,8 @@ def step_size_checks(rms_over_rate: float, unchanged_share: float) -> list[Audit
     """Whether the step has the size that AdamW's steps have, and survives rounding.
 
     Args:
-        rms_over_rate: root mean square of the parameter change over the learning rate;
-            about 0.1 to 1 for AdamW.
+        rms_over_rate: root mean square of the parameter change, weight decay left out,
+            over the learning rate; about 0.1 to 1 for AdamW.
         unchanged_share: share of elements that did not change.
     """
     return [
@@ -133,9 +133,9 @@ def step_size_checks(rms_over_rate: float, unchanged_share: float) -> list[Audit
             rms_over_rate,
             "1e-3 to 10",
             1e-3 <= rms_over_rate <= 10,
-            "second moments crush the step (a huge gradient is still remembered), or "
-            "the learning rate is not the one the moments were made with; compare "
-            "optimizer.pt with an earlier checkpoint's",
+            "below: second moments crush the step (a huge gradient is still "
+            "remembered); above: second moments are nearly zero; compare optimizer.pt "
+            "with an earlier checkpoint's",
             fatal=False,
         ),
         check(
@@ -171,16 +171,18 @@ def on_policy_check(split: str, score: float) -> AuditRow:
 
 
 def linearity_checks(
-    eta: float, eta_star: float | None, difference: float, error: float
+    etas: tuple[float, float | None], difference: float, error: float, noise: float
 ) -> list[AuditRow]:
     """Whether the step is small enough for a first-order prediction.
 
     Args:
-        eta: the step's learning rate.
-        eta_star: where the quadratic term equals the linear one; None if unknown.
+        etas: the step's learning rate, and the one where the quadratic term equals the
+            linear one; None if unknown.
         difference: delta_h_true - delta_h1.
         error: standard error of delta_h_true.
+        noise: noise floor of delta_h_true; a difference below it says nothing.
     """
+    eta, eta_star = etas
     hint = (
         "the step leaves the linear regime: read delta_h2 or the truth, or probe a "
         "smaller update.lr_override"
@@ -190,12 +192,12 @@ def linearity_checks(
             "|true - first order| / SE of the truth",
             abs(difference) / error if error else 0.0,
             "<= 2",
-            abs(difference) <= 2 * error,
+            abs(difference) <= max(2 * error, noise),
             hint,
             fatal=False,
         )
     ]
-    if eta_star is not None:
+    if eta_star:
         rows.append(
             check("eta / eta*", eta / eta_star, "<= 0.5", eta <= eta_star / 2, hint,
                   fatal=False)
@@ -232,8 +234,20 @@ def signal_check(norm: float) -> AuditRow:
     )
 
 
-def coverage_check(name: str, nonzero: int, total: int) -> AuditRow:
-    """Tensors with a gradient that is not all zero."""
+def coverage_check(
+    name: str, nonzero: int, total: int, *, has_signal: bool = True
+) -> AuditRow:
+    """Tensors with a gradient that is not all zero.
+
+    Args:
+        name: of which gradient.
+        nonzero: number of tensors with one.
+        total: number of trainable tensors.
+        has_signal: whether a gradient is to be expected at all.
+    """
+    if not has_signal:
+        # That no group carries a signal is a check of its own.
+        return fact(name, f"{nonzero} of {total} tensors", "none: all A are 0")
     return check(
         name,
         f"{nonzero} of {total} tensors",

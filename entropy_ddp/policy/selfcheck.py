@@ -57,10 +57,10 @@ def check_model(passes: Passes, vocabulary_size: int) -> list[SelfCheck]:
     slope = float((scores.dlogp + scores.dentropy).sum())
     scale = float(scores.dlogp.abs().sum() + scores.dentropy.abs().sum())
     reverse = _reverse_mode_slope(passes, shard, direction)
-    checks.append(SelfCheck("duality", abs(slope - reverse) / scale, duality))
+    checks.append(SelfCheck("duality", _relative(slope - reverse, scale), duality))
     if difference is not None:
         central = _central_difference(passes, shard, direction)
-        error = abs(slope - central) / scale
+        error = _relative(slope - central, scale)
         checks.append(SelfCheck("central difference", error, difference))
     for check in checks:
         # Written so that NaN fails.
@@ -81,6 +81,11 @@ _CAUSES = {
     "central difference": "an operation of this model is detached from its gradient "
     "(DoRA's weight norm, say), so that derivatives miss a part of the change",
 }
+
+
+def _relative(difference: float, scale: float) -> float:
+    """|difference| over the scale of the terms; both vanish for an adapter of zeros."""
+    return abs(difference) / scale if scale else abs(difference)
 
 
 def _made_up_rows(vocabulary_size: int) -> Shard:

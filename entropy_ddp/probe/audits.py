@@ -19,6 +19,7 @@ from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 from entropy_ddp.rollouts.batch import Batch, Ragged
 from entropy_ddp.rollouts.microbatch import make_microbatches
+from entropy_ddp.update.step import Step
 
 # Of the term scale: the largest of the sums whose difference is the slope. By the
 # narrower of the dtypes of model and parameter buffers.
@@ -47,7 +48,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
     """All audits of a probe."""
     rows = [
         *_vector_rows(session, measured),
-        *_step_rows(measured),
+        *_step_rows(session, measured),
         *_update_batch_rows(session),
         *_batch_rows(session),
         *_moment_rows(session),
@@ -113,7 +114,12 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
         ),
         audit.fact("trainable elements", layout.numel),
         audit.coverage_check("gradient coverage: entropy (X)", nonzero[0], total),
-        audit.coverage_check("gradient coverage: loss (Y)", nonzero[1], total),
+        audit.coverage_check(
+            "gradient coverage: loss (Y)",
+            nonzero[1],
+            total,
+            has_signal=_has_signal(session),
+        ),
         audit.fact(
             f"norm of entropy gradient, {duality.num_sequences} sequences", norms[0]
         ),
@@ -131,7 +137,30 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
     ]
 
 
-def _step_rows(measured: Measured) -> list[AuditRow]:
+def _has_signal(session: Session) -> bool:
+    """Whether any advantage of U is not zero."""
+    no_advantages = session.config.update.loss == "nll"
+    return no_advantages or bool(session.batches["U"].advantages.any())
+
+
+def _rms_without_decay(session: Session, step: Step) -> float:
+    """Root mean square of the parameter change, its weight-decay part left out."""
+    assert session.optimizer is not None
+    update, layout = session.config.update, session.passes.layout
+    decay = {
+        id(parameter): (update.lr_override or group["lr"]) * group["weight_decay"]
+        for group in session.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    total = 0.0
+    for name, view in layout.views(step.delta).items():
+        parameter = session.policy.parameters[name]
+        rest = view + decay[id(parameter)] * parameter.detach().to(view)
+        total += float(rest.double().square().sum())
+    return math.sqrt(total / layout.numel)
+
+
+def _step_rows(session: Session, measured: Measured) -> list[AuditRow]:
     step = measured.step
     change = step.learning_rate * measured.slope.value
     return [
@@ -150,11 +179,12 @@ def _step_rows(measured: Measured) -> list[AuditRow]:
             global_norm(step.delta),
             "> 0",
             bool(step.delta.any()),
-            "the step changed nothing: the learning rate is below the rounding of the "
-            "weights' dtype; use precision.model: float32 or float64",
+            "the step changed nothing: gradient, momentum and weight decay are all "
+            "zero, or the learning rate is below the rounding of the weights (then use "
+            "precision.model: float64)",
         ),
         *audit.step_size_checks(
-            global_norm(step.delta) / math.sqrt(len(step.delta)) / step.learning_rate,
+            _rms_without_decay(session, step) / step.learning_rate,
             float((step.delta == 0).double().mean()),
         ),
     ]
@@ -180,6 +210,7 @@ def _batch_rows(session: Session) -> list[AuditRow]:
         empty = int((batch.lengths == 0).sum())
         rows += [
             audit.fact(f"{split} mean response length", batch.num_tokens / len(batch)),
+            audit.fact(f"{split} prompt lengths", _prompt_lengths(batch)),
             audit.check(
                 f"{split} responses without tokens",
                 empty,
@@ -201,6 +232,12 @@ def _batch_rows(session: Session) -> list[AuditRow]:
         if split in session.num_redraws:
             rows.append(audit.fact(f"{split} redraws", session.num_redraws[split]))
     return rows
+
+
+def _prompt_lengths(batch: Batch) -> str:
+    """Shortest and longest prompt: rows are prompt + response, never padded left."""
+    lengths = [len(sequence.prompt_ids) for sequence in batch.sequences]
+    return f"{min(lengths)} to {max(lengths)}"
 
 
 def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
@@ -286,10 +323,10 @@ def _truth_rows(session: Session, measured: Measured) -> list[AuditRow]:
         *audit.ess_checks(change.ess_fraction, truth.ess_warn, truth.ess_abort),
         audit.noise_check(measured.noise_floor, change.value),
         *audit.linearity_checks(
-            eta,
-            measured.eta_star,
+            (eta, measured.eta_star),
             change.value - eta * measured.slope.value,
             change.se,
+            measured.noise_floor,
         ),
     ]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens
+from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens, reweighted
 from entropy_ddp.estimators.errors import relative_difference
 from entropy_ddp.estimators.linear import SlopeWeights, sequence_terms, slope_weights
 from entropy_ddp.policy.parameters import global_norm, inner_product
@@ -136,6 +136,8 @@ def measure_noise_floor(
 ) -> float:
     """|Delta H| of the sample when it is only scored again, in other microbatches.
 
+    Importance weights and all: their logarithms are pure rounding then.
+
     The number is of the sample's size: that of all of E is smaller, as the rounding of
     sequences is independent.
     """
@@ -148,15 +150,15 @@ def measure_noise_floor(
     sums = gather_sums(
         session.world, shard, scores.logp, scores.entropy, again.logp, again.entropy
     )
-    values = [
+    before, after = (
         as_ratio(
             objective.normalize,
             integrand_tokens(objective.integrand, logp, entropy),
             sample.lengths,
-        ).value
+        )
         for logp, entropy in (sums[:2], sums[2:])
-    ]
-    return abs(values[1] - values[0])
+    )
+    return abs(reweighted(after, sums[2] - sums[0]).value - before.value)
 
 
 def _sample(session: Session, size: int) -> tuple[Batch, Shard, Tensor]:

@@ -89,7 +89,9 @@ def measure(
     base = score_along_step(session, stepped.step)
     estimates = estimate(session, base, stepped.scores)
     curvature = None
-    if with_curvature and config.curvature.enabled:
+    # A step that changed nothing has no direction to be curved along.
+    moved = bool(stepped.step.delta.any())
+    if with_curvature and config.curvature.enabled and moved:
         second = score_twice_along_step(session, stepped.step)
         curvature = estimate_curvature(session, estimates, base, second)
     linear = config.linear

@@ -23,7 +23,7 @@ from entropy_ddp.estimators.sweep import (
     choose_grid,
     summarise,
 )
-from entropy_ddp.policy.parameters import preserved
+from entropy_ddp.policy.parameters import frozen_fingerprint, preserved
 from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES
 from entropy_ddp.probe.estimation import changes_at
@@ -121,7 +121,11 @@ def _measure_point(session: Session, measured: Measured, eta: float) -> SweepPoi
 def _identity(session: Session, measured: Measured) -> str:
     """Fingerprint of everything a point depends on beside its eta."""
     document = session.config.model_dump(exclude={"out", "sweep", "compute"})
-    parts = [json.dumps(document, sort_keys=True), measured.stepped.hashes[0]]
+    parts = [
+        json.dumps(document, sort_keys=True),
+        measured.stepped.hashes[0],
+        frozen_fingerprint(session.policy.model),
+    ]
     parts += [_batch_fingerprint(batch) for batch in session.batches.values()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -32,12 +32,16 @@ def print_results(console: Console, results: Results, out: str | None) -> None:
 
 def print_heading(console: Console, results: Results) -> None:
     """What was probed, what is wrong with it, and the answer."""
+    _print_complaints(console, results)
+    console.print(_answer(results))
+
+
+def _print_complaints(console: Console, results: Results) -> None:
+    """What was probed, then what is wrong: what fails before what only warns."""
     console.print(_header(results))
     complaints = [row for row in results.audit if row.verdict != "ok"]
-    # What fails before what only warns.
     for row in sorted(complaints, key=lambda row: row.verdict):
         console.print(_complaint(row))
-    console.print(_answer(results))
 
 
 def print_diagnosis(console: Console, results: Results, out: str | None) -> None:
@@ -52,10 +56,7 @@ def print_diagnosis(console: Console, results: Results, out: str | None) -> None
 def print_sweep(console: Console, results: Results, out: str | None) -> None:
     """Truth and predictions by step size, and what the sweep says as a whole."""
     assert results.sweep is not None and results.sweep_summary is not None
-    console.print(_header(results))
-    for row in results.audit:
-        if row.verdict != "ok":
-            console.print(_complaint(row))
+    _print_complaints(console, results)
     table = new_table(
         f"Entropy change by step size, {UNITS[results.truth.normalize]}",
         "learning rate",
@@ -71,8 +72,9 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
             plus_minus(point.delta_h_true, point.se),
             plus_minus(point.delta_h1, point.delta_h1_se),
             second,
-            f"{point.ess_fraction:.4f}",
+            f"{point.ess_fraction:.4g}",
         )
+    _let_pairs_break(table, 1, 2)
     console.print(table)
     summary = results.sweep_summary
     lines = [f"noise floor of ΔH true: {number(summary.noise_floor, 3)}"]
@@ -157,8 +159,10 @@ def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
     table = Table(
         title=title, title_justify="left", caption=caption, caption_justify="left"
     )
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right")
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        # Names may break over lines; numbers may not.
+        table.add_column(column, justify="right", no_wrap=True, overflow="fold")
     return table
 
 
@@ -167,11 +171,13 @@ def _answer(results: Results) -> Table:
     truth, linear = results.truth, results.linear
     eta = results.update.learning_rate_used
     difference = truth.delta_h_true - linear.delta_h1
-    share = difference / linear.difference_se if linear.difference_se else math.inf
+    in_errors = "-"
+    if linear.difference_se:
+        in_errors = f"{difference / linear.difference_se:+.2g}"
     unit = UNITS[truth.normalize]
     bits = truth.H_orig / math.log(2)
     notes = [
-        f"{truth.H_orig:.6f} {unit} = {bits:.6f} bits; ± is one standard error.",
+        f"{truth.H_orig:.6g} {unit} = {bits:.6g} bits; ± is one standard error.",
         "The difference has a (paired) error of its own: it is what first order misses.",
     ]
     if results.curvature is not None:
@@ -190,13 +196,20 @@ def _answer(results: Results) -> Table:
         caption="\n".join(notes),
     )
     table.add_row(
-        f"{truth.H_orig:.6f}",
+        f"{truth.H_orig:.6g}",
         plus_minus(truth.delta_h_true, truth.se),
         plus_minus(linear.delta_h1, abs(eta) * linear.se),
         plus_minus(difference, linear.difference_se),
-        f"{share:+.1f}",
+        in_errors,
     )
+    _let_pairs_break(table, 1, 2, 3)
     return table
+
+
+def _let_pairs_break(table: Table, *columns: int) -> None:
+    """In a narrow terminal, let a value and its error stand on two lines."""
+    for number_of_column in columns:
+        table.columns[number_of_column].no_wrap = False
 
 
 def _estimators(results: Results) -> Table:
@@ -216,7 +229,7 @@ def _estimators(results: Results) -> Table:
     )
     for row in results.truth_all:
         mark = " *" if row["is_mode"] == results.truth.is_mode else ""
-        ess = f"{row['ess_fraction']:.4f}"
+        ess = f"{row['ess_fraction']:.4g}"
         first = results.truth_all[0]["se"]
         name = f"true, {row['is_mode']}"
         _estimator_row(table, name + mark, (row["delta_h_true"], row["se"], first), ess)
@@ -240,7 +253,7 @@ def _estimator_row(
     table: Table, name: str, values: tuple[float, float, float], ess: str
 ) -> None:
     estimate, error, first = values
-    share = f"{(error / first) ** 2:.0%}" if first else "-"
+    share = f"{100 * (error / first) ** 2:.3g} %" if first else "-"
     table.add_row(name, number(estimate, 11), number(error, 3), share, ess)
 
 
@@ -299,6 +312,7 @@ def _audit_table(rows: list[AuditRow]) -> RenderableType:
     table = new_table("Audits", "check", "value", "expected", "")
     for column, width in zip(table.columns, (47, 21, 17)):
         column.max_width = width
+    table.columns[2].no_wrap = False
     for row in rows:
         if isinstance(row.value, dict):
             # A line for each entry: names are too long for a column of values.

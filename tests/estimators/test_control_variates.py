@@ -8,6 +8,7 @@ from enumerable import Policy, Table, changes, group_numbers, slopes
 from torch import Tensor
 
 from entropy_ddp.config import Normalize
+from entropy_ddp.estimators import control_variates
 from entropy_ddp.estimators.baselines import NUM_FOLDS, folds_of
 from entropy_ddp.estimators.control_variates import (
     adjusted_change,
@@ -36,6 +37,12 @@ UNFITTED: tuple[tuple[Score, Baseline], ...] = (
     ("to_go", "none"),
     ("to_go", "hk"),
 )
+
+
+@pytest.fixture(autouse=True)
+def all_variates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use every variate, however few the groups: the proofs hold for any number."""
+    monkeypatch.setattr(control_variates, "GROUPS_PER_VARIATE", 0.01)
 
 
 @cache
@@ -106,7 +113,7 @@ def test_variates_are_those_written() -> None:
             )
             expected[:4] += torch.stack(u)[:, None] * known[k]
             expected[4:] += before * torch.stack(m)[:, None] * known[k]
-        torch.testing.assert_close(sums[row], expected.flatten())
+        torch.testing.assert_close(sums[row], expected.T.flatten())
 
 
 # The regression
@@ -234,6 +241,16 @@ def test_variates_lower_the_error_of_the_slope(normalize: Normalize) -> None:
         found = adjusted_slope(plain, zero_mean, groups)
         assert found.se < 0.95 * plain.se
         assert found.se_jackknife == pytest.approx(found.se, rel=0.01)
+
+
+def test_few_groups_use_few_variates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 groups at 10 for each variate use the first two columns, and no more."""
+    plain, zero_mean = slope("sum", ("full", "none")), batch().zero_mean()
+    expected = adjusted_slope(plain, zero_mean[:, :2], GROUPS)
+    monkeypatch.setattr(control_variates, "GROUPS_PER_VARIATE", 10.0)
+    found = adjusted_slope(plain, zero_mean, GROUPS)
+    assert found.value == expected.value != plain.value
+    assert found.se == expected.se
 
 
 # The adjusted change

@@ -184,7 +184,9 @@ def expect(case: Case, settings: GradientDot) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["jvp", "backward"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.direction}-{f.weighting}")
 def test_every_number(case: Case, form: GradientDot, method: str) -> None:
-    found = asdict(case.opened.result(form.model_copy(update={"variance_method": method})))
+    found = asdict(
+        case.opened.result(form.model_copy(update={"variance_method": method}))
+    )
     expected = expect(case, form)
     size = found["x_norm"] * found["y_norm"]
     scales = {"bars_dot": size, "u_cross": size, "frac_var": expected["frac_var"]}
