@@ -180,7 +180,7 @@ def rules(table: TokenTable, fraction: float) -> list[Rule]:
         fraction: share of the tokens that a rule which ranks tokens chooses.
     """
     count = max(1, round(fraction * len(table.share)))
-    percent = f"{fraction:.3g} of the tokens"
+    percent = f"{100 * fraction:g} % of the tokens"
     covariance = covariance_score(table.logp, table.advantage)
     failed = table.advantage < 0
     median = table.logp.median()

@@ -16,7 +16,7 @@ from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
-from entropy_ddp.results import AuditRow
+from entropy_ddp.results import AuditRow, GradientDotResult
 from entropy_ddp.rollouts.batch import Batch, Ragged
 from entropy_ddp.rollouts.microbatch import make_microbatches
 from entropy_ddp.update.step import Step
@@ -33,15 +33,17 @@ GAP_TOLERANCE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What only the `audit` command finds out; None in a probe.
+    """What only some jobs find out; None where it was not asked for.
 
     Attributes:
         ratios: change and prediction at lr over those at lr / 10.
         signal: norm of the gradient of mean log p.
+        dot: the gradient-dot form.
     """
 
     ratios: tuple[float, float] | None = None
     signal: float | None = None
+    dot: GradientDotResult | None = None
 
 
 def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[AuditRow]:
@@ -68,6 +70,12 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
     ]
     if session.config.gradient_dot.enabled == "auto":
         rows += _gradient_dot_row(session)
+    if extras.dot is not None:
+        rows += [
+            audit.fact("U_cross, ten decimals", f"{extras.dot.u_cross:.10f}"),
+            audit.fact("U_cross, ten digits", f"{extras.dot.u_cross:.10e}"),
+            audit.fact("deltaH1 of the gradient-dot form", extras.dot.deltaH1),
+        ]
     if extras.ratios is not None:
         rows += audit.proportionality_checks(extras.ratios)
     if extras.signal is not None:
@@ -78,11 +86,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
 def _gradient_dot_row(session: Session) -> list[AuditRow]:
     """Why the gradient-dot form was not computed, where it was not."""
     reason = obstacle(session.batches)
-    return (
-        []
-        if reason is None
-        else [audit.fact("gradient-dot form: not computed", reason)]
-    )
+    return [] if reason is None else [audit.fact("gradient-dot form", "no", reason)]
 
 
 def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:

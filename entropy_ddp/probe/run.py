@@ -45,7 +45,7 @@ def run_probe(
         measured.base,
         config.gradient_dot,
     )
-    rows = audit_rows(session, measured, Extras())
+    rows = audit_rows(session, measured, Extras(dot=dot))
     return make_results(session, measured, rows, gradient_dot=dot)
 
 

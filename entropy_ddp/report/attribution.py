@@ -46,7 +46,8 @@ def _parts(found: AttributionResult) -> Table:
         "total": found.total,
     }
     for name, value in parts.items():
-        share = f"{value / found.total:+.1%}" if found.total else "-"
+        # + 0.0: a part of zero has no sign.
+        share = f"{value / found.total + 0.0:+.1%}" if found.total else "-"
         table.add_row(name, number(value, 11), share)
     return table
 
