@@ -98,6 +98,28 @@ def preserved(
                 tensor.copy_(copy)
 
 
+@contextmanager
+def shifted(
+    parameters: Mapping[str, nn.Parameter],
+    direction: Mapping[str, Tensor],
+    eta: float,
+    device: torch.device | None = None,
+) -> Iterator[None]:
+    """Within the context, the parameters are theta + eta v; then theta, bit for bit.
+
+    Args:
+        parameters: the parameters to move, by name.
+        direction: v by the same names; moved to each parameter's dtype and device.
+        eta: how far.
+        device: where copies are kept; None for each parameter's own device.
+    """
+    with preserved(parameters.values(), device):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(direction[name].to(parameter), alpha=eta)
+        yield
+
+
 def global_norm(flat: Tensor) -> float:
     """Euclidean norm of a flat buffer, accumulated in float64."""
     return float(torch.linalg.vector_norm(flat, dtype=torch.float64))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import preserved
+from entropy_ddp.policy.parameters import shifted
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.scoring import Passes
@@ -149,9 +149,7 @@ def _central_difference(
     step = STEP[passes.dtype]
     sums = []
     for sign in (step, -step):
-        with preserved(passes.parameters.values()), torch.no_grad():
-            for name, parameter in passes.parameters.items():
-                parameter.add_(direction[name], alpha=sign)
-            shifted = passes.score(shard)
-        sums.append(float((shifted.logp + shifted.entropy).sum()))
+        with shifted(passes.parameters, direction, sign):
+            scores = passes.score(shard)
+        sums.append(float((scores.logp + scores.entropy).sum()))
     return (sums[0] - sums[1]) / (2 * step)

@@ -74,12 +74,8 @@ def estimate(
     session: Session, base: DirectionalScores, stepped: TokenScores
 ) -> EntropyEstimates:
     """Every estimator of truth and prediction from two scoring passes over E."""
-    world, batch = session.world, session.batches["E"]
-    shard = session.shard(batch)
-    sums = gather_sums(
-        world, shard, base.logp, base.entropy, stepped.logp, stepped.entropy
-    )
-    before, after = (SequenceSums(logp=p, entropy=h) for p, h in (sums[:2], sums[2:]))
+    shard = session.shard(session.batches["E"])
+    before, after = _sums_of_both(session, base, stepped)
     original = _ratio(session, before)
     return EntropyEstimates(
         original=original,
@@ -92,15 +88,26 @@ def estimate(
 
 
 def changes_at(
-    session: Session, base: DirectionalScores, shifted: TokenScores
+    session: Session, base: TokenScores, shifted: TokenScores
 ) -> dict[ImportanceMode, EntropyChange]:
     """Delta H by every mode between two scoring passes over E."""
-    shard = session.shard(session.batches["E"])
-    sums = gather_sums(
-        session.world, shard, base.logp, base.entropy, shifted.logp, shifted.entropy
+    sums = _sums_of_both(session, base, shifted)
+    return _changes(session, sums, (base, shifted))
+
+
+def _sums_of_both(
+    session: Session, base: TokenScores, stepped: TokenScores
+) -> tuple[SequenceSums, SequenceSums]:
+    """Sums of E's sequences at theta and elsewhere, all ranks'; one collective."""
+    logp, entropy, logp_after, entropy_after = gather_sums(
+        session.world,
+        session.shard(session.batches["E"]),
+        *(base.logp, base.entropy, stepped.logp, stepped.entropy),
     )
-    before, after = (SequenceSums(logp=p, entropy=h) for p, h in (sums[:2], sums[2:]))
-    return _changes(session, (before, after), (base, shifted))
+    return (
+        SequenceSums(logp=logp, entropy=entropy),
+        SequenceSums(logp=logp_after, entropy=entropy_after),
+    )
 
 
 def _ratio(session: Session, sums: SequenceSums) -> Ratio:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import fingerprint, global_norm, preserved
+from entropy_ddp.policy.parameters import fingerprint, global_norm, shifted
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
@@ -119,15 +119,11 @@ def score_twice_along_step(session: Session, step: Step) -> tuple[Tensor, Tensor
     passes, direction = session.passes, step.direction
     views = passes.layout.views(direction)
     size = CURVATURE_STEP[session.policy.dtype] / global_norm(direction)
-    parameters = passes.parameters
-    compute = session.config.compute
+    device = snapshot_device(session.config.compute)
     sums = []
     with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
         for sign in (size, -size):
-            with preserved(parameters.values(), snapshot_device(compute)):
-                with torch.no_grad():
-                    for name, parameter in parameters.items():
-                        parameter.add_(views[name].to(parameter), alpha=sign)
+            with shifted(passes.parameters, views, sign, device):
                 scores = passes.score(shard, views)
             sums.append(
                 gather_sums(session.world, shard, scores.dlogp, scores.dentropy)

@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
@@ -23,7 +21,7 @@ from entropy_ddp.estimators.sweep import (
     choose_grid,
     summarise,
 )
-from entropy_ddp.policy.parameters import frozen_fingerprint, preserved
+from entropy_ddp.policy.parameters import frozen_fingerprint, shifted
 from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES
 from entropy_ddp.probe.estimation import changes_at
@@ -95,11 +93,8 @@ def _measure_point(session: Session, measured: Measured, eta: float) -> SweepPoi
     device = snapshot_device(session.config.compute)
     with (
         session.phase(f"sweep: eta = {eta:.3g}", shard.ragged.num_tokens),
-        preserved(passes.parameters.values(), device),
+        shifted(passes.parameters, views, eta, device),
     ):
-        with torch.no_grad():
-            for name, parameter in passes.parameters.items():
-                parameter.add_(views[name].to(parameter), alpha=eta)
         scores = passes.score(shard)
     changes = changes_at(session, measured.base, scores)
     change, slope = changes[session.config.truth.is_mode], measured.slope
