@@ -39,7 +39,15 @@ RESERVED = {
 }
 HEAVY = {"torch", "numpy", "transformers", "peft", "accelerate", "trl", "safetensors"}
 # What runs before a command does; help and usage errors need no more.
-LIGHT_FILES = ("__init__.py", "__main__.py", "errors.py", "atomic.py", "config.py")
+LIGHT_FILES = (
+    "__init__.py",
+    "__main__.py",
+    "errors.py",
+    "atomic.py",
+    "config/__init__.py",
+    "config/schema.py",
+    "config/reading.py",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,0 +1,36 @@
+"""A run's configuration: its schema, and how it is read."""
+
+from entropy_ddp.config.reading import load_config, to_yaml
+from entropy_ddp.config.schema import (
+    BatchSource,
+    Checkpoint,
+    Compute,
+    Config,
+    GradientDot,
+    ImportanceMode,
+    Integrand,
+    Loss,
+    Normalize,
+    Precision,
+    Sample,
+    Section,
+    Update,
+)
+
+__all__ = [
+    "BatchSource",
+    "Checkpoint",
+    "Compute",
+    "Config",
+    "GradientDot",
+    "ImportanceMode",
+    "Integrand",
+    "Loss",
+    "Normalize",
+    "Precision",
+    "Sample",
+    "Section",
+    "Update",
+    "load_config",
+    "to_yaml",
+]
