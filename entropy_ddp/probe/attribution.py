@@ -37,6 +37,7 @@ from entropy_ddp.probe.phases import snapshot_device
 from entropy_ddp.probe.session import Progress, Session, open_session
 from entropy_ddp.results import AttributionResult, AuditRow, Probed
 from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.files import decode_prompt, decode_response
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import one_step
@@ -82,10 +83,15 @@ def run_attribution(
     result = _attribution_result(session, measured, parts, table)
     rows = [*audit_rows(session, measured, Extras()), _gap_row(session, result)]
     probed = make_results(session, measured, rows, attribution=result)
-    shares = by_sequence.tolist()
+    shares, tokenizer = by_sequence.tolist(), session.policy.tokenizer
     for row in probed.sequences:
         if row["split"] == "U":
+            sequence = batch.sequences[row["index"]]
             row["share"] = shares[row["index"]]
+            if tokenizer is not None:
+                row["prompt"] = decode_prompt(sequence.prompt_ids.tolist(), tokenizer)
+                ids = sequence.response_ids.tolist()
+                row["response"] = decode_response(ids, tokenizer)
     return Probed(
         results=probed.results,
         sequences=probed.sequences,
