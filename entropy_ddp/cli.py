@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import wraps
@@ -148,13 +149,15 @@ def _job(
     if world.is_main:
         prepare_folder(out, options.overwrite)
     console = _console(world, options)
-    with phase_progress(console) as progress:
+    with phase_progress(console) as progress, _stdout_kept(options):
         probed = job(config, world, out, progress)
     if not world.is_main:
         return 0
     write_results(out, probed, to_yaml(config))
     if console is not None:
         show(console, probed.results, str(out))
+        if name == "probe" and probed.results.attribution is not None:
+            attribution.print_shares(console, probed.results)
     if options.as_json:
         click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
     # Only this rank says so: a launcher stops the others at the first non-zero code.
@@ -176,7 +179,7 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
     from entropy_ddp.report.progress import phase_progress
 
     console = _console(world, options)
-    with phase_progress(console) as progress:
+    with phase_progress(console) as progress, _stdout_kept(options):
         summaries = run_sample(config, world, out, options.overwrite, progress)
     if console is not None:
         print_samples(console, summaries, str(out))
@@ -290,6 +293,11 @@ def _output_folder(options: Options, config: "Config", command: str) -> Path:
         return options.out or Path(config.out or "")
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{command}-{started}"
+
+
+def _stdout_kept(options: Options) -> AbstractContextManager[Any]:
+    """Under --json, what a reward function prints goes to standard error."""
+    return redirect_stdout(sys.stderr) if options.as_json else nullcontext()
 
 
 def _console(world: "World", options: Options) -> "Console | None":

@@ -311,12 +311,14 @@ class Probed:
         sequences: the rows of per_sequence.jsonl, E then U, in file order.
         delta: change of every parameter by name, if the run was asked to save it.
         tokens: the rows of tokens.jsonl.gz, for a run that attributes.
+        sampled: the batches that the run sampled itself into rollouts/.
     """
 
     results: Results
     sequences: list[dict[str, Any]]
     delta: dict[str, Tensor] | None
     tokens: list[dict[str, Any]] | None = None
+    sampled: frozenset[str] = frozenset()
 
 
 def prepare_folder(out: Path, overwrite: bool) -> None:
@@ -358,7 +360,9 @@ def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
         stream.write(config_yaml.encode())
     write_jsonl(out / "per_sequence.jsonl", probed.sequences)
     # What an earlier run left here and this one does not make is not this run's.
-    for name in ("tokens.jsonl.gz", "delta_theta.safetensors"):
+    names = {"tokens.jsonl.gz", "delta_theta.safetensors"}
+    names |= {f"rollouts/{s}.jsonl" for s in ("E", "U") if s not in probed.sampled}
+    for name in names:
         (out / name).unlink(missing_ok=True)
     if probed.tokens is not None:
         write_jsonl(out / "tokens.jsonl.gz", probed.tokens)

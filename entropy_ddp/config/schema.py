@@ -227,14 +227,16 @@ class Sweep(Section):
 
 
 class Attribution(Section):
-    """The `attribute` command.
+    """Attribution to the sequences and tokens of U.
 
     Attributes:
+        enabled: attribute in a `probe` too; the `attribute` command always does.
         top: number of tokens shown.
         fraction: share of U's tokens that the what-if rules choose which rank tokens.
         verify: take every masked step for real: one pass over U and E for each rule.
     """
 
+    enabled: bool = False
     top: int = Field(default=20, gt=0)
     fraction: float = Field(default=0.05, gt=0, lt=1)
     verify: bool = False

@@ -60,9 +60,9 @@ def _at_least_two(values: Tensor) -> int:
 
 
 def relative_difference(value: float, reference: float, scale: float) -> float:
-    """|value - reference| / scale, and 0 when both vanish."""
+    """|value - reference| / scale; without a scale, the difference itself."""
     difference = abs(value - reference)
-    return difference / scale if difference else 0.0
+    return difference / scale if scale else difference
 
 
 def effective_sample_size(log_weights: Tensor) -> float:

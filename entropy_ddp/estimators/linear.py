@@ -94,12 +94,17 @@ def slope_weights(
         estimator: integrand, normalisation, score and baseline.
         prediction: of the integrand and the number of steps after each token, [t, 2];
             needed by the baselines `loo` and `ridge`.
+
+    Raises:
+        ValueError: `to_go` of `per_sequence_token_mean`, which has no such form.
     """
     integrand, normalize, score, baseline = estimator
     values, _ = tokens.integrand(integrand)
     per_sequence_mean = normalize == "per_sequence_token_mean"
     lengths = ragged.lengths.clamp(min=1).double()
-    pathwise = ragged.spread(1 / lengths if per_sequence_mean else lengths / lengths)
+    pathwise = ragged.spread(
+        1 / lengths if per_sequence_mean else torch.ones_like(lengths)
+    )
     if score == "full":
         totals = ragged.sum(values * pathwise)
         size = _sizes(normalize, ragged)
@@ -135,7 +140,7 @@ def _sizes(normalize: Normalize, ragged: Ragged) -> Tensor:
     lengths = ragged.lengths.double()
     if normalize == "per_token":
         return lengths
-    return torch.zeros_like(lengths) if normalize == "sum" else lengths * 0 + 1
+    return (torch.zeros_like if normalize == "sum" else torch.ones_like)(lengths)
 
 
 def sequence_terms(

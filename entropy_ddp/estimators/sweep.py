@@ -15,6 +15,8 @@ from torch import Tensor
 from entropy_ddp.estimators.errors import effective_sample_size
 
 SMALLEST_SHARE = 1e-3
+# No step keeps all weights equal: a threshold of 1 is read as this.
+LARGEST_ESS_FRACTION = 0.99
 
 
 def predicted_ess_fraction(dlogp: Tensor, eta: float) -> float:
@@ -39,10 +41,11 @@ def choose_grid(
         num_points: number of learning rates.
     """
     spread = float((dlogp - dlogp.mean()).abs().max())
+    threshold = min(ess_warn, LARGEST_ESS_FRACTION)
     low, high = 0.0, (1e3 / spread if spread else 1.0)
     for _ in range(60):
         middle = (low + high) / 2
-        trusted = predicted_ess_fraction(dlogp, middle) >= ess_warn
+        trusted = predicted_ess_fraction(dlogp, middle) >= threshold
         low, high = (middle, high) if trusted else (low, middle)
     smallest = 10 * noise_floor / abs(slope) if slope else 0.0
     smallest = min(max(smallest, SMALLEST_SHARE * low), low / 10)

@@ -74,7 +74,8 @@ class Policy:
     @property
     def max_positions(self) -> int | None:
         """Longest sequence the model's positions allow; None if unlimited."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
 
 
 def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
@@ -181,7 +182,7 @@ def _listing(folder: Path) -> str:
 
 
 def resolve_device(compute: Compute, local_rank: int) -> torch.device:
-    """The device of this rank.
+    """The device of this rank, made torch's current one if it is a GPU.
 
     Raises:
         InputError: `cuda` was asked for and there is none, or fewer than ranks.
@@ -233,6 +234,11 @@ def load_policy(
         dtype=dtype,
         device=device,
     )
+    if not policy.parameters:
+        raise InputError(
+            f"{files.adapter or files.base}: has no trainable parameters; is the "
+            "adapter one without weights?"
+        )
     _require_finite_weights(model)
     return policy
 

@@ -109,9 +109,11 @@ def _product_tangent(
     )
 
 
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    primal = torch.matmul(_primal(left), _primal(right))
-    return _dual(primal, _product_tangent(torch.matmul, left, right))
+def _matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    if out is not None:
+        return torch.matmul(input, other, out=out)
+    primal = torch.matmul(_primal(input), _primal(other))
+    return _dual(primal, _product_tangent(torch.matmul, input, other))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

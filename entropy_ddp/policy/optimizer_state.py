@@ -155,6 +155,9 @@ def _unwrapped_names(names: list[str]) -> list[str]:
 def _require_same_names(
     path: Path, stored: list[str], parameters: Mapping[str, nn.Parameter]
 ) -> None:
+    twice = sorted({name for name in stored if stored.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}: parameter {twice[0]} stands in its groups twice")
     for name in sorted(set(stored) ^ parameters.keys()):
         where = "optimizer state" if name in parameters else "model's trainable ones"
         raise InputError(f"{path}: parameter {name} is missing from the {where}")
@@ -168,24 +171,27 @@ def _verify_state(
     parameters: Mapping[str, nn.Parameter],
 ) -> None:
     """Every parameter has both moments, of its shape, and a step count; no others."""
-    ids = [number for group in groups for number in group["params"]]
-    surplus = sorted(set(state) - set(ids))
+    ids = [(number, group) for group in groups for number in group["params"]]
+    surplus = sorted(set(state) - {number for number, _ in ids})
     if surplus:
         raise InputError(f"{path}: state for id {surplus[0]}, which is in no group")
-    for number, name in zip(ids, [n for group in names for n in group], strict=True):
+    flat_names = [name for group in names for name in group]
+    for (number, group), name in zip(ids, flat_names, strict=True):
         entry = state.get(number)
         if not entry:
             raise InputError(
                 f"{path}: no state for {name}; was the checkpoint saved before the "
                 "first step?"
             )
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        moments = ["exp_avg", "exp_avg_sq"]
+        moments += ["max_exp_avg_sq"] if group["amsgrad"] else []
+        for key in ("step", *moments):
             if key not in entry:
                 raise InputError(
                     f"{path}: expected AdamW's {key} for {name}, found "
                     f"{', '.join(sorted(entry))}; other optimizers are not supported"
                 )
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in moments:
             _verify_moment(path, name, key, entry[key], parameters[name])
 
 

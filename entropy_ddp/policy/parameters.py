@@ -6,6 +6,7 @@ are read through `ParameterLayout.views`, a dictionary of tensors by parameter n
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def shifted(
 
 def global_norm(flat: Tensor) -> float:
     """Euclidean norm of a flat buffer, accumulated in float64."""
-    return float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+    flat = flat.reshape(-1)
+    return math.sqrt(inner_product(flat, flat))
 
 
 def inner_product(left: Tensor, right: Tensor, block: int = 1 << 22) -> float:

@@ -51,6 +51,7 @@ class ResponseTokens(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.settings = settings
+        self._directions: Tensor | None = None
 
     @property
     def transformer(self) -> nn.Module:
@@ -75,10 +76,12 @@ class ResponseTokens(nn.Module):
 
     def projected(self, hidden: Tensor) -> Tensor:
         """Hidden states in a fixed random subspace, [m, NUM_PROJECTIONS]."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (hidden.shape[1], NUM_PROJECTIONS)
-        directions = torch.randn(shape, generator=generator) / hidden.shape[1] ** 0.5
-        return hidden @ directions.to(hidden)
+        if self._directions is None:
+            generator = torch.Generator().manual_seed(0)
+            width = hidden.shape[1]
+            directions = torch.randn(width, NUM_PROJECTIONS, generator=generator)
+            self._directions = (directions / width**0.5).to(hidden)
+        return hidden @ self._directions
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over temperature in the model's dtype, [m, V]."""
@@ -122,7 +125,11 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         logps, entropies, hidden_gradients = [], [], []
-        gradients = [torch.zeros_like(parameter) for parameter in trainable]
+        # Wide enough for a sum over many chunks.
+        gradients = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p in trainable
+        ]
         for chunk in policy.chunks(hidden):
             targets = microbatch.target_ids[chunk]
             with torch.enable_grad():
@@ -143,7 +150,8 @@ class _WeightedSum(torch.autograd.Function):
             hidden_gradients.append(into_hidden)
             for gradient, addition in zip(gradients, into_layer):
                 gradient += addition
-        ctx.save_for_backward(torch.cat(hidden_gradients), *gradients)
+        narrowed = [g.to(p.dtype) for g, p in zip(gradients, trainable)]
+        ctx.save_for_backward(torch.cat(hidden_gradients), *narrowed)
         logp, entropy = torch.cat(logps), torch.cat(entropies)
         ctx.mark_non_differentiable(logp, entropy)
         return total, logp, entropy

@@ -4,7 +4,8 @@
 log-probability and the entropy of the distribution it was drawn from, and at order 1
 also their derivatives along a direction in parameter space (forward mode, nothing is
 stored). `pull_back` adds the gradient of sum(a log p + b H) over all response tokens
-into one flat buffer (reverse mode, one backward per microbatch).
+into the parameters' `.grad` (reverse mode, one backward per microbatch), and `gradient`
+moves them into one flat buffer.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -99,12 +100,18 @@ class Passes:
         _require_finite(scores, shard)
         return scores
 
-    def pull_back(self, shard: Shard, weights: TokenWeights) -> TokenScores:
+    def pull_back(
+        self,
+        shard: Shard,
+        weights: TokenWeights,
+        after_backward: Callable[[], None] = lambda: None,
+    ) -> TokenScores:
         """Add the gradient of sum(a log p + b H) to the parameters' `.grad`.
 
         Args:
             shard: this rank's sequences; may be empty.
             weights: gives a and b of each token; called once per chunk.
+            after_backward: called after the backward pass of every microbatch.
 
         Returns:
             The log p and H that the pass computed on its way.
@@ -118,6 +125,7 @@ class Passes:
             for microbatch in self._microbatches(shard):
                 total, logp, entropy = self.wrapped(microbatch, weights)
                 total.backward()
+                after_backward()
                 scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
                 scores.num_microbatches += 1
                 self.advance(len(microbatch.token))
@@ -148,13 +156,24 @@ class Passes:
         Raises:
             RunError: a value is not finite.
         """
-        try:
-            scores = self.pull_back(shard, weights)
-            flat = torch.zeros(self.layout.numel, dtype=dtype)
-            for name, view in self.layout.views(flat).items():
+        flat = torch.zeros(self.layout.numel, dtype=dtype)
+        views = self.layout.views(flat)
+
+        def collect() -> None:
+            for name, view in views.items():
                 gradient = self.parameters[name].grad
                 if gradient is not None:
-                    view.copy_(gradient)
+                    view += gradient.to(view)
+                    self.parameters[name].grad = None
+
+        # A sum over many microbatches in bfloat16 would depend on their number.
+        narrow = any(p.dtype.itemsize < 4 for p in self.parameters.values())
+        try:
+            if narrow:
+                scores = self.pull_back(shard, weights, collect)
+            else:
+                scores = self.pull_back(shard, weights)
+                collect()
         finally:
             for parameter in self.parameters.values():
                 parameter.grad = None
@@ -168,12 +187,6 @@ class Passes:
         hidden = self.tokens.hidden_states(microbatch)
         directional = isinstance(scores, DirectionalScores)
         with_features = isinstance(scores, DirectionalScores) and scores.features
-        if directional and halves(hidden)[1] is None:
-            raise RunError(
-                "the model returned no tangent: every trainable parameter is bypassed "
-                "(adapter merged or disabled), or the forward pass runs under "
-                "inference_mode or reentrant gradient checkpointing"
-            )
         if with_features:
             projected = self.tokens.projected(halves(hidden)[0])
             scores.fill(microbatch.token.cpu(), hidden=projected)
@@ -184,7 +197,12 @@ class Passes:
             logp, entropy, *softmax = log_softmax_statistics(logits, targets)
             values = {"logp": logp, "entropy": entropy}
             if directional:
-                assert tangent is not None
+                if tangent is None:
+                    raise RunError(
+                        "the model returned no tangent: every trainable parameter is "
+                        "bypassed (adapter merged or disabled), or the forward pass "
+                        "runs under inference_mode or reentrant gradient checkpointing"
+                    )
                 tangent = tangent.to(logits.dtype)
                 if with_features:
                     values |= distribution_features(tangent, targets, entropy, *softmax)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import shifted
+from entropy_ddp.policy.parameters import inner_product, shifted
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.scoring import Passes
@@ -136,11 +136,19 @@ def _reverse_mode_slope(
     passes: Passes, shard: Shard, direction: dict[str, Tensor]
 ) -> float:
     ones = torch.ones(shard.ragged.num_tokens, dtype=torch.float64)
-    gradient, _ = passes.gradient(
-        shard, lambda token, *_: (ones[token.cpu()], ones[token.cpu()]), torch.float64
-    )
-    flat = passes.layout.flatten(direction, torch.float64)
-    return float(gradient @ flat)
+    # Parameter by parameter: a flat float64 buffer could be larger than the model.
+    try:
+        passes.pull_back(
+            shard, lambda token, *_: (ones[token.cpu()], ones[token.cpu()])
+        )
+        return sum(
+            inner_product(parameter.grad.reshape(-1), direction[name].reshape(-1))
+            for name, parameter in passes.parameters.items()
+            if parameter.grad is not None
+        )
+    finally:
+        for parameter in passes.parameters.values():
+            parameter.grad = None
 
 
 def _central_difference(

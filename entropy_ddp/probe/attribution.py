@@ -4,7 +4,7 @@ Beside the passes of a probe it costs one backward pass over E (which the audit 
 against reverse mode is part of) and one forward-mode pass over U, however large U is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from entropy_ddp.probe.phases import snapshot_device
 from entropy_ddp.probe.session import Progress, Session, open_session
 from entropy_ddp.results import AttributionResult, AuditRow, Probed
 from entropy_ddp.rollouts.batch import Batch, Shard
-from entropy_ddp.rollouts.files import decode_prompt, decode_response
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import one_step
@@ -68,36 +67,46 @@ def run_attribution(
         InputError: the configuration, the checkpoint or a batch is wrong.
         RunError: a number is not finite.
     """
+    require_plain_slope(config)
+    session = open_session(config, world, out, progress)
+    measured = measure(session, len(session.batches["E"]), with_curvature=False)
+    return attributed(session, measured, audit_rows(session, measured, Extras()))
+
+
+def require_plain_slope(config: Config) -> None:
+    """Check that the configured slope is a derivative along the update.
+
+    Raises:
+        InputError: control variates are to be removed from it.
+    """
     if config.linear.control_variates:
         raise InputError(
             "linear.control_variates: attribution is of a slope without them (they are "
             "no derivative of the update); set it to false"
         )
-    session = open_session(config, world, out, progress)
-    measured = measure(session, len(session.batches["E"]), with_curvature=False)
-    parts = split_step(session, measured)
-    table = score_shares(session, measured, parts.direction)
-    batch = session.batches["U"]
-    by_sequence = table.share.new_zeros(len(batch))
-    by_sequence.index_add_(0, table.sequence, table.share)
-    result = _attribution_result(session, measured, parts, table)
-    rows = [*audit_rows(session, measured, Extras()), _gap_row(session, result)]
-    probed = make_results(session, measured, rows, attribution=result)
-    shares, tokenizer = by_sequence.tolist(), session.policy.tokenizer
-    for row in probed.sequences:
-        if row["split"] == "U":
-            sequence = batch.sequences[row["index"]]
-            row["share"] = shares[row["index"]]
-            if tokenizer is not None:
-                row["prompt"] = decode_prompt(sequence.prompt_ids.tolist(), tokenizer)
-                ids = sequence.response_ids.tolist()
-                row["response"] = decode_response(ids, tokenizer)
-    return Probed(
-        results=probed.results,
-        sequences=probed.sequences,
-        delta=probed.delta,
-        tokens=token_rows(session, table),
+
+
+def attributed(
+    session: Session, measured: Measured, rows: list[AuditRow], **parts: Any
+) -> Probed:
+    """The results of what was measured on all of E, with the attribution to U.
+
+    Args:
+        session: the run.
+        measured: with the gradient of the entropy on all of E.
+        rows: the audits.
+        parts: other parts of the results.
+    """
+    split = split_step(session, measured)
+    table = score_shares(session, measured, split.direction)
+    shares = table.share.new_zeros(len(session.batches["U"]))
+    shares.index_add_(0, table.sequence, table.share)
+    result = _attribution_result(session, measured, split, table)
+    rows = [*rows, _gap_row(session, result)]
+    probed = make_results(
+        session, measured, rows, shares=shares, attribution=result, **parts
     )
+    return replace(probed, tokens=token_rows(session, table))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
     dot = inner_product(duality.gradient, direction)
     cosine = dot / (norms[0] * norms[2]) if norms[0] * norms[2] else 0.0
     products = {
-        name: inner_product(x.reshape(-1), v.reshape(-1))
+        name: inner_product(x.reshape(-1), v.reshape(-1)) / duality.denominator
         for (name, x), v in zip(
             layout.views(duality.gradient).items(), layout.views(direction).values()
         )
@@ -124,9 +124,8 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
             total,
             has_signal=_has_signal(session),
         ),
-        audit.fact(
-            f"norm of entropy gradient, {duality.num_sequences} sequences", norms[0]
-        ),
+        audit.fact("sequences in audits with a pass", duality.num_sequences),
+        audit.fact("norm of the entropy gradient", norms[0] / duality.denominator),
         audit.fact("norm of the loss gradient", norms[1]),
         audit.fact("norm of v", norms[2]),
         audit.fact("cosine of entropy gradient and v", cosine),
@@ -151,8 +150,10 @@ def _rms_without_decay(session: Session, step: Step) -> float:
     """Root mean square of the parameter change, its weight-decay part left out."""
     assert session.optimizer is not None
     update, layout = session.config.update, session.passes.layout
+    # Adam's coupled decay goes through the moments: it has no part of its own.
     decay = {
-        id(parameter): (update.lr_override or group["lr"]) * group["weight_decay"]
+        id(parameter): (update.lr_override or group["lr"])
+        * (group["weight_decay"] if group["decoupled_weight_decay"] else 0.0)
         for group in session.optimizer.param_groups
         for parameter in group["params"]
     }
@@ -189,7 +190,7 @@ def _step_rows(session: Session, measured: Measured) -> list[AuditRow]:
         ),
         *audit.step_size_checks(
             _rms_without_decay(session, step) / step.learning_rate,
-            float((step.delta == 0).double().mean()),
+            1 - int(step.delta.count_nonzero()) / len(step.delta),
         ),
     ]
 
@@ -267,6 +268,9 @@ def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
 def _moment_rows(session: Session) -> list[AuditRow]:
     assert session.optimizer is not None
     zero = tiny = total = 0
+    with_state = {id(p) for p, state in session.optimizer.state.items() if state}
+    parameters = session.policy.parameters.values()
+    stateless = sum(id(p) not in with_state for p in parameters)
     for group in session.optimizer.param_groups:
         for parameter in group["params"]:
             moment = session.optimizer.state[parameter]["exp_avg_sq"]
@@ -274,7 +278,13 @@ def _moment_rows(session: Session) -> list[AuditRow]:
             tiny += int((moment < group["eps"] ** 2).sum())
             total += moment.numel()
     return [
-        audit.fact("parameters without optimizer state", 0, "0"),
+        audit.check(
+            "parameters without optimizer state",
+            stateless,
+            "0",
+            stateless == 0,
+            "their step is not the trainer's",
+        ),
         *audit.moment_checks(tiny / total, zero / total),
     ]
 
@@ -301,14 +311,20 @@ def _sampler_rows(
     rows = []
     for split, scores in scores_of.items():
         shard = session.shard(session.batches[split])
-        differences = []
+        count, total, largest = 0, 0.0, 0.0
         starts = shard.ragged.starts.tolist()
         for start, sequence in zip(starts, shard.sequences):
-            if sequence.sampling_logprobs is not None:
+            if sequence.sampling_logprobs is not None and sequence.num_tokens:
                 own = scores.logp[start : start + sequence.num_tokens]
-                differences += (own - sequence.sampling_logprobs).abs().tolist()
-        shares = session.world.gather_objects(differences)
-        rows += audit.sampler_checks(split, [x for share in shares for x in share])
+                differences = (own - sequence.sampling_logprobs).abs()
+                count += len(differences)
+                total += float(differences.sum())
+                largest = max(largest, float(differences.max()))
+        sums = torch.tensor([count, total], dtype=torch.float64)
+        count, total = session.world.sum(sums, "scalars").tolist()
+        largest = session.world.max(largest)
+        if count:
+            rows += audit.sampler_checks(split, total / count, largest)
     return rows
 
 
@@ -370,7 +386,10 @@ def _state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
     for item in session.self_checks:
         rows.append(
             audit.close(
-                f"self-check: {item.name}", item.error, item.tolerance, "refused"
+                f"self-check: {item.name}",
+                item.error,
+                item.tolerance,
+                "such a model is refused when it is opened",
             )
         )
     return rows

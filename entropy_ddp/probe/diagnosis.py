@@ -15,7 +15,7 @@ from entropy_ddp.estimators.linear import SlopeWeights, sequence_terms, slope_we
 from entropy_ddp.policy.parameters import global_norm, inner_product
 from entropy_ddp.policy.scores import DirectionalScores
 from entropy_ddp.probe.estimation import baseline_predictions, derivatives_of
-from entropy_ddp.probe.phases import gather_sums
+from entropy_ddp.probe.phases import gather_sums, snapshot_device
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.step import Step, one_step
@@ -29,12 +29,15 @@ class Duality:
 
     Attributes:
         gap: relative difference of the two slopes.
-        gradient: gradient of the entropy estimator on the sample, flat, [P].
+        gradient: gradient of the entropy estimator on the sample, times its
+            denominator, flat, [P].
+        denominator: denominator of the estimator on the sample.
         num_sequences: size of the sample.
     """
 
     gap: float
     gradient: Tensor
+    denominator: float
     num_sequences: int
 
 
@@ -73,6 +76,11 @@ def check_duality(
     return Duality(
         gap=relative_difference(reverse, centred, scale),
         gradient=gradient,
+        denominator=as_ratio(
+            session.config.objective.normalize,
+            torch.zeros(len(sample), dtype=torch.float64),
+            sample.lengths,
+        ).denominator,
         num_sequences=len(sample),
     )
 
@@ -113,11 +121,13 @@ def learning_rate_ratios(
     session: Session, gradient: Tensor, step: Step, slope_gradient: Tensor
 ) -> tuple[float, float]:
     """Norm of the change and <grad H, change> at lr, each over the same at lr / 10."""
-    update = session.config.update.model_copy(
-        update={"lr_override": step.learning_rate / 10}
-    )
     with one_step(
-        session.optimizer, session.policy.parameters, gradient, update
+        session.optimizer,
+        session.policy.parameters,
+        gradient,
+        session.config.update,
+        snapshot_device(session.config.compute),
+        rate_scale=0.1,
     ) as smaller:
         delta = smaller.delta
     pairs = (

@@ -26,6 +26,7 @@ from entropy_ddp.results import (
     UpdateResult,
 )
 from entropy_ddp.rollouts.batch import Batch, Sequence
+from entropy_ddp.rollouts.files import decode_prompt, decode_response
 
 NUM_TOP_PARAMETERS = 10
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
@@ -35,6 +36,7 @@ def make_results(
     session: Session,
     measured: Measured,
     rows: list[AuditRow],
+    shares: Tensor | None = None,
     **parts: Any,
 ) -> Probed:
     """The results of a probe; the same on every rank.
@@ -43,6 +45,7 @@ def make_results(
         session: the run.
         measured: what the passes gave.
         rows: the audits.
+        shares: share of each sequence of U, [N], of a run that attributes.
         parts: parts of the results that a job adds: gradient_dot, sweep, attribution.
     """
     results = Results(
@@ -64,9 +67,10 @@ def make_results(
         results=results,
         sequences=[
             *_evaluation_rows(session, measured),
-            *_update_rows(session.batches["U"], measured),
+            *_update_rows(session, measured, shares),
         ],
         delta=layout.views(delta) if session.config.update.save_delta else None,
+        sampled=frozenset(session.num_redraws),
     )
 
 
@@ -226,14 +230,25 @@ def _evaluation_rows(session: Session, measured: Measured) -> list[dict[str, Any
     return [_row("E", sequence, values) for sequence, values in pairs]
 
 
-def _update_rows(batch: Batch, measured: Measured) -> list[dict[str, Any]]:
+def _update_rows(
+    session: Session, measured: Measured, shares: Tensor | None
+) -> list[dict[str, Any]]:
+    """The rows of U; with shares also those, and the decoded text at the end."""
+    batch, tokenizer = session.batches["U"], session.policy.tokenizer
     sums = measured.update_sums
-    pairs = _columns(batch.sequences, logp=sums.logp, entropy=sums.entropy)
-    rows = []
-    for sequence, values in pairs:
+    columns = {"logp": sums.logp, "entropy": sums.entropy}
+    rows: list[dict[str, Any]] = []
+    for sequence, values in _columns(batch.sequences, **columns):
         known = {"reward": sequence.reward, "advantage": sequence.advantage}
         given = {name: value for name, value in known.items() if value is not None}
-        rows.append(_row("U", sequence, values | given))
+        if shares is not None:
+            given["share"] = float(shares[len(rows)])
+        row = _row("U", sequence, values | given)
+        if shares is not None and tokenizer is not None:
+            row["prompt"] = decode_prompt(sequence.prompt_ids.tolist(), tokenizer)
+            ids = sequence.response_ids.tolist()
+            row["response"] = decode_response(ids, tokenizer)
+        rows.append(row)
     return rows
 
 

@@ -4,17 +4,18 @@ from pathlib import Path
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
+from entropy_ddp.probe.attribution import attributed, require_plain_slope
 from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.diagnosis import (
     SAMPLE_SEQUENCES,
     learning_rate_ratios,
 )
 from entropy_ddp.probe.gradient_dot import gradient_dot, is_wanted
-from entropy_ddp.probe.measure import measure
+from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
-from entropy_ddp.probe.session import Progress, open_session
+from entropy_ddp.probe.session import Progress, Session, open_session
 from entropy_ddp.probe.units import proxy_gradient_norm
-from entropy_ddp.results import Probed
+from entropy_ddp.results import GradientDotResult, Probed
 
 
 def run_probe(
@@ -34,19 +35,29 @@ def run_probe(
         InputError: the configuration, the checkpoint or a batch is wrong.
         RunError: a number is not finite.
     """
+    attribute = config.attribution.enabled
+    if attribute:
+        require_plain_slope(config)
     session = open_session(config, world, out, progress)
     # Asked for but impossible: said before the first pass.
     is_wanted(config.gradient_dot, session.batches)
-    measured = measure(session, SAMPLE_SEQUENCES)
-    dot = gradient_dot(
+    everything = len(session.batches["E"])
+    measured = measure(session, everything if attribute else SAMPLE_SEQUENCES)
+    dot = _gradient_dot(session, measured)
+    rows = audit_rows(session, measured, Extras(dot=dot))
+    if attribute:
+        return attributed(session, measured, rows, gradient_dot=dot)
+    return make_results(session, measured, rows, gradient_dot=dot)
+
+
+def _gradient_dot(session: Session, measured: Measured) -> GradientDotResult | None:
+    return gradient_dot(
         session,
         measured.stepped,
         measured.gradient,
         measured.base,
-        config.gradient_dot,
+        session.config.gradient_dot,
     )
-    rows = audit_rows(session, measured, Extras(dot=dot))
-    return make_results(session, measured, rows, gradient_dot=dot)
 
 
 def run_audit(
@@ -57,12 +68,15 @@ def run_audit(
     Arguments and errors as of `run_probe`.
     """
     session = open_session(config, world, out, progress)
-    everything = len(session.batches["E"])
-    measured = measure(session, everything)
+    is_wanted(config.gradient_dot, session.batches)
+    measured = measure(session, len(session.batches["E"]))
+    dot = _gradient_dot(session, measured)
     extras = Extras(
+        dot=dot,
         ratios=learning_rate_ratios(
             session, measured.gradient, measured.step, measured.duality.gradient
         ),
         signal=proxy_gradient_norm(session, limit=len(session.batches["U"])),
     )
-    return make_results(session, measured, audit_rows(session, measured, extras))
+    rows = audit_rows(session, measured, extras)
+    return make_results(session, measured, rows, gradient_dot=dot)

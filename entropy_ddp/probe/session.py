@@ -127,6 +127,8 @@ def open_session(
     session.optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
     with session.phase("self-check"):
         session.self_checks = check_model(session.passes, policy.vocabulary_size)
+        # The run's own passes are counted, not these.
+        session.passes.performed.clear()
     for split, source in (("E", config.batches.E), ("U", config.batches.U)):
         session.batches[split] = _open_batch(session, split, source, out)
     check_batches(session.batches, config)
@@ -162,7 +164,7 @@ def require_optimizer(files: CheckpointFiles) -> Path:
     """The file of the optimizer state.
 
     Raises:
-        InputError: it is not.
+        InputError: there is none.
     """
     if files.optimizer is None:
         raise InputError(
@@ -228,9 +230,6 @@ def _open_batch(
     limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
     kept = None if out is None else out / "rollouts" / f"{split}.jsonl"
     if source.file is not None:
-        if kept is not None and session.world.is_main:
-            # What an earlier run sampled into this folder is not this run's.
-            kept.unlink(missing_ok=True)
         return read_batch(Path(source.file), split, limits, tokenizer)
     rows = sample_batch(session, split, source)
     if kept is not None and session.world.is_main:

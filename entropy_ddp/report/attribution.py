@@ -17,15 +17,20 @@ from entropy_ddp.results import AttributionResult, Results
 
 def print_attribution(console: Console, results: Results, out: str | None) -> None:
     """Parts of the step, tokens that matter most, cheap scores against exact shares."""
+    print_heading(console, results)
+    print_shares(console, results)
+    console.print(verdict_line(results, out))
+
+
+def print_shares(console: Console, results: Results) -> None:
+    """The attribution alone."""
     found = results.attribution
     assert found is not None
-    print_heading(console, results)
     console.print(_parts(found))
     console.print(_top_tokens(found))
     console.print(_summaries(found))
     console.print(_proxies(found))
     console.print(_what_if(found))
-    console.print(verdict_line(results, out))
 
 
 def _parts(found: AttributionResult) -> Table:

@@ -237,12 +237,15 @@ def _estimators(results: Results) -> Table:
             values = (row["delta_h_true_adjusted"], row["se_adjusted"], first)
             _estimator_row(table, f"{name}, adjusted", values, ess)
     table.add_section()
+    linear = results.linear
+    configured = (linear.score, linear.baseline, linear.control_variates)
     for row in results.linear_all:
         name = f"first order, {row['score']}"
         if row["score"] == "to_go":
             name += f", {row['baseline']}"
         name += ", cv" if row["control_variates"] else ""
-        mark = " *" if row["slope"] == results.linear.slope else ""
+        kind = (row["score"], row["baseline"], row["control_variates"])
+        mark = " *" if kind == configured else ""
         first = results.linear_all[0]["se"]
         values = (eta * row["slope"], eta * row["se"], eta * first)
         _estimator_row(table, name + mark, values, "")
@@ -268,9 +271,7 @@ def _step(results: Results) -> Table:
         "gradient norm before clipping": update.grad_norm,
         "clip coefficient": update.clip_coef,
         "slope, nats per unit learning rate": linear.slope,
-        "term: score": eta * linear.terms["score"],
-        "term: pathwise": eta * linear.terms["pathwise"],
-        "term: denominator": eta * linear.terms["denominator"],
+        **{f"term: {name}": eta * term for name, term in linear.terms.items()},
         "SE of the slope, delta method": linear.se,
         "SE of the slope, jackknife": linear.se_jackknife,
     }

@@ -7,7 +7,7 @@ needed and padding changes no result.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,9 +39,12 @@ class Microbatch:
     sequences: Tensor
 
     def to(self, device: torch.device) -> "Microbatch":
-        """The same microbatch with its tensors on this device."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        return Microbatch(**tensors)
+        """The same microbatch with what the model reads on this device.
+
+        Places in the shard's arrays stay on the CPU, where those arrays are.
+        """
+        names = ("input_ids", "row", "column", "target_ids")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def make_microbatches(shard: Shard, tokens_per_microbatch: int) -> Iterator[Microbatch]:

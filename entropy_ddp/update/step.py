@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Step:
     clip_coef: float
     num_optimizer_steps: int
 
-    @property
+    @cached_property
     def direction(self) -> Tensor:
         """v = delta / eta, flat, [P]."""
         return self.delta / self.learning_rate
@@ -65,6 +66,7 @@ def one_step(
     gradient: Tensor,
     update: Update,
     snapshot_device: torch.device | None = None,
+    rate_scale: float = 1.0,
 ) -> Iterator[Step]:
     """Within the context, the parameters are those after one optimizer step.
 
@@ -74,6 +76,7 @@ def one_step(
         gradient: gradient of the loss, summed over ranks, flat, [P].
         update: norm clipping and learning rate.
         snapshot_device: where copies are kept; None for the tensors' own.
+        rate_scale: factor on every group's learning rate.
 
     Raises:
         InputError: the learning rate is 0.
@@ -84,7 +87,7 @@ def one_step(
     if not math.isfinite(grad_norm):
         raise RunError(f"the gradient of the loss has norm {grad_norm}")
     saved_rates = [group["lr"] for group in optimizer.param_groups]
-    rates = [update.lr_override or rate for rate in saved_rates]
+    rates = [rate_scale * (update.lr_override or rate) for rate in saved_rates]
     if not rates[0]:
         raise InputError(
             "the saved learning rate is 0 (a warm-up's first step?); set "
@@ -145,7 +148,8 @@ def _difference(
     before: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    delta = torch.empty(layout.numel, dtype=dtype)
+    # Never narrower than float32: a step is small against the range of float16.
+    delta = torch.empty(layout.numel, dtype=torch.promote_types(dtype, torch.float32))
     for name, view in layout.views(delta).items():
         after = parameters[name].detach().cpu()
         # Subtracted in the parameter's own precision, and rounded once.
