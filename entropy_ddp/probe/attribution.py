@@ -29,7 +29,7 @@ from entropy_ddp.estimators.attribution import (
 from entropy_ddp.estimators.errors import relative_difference
 from entropy_ddp.policy.parameters import inner_product
 from entropy_ddp.policy.response_tokens import TokenWeights
-from entropy_ddp.probe.audits import Extras, audit_rows
+from entropy_ddp.probe.audits import Extras, audit_rows, tolerance_of
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
@@ -222,7 +222,7 @@ def _gap_row(session: Session, result: AttributionResult) -> AuditRow:
     return audit.close(
         "attribution gap",
         result.attribution_gap,
-        max(GAP_TOLERANCE[d] for d in (session.policy.dtype, session.buffer_dtype)),
+        tolerance_of(session, GAP_TOLERANCE),
         "the parts of the step do not add up to it: the optimizer's update rule is not "
         "the one that is decomposed",
     )

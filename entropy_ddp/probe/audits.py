@@ -1,6 +1,7 @@
 """The audits of a probe: facts from every rank, turned into rows with a verdict."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,9 @@ from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow, GradientDotResult
 from entropy_ddp.rollouts.batch import Batch, Ragged
 from entropy_ddp.rollouts.microbatch import make_microbatches
-from entropy_ddp.update.step import Step
+from entropy_ddp.update.step import Step, learning_rate_of
 
-# Of the term scale: the largest of the sums whose difference is the slope. By the
-# narrower of the dtypes of model and parameter buffers.
+# Of the term scale: the largest of the sums whose difference is the slope.
 GAP_TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -60,7 +60,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         audit.close(
             "duality gap",
             measured.duality.gap,
-            max(GAP_TOLERANCE[d] for d in (session.policy.dtype, session.buffer_dtype)),
+            tolerance_of(session, GAP_TOLERANCE),
             "forward and reverse mode disagree: an operation of this model loses or "
             "detaches a derivative; try compute.attention: eager",
         ),
@@ -81,6 +81,11 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
     if extras.signal is not None:
         rows.append(audit.signal_check(extras.signal))
     return rows
+
+
+def tolerance_of(session: Session, tolerances: Mapping[torch.dtype, float]) -> float:
+    """The tolerance of the narrower of the dtypes of model and parameter buffers."""
+    return max(tolerances[d] for d in (session.policy.dtype, session.buffer_dtype))
 
 
 def _gradient_dot_row(session: Session) -> list[AuditRow]:
@@ -152,7 +157,7 @@ def _rms_without_decay(session: Session, step: Step) -> float:
     update, layout = session.config.update, session.passes.layout
     # Adam's coupled decay goes through the moments: it has no part of its own.
     decay = {
-        id(parameter): (update.lr_override or group["lr"])
+        id(parameter): learning_rate_of(group, update)
         * (group["weight_decay"] if group["decoupled_weight_decay"] else 0.0)
         for group in session.optimizer.param_groups
         for parameter in group["params"]

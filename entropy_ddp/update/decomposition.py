@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.parameters import ParameterLayout
-from entropy_ddp.update.step import Step
+from entropy_ddp.update.step import Step, learning_rate_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def step_parts(
     """
     gradients = ParameterLayout.of(parameters).views(gradient)
     for name, group, state in _entries(optimizer, parameters):
-        rate = update.lr_override or float(group["lr"])
+        rate = learning_rate_of(group, update)
         theta = parameters[name].detach().double()
         clipped = step.clip_coef * gradients[name].to(theta)
         gain, momentum, decay = _parts(theta, clipped, state, group | {"lr": rate})

@@ -5,10 +5,11 @@ end, together with the optimizer state, whatever happened in between.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class Step:
         return sorted(norms, key=lambda pair: -pair[1])[:count]
 
 
+def learning_rate_of(group: Mapping[str, Any], update: Update) -> float:
+    """The learning rate of a param group in the probed step: saved or overridden."""
+    return update.lr_override or float(group["lr"])
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """Every tensor of the optimizer state with a name, in a fixed order."""
     return [
@@ -87,7 +93,9 @@ def one_step(
     if not math.isfinite(grad_norm):
         raise RunError(f"the gradient of the loss has norm {grad_norm}")
     saved_rates = [group["lr"] for group in optimizer.param_groups]
-    rates = [rate_scale * (update.lr_override or rate) for rate in saved_rates]
+    rates = [
+        rate_scale * learning_rate_of(group, update) for group in optimizer.param_groups
+    ]
     if not rates[0]:
         raise InputError(
             "the saved learning rate is 0 (a warm-up's first step?); set "
