@@ -58,7 +58,12 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
-from entropy_ddp.policy.head import FEATURES, distribution_features
+from entropy_ddp.policy.head import (
+    FEATURES,
+    directional_derivatives,
+    distribution_features,
+    softmax_of,
+)
 from entropy_ddp.rollouts.batch import Ragged
 
 END = 0
@@ -268,11 +273,10 @@ class Policy:
     def _features(self) -> dict[str, Tensor]:
         one = at(1.0)
         logits, tangent = jvp(self.logits, (at(0.0),), (one,))
-        log_pi = torch.log_softmax(logits, dim=-1)[self.state]
-        entropy = -(log_pi.exp() * log_pi).sum(-1)
-        return distribution_features(
-            tangent[self.state], self.target, entropy, log_pi.exp(), log_pi
-        )
+        softmax = softmax_of(logits[self.state], self.target)
+        centred = tangent[self.state]
+        directional_derivatives(softmax, centred, self.target)
+        return distribution_features(softmax, centred, self.target)
 
     def sample(
         self, num_batches: int, num_groups: int, responses: int, seed: int

@@ -1,7 +1,7 @@
 """Log-probability and entropy of tokens from logits, with derivatives in closed form.
 
-For one token with logits z (already divided by the sampling temperature), y the sampled
-token, p = softmax(z), l = log p, E and Cov taken under p, and z' the tangent of z:
+For one token with logits z (divided by the sampling temperature), y the sampled token,
+p = softmax(z), l = log p, E and Cov taken under p, and z' the tangent of z:
 
     log p_y              = z_y - logsumexp(z)
     H                    = -E[l]                                  (nats)
@@ -10,11 +10,20 @@ token, p = softmax(z), l = log p, E and Cov taken under p, and z' the tangent of
     d log p_y / d z_v    = 1[v = y] - p_v
     d H / d z_v          = -p_v (l_v + H)
 
+With x = z - max z and s = sum exp x these are sums of exp x times something, each taken
+once: H = log s - sum(x exp x) / s has no cancellation, as neither part is negative.
+
 A token of probability zero (a logit of minus infinity) contributes nothing to any of
 the sums: 0 log 0 = 0.
 
-Shape legend: m tokens of one chunk, V vocabulary.
+Everything here is of a few rows at a time (`row_blocks`), wide enough for one core's
+cache: the sums over a large vocabulary then cost a fraction of the output layer.
+
+Shape legend: r rows of one block, V vocabulary.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,49 +38,104 @@ FEATURES = (
     "dtop",
     "is_top",
 )
+# Elements of a block on the CPU: 1 MiB of float64.
+BLOCK_ELEMENTS = 1 << 17
+# exp of anything below is zero in every dtype; finite, so that 0 times it is 0.
+_LOWEST = -1e4
 
 
-def log_softmax_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Log-probability of the targets, entropy, and what the derivatives need.
+@dataclass(frozen=True, kw_only=True)
+class Softmax:
+    """The distributions of r tokens, unnormalised, and what was drawn from them.
+
+    Attributes:
+        shifted: x = z - max z, not below -1e4, [r, V].
+        weights: exp x, [r, V].
+        total: s = sum exp x, [r].
+        mean: E[x], [r].
+        logp: log-probability of the targets, [r].
+        entropy: H, [r].
+    """
+
+    shifted: Tensor
+    weights: Tensor
+    total: Tensor
+    mean: Tensor
+    logp: Tensor
+    entropy: Tensor
+
+
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows of [m, V]; on a GPU all rows at once."""
+    count, width = logits.shape
+    size = max(1, BLOCK_ELEMENTS // width)
+    if logits.device.type != "cpu":
+        size = max(1, count)
+    return (slice(i, i + size) for i in range(0, count, size))
+
+
+def softmax_of(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Softmax:
+    """The distributions of a block of rows; the logits are left alone.
 
     Args:
-        logits: logits over temperature, in the dtype of the sums, [m, V].
-        targets: token ids, [m].
-
-    Returns:
-        log p_y [m], H [m], p [m, V] and l [m, V], l with zeros where p is zero.
+        logits: logits of any floating-point type, not yet over temperature, [r, V].
+        targets: token ids, [r].
+        temperature: what they are divided by.
+        dtype: dtype of the sums.
     """
-    log_probabilities = torch.log_softmax(logits, dim=-1)
-    logp = log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
-    probabilities = log_probabilities.exp()
-    log_probabilities.masked_fill_(log_probabilities == -torch.inf, 0.0)
-    entropy = -(probabilities * log_probabilities).sum(-1)
-    return logp, entropy, probabilities, log_probabilities
+    shifted = widened(logits, temperature, dtype)
+    shifted -= shifted.amax(-1, keepdim=True)
+    target = shifted.gather(-1, targets[:, None]).squeeze(-1)
+    weights = shifted.exp()
+    shifted.clamp_(min=_LOWEST)
+    total = weights.sum(-1)
+    mean = torch.linalg.vecdot(weights, shifted) / total
+    logarithm = total.log()
+    return Softmax(
+        shifted=shifted,
+        weights=weights,
+        total=total,
+        mean=mean,
+        logp=target - logarithm,
+        entropy=logarithm - mean,
+    )
+
+
+def widened(values: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """A copy over temperature, in the dtype of the sums."""
+    # Not values.to(dtype), which copies nothing where the dtype is the same, or left
+    # alone within `true_float64`.
+    wide = torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
+    return wide if temperature == 1 else wide.div_(temperature)
 
 
 def directional_derivatives(
-    tangent: Tensor, targets: Tensor, probabilities: Tensor, log_probabilities: Tensor
+    softmax: Softmax, tangent: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(log p_y)' [m] and H' [m] along the tangent z' of the logits [m, V].
+    """(log p_y)' [r] and H' [r] along the tangent z' of the logits.
 
-    Tangents of zero-probability tokens may be anything finite. The probabilities are
-    overwritten.
+    Args:
+        softmax: the distributions.
+        tangent: z' in the dtype of the sums, [r, V]; overwritten by z' - E[z'].
+            Tangents of zero-probability tokens may be anything finite.
+        targets: token ids, [r].
     """
-    mean = (probabilities * tangent).sum(-1)
-    dlogp = tangent.gather(-1, targets[:, None]).squeeze(-1) - mean
-    centred = tangent - mean[:, None]
-    dentropy = -(probabilities.mul_(log_probabilities) * centred).sum(-1)
+    weights, total = softmax.weights, softmax.total
+    tangent -= (torch.linalg.vecdot(weights, tangent) / total)[:, None]
+    dlogp = tangent.gather(-1, targets[:, None]).squeeze(-1)
+    dentropy = -torch.linalg.vecdot(weights * softmax.shifted, tangent) / total
     return dlogp, dentropy
 
 
 def distribution_features(
-    tangent: Tensor,
-    targets: Tensor,
-    entropy: Tensor,
-    probabilities: Tensor,
-    log_probabilities: Tensor,
+    softmax: Softmax, centred_tangent: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
-    """What baselines and control variates need of each distribution, [m] each.
+    """What baselines and control variates need of each distribution, [r] each.
 
     Known before the token: `top_probability`; `margin`, the difference of the two
     largest probabilities; `log_variance` = Var(l); `collision` = E[p]; and, with
@@ -79,48 +143,41 @@ def distribution_features(
     p (log p)'. `is_top`: 1 if the target is the most probable token.
 
     Args:
-        tangent: z', [m, V].
-        targets: token ids, [m].
-        entropy: H, [m].
-        probabilities: p, [m, V].
-        log_probabilities: l, [m, V], zero where p is zero.
+        softmax: the distributions.
+        centred_tangent: z' - E[z'], [r, V].
+        targets: token ids, [r].
     """
-    top, top_ids = probabilities.topk(min(2, probabilities.shape[1]), dim=-1)
-    mean = (probabilities * tangent).sum(-1)
+    weights, total = softmax.weights, softmax.total
+    top, top_ids = weights.topk(min(2, weights.shape[1]), dim=-1)
+    top = top / total[:, None]
+    squares = weights.square()
     # Differences and not E[l^2] - H^2, which would lose digits when H is large.
-    deviation = log_probabilities + entropy[:, None]
-    squares = probabilities.square()
-    collision = squares.sum(-1)
-    top_tangent = tangent.gather(-1, top_ids[:, :1]).squeeze(-1)
+    deviation = (softmax.shifted - softmax.mean[:, None]).square_()
+    top_derivative = centred_tangent.gather(-1, top_ids[:, :1]).squeeze(-1)
     return {
         "top_probability": top[:, 0],
         "margin": top[:, 0] - top[:, -1],
-        "log_variance": (probabilities * deviation.square_()).sum(-1),
-        "collision": collision,
-        "dcollision": (squares * tangent).sum(-1) - collision * mean,
-        "dtop": top[:, 0] * (top_tangent - mean),
-        "is_top": (targets == top_ids[:, 0]).to(entropy),
+        "log_variance": torch.linalg.vecdot(weights, deviation) / total,
+        "collision": squares.sum(-1) / total.square(),
+        "dcollision": torch.linalg.vecdot(squares, centred_tangent) / total.square(),
+        "dtop": top[:, 0] * top_derivative,
+        "is_top": (targets == top_ids[:, 0]).to(total),
     }
 
 
 def logits_gradient(
-    weights: tuple[Tensor, Tensor],
-    targets: Tensor,
-    entropy: Tensor,
-    probabilities: Tensor,
-    log_probabilities: Tensor,
+    softmax: Softmax, weights: tuple[Tensor, Tensor], targets: Tensor
 ) -> Tensor:
-    """Gradient [m, V] of sum(a log p_y + b H) with respect to the logits.
+    """Gradient [r, V] of sum(a log p_y + b H) with respect to the logits z.
 
     Args:
-        weights: a and b, each [m].
-        targets: token ids, [m].
-        entropy: H, [m].
-        probabilities: p, [m, V]; overwritten.
-        log_probabilities: l, [m, V]; overwritten.
+        softmax: the distributions; its [r, V] tensors are overwritten.
+        weights: a and b, each [r].
+        targets: token ids, [r].
     """
     logp_weights, entropy_weights = weights
     # -p (a + b (l + H)), then a at the target: one buffer, no temporaries.
-    slope = log_probabilities.add_(entropy[:, None]).mul_(entropy_weights[:, None])
+    slope = softmax.shifted.sub_(softmax.mean[:, None]).mul_(entropy_weights[:, None])
+    probabilities = softmax.weights.div_(softmax.total[:, None])
     gradient = slope.add_(logp_weights[:, None]).mul_(probabilities).neg_()
     return gradient.scatter_add_(-1, targets[:, None], logp_weights[:, None])

@@ -4,20 +4,31 @@ Only the hidden states at response positions reach the output layer, and those i
 of tokens: a [batch, length, vocabulary] tensor never exists.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.policy.head import log_softmax_statistics, logits_gradient
+from entropy_ddp.policy.forward_mode import halves
+from entropy_ddp.policy.head import (
+    directional_derivatives,
+    distribution_features,
+    logits_gradient,
+    row_blocks,
+    softmax_of,
+    widened,
+)
 from entropy_ddp.policy.scores import NUM_PROJECTIONS
 from entropy_ddp.rollouts.microbatch import Microbatch
 
-# Elements of one chunk's [tokens, vocabulary] block: 64 MiB of float64 at most.
+# Elements of one chunk's [tokens, vocabulary] logits, and the fewest tokens for which
+# the product with the output layer runs at full speed.
 CHUNK_ELEMENTS = 1 << 23
+CHUNK_TOKENS = 64
+# A chunk's gradient of a trainable output layer is as large as the layer: fewer chunks.
+TRAINABLE_CHUNK_TOKENS = 256
 
 # (flat token places [m], log p [m], H [m]) -> weights a [m] of log p and b [m] of H.
 TokenWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -83,15 +94,57 @@ class ResponseTokens(nn.Module):
             self._directions = (directions / width**0.5).to(hidden)
         return hidden @ self._directions
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over temperature in the model's dtype, [m, V]."""
-        return self.output_layer(hidden) / self.settings.temperature
+    def chunks(self, count: int, trainable: bool = False) -> Iterator[slice]:
+        """Slices of `count` tokens whose logits fit the chunk budget."""
+        fewest = TRAINABLE_CHUNK_TOKENS if trainable else CHUNK_TOKENS
+        size = max(fewest, CHUNK_ELEMENTS // self.output_layer.weight.shape[0])
+        return (slice(i, i + size) for i in range(0, count, size))
 
-    def chunks(self, hidden: Tensor) -> Iterable[slice]:
-        """Slices of the m tokens whose logits fit the chunk budget."""
-        weight = self.output_layer.weight
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        return (slice(i, i + size) for i in range(0, len(hidden), size))
+    def statistics(
+        self, hidden: Tensor, targets: Tensor, with_features: bool = False
+    ) -> dict[str, Tensor]:
+        """What `score` returns of each token, [m] each, in the dtype of the sums.
+
+        `logp` and `entropy`; where the logits have a tangent also `dlogp` and
+        `dentropy`, and if asked for `head.distribution_features`.
+
+        Args:
+            hidden: hidden states that predict the tokens, dual at order 1, [m, width].
+            targets: token ids, [m].
+            with_features: at order 1, also the features.
+        """
+        blocks = []
+        for chunk in self.chunks(len(hidden)):
+            logits, tangent = halves(self.output_layer(hidden[chunk]))
+            for rows in row_blocks(logits):
+                blocks.append(
+                    self._block_statistics(
+                        logits[rows],
+                        None if tangent is None else tangent[rows],
+                        targets[chunk][rows],
+                        with_features,
+                    )
+                )
+        return {name: torch.cat([b[name] for b in blocks]) for name in blocks[0]}
+
+    def _block_statistics(
+        self,
+        logits: Tensor,
+        tangent: Tensor | None,
+        targets: Tensor,
+        with_features: bool,
+    ) -> dict[str, Tensor]:
+        temperature, dtype = self.settings.temperature, self.settings.entropy_dtype
+        softmax = softmax_of(logits, targets, temperature, dtype)
+        values = {"logp": softmax.logp, "entropy": softmax.entropy}
+        if tangent is None:
+            return values
+        centred = widened(tangent, temperature, dtype)
+        derivatives = directional_derivatives(softmax, centred, targets)
+        values.update(zip(("dlogp", "dentropy"), derivatives))
+        if with_features:
+            values |= distribution_features(softmax, centred, targets)
+        return values
 
     def forward(
         self, microbatch: Microbatch, weights: TokenWeights
@@ -130,22 +183,31 @@ class _WeightedSum(torch.autograd.Function):
             torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for p in trainable
         ]
-        for chunk in policy.chunks(hidden):
-            targets = microbatch.target_ids[chunk]
+        for chunk in policy.chunks(len(hidden), trainable=bool(trainable)):
             with torch.enable_grad():
                 piece = hidden[chunk].detach().requires_grad_()
-                logits = policy.logits(piece)
-            values, cotangent = _chunk_cotangent(
-                logits.detach().to(policy.settings.entropy_dtype),
-                targets,
-                partial(weights, microbatch.token[chunk]),
-            )
-            surrogate, logp, entropy = values
-            total += surrogate
-            logps.append(logp)
-            entropies.append(entropy)
+                logits = policy.output_layer(piece)
+            token, targets = microbatch.token[chunk], microbatch.target_ids[chunk]
+            # The logits are not read again: their gradient takes their place.
+            cotangent = logits.detach()
+            for rows in row_blocks(cotangent):
+                softmax = softmax_of(
+                    cotangent[rows],
+                    targets[rows],
+                    policy.settings.temperature,
+                    policy.settings.entropy_dtype,
+                )
+                logp, entropy = softmax.logp, softmax.entropy
+                a, b = (w.to(logp) for w in weights(token[rows], logp, entropy))
+                total += (a * logp + b * entropy).sum(dtype=torch.float64)
+                logps.append(logp)
+                entropies.append(entropy)
+                gradient = logits_gradient(softmax, (a, b), targets[rows])
+                if policy.settings.temperature != 1:
+                    gradient /= policy.settings.temperature
+                cotangent[rows] = gradient
             into_hidden, *into_layer = torch.autograd.grad(
-                logits, [piece, *trainable], cotangent.to(logits.dtype)
+                logits, [piece, *trainable], cotangent
             )
             hidden_gradients.append(into_hidden)
             for gradient, addition in zip(gradients, into_layer):
@@ -165,20 +227,3 @@ class _WeightedSum(torch.autograd.Function):
             None,
             *(saved * scale.to(saved.dtype) for saved in ctx.saved_tensors),
         )
-
-
-def _chunk_cotangent(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """(sum(a log p + b H), log p, H) and its gradient with respect to the logits."""
-    logp, entropy, probabilities, log_probabilities = log_softmax_statistics(
-        logits, targets
-    )
-    a, b = (w.to(logits) for w in weights(logp, entropy))
-    total = (a * logp + b * entropy).sum(dtype=torch.float64)
-    gradient = logits_gradient(
-        (a, b), targets, entropy, probabilities, log_probabilities
-    )
-    return (total, logp, entropy), gradient

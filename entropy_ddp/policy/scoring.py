@@ -18,11 +18,6 @@ from torch import Tensor, nn
 
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.forward_mode import dual_parameters, halves
-from entropy_ddp.policy.head import (
-    directional_derivatives,
-    distribution_features,
-    log_softmax_statistics,
-)
 from entropy_ddp.policy.parameters import ParameterLayout
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, TokenWeights
@@ -190,25 +185,16 @@ class Passes:
         if with_features:
             projected = self.tokens.projected(halves(hidden)[0])
             scores.fill(microbatch.token.cpu(), hidden=projected)
-        for chunk in self.tokens.chunks(hidden):
-            targets = microbatch.target_ids[chunk]
-            logits, tangent = halves(self.tokens.logits(hidden[chunk]))
-            logits = logits.to(self.tokens.settings.entropy_dtype)
-            logp, entropy, *softmax = log_softmax_statistics(logits, targets)
-            values = {"logp": logp, "entropy": entropy}
-            if directional:
-                if tangent is None:
-                    raise RunError(
-                        "the model returned no tangent: every trainable parameter is "
-                        "bypassed (adapter merged or disabled), or the forward pass "
-                        "runs under inference_mode or reentrant gradient checkpointing"
-                    )
-                tangent = tangent.to(logits.dtype)
-                if with_features:
-                    values |= distribution_features(tangent, targets, entropy, *softmax)
-                derivatives = directional_derivatives(tangent, targets, *softmax)
-                values.update(zip(("dlogp", "dentropy"), derivatives))
-            scores.fill(microbatch.token[chunk].cpu(), **values)
+        values = self.tokens.statistics(
+            hidden, microbatch.target_ids, with_features=bool(with_features)
+        )
+        if directional and "dlogp" not in values:
+            raise RunError(
+                "the model returned no tangent: every trainable parameter is bypassed "
+                "(adapter merged or disabled), or the forward pass runs under "
+                "inference_mode or reentrant gradient checkpointing"
+            )
+        scores.fill(microbatch.token.cpu(), **values)
 
     def _count(self, kind: str, microbatches: int) -> None:
         self.performed[kind] = self.performed.get(kind, 0) + microbatches

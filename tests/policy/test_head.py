@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from entropy_ddp.policy import head
 from entropy_ddp.policy.head import (
     directional_derivatives,
     distribution_features,
-    log_softmax_statistics,
     logits_gradient,
+    row_blocks,
+    softmax_of,
 )
 
 RTOL = 1e-12  # the same sums over a dozen terms in another order
@@ -73,34 +75,34 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
 
 def test_values_are_those_of_the_definition(logits: Tensor) -> None:
     targets = likely_targets(logits)
-    logp, entropy, probabilities, log_probabilities = log_softmax_statistics(
-        logits, targets
-    )
+    softmax = softmax_of(logits, targets)
+    logp, entropy = softmax.logp, softmax.entropy
     for i, target in enumerate(targets.tolist()):
         expected_logp, expected_entropy = statistics_of_row(logits[i], target)
         assert_close(logp[i], expected_logp)
         assert_close(entropy[i], expected_entropy)
+    probabilities = softmax.weights / softmax.total[:, None]
     assert_close(probabilities, logits.softmax(-1))
-    assert log_probabilities.isfinite().all()
-    assert (log_probabilities[logits == -torch.inf] == 0).all()
+    assert softmax.shifted.isfinite().all()
+    assert (softmax.weights[logits == -torch.inf] == 0).all()
 
 
 def test_one_possible_token_has_no_entropy() -> None:
     logits = LOGITS["masked"]
-    logp, entropy, *_ = log_softmax_statistics(logits[-1:], torch.tensor([0]))
-    assert (float(logp), float(entropy)) == (0.0, 0.0)
+    softmax = softmax_of(logits[-1:], torch.tensor([0]))
+    assert (float(softmax.logp), float(softmax.entropy)) == (0.0, 0.0)
 
 
 def test_entropy_of_equal_logits_is_the_logarithm_of_their_number() -> None:
     logits = LOGITS["uniform"]
-    _, entropy, *_ = log_softmax_statistics(logits, torch.zeros(TOKENS).long())
+    entropy = softmax_of(logits, torch.zeros(TOKENS).long()).entropy
     assert_close(entropy, torch.full_like(entropy, math.log(VOCABULARY)))
 
 
 def test_an_impossible_target_has_log_probability_minus_infinity() -> None:
     logits = LOGITS["masked"][-1:]
-    logp, *_ = log_softmax_statistics(logits, torch.tensor([1]))
-    assert float(logp) == -math.inf
+    softmax = softmax_of(logits, torch.tensor([1]))
+    assert float(softmax.logp) == -math.inf
 
 
 def test_gradient_is_that_of_autograd(logits: Tensor) -> None:
@@ -109,8 +111,7 @@ def test_gradient_is_that_of_autograd(logits: Tensor) -> None:
         random(TOKENS, seed=5),
         random(TOKENS, seed=6),
     )
-    _, entropy, *softmax = log_softmax_statistics(logits, targets)
-    gradient = logits_gradient((a, b), targets, entropy, *softmax)
+    gradient = logits_gradient(softmax_of(logits, targets), (a, b), targets)
     leaf = logits.clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for i, target in enumerate(targets.tolist()):
@@ -124,8 +125,8 @@ def test_gradient_is_that_of_autograd(logits: Tensor) -> None:
 
 def test_directional_derivatives_are_those_of_autograd(logits: Tensor) -> None:
     targets, tangent = likely_targets(logits), random(TOKENS, VOCABULARY, seed=7)
-    _, _, *softmax = log_softmax_statistics(logits, targets)
-    dlogp, dentropy = directional_derivatives(tangent, targets, *softmax)
+    softmax = softmax_of(logits, targets)
+    dlogp, dentropy = directional_derivatives(softmax, tangent.clone(), targets)
     leaf = logits.clone().requires_grad_()
     for i, target in enumerate(targets.tolist()):
         for actual, value in zip(
@@ -139,13 +140,13 @@ def test_directional_derivatives_are_those_of_autograd(logits: Tensor) -> None:
 def test_directional_derivatives_are_central_differences(name: str) -> None:
     logits, step = LOGITS[name], 1e-5
     targets, tangent = likely_targets(logits), random(TOKENS, VOCABULARY, seed=8)
-    _, _, *softmax = log_softmax_statistics(logits, targets)
-    derivatives = directional_derivatives(tangent, targets, *softmax)
+    softmax = softmax_of(logits, targets)
+    derivatives = directional_derivatives(softmax, tangent.clone(), targets)
     up, down = (
-        log_softmax_statistics(logits + sign * step * tangent, targets)[:2]
-        for sign in (1, -1)
+        softmax_of(logits + sign * step * tangent, targets) for sign in (1, -1)
     )
-    for actual, above, below in zip(derivatives, up, down, strict=True):
+    pairs = ((up.logp, down.logp), (up.entropy, down.entropy))
+    for actual, (above, below) in zip(derivatives, pairs, strict=True):
         assert_close(actual, (above - below) / (2 * step), DIFFERENCE_RTOL)
 
 
@@ -154,8 +155,9 @@ def test_a_constant_added_to_logits_or_tangents_changes_nothing() -> None:
     targets, shift = likely_targets(logits), random(TOKENS, 1, seed=10, scale=5.0)
 
     def derivatives(z: Tensor, dz: Tensor) -> tuple[Tensor, ...]:
-        logp, entropy, *softmax = log_softmax_statistics(z, targets)
-        return logp, entropy, *directional_derivatives(dz, targets, *softmax)
+        softmax = softmax_of(z, targets)
+        derivatives = directional_derivatives(softmax, dz.clone(), targets)
+        return softmax.logp, softmax.entropy, *derivatives
 
     for actual, expected in zip(
         derivatives(logits + shift, tangent - shift),
@@ -168,8 +170,9 @@ def test_a_constant_added_to_logits_or_tangents_changes_nothing() -> None:
 def test_features_are_those_of_the_definition(logits: Tensor) -> None:
     """Sums over the vocabulary of each row, written out."""
     targets, tangent = likely_targets(logits), random(TOKENS, VOCABULARY, seed=11)
-    _, entropy, *softmax = log_softmax_statistics(logits, targets)
-    found = distribution_features(tangent, targets, entropy, *softmax)
+    softmax, centred = softmax_of(logits, targets), tangent.clone()
+    directional_derivatives(softmax, centred, targets)
+    found = distribution_features(softmax, centred, targets)
     for i, target in enumerate(targets.tolist()):
         allowed = logits[i] > -torch.inf
         p, dz = logits[i][allowed].softmax(0), tangent[i][allowed]
@@ -192,7 +195,35 @@ def test_features_are_those_of_the_definition(logits: Tensor) -> None:
             assert_close(found[name][i], value)
 
 
-def test_statistics_leave_the_logits_alone() -> None:
+def test_the_softmax_leaves_the_logits_alone() -> None:
     logits = LOGITS["masked"].clone()
-    log_softmax_statistics(logits, likely_targets(logits))
+    softmax_of(logits, likely_targets(logits))
     assert torch.equal(logits, LOGITS["masked"])
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits = LOGITS["ordinary"]
+    targets = likely_targets(logits)
+    found = softmax_of(logits, targets, temperature=0.7)
+    expected = softmax_of(logits / 0.7, targets)
+    assert_close(found.logp, expected.logp)
+    assert_close(found.entropy, expected.entropy)
+
+
+def test_sums_over_a_large_vocabulary_are_as_exact_as_float64() -> None:
+    """Float32 logits, float64 sums: no error of the order of float32 anywhere."""
+    logits = random(4, 20_000, seed=12, scale=3.0).float()
+    targets = likely_targets(logits)
+    softmax = softmax_of(logits, targets)
+    log_pi = logits.double().log_softmax(-1)
+    assert_close(softmax.logp, log_pi.gather(1, targets[:, None]).squeeze(1))
+    assert_close(softmax.entropy, -(log_pi.exp() * log_pi).sum(-1))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (7, 1 << 16), (3, 1 << 20)])
+def test_blocks_cover_every_row_once(rows: int, width: int) -> None:
+    blocks = list(row_blocks(torch.empty(rows, width, device="meta")))
+    assert [i for block in blocks for i in range(rows)[block]] == list(range(rows))
+    on_cpu = list(row_blocks(torch.empty(1, width).expand(rows, width)))
+    assert [i for block in on_cpu for i in range(rows)[block]] == list(range(rows))
+    assert len(on_cpu) == -(-rows // max(1, head.BLOCK_ELEMENTS // width))

@@ -377,6 +377,8 @@ CHUNK = 4
 def small_chunks(monkeypatch: pytest.MonkeyPatch, case: Case) -> Iterator[LogitsSpy]:
     vocabulary = case.model.config.vocab_size
     monkeypatch.setattr(response_tokens, "CHUNK_ELEMENTS", (CHUNK + 1) * vocabulary - 1)
+    for fewest in ("CHUNK_TOKENS", "TRAINABLE_CHUNK_TOKENS"):
+        monkeypatch.setattr(response_tokens, fewest, 1)
     yield LogitsSpy(vocabulary)
 
 
@@ -407,14 +409,15 @@ def test_only_chunks_of_logits_exist(
     assert small_chunks.rows == CHUNK
 
 
-def test_a_vocabulary_beyond_the_chunk_budget_goes_token_by_token(
+def test_a_vocabulary_beyond_the_chunk_budget_goes_a_few_tokens_at_a_time(
     monkeypatch: pytest.MonkeyPatch, qwen2: Case
 ) -> None:
     expected = qwen2.passes().score(qwen2.shard)
     monkeypatch.setattr(response_tokens, "CHUNK_ELEMENTS", 3)
+    monkeypatch.setattr(response_tokens, "CHUNK_TOKENS", 2)
     spy = LogitsSpy(qwen2.model.config.vocab_size)
     with spy:
         scores = qwen2.passes().score(qwen2.shard)
-    assert spy.rows == 1
+    assert spy.rows == 2
     assert_close(scores.entropy, expected.entropy)
     assert math.isfinite(float(scores.logp.sum()))

@@ -100,8 +100,12 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is replaced."""
 
 
-def chunks_of(elements: int) -> Patch:
-    return lambda patch: patch.setattr(response_tokens, "CHUNK_ELEMENTS", elements)
+def chunks_of(tokens: int) -> Patch:
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(response_tokens, "CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(response_tokens, "CHUNK_TOKENS", tokens)
+
+    return patch
 
 
 def single_query_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +129,7 @@ VARIATIONS: dict[str, tuple[dict[str, Any], Patch]] = {
     "eager attention": ({"attention": "eager"}, untouched),
     "snapshot on the device": ({"snapshot_device": "device"}, untouched),
     "chunks of one token": ({}, chunks_of(1)),
-    "chunks of three tokens": ({}, chunks_of(3 * 17)),
+    "chunks of three tokens": ({}, chunks_of(3)),
     "attention query by query": ({}, single_query_blocks),
     "other padding": ({"tokens_per_microbatch": 10_000}, other_padding),
 }
