@@ -38,7 +38,9 @@ class RunFacts:
         dtype: dtype of the model.
         started: start time, ISO 8601, UTC.
         seconds: wall-clock seconds of each phase on rank 0.
-        microbatches: number of microbatches over all ranks, by kind of pass.
+        passes: what each kind of pass over E and over U cost, all ranks together:
+            {pass, batch, sequences, tokens, positions, microbatches} and, if counted,
+            {operations}.
     """
 
     versions: dict[str, str]
@@ -48,7 +50,7 @@ class RunFacts:
     dtype: str
     started: str
     seconds: dict[str, float]
-    microbatches: dict[str, int]
+    passes: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

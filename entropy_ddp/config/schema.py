@@ -267,12 +267,17 @@ class Compute(Section):
     Attributes:
         device: `auto` (a GPU if there is one), `cpu` or `cuda`.
         tokens_per_microbatch: budget of padded tokens for one forward pass.
+        share_prompts: compute a prompt once for several responses to it, where that is
+            cheaper.
+        count_operations: count floating-point operations of the passes in `run.passes`.
         snapshot_device: where the copy of the parameters is kept during the step.
         attention: Hugging Face attention implementation.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tokens_per_microbatch: int = Field(default=8192, gt=0)
+    share_prompts: bool = True
+    count_operations: bool = False
     snapshot_device: Literal["cpu", "device"] = "cpu"
     attention: Literal["sdpa", "eager"] = "sdpa"
 

@@ -26,6 +26,9 @@ from torch.overrides import TorchFunctionMode
 # Attention scores of one block of queries: a [batch, heads, length, length] tensor of a
 # long context would otherwise dominate the memory of the pass.
 ATTENTION_BLOCK_ELEMENTS = 1 << 25
+# Queries of one block of causal attention, whose keys end where the block does: half of
+# the square is never computed.
+CAUSAL_BLOCK_ROWS = 64
 
 
 @contextmanager
@@ -178,11 +181,24 @@ def _attention(
     rows, width = query.shape[-2:]
     per_row = query.numel() // (rows * width) * key.shape[-2]
     block = max(1, ATTENTION_BLOCK_ELEMENTS // per_row)
+    # Causal from the start of the keys; a cache in front of them would not be.
+    causal = is_causal and rows == key.shape[-2]
+    if causal:
+        block = min(block, CAUSAL_BLOCK_ROWS)
     primals, tangents = [], []
     for start in range(0, rows, block):
-        pieces = [x if x is None else x[..., start : start + block, :] for x in q]
-        mask = _attention_mask(attn_mask, is_causal, start, pieces[0], key)
-        primal, tangent = _attention_block(pieces, k, v, mask, scale)
+        stop = min(start + block, rows)
+        keys = stop if causal else key.shape[-2]
+        mask = _attention_mask(attn_mask, is_causal, slice(start, stop), keys, query)
+        primal, tangent = _attention_block(
+            _rows(q, slice(start, stop)),
+            _rows(k, slice(keys)),
+            _rows(v, slice(keys)),
+            mask,
+            scale,
+        )
+        if not is_causal and mask is not None:
+            _clear_unseeing_rows(mask, primal, tangent)
         primals.append(primal)
         tangents.append(tangent)
     return forward_ad.make_dual(torch.cat(primals, -2), torch.cat(tangents, -2))
@@ -192,17 +208,29 @@ def _repeat_heads(tensor: Tensor, repeats: int) -> Tensor:
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=-3)
 
 
+def _rows(pair: list[Tensor | None], rows: slice) -> list[Tensor | None]:
+    return [half if half is None else half[..., rows, :] for half in pair]
+
+
 def _attention_mask(
-    mask: Tensor | None, is_causal: bool, start: int, query: Tensor, key: Tensor
+    mask: Tensor | None, is_causal: bool, rows: slice, keys: int, query: Tensor
 ) -> Tensor | None:
-    """The additive or boolean mask of query rows `start` onwards."""
-    rows = query.shape[-2]
+    """The additive or boolean mask of a block of queries and its keys."""
     if is_causal:
-        row = torch.arange(start, start + rows, device=query.device)
-        return row[:, None] >= torch.arange(key.shape[-2], device=query.device)
+        row = torch.arange(rows.start, rows.stop, device=query.device)
+        return row[:, None] >= torch.arange(keys, device=query.device)
     if mask is not None and mask.shape[-2] > 1:
-        mask = mask[..., start : start + rows, :]
+        mask = mask[..., rows, :]
     return mask
+
+
+def _clear_unseeing_rows(mask: Tensor, primal: Tensor, tangent: Tensor) -> None:
+    """A query without any allowed key is all NaN after softmax; its output is zero."""
+    allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
+    unseeing = ~allowed.any(-1, keepdim=True)
+    if unseeing.any():
+        for output in (primal, tangent):
+            output.masked_fill_(unseeing.expand_as(output[..., :1]), 0.0)
 
 
 def _attention_block(
@@ -220,9 +248,6 @@ def _attention_block(
     elif mask is not None:
         scores += mask
     weights = scores.softmax(-1)
-    if mask is not None:
-        # A row without any allowed key is all NaN after softmax; its output is zero.
-        weights.masked_fill_((scores == -torch.inf).all(-1, keepdim=True), 0.0)
     dscores = _sum_present(
         None if dq is None else (dq * scale) @ k.mT,
         None if dk is None else (q * scale) @ dk.mT,

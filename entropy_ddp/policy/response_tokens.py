@@ -21,7 +21,7 @@ from entropy_ddp.policy.head import (
     widened,
 )
 from entropy_ddp.policy.scores import NUM_PROJECTIONS
-from entropy_ddp.rollouts.microbatch import Microbatch
+from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
 
 # Elements of one chunk's [tokens, vocabulary] logits, and the fewest tokens for which
 # the product with the output layer runs at full speed.
@@ -43,11 +43,13 @@ class ScoringSettings:
             of the definition of the policy.
         entropy_dtype: dtype of the sums over the vocabulary.
         tokens_per_microbatch: budget of padded tokens.
+        share_prompts: whether responses to one prompt may share a row.
     """
 
     temperature: float = 1.0
     entropy_dtype: torch.dtype = torch.float64
     tokens_per_microbatch: int = 4096
+    share_prompts: bool = True
 
 
 class ResponseTokens(nn.Module):
@@ -56,12 +58,20 @@ class ResponseTokens(nn.Module):
     Args:
         causal_lm: a Hugging Face causal language model, with or without an adapter.
         settings: temperature and dtype of the sums.
+        sharing: when responses to one prompt share a row; None for never, as long as
+            nobody has verified that this model reads such rows correctly.
     """
 
-    def __init__(self, causal_lm: nn.Module, settings: ScoringSettings) -> None:
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        settings: ScoringSettings,
+        sharing: PromptSharing | None = None,
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.settings = settings
+        self.sharing = sharing
         self._directions: Tensor | None = None
 
     @property
@@ -82,8 +92,27 @@ class ResponseTokens(nn.Module):
 
     def hidden_states(self, microbatch: Microbatch) -> Tensor:
         """Hidden states that predict the response tokens, [m, width]."""
-        output = self.transformer(input_ids=microbatch.input_ids, use_cache=False)
+        # Flat rows need no mask: the fast causal kernels take none.
+        inputs = {"input_ids": microbatch.input_ids}
+        sees = microbatch.sees
+        if sees is not None and microbatch.position is not None:
+            inputs["position_ids"] = microbatch.position
+            inputs["attention_mask"] = self._attention_mask(sees)
+        output = self.transformer(**inputs, use_cache=False)
         return output.last_hidden_state[microbatch.row, microbatch.column]
+
+    def _attention_mask(self, sees: Tensor) -> Tensor:
+        """A boolean mask as this model's attention wants it."""
+        config = self._unwrapped.config
+        if config._attn_implementation == "sdpa":
+            return sees
+        # Eager attention adds the mask to the scores. Not minus infinity, which some
+        # models multiply; not the dtype's lowest, which overflows when added to.
+        dtype = self._unwrapped.dtype
+        lowest = torch.finfo(dtype).min / 2
+        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
+            ~sees, lowest
+        )
 
     def projected(self, hidden: Tensor) -> Tensor:
         """Hidden states in a fixed random subspace, [m, NUM_PROJECTIONS]."""

@@ -5,25 +5,37 @@ log-probability and the entropy of the distribution it was drawn from, and at or
 also their derivatives along a direction in parameter space (forward mode, nothing is
 stored). `pull_back` adds the gradient of sum(a log p + b H) over all response tokens
 into the parameters' `.grad` (reverse mode, one backward per microbatch), and `gradient`
-moves them into one flat buffer.
+moves them into one flat buffer. `score_twice` gives second derivatives.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from entropy_ddp.errors import RunError
+from entropy_ddp.policy.counting import PassCount, counted
 from entropy_ddp.policy.forward_mode import dual_parameters, halves
-from entropy_ddp.policy.parameters import ParameterLayout
+from entropy_ddp.policy.parameters import ParameterLayout, inner_product, shifted
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, TokenWeights
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import Microbatch, make_microbatches
+from entropy_ddp.rollouts.microbatch import (
+    Microbatch,
+    PromptSharing,
+    make_microbatches,
+)
+
+
+# Euclidean length of the parameter change between the two passes of a second derivative:
+# where rounding (which the step divides) and the next orders (which it multiplies) are
+# both below the tolerances of the estimator.
+CURVATURE_STEP = {torch.float64: 1e-4, torch.float32: 3e-3, torch.bfloat16: 1e-1}
 
 
 @dataclass(kw_only=True)
@@ -38,7 +50,8 @@ class Passes:
         dtype: the model's dtype.
         device: the model's device.
         advance: called with the number of tokens after every microbatch.
-        performed: number of microbatches run so far, by kind of pass.
+        count_operations: whether floating-point operations are counted.
+        performed: what this rank has run so far, by kind of pass and batch.
     """
 
     tokens: ResponseTokens
@@ -47,7 +60,8 @@ class Passes:
     dtype: torch.dtype
     device: torch.device
     advance: Callable[[int], None] = lambda count: None
-    performed: dict[str, int] = field(default_factory=dict)
+    count_operations: bool = False
+    performed: dict[tuple[str, str], PassCount] = field(default_factory=dict)
 
     @overload
     def score(self, shard: Shard) -> TokenScores: ...
@@ -79,6 +93,49 @@ class Passes:
         Raises:
             RunError: a value is not finite, or the model returned no tangent.
         """
+        order = 0 if direction is None else 1
+        with self._counted(f"score order {order}", shard) as count:
+            return self._score(shard, direction, with_features, count)
+
+    def score_twice(
+        self,
+        shard: Shard,
+        direction: Mapping[str, Tensor],
+        snapshot_device: torch.device | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Second derivatives of log p and H of every token along a direction, [t] each.
+
+        A central difference of two passes with first derivatives: nested forward mode
+        costs more than twice as much, and is wrong through layer normalisation.
+
+        Args:
+            shard: this rank's sequences; may be empty.
+            direction: tangent of each trainable parameter by name, not all zero.
+            snapshot_device: where copies of the parameters are kept meanwhile; None for
+                each parameter's own device.
+
+        Raises:
+            RunError: a value is not finite, or the model returned no tangent.
+        """
+        squares = (inner_product(v.reshape(-1), v.reshape(-1)) for v in direction.values())
+        size = CURVATURE_STEP[self.dtype] / math.sqrt(sum(squares))
+        ends = []
+        with self._counted("score order 2", shard) as count:
+            for sign in (size, -size):
+                with shifted(self.parameters, direction, sign, snapshot_device):
+                    scores = self._score(shard, direction, False, count)
+                assert isinstance(scores, DirectionalScores)
+                ends.append((scores.dlogp, scores.dentropy))
+        logp, entropy = ((f - b) / (2 * size) for f, b in zip(*ends))
+        return logp, entropy
+
+    def _score(
+        self,
+        shard: Shard,
+        direction: Mapping[str, Tensor] | None,
+        with_features: bool,
+        count: PassCount,
+    ) -> TokenScores:
         num_tokens = shard.ragged.num_tokens
         scores = TokenScores.empty(num_tokens)
         duals: AbstractContextManager[None] = nullcontext()
@@ -88,10 +145,7 @@ class Passes:
         with torch.no_grad(), precision_context(self.dtype), duals:
             for microbatch in self._microbatches(shard):
                 self._score_microbatch(microbatch, scores)
-                scores.num_microbatches += 1
-                self.advance(len(microbatch.token))
-        order = 0 if direction is None else 1
-        self._count(f"score order {order}", scores.num_microbatches)
+                self._performed_one(microbatch, scores, count)
         _require_finite(scores, shard)
         return scores
 
@@ -116,24 +170,28 @@ class Passes:
         """
         scores = TokenScores.empty(shard.ragged.num_tokens)
         no_sync = getattr(self.wrapped, "no_sync", nullcontext)
-        with precision_context(self.dtype), no_sync():
+        with (
+            self._counted("pull_back", shard) as count,
+            precision_context(self.dtype),
+            no_sync(),
+        ):
             for microbatch in self._microbatches(shard):
                 total, logp, entropy = self.wrapped(microbatch, weights)
                 total.backward()
                 after_backward()
                 scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
-                scores.num_microbatches += 1
-                self.advance(len(microbatch.token))
-        self._count("pull_back", scores.num_microbatches)
+                self._performed_one(microbatch, scores, count)
         _require_finite(scores, shard)
         return scores
 
-    def with_budget(self, tokens_per_microbatch: int) -> "Passes":
-        """The same passes with another budget; 1 means one sequence at a time."""
-        settings = replace(
-            self.tokens.settings, tokens_per_microbatch=tokens_per_microbatch
+    def with_settings(self, **settings: Any) -> "Passes":
+        """The same passes with some of the scoring settings replaced."""
+        tokens = ResponseTokens(
+            self.tokens.causal_lm,
+            replace(self.tokens.settings, **settings),
+            self.tokens.sharing,
         )
-        return replace(self, tokens=ResponseTokens(self.tokens.causal_lm, settings))
+        return replace(self, tokens=tokens)
 
     @property
     def layout(self) -> ParameterLayout:
@@ -176,7 +234,13 @@ class Passes:
 
     def _microbatches(self, shard: Shard) -> Iterable[Microbatch]:
         budget = self.tokens.settings.tokens_per_microbatch
-        return (m.to(self.device) for m in make_microbatches(shard, budget))
+        microbatches = make_microbatches(shard, budget, self.sharing)
+        return (m.to(self.device) for m in microbatches)
+
+    @property
+    def sharing(self) -> PromptSharing | None:
+        """When responses to one prompt share a row; None for never."""
+        return self.tokens.sharing if self.tokens.settings.share_prompts else None
 
     def _score_microbatch(self, microbatch: Microbatch, scores: TokenScores) -> None:
         hidden = self.tokens.hidden_states(microbatch)
@@ -196,8 +260,19 @@ class Passes:
             )
         scores.fill(microbatch.token.cpu(), **values)
 
-    def _count(self, kind: str, microbatches: int) -> None:
-        self.performed[kind] = self.performed.get(kind, 0) + microbatches
+    @contextmanager
+    def _counted(self, kind: str, shard: Shard) -> Iterator[PassCount]:
+        with counted(shard, self.count_operations) as count:
+            yield count
+        key = (kind, shard.batch.split)
+        self.performed.setdefault(key, PassCount()).add(count)
+
+    def _performed_one(
+        self, microbatch: Microbatch, scores: TokenScores, count: PassCount
+    ) -> None:
+        count.add_microbatch(microbatch)
+        scores.num_microbatches += 1
+        self.advance(len(microbatch.token))
 
 
 def _require_finite(scores: TokenScores, shard: Shard) -> None:

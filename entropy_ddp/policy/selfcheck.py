@@ -7,8 +7,12 @@ a value from both modes alike. Each is looked for on two short rows of arbitrary
 - output layer: log p from chunked hidden states against the model's own logits;
 - duality: forward mode against reverse mode along a random direction;
 - central difference: forward mode against values at theta +- epsilon v.
+
+Whether responses may share their prompt's row is found out in the same way: one made-up
+group is scored flat and as a tree. A model that fails is read flat, which is as exact.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +24,7 @@ from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
+from entropy_ddp.rollouts.microbatch import PromptSharing
 
 # Relative tolerances: output layer, duality, central difference. Values of a float32
 # model carry errors of 1e-7, which a central difference divides by its step.
@@ -73,6 +78,86 @@ def check_model(passes: Passes, vocabulary_size: int) -> list[SelfCheck]:
     return checks
 
 
+# What attention from token to token costs beyond its multiplications, measured.
+PAIR_OVERHEAD = 1.5
+
+
+@dataclass(frozen=True)
+class SharingCheck:
+    """Whether this model may read several responses behind one prompt.
+
+    Attributes:
+        sharing: when to; None for never.
+        reason: why never.
+    """
+
+    sharing: PromptSharing | None
+    reason: str = ""
+
+
+def check_sharing(passes: Passes, vocabulary_size: int) -> SharingCheck:
+    """Score one made-up group with its prompt shared and not, values and derivatives.
+
+    Attention with a limited reach (a sliding window) is the same in both only for rows
+    within its reach; the made-up rows may be shorter, so the limit is read from the
+    model's configuration.
+    """
+    transformer = passes.tokens.transformer
+    accepted = inspect.signature(transformer.forward).parameters
+    missing = [n for n in ("position_ids", "attention_mask") if n not in accepted]
+    if missing:
+        return SharingCheck(None, f"the model takes no {' and no '.join(missing)}")
+    shard = _made_up_rows(vocabulary_size, shared=True)
+    direction = _random_direction(passes)
+    flat = passes.score(shard, direction)
+    before = passes.tokens.sharing
+    # Free attention: everything that can share a row does.
+    passes.tokens.sharing = PromptSharing(0.0)
+    try:
+        tree = passes.score(shard, direction)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return SharingCheck(None, f"the model refuses the mask: {error}")
+    finally:
+        passes.tokens.sharing = before
+    _, tolerance, _ = TOLERANCES[passes.dtype]
+    for name in ("logp", "entropy", "dlogp", "dentropy"):
+        values, others = flat.array(name), tree.array(name)
+        scale = float(values.abs().max())
+        error = _relative(float((values - others).abs().max()), scale)
+        if not error <= tolerance:
+            return SharingCheck(
+                None,
+                f"{name} of responses behind one prompt differs by {error:.1e}: the "
+                "model carries a state from token to token, or ignores the mask",
+            )
+    return SharingCheck(_sharing_of(transformer))
+
+
+def _sharing_of(transformer: torch.nn.Module) -> PromptSharing:
+    config = transformer.config.get_text_config()
+    experts = getattr(config, "num_experts_per_tok", None)
+    embeddings = {
+        id(module.weight)
+        for module in transformer.modules()
+        if isinstance(module, torch.nn.Embedding)
+    }
+    multiplied = 0.0
+    for parameter in transformer.parameters():
+        if id(parameter) in embeddings:
+            continue
+        # Fused experts [experts, in, out], of which each token passes a few.
+        routed = experts / len(parameter) if experts and parameter.dim() == 3 else 1.0
+        multiplied += routed * parameter.numel()
+    pairs = 2 * config.num_hidden_layers * config.hidden_size
+    reaches = (
+        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+    )
+    return PromptSharing(
+        pair_cost=PAIR_OVERHEAD * pairs / multiplied,
+        longest_path=min((reach for reach in reaches if reach), default=None),
+    )
+
+
 _CAUSES = {
     "output layer": "the model changes its logits after the output layer (soft-capping "
     "or scaling), which is not supported",
@@ -88,19 +173,24 @@ def _relative(difference: float, scale: float) -> float:
     return abs(difference) / scale if scale else abs(difference)
 
 
-def _made_up_rows(vocabulary_size: int) -> Shard:
+def _made_up_rows(vocabulary_size: int, shared: bool = False) -> Shard:
+    """Two rows of arbitrary tokens; `shared`: three responses to one prompt."""
     generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> Tensor:
+        return torch.randint(vocabulary_size, (count,), generator=generator)
+
+    lengths = (7, 4, 1) if shared else (7, 4)
+    prompts = [ids(3)] * 3 if shared else [ids(2), ids(3)]
     sequences = tuple(
         Sequence(
             index=index,
-            group=index,
-            group_key=index,
-            prompt_ids=torch.randint(
-                vocabulary_size, (2 + index,), generator=generator
-            ),
-            response_ids=torch.randint(vocabulary_size, (n,), generator=generator),
+            group=0 if shared else index,
+            group_key=0 if shared else index,
+            prompt_ids=prompt,
+            response_ids=ids(length),
         )
-        for index, n in enumerate((7, 4))
+        for index, (prompt, length) in enumerate(zip(prompts, lengths))
     )
     return Batch(split="self-check", sequences=sequences).shard(0, 1)
 

@@ -19,7 +19,7 @@ from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow, GradientDotResult
 from entropy_ddp.rollouts.batch import Batch, Ragged
-from entropy_ddp.rollouts.microbatch import make_microbatches
+from entropy_ddp.rollouts.microbatch import plan_microbatches
 from entropy_ddp.update.step import Step, learning_rate_of
 
 # Of the term scale: the largest of the sums whose difference is the slope.
@@ -304,8 +304,8 @@ def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
     scale_sum, used = world.sum(local, "scalars").tolist()
     budget = session.config.compute.tokens_per_microbatch
     planned = sum(
-        sum(1 for _ in make_microbatches(batch.shard(rank, world.world_size), budget))
-        for rank in range(world.world_size)
+        len(plan_microbatches(shard, budget, session.passes.sharing))
+        for shard in (batch.shard(r, world.world_size) for r in range(world.world_size))
     )
     return audit.scale_checks(scale_sum, planned, size, (int(used), batch.num_tokens))
 
@@ -397,7 +397,29 @@ def _state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
                 "such a model is refused when it is opened",
             )
         )
-    return rows
+    return [*rows, *_sharing_rows(session)]
+
+
+def _sharing_rows(session: Session) -> list[AuditRow]:
+    """Whether prompts with several responses were computed once."""
+    if not session.config.compute.share_prompts:
+        return []
+    sharing = session.sharing
+    repeated = any(
+        len({s.prompt_ids.numpy().tobytes() for s in batch.sequences}) < len(batch)
+        for batch in session.batches.values()
+    )
+    return [
+        audit.check(
+            "responses share their prompt's row",
+            sharing.sharing is not None,
+            "true where a prompt has several responses" if repeated else "",
+            sharing.sharing is not None or not repeated,
+            f"{sharing.reason}; results are the same, but each response's pass computes "
+            "the prompt again; compute.share_prompts: false says that this is known",
+            fatal=False,
+        )
+    ]
 
 
 def _communication_rows(session: Session) -> list[AuditRow]:

@@ -155,7 +155,10 @@ def measure_noise_floor(
     objective = session.config.objective
     with session.phase("audit: noise floor", shard.ragged.num_tokens):
         budget = max(1, session.config.compute.tokens_per_microbatch // 5)
-        again = session.passes.with_budget(budget).score(shard)
+        passes = session.passes.with_settings(
+            tokens_per_microbatch=budget, share_prompts=False
+        )
+        again = passes.score(shard)
     scores = _select(base, here)
     sums = gather_sums(
         session.world, shard, scores.logp, scores.entropy, again.logp, again.entropy

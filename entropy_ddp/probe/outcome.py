@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from entropy_ddp.audit import worst_verdict
 from entropy_ddp.estimators.control_variates import adjusted_change
 from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import Baseline, Score
+from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
@@ -77,7 +79,6 @@ def make_results(
 def _run_facts(session: Session) -> RunFacts:
     versions = {"entropy_ddp": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
-    counts = session.world.gather_objects(session.passes.performed)
     return RunFacts(
         versions=versions,
         world_size=session.world.world_size,
@@ -86,10 +87,23 @@ def _run_facts(session: Session) -> RunFacts:
         dtype=session.config.precision.model,
         started=session.started.isoformat(timespec="seconds"),
         seconds=session.seconds,
-        microbatches={
-            kind: sum(count.get(kind, 0) for count in counts) for kind in counts[0]
-        },
+        passes=_passes(session),
     )
+
+
+def _passes(session: Session) -> list[dict[str, Any]]:
+    """What every kind of pass over each batch cost all ranks."""
+    totals: dict[tuple[str, str], PassCount] = {}
+    for performed in session.world.gather_objects(session.passes.performed):
+        for key, count in performed.items():
+            totals.setdefault(key, PassCount()).add(count)
+    rows = []
+    for (kind, split), count in totals.items():
+        row = {"pass": kind, "batch": split} | asdict(count)
+        if not session.config.compute.count_operations:
+            del row["operations"]
+        rows.append(row)
+    return rows
 
 
 def _batch_facts(batch: Batch) -> BatchFacts:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import fingerprint, global_norm, shifted
+from entropy_ddp.policy.parameters import fingerprint
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
@@ -103,31 +103,12 @@ def score_along_step(session: Session, step: Step) -> DirectionalScores:
         return session.passes.score(shard, direction, with_features=True)
 
 
-# Euclidean length of the parameter change between the two passes of a second derivative:
-# where rounding (which the step divides) and the next orders (which it multiplies) are
-# both below the tolerances of the estimator.
-CURVATURE_STEP = {torch.float64: 1e-4, torch.float32: 3e-3, torch.bfloat16: 1e-1}
-
-
 def score_twice_along_step(session: Session, step: Step) -> tuple[Tensor, Tensor]:
-    """Second derivatives of l_i and H_i along v of every sequence of E, [N] each.
-
-    A central difference of two passes with first derivatives: nested forward mode costs
-    more than twice as much, and is wrong through layer normalisation.
-    """
+    """Second derivatives of l_i and H_i along v of every sequence of E, [N] each."""
     shard = session.shard(session.batches["E"])
-    passes, direction = session.passes, step.direction
-    views = passes.layout.views(direction)
-    size = CURVATURE_STEP[session.policy.dtype] / global_norm(direction)
+    views = session.passes.layout.views(step.direction)
     device = snapshot_device(session.config.compute)
-    sums = []
     with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
-        for sign in (size, -size):
-            with shifted(passes.parameters, views, sign, device):
-                scores = passes.score(shard, views)
-            sums.append(
-                gather_sums(session.world, shard, scores.dlogp, scores.dentropy)
-            )
-    forward, backward = sums
-    logp, entropy = ((f - b) / (2 * size) for f, b in zip(forward, backward))
+        second = session.passes.score_twice(shard, views, device)
+    logp, entropy = gather_sums(session.world, shard, *second)
     return logp, entropy

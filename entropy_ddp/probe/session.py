@@ -24,7 +24,12 @@ from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.policy.selfcheck import SelfCheck, check_model
+from entropy_ddp.policy.selfcheck import (
+    SelfCheck,
+    SharingCheck,
+    check_model,
+    check_sharing,
+)
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.rollouts.files import (
@@ -56,6 +61,7 @@ class Session:
         started: when the run began.
         seconds: wall-clock seconds of each finished phase.
         self_checks: what was verified of the model.
+        sharing: whether responses to one prompt may share a row.
         num_redraws: groups of U or E that were sampled again, by split.
     """
 
@@ -69,6 +75,7 @@ class Session:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
+    sharing: SharingCheck = SharingCheck(None, "not looked for")
     num_redraws: dict[str, int] = field(default_factory=dict)
 
     def shard(self, batch: Batch) -> Shard:
@@ -127,6 +134,9 @@ def open_session(
     session.optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
     with session.phase("self-check"):
         session.self_checks = check_model(session.passes, policy.vocabulary_size)
+        if config.compute.share_prompts:
+            session.sharing = check_sharing(session.passes, policy.vocabulary_size)
+            session.passes.tokens.sharing = session.sharing.sharing
         # The run's own passes are counted, not these.
         session.passes.performed.clear()
     for split, source in (("E", config.batches.E), ("U", config.batches.U)):
@@ -181,6 +191,7 @@ def make_passes(policy: Policy, config: Config, world: World) -> Passes:
         temperature=config.objective.temperature,
         entropy_dtype=getattr(torch, config.precision.entropy),
         tokens_per_microbatch=config.compute.tokens_per_microbatch,
+        share_prompts=config.compute.share_prompts,
     )
     tokens = ResponseTokens(policy.model, settings)
     return Passes(
@@ -189,6 +200,7 @@ def make_passes(policy: Policy, config: Config, world: World) -> Passes:
         parameters=policy.parameters,
         dtype=policy.dtype,
         device=policy.device,
+        count_operations=config.compute.count_operations,
     )
 
 
