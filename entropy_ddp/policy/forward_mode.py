@@ -8,6 +8,7 @@ lacks or wastes work on:
 - `linear`, `addmm`, `matmul`: one product per operand that has a tangent. The stock
   rule multiplies by a zero tangent for every frozen weight, a third of the cost.
 - `scaled_dot_product_attention`: no stock rule exists for the fused kernels.
+- `grouped_mm`, the product of a mixture's experts: no stock rule exists.
 
 Nothing is stored for a backward pass, and no module is patched.
 """
@@ -15,6 +16,7 @@ Nothing is stored for a backward pass, and no module is patched.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,6 +142,22 @@ def _addmm(
     if beta != 1 or alpha != 1 or out is not None:
         return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha, out=out)
     return _linear(mat1, _transposed(mat2), input)
+
+
+def _grouped_mm(
+    multiply: Callable[..., Tensor],
+    input: Tensor,
+    mat2: Tensor,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Each expert's rows times its own matrix; bilinear like any product."""
+    if bias is not None:
+        raise RuntimeError("a grouped product with a bias has no tangent rule")
+    multiply = partial(multiply, **options)
+    primal = multiply(_primal(input), _primal(mat2))
+    return _dual(primal, _product_tangent(multiply, input, mat2))
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -271,3 +289,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     Tensor.__matmul__: _matmul,
     F.scaled_dot_product_attention: _attention,
 }
+# Under both of its names; not every version of torch has either.
+for _module, _name in ((torch, "_grouped_mm"), (F, "grouped_mm")):
+    if _function := getattr(_module, _name, None):
+        _RULES[_function] = partial(_grouped_mm, _function)

@@ -8,7 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
-from entropy_ddp.rollouts.microbatch import Microbatch, make_microbatches
+from entropy_ddp.rollouts.microbatch import (
+    Microbatch,
+    PromptSharing,
+    make_microbatches,
+    plan_microbatches,
+)
 
 VOCABULARY = 97
 BUDGETS = [1, 16, 40, 10_000]
@@ -39,6 +44,15 @@ def get_row(shard: Shard, position: int) -> list[int]:
     """What the model reads of a sequence: all but its last token."""
     sequence = shard.sequences[position]
     return (sequence.prompt_ids.tolist() + sequence.response_ids.tolist())[:-1]
+
+
+def members(shard: Shard, microbatch: Microbatch) -> list[int]:
+    """The sequence of each row of a microbatch of flat rows."""
+    owner = shard.ragged.sequence_of_token[microbatch.token]
+    rows = range(len(microbatch.input_ids))
+    owners = [owner[microbatch.row == row].unique().tolist() for row in rows]
+    assert all(len(one) == 1 for one in owners)
+    return [one[0] for one in owners]
 
 
 @pytest.fixture(params=BUDGETS)
@@ -82,7 +96,7 @@ def test_each_token_is_predicted_from_the_one_before_it(
 ) -> None:
     for m in make_microbatches(shard, budget):
         for row, column, token in zip(m.row.tolist(), m.column.tolist(), m.token):
-            position = int(m.sequences[row])
+            position = members(shard, m)[row]
             assert position == int(shard.ragged.sequence_of_token[token])
             sequence = shard.sequences[position]
             k = int(shard.ragged.position[token])
@@ -93,13 +107,13 @@ def test_each_token_is_predicted_from_the_one_before_it(
 
 def test_rows_are_padded_on_the_right_only(shard: Shard, budget: int) -> None:
     for m in make_microbatches(shard, budget):
-        for row, position in zip(m.input_ids.tolist(), m.sequences.tolist()):
+        for row, position in zip(m.input_ids.tolist(), members(shard, m)):
             expected = get_row(shard, position)
             assert row == expected + [0] * (len(row) - len(expected))
 
 
 def test_sequences_without_response_are_in_none(shard: Shard, budget: int) -> None:
-    seen = [p for m in make_microbatches(shard, budget) for p in m.sequences.tolist()]
+    seen = [p for m in make_microbatches(shard, budget) for p in members(shard, m)]
     expected = [i for i, s in enumerate(shard.sequences) if s.num_tokens > 0]
     assert len(expected) < len(shard.sequences)
     assert sorted(seen) == expected
@@ -121,7 +135,7 @@ def make_pair(*lengths: int) -> Shard:
 
 
 def list_members(shard: Shard, budget: int) -> list[list[int]]:
-    return [m.sequences.tolist() for m in make_microbatches(shard, budget)]
+    return [members(shard, m) for m in make_microbatches(shard, budget)]
 
 
 def test_an_overlong_sequence_is_alone() -> None:
@@ -172,12 +186,134 @@ def test_scores_are_those_of_sequences_alone(shard: Shard, budget: int) -> None:
 def test_to_moves_what_the_model_reads(shard: Shard) -> None:
     """Places in the shard's arrays stay where those arrays are."""
     microbatch = next(make_microbatches(shard, 40)).to(torch.device("meta"))
-    devices = {name: t.device.type for name, t in vars(microbatch).items()}
+    tensors = {n: t for n, t in vars(microbatch).items() if t is not None}
+    devices = {name: t.device.type for name, t in tensors.items()}
     assert devices == {
         "input_ids": "meta",
         "row": "meta",
         "column": "meta",
         "target_ids": "meta",
         "token": "cpu",
-        "sequences": "cpu",
     }
+
+
+# Shared prompts
+
+ALWAYS = PromptSharing(0.0)
+
+
+def make_groups(*groups: tuple[int, list[int]]) -> Shard:
+    """Groups of one prompt each: its length, and the lengths of its responses."""
+    draw = random.Random(1)
+    sequences: list[Sequence] = []
+    for number, (prompt, responses) in enumerate(groups):
+        ids = torch.tensor(draw.choices(range(1, VOCABULARY), k=prompt))
+        for length in responses:
+            response = draw.choices(range(1, VOCABULARY), k=length)
+            sequences.append(
+                Sequence(
+                    index=len(sequences),
+                    group=number,
+                    group_key=number,
+                    prompt_ids=ids.clone(),
+                    response_ids=torch.tensor(response, dtype=torch.int64),
+                )
+            )
+    # The order of the file says nothing about groups.
+    draw.shuffle(sequences)
+    return Batch(split="U", sequences=tuple(sequences)).shard(0, 1)
+
+
+GROUPS = ((9, [4, 1, 7, 0, 2]), (5, [3]), (3, [6, 6, 1]))
+
+
+def shapes(shard: Shard, budget: int, sharing: PromptSharing | None) -> list[list[int]]:
+    """Number of responses of each row, by microbatch."""
+    plan = plan_microbatches(shard, budget, sharing)
+    return [[len(row.sequences) for row in rows] for rows in plan]
+
+
+def test_responses_to_one_prompt_share_a_row() -> None:
+    assert shapes(make_groups(*GROUPS), 10_000, ALWAYS) == [[4, 3], [1]]
+    assert shapes(make_groups(*GROUPS), 10_000, None) == [[1] * 8]
+
+
+@pytest.mark.parametrize("budget", [1, 16, 24, 10_000])
+def test_every_token_of_a_tree_comes_once_from_the_token_before_it(budget: int) -> None:
+    shard = make_groups(*GROUPS)
+    seen = []
+    for m in make_microbatches(shard, budget, ALWAYS):
+        rows, longest = m.input_ids.shape
+        assert rows == 1 or rows * longest <= budget
+        for row, column, token, target in zip(
+            m.row.tolist(), m.column.tolist(), m.token.tolist(), m.target_ids.tolist()
+        ):
+            seen.append(token)
+            sequence = shard.sequences[int(shard.ragged.sequence_of_token[token])]
+            k = int(shard.ragged.position[token])
+            assert target == int(sequence.response_ids[k])
+            # What the position that predicts the token sees, along its branch.
+            places = range(column + 1)
+            if m.sees is not None:
+                places = m.sees[row, 0, column].nonzero().squeeze(1).tolist()
+                path = m.position[row, list(places)]
+                assert path.tolist() == list(range(len(sequence.prompt_ids) + k))
+            context = [int(m.input_ids[row, place]) for place in places]
+            before = [*sequence.prompt_ids.tolist(), *sequence.response_ids[:k].tolist()]
+            assert context == before
+    assert sorted(seen) == list(range(shard.ragged.num_tokens))
+
+
+def test_every_position_sees_something() -> None:
+    """A row of the mask without any key would be NaN after softmax."""
+    (tree,) = (
+        m
+        for m in make_microbatches(make_groups(*GROUPS), 10_000, ALWAYS)
+        if m.sees is not None
+    )
+    assert tree.sees.any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "is_tree"), [(400, 100, True), (8, 128, False), (16, 512, False)]
+)
+def test_a_tree_is_chosen_where_the_prompt_is_worth_it(
+    prompt: int, response: int, is_tree: bool
+) -> None:
+    """The square of a long row costs more than a short prompt computed again."""
+    shard = make_groups((prompt, [response] * 8))
+    plan = plan_microbatches(shard, 8192, PromptSharing(1e-3))
+    assert any(row.is_tree for rows in plan for row in rows) is is_tree
+
+
+def test_what_is_chosen_costs_less_than_flat_rows() -> None:
+    draw = random.Random(5)
+    sharing = PromptSharing(1e-3)
+    for _ in range(50):
+        lengths = [draw.randint(1, 200) for _ in range(draw.randint(2, 12))]
+        shard = make_groups((draw.randint(1, 300), lengths))
+        rows = [row for rows in plan_microbatches(shard, 4096, sharing) for row in rows]
+        flat = [row for rows in plan_microbatches(shard, 4096) for row in rows]
+        cost = sum(
+            sharing.tree_cost(row.length) if row.is_tree else sharing.flat_cost(row.length)
+            for row in rows
+        )
+        flat_cost = sum(sharing.flat_cost(row.length) for row in flat)
+        assert cost <= flat_cost
+        assert any(row.is_tree for row in rows) == (cost < flat_cost)
+
+
+def test_rows_beyond_the_reach_of_attention_stay_flat() -> None:
+    shard = make_groups((9, [4, 2]), (3, [6, 6]))
+    # Rows of 12 and 8 tokens (the last one predicts nothing).
+    assert shapes(shard, 10_000, PromptSharing(0.0, longest_path=12)) == [[2, 2]]
+    assert shapes(shard, 10_000, PromptSharing(0.0, longest_path=11)) == [[2], [1, 1]]
+
+
+def test_a_tree_fits_the_budget() -> None:
+    shard = make_groups((10, [5] * 6))
+    for budget in (14, 18, 25, 34):
+        for rows in plan_microbatches(shard, budget, ALWAYS):
+            assert len(rows) * rows[0].length <= budget
+    assert shapes(shard, 34, ALWAYS) == [[6]]
+    assert shapes(shard, 25, ALWAYS) == [[3], [3]]
