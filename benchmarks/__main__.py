@@ -1,7 +1,9 @@
 """`python -m benchmarks`: the table of all rows; `python -m benchmarks scale`."""
 
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,8 @@ def main(context: click.Context, out: Path | None, **options: Any) -> None:
 
 def quiet_libraries() -> None:
     """Keep the libraries' progress bars and advice about made-up models to themselves."""
+    for module in ("transformers", "peft"):
+        warnings.filterwarnings("ignore", module=module)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -80,7 +84,7 @@ def run_rows(
         raise click.UsageError(
             f"--rows {GPU_ROWS[0]}: needs --device cuda, or --size tiny to try it out"
         )
-    console, errors = Console(), Console(stderr=True)
+    console, errors = wide_console(), Console(stderr=True)
     comparisons: list[Comparison] = []
     seconds, missing = {}, {}
     for name in chosen:
@@ -107,13 +111,18 @@ def run_rows(
     console.print(f"{sum(seconds.values()):.0f} s, written to {out}")
 
 
+def wide_console() -> Console:
+    """Standard output; a pipe has no width, and the tables are made for 120 columns."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 @main.command()
 @common_options
 def scale(out: Path | None, size: Any) -> None:
     """Cost of a probe at growing sizes of E: linear time, a constant communication."""
     setting = Setting(size=size)
     costs = list(scale_rows(setting))
-    console = Console()
+    console = wide_console()
     print_scale(console, costs)
     path = out or Path("runs/bench-scale.json")
     write_document(path, document_of(setting, probes=costs))

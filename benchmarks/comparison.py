@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 Size = Literal["tiny", "default", "full"]
 Run = Callable[[], Any]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Setting:
     """
 
     size: Size = "default"
-    repeats: int = 5
-    device: torch.device = torch.device("cpu")
+    repeats: int = 3
+    device: torch.device = CPU
 
     def pick(self, tiny: Any, default: Any, full: Any) -> Any:
         """What belongs to this size."""
@@ -120,7 +121,10 @@ def time_in_turns(first: Run, second: Run, setting: Setting) -> Timings:
     """Run both once to warm up and to count operations, then in turns on the clock."""
     runs = (first, second)
     counted = [count_operations(run) for run in runs]
-    clocks = [[timed(run, setting.device) for run in runs] for _ in range(setting.repeats)]
+    gc.collect()
+    clocks = [
+        [timed(run, setting.device) for run in runs] for _ in range(setting.repeats)
+    ]
     wall = [[repetition[i][0] for repetition in clocks] for i in (0, 1)]
     cpu = [[repetition[i][1] for repetition in clocks] for i in (0, 1)]
     return Timings(
@@ -133,7 +137,6 @@ def time_in_turns(first: Run, second: Run, setting: Setting) -> Timings:
 
 def timed(run: Run, device: torch.device) -> tuple[float, float]:
     """Wall-clock seconds and CPU seconds of one run."""
-    gc.collect()
     synchronise(device)
     begin, begin_cpu = time.perf_counter(), time.process_time()
     run()
@@ -174,9 +177,8 @@ class _OperationCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        rule = _CPU_ATTENTION.get(func.overloadpacket) or flop_registry.get(
-            func.overloadpacket
-        )
+        operation = func.overloadpacket
+        rule: Any = _CPU_ATTENTION.get(operation) or flop_registry.get(operation)
         if rule is not None:
             self.total += rule(*args, **kwargs, out_val=result)
         return result
@@ -198,7 +200,7 @@ def _attention_backward(
 
 
 # torch has rules for the attention kernels of a GPU only.
-_CPU_ATTENTION = {
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         _attention_backward

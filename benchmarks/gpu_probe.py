@@ -6,14 +6,14 @@ Every pass is timed once after a warm-up on a few sequences: one lasts minutes.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.comparison import Comparison, Setting, timed
+from benchmarks.comparison import Comparison, Run, Setting, timed
 from benchmarks.memory import peak_bytes
 from benchmarks.models import (
     ALL_SEVEN,
@@ -27,8 +27,8 @@ from benchmarks.models import (
     make_shard,
     with_adapter,
 )
-from benchmarks.passes import all_ones, second_derivatives
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from benchmarks.passes import pulled_back, second_derivatives
+from entropy_ddp.policy.scores import DirectionalScores
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.probe.phases import CURVATURE_STEP
 from entropy_ddp.rollouts.batch import Batch, Shard
@@ -56,21 +56,19 @@ class Case:
             passes=self.passes, direction=self.direction, E=heads[0], U=heads[1]
         )
 
-    def runs(self) -> dict[str, tuple[Shard, Callable[[], Any]]]:
-        """Every pass by name, and the batch it is over."""
+    def runs(self) -> dict[str, tuple[Shard, Run]]:
+        """Every pass by name, the model's own first, and the batch it is over."""
         passes, direction = self.passes, self.direction
         step = CURVATURE_STEP[passes.dtype]
         return {
+            "model": (self.E, self.model_forward),
             "score": (self.E, lambda: passes.score(self.E)),
             "order 1": (self.E, lambda: passes.score(self.E, direction)),
             "order 2": (
                 self.E,
                 lambda: second_derivatives(passes, self.E, direction, step),
             ),
-            "pull_back": (
-                self.U,
-                lambda: passes.gradient(self.U, all_ones, torch.float32)[1],
-            ),
+            "pull_back": (self.U, lambda: pulled_back(passes, self.U)),
         }
 
     @torch.no_grad()
@@ -109,7 +107,11 @@ def gpu_probe_row(setting: Setting) -> Iterator[Comparison]:
 def _sizes(setting: Setting) -> tuple[Shape, Lengths, Lengths]:
     if setting.size == "tiny":
         tokens = {"prompt": 4, "response": 5, "shortest": 3}
-        return TINY, Lengths(groups=5, **tokens), Lengths(groups=2, per_group=2, **tokens)
+        return (
+            TINY,
+            Lengths(groups=5, **tokens),
+            Lengths(groups=2, per_group=2, **tokens),
+        )
     tokens = {"prompt": 100, "response": 130, "shortest": 70}
     return (
         QWEN_15B,
@@ -139,33 +141,33 @@ def _make_case(
 
 def _costs(case: Case, setting: Setting) -> dict[str, dict[str, float]]:
     """Seconds, sequences per second and peak GiB with the model, by pass."""
-    warm = case.first(WARM_UP_SEQUENCES)
-    warm.model_forward()
-    for _, run in warm.runs().values():
+    small = case.first(WARM_UP_SEQUENCES)
+    warm_ups = small.runs()
+    for _, run in warm_ups.values():
         run()
-    runs = {"model": (case.E, case.model_forward)} | case.runs()
-    model_bytes = sum(
-        p.numel() * p.element_size() for p in case.passes.tokens.parameters()
-    )
+    weights = case.passes.tokens.parameters()
+    model_bytes = sum(p.numel() * p.element_size() for p in weights)
     costs = {}
-    for name, (shard, run) in runs.items():
-        # A profile of a whole pass on the CPU would be larger than what it measures.
-        measured = (shard, run) if setting.device.type == "cuda" else _same(warm, name)
-        seconds, _ = timed(run, setting.device)
+    for name, (shard, run) in case.runs().items():
+        seconds, peak = _cost(run, warm_ups[name][1], setting.device)
         costs[name] = {
             "seconds": seconds,
             "sequences_per_second": len(shard.positions) / seconds,
-            "peak_gib": (
-                model_bytes + peak_bytes(measured[1], setting.device)
-            )
-            / GIB,
+            "peak_gib": (model_bytes + peak) / GIB,
         }
     return costs
 
 
-def _same(warm: Case, name: str) -> tuple[Shard, Callable[[], Any]]:
-    runs = {"model": (warm.E, warm.model_forward)} | warm.runs()
-    return runs[name]
+def _cost(run: Run, small: Run, device: torch.device) -> tuple[float, int]:
+    """Seconds of a run, and its peak memory above the model in bytes.
+
+    On the CPU, where memory is profiled event by event, that of the small run.
+    """
+    if device.type != "cuda":
+        return timed(run, device)[0], peak_bytes(small, device)
+    seconds: list[float] = []
+    peak = peak_bytes(lambda: seconds.append(timed(run, device)[0]), device)
+    return seconds[0], peak
 
 
 def _lines(

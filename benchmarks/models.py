@@ -26,9 +26,7 @@ class Shape:
     vocabulary: int
 
 
-TINY = Shape(
-    hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, vocabulary=128
-)
+TINY = Shape(hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, vocabulary=128)
 MIDDLE = Shape(
     hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=4, vocabulary=8192
 )
@@ -161,7 +159,7 @@ def make_shard(lengths: Lengths, vocabulary: int, seed: int = 2) -> Shard:
         return torch.randint(vocabulary, (count,), generator=generator)
 
     shortest = lengths.response if lengths.shortest is None else lengths.shortest
-    sequences = []
+    sequences: list[Sequence] = []
     for group in range(lengths.groups):
         prompt = draw(lengths.prompt)
         for _ in range(lengths.per_group):

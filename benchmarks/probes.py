@@ -51,31 +51,33 @@ def saved_run(setting: Setting, evaluation: int) -> Iterator[dict[str, Any]]:
 
 def probe_row(setting: Setting) -> Iterator[Comparison]:
     """A default probe / the passes that it cannot do without."""
+    return (_probe(order, setting) for order in (1, 2))
+
+
+def _probe(order: int, setting: Setting) -> Comparison:
     sequences = setting.pick(6, 1024, 4096)
-    for order, name in ((1, "without curvature"), (2, "with curvature")):
-        with saved_run(setting, sequences) as document:
-            document["curvature"] = {"enabled": order == 2}
-            config = Config.model_validate(document)
-            session = open_session(config, World(), None, quiet)
-            timings = time_in_turns(
-                lambda: run_probe(config, World(), None, quiet),
-                _passes_alone(session, order),
-                setting,
-            )
-            probed, scores = timings.results
-            needed = "(U forward and backward + E order 1 + E order 0"
-            entropy = float(scores.entropy.mean())
-            yield timings.comparison(
-                f"probe {name}, |E| = {sequences}",
-                f"probe / {needed}{' + E order 2' if order == 2 else ''})",
-                target=1.10,
-                difference=abs(probed.results.truth.H_orig - entropy) / entropy,
-                details={
-                    "E": asdict(probed.results.E),
-                    "U": asdict(probed.results.U),
-                    "phases": probed.results.run.seconds,
-                },
-            )
+    with saved_run(setting, sequences) as document:
+        document["curvature"] = {"enabled": order == 2}
+        config = Config.model_validate(document)
+        session = open_session(config, World(), None, quiet)
+        timings = time_in_turns(
+            lambda: run_probe(config, World(), None, quiet),
+            _passes_alone(session, order),
+            setting,
+        )
+    probed, scores = timings.results
+    entropy = float(scores.entropy.mean())
+    return timings.comparison(
+        f"probe {'without' if order == 1 else 'with'} curvature, |E| = {sequences}",
+        f"probe / pull_back U, order 0, 1{', 2' if order == 2 else ''} of E",
+        target=1.10,
+        difference=abs(probed.results.truth.H_orig - entropy) / entropy,
+        details={
+            "E": asdict(probed.results.E),
+            "U": asdict(probed.results.U),
+            "phases": probed.results.run.seconds,
+        },
+    )
 
 
 def _passes_alone(session: Session, order: int) -> Callable[[], TokenScores]:
@@ -107,7 +109,7 @@ def ranks_row(setting: Setting) -> Iterator[Comparison]:
     one, two = pairs[-1]
     yield Comparison(
         part=f"2 ranks of one thread, |E| = {sequences}",
-        over="sequences per second / twice those of 1 rank",
+        over="sequences/s / twice those of 1 rank",
         values=[alone / (2 * both) for alone, both in seconds],
         target=0.9,
         at_least=True,

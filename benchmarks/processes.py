@@ -38,7 +38,11 @@ def run_module(module: str, argument: Any, num_ranks: int | None = None) -> Any:
         finished = subprocess.run(
             [sys.executable, *launcher, "-m", module, str(given), str(written)],
             env=inherited
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))},
+            | {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, places)),
+            },
+            check=False,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,

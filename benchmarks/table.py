@@ -25,7 +25,7 @@ def print_comparisons(console: Console, comparisons: Iterable[Comparison]) -> No
     for heading in ("part", "what / what"):
         table.add_column(heading)
     for heading in ("min - median - max", "CPU s", "operations", "target"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("met")
     for line in comparisons:
         table.add_row(
