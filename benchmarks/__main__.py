@@ -86,7 +86,8 @@ def run_rows(
         )
     console, errors = wide_console(), Console(stderr=True)
     comparisons: list[Comparison] = []
-    seconds, missing = {}, {}
+    seconds: dict[str, float] = {}
+    missing: dict[str, str] = {}
     for name in chosen:
         begin = time.perf_counter()
         try:
@@ -98,16 +99,15 @@ def run_rows(
             missing[name] = str(error)
             errors.print(f"[yellow]{name}: not measured:[/] {error}")
         seconds[name] = time.perf_counter() - begin
-    print_comparisons(console, comparisons)
-    write_document(
-        out,
-        document_of(
+        # After every row: an interrupted run keeps what it measured.
+        document = document_of(
             setting,
             rows=[as_document(comparison) for comparison in comparisons],
             not_measured=missing,
             seconds_by_row=seconds,
-        ),
-    )
+        )
+        write_document(out, document)
+    print_comparisons(console, comparisons)
     console.print(f"{sum(seconds.values()):.0f} s, written to {out}")
 
 
