@@ -12,7 +12,7 @@ from benchmarks.comparison import Comparison, Setting, time_in_turns
 from benchmarks.models import TINY, Lengths, Shape, make_direction
 from benchmarks.passes import second_derivatives
 from benchmarks.processes import run_module
-from benchmarks.worker import quiet
+from benchmarks.worker import UNDIVIDED_PHASES, quiet
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.policy.scores import TokenScores
@@ -23,8 +23,6 @@ from entropy_ddp.probe.session import Session, open_session
 SMALL = Shape(
     hidden=128, intermediate=352, layers=2, heads=4, kv_heads=2, vocabulary=512
 )
-# What every rank does whole, whatever their number.
-UNDIVIDED_PHASES = ("open checkpoint", "self-check")
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def saved_run(setting: Setting, evaluation: int) -> Iterator[dict[str, Any]]:
     shape = setting.pick(TINY, SMALL, SMALL)
     tokens = setting.pick(
         {"prompt": 4, "response": 4},
-        *[{"prompt": 24, "response": 32, "shortest": 16}] * 2,
+        *[{"prompt": 16, "response": 24, "shortest": 12}] * 2,
     )
     update = Lengths(groups=setting.pick(2, 16, 16), per_group=4, **tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +103,7 @@ def ranks_row(setting: Setting) -> Iterator[Comparison]:
             [run_module("benchmarks.worker", config, ranks) for ranks in (1, 2)]
             for _ in range(min(setting.repeats, 3))
         ]
-    seconds = [[_divided_seconds(cost) for cost in pair] for pair in pairs]
+    seconds = [[cost["divided_seconds"] for cost in pair] for pair in pairs]
     one, two = pairs[-1]
     yield Comparison(
         part=f"2 ranks of one thread, |E| = {sequences}",
@@ -120,11 +118,6 @@ def ranks_row(setting: Setting) -> Iterator[Comparison]:
             "not_counted": UNDIVIDED_PHASES,
         },
     )
-
-
-def _divided_seconds(cost: dict[str, Any]) -> float:
-    undivided = sum(cost["phases"].get(name, 0.0) for name in UNDIVIDED_PHASES)
-    return cost["seconds"] - undivided
 
 
 def reduction_row(setting: Setting) -> Iterator[Comparison]:
