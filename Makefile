@@ -8,6 +8,7 @@ CONFIG ?= configs/demo.yaml
 OUT ?= runs/demo
 TEST_JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 DEMO := build/demo
@@ -22,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute test test-fast lint clean
+.PHONY: help install demo probe sweep attribute bench test test-fast lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -75,6 +76,9 @@ sweep: $(RUN_STAMP) $(DEMO_COMPLETE) ## measure the change over a grid of step s
 attribute: $(RUN_STAMP) $(DEMO_COMPLETE) ## name the tokens of the update that move the entropy
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
 	    -m entropy_ddp attribute --verify --config $(CONFIG) --out $(OUT)-attribute --overwrite
+
+bench: $(RUN_STAMP) ## time every part against what it is made of, some 12 minutes
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 test: $(TEST_STAMP) ## run all tests
 	$(PYTEST)

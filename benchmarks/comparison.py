@@ -1,0 +1,208 @@
+"""Two ways to do one thing, timed in turns: what a row of the table is made of."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+Size = Literal["tiny", "default", "full"]
+Run = Callable[[], Any]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the rows are run.
+
+    Attributes:
+        size: `tiny` takes seconds and measures nothing; `full` takes an hour.
+        repeats: number of times that every variant is timed.
+        device: where the models are.
+    """
+
+    size: Size = "default"
+    repeats: int = 3
+    device: torch.device = CPU
+
+    def pick(self, tiny: Any, default: Any, full: Any) -> Any:
+        """What belongs to this size."""
+        return {"tiny": tiny, "default": default, "full": full}[self.size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One line of the table.
+
+    Attributes:
+        part: what is measured.
+        over: what is divided by what; the unit of a value that is no ratio.
+        values: the value of every repetition.
+        target: what the median should not exceed; None for a value that is only told.
+        at_least: whether the target is a lower bound instead.
+        flops: the same ratio in operations of matrix products; None if not counted.
+        cpu: the same ratios in CPU seconds of this process; empty if not measured.
+        difference: largest difference of the two variants' results, relative to the
+            larger of 1 and the result; None where they have no result in common.
+        details: shapes, seconds and whatever else belongs to the line.
+    """
+
+    part: str
+    over: str
+    values: list[float]
+    target: float | None = None
+    at_least: bool = False
+    flops: float | None = None
+    cpu: list[float] = field(default_factory=list)
+    difference: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Median of the values."""
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median is within the target; None without one."""
+        if self.target is None:
+            return None
+        median, target = self.median, self.target
+        return median >= target if self.at_least else median <= target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds and operations of two variants that ran in turns.
+
+    Attributes:
+        seconds: wall-clock seconds of each repetition, of the first and the second.
+        cpu_seconds: the same in CPU seconds of this process.
+        operations: operations in matrix products of one run of each.
+        results: what the first run of each returned.
+    """
+
+    seconds: tuple[list[float], list[float]]
+    cpu_seconds: tuple[list[float], list[float]]
+    operations: tuple[int, int]
+    results: tuple[Any, Any]
+
+    def comparison(self, part: str, over: str, **fields: Any) -> Comparison:
+        """The line of the table: each repetition's first over its second."""
+        details = fields.pop("details", {})
+        first, second = self.operations
+        return Comparison(
+            part=part,
+            over=over,
+            values=_ratios(self.seconds),
+            flops=first / second if second else None,
+            cpu=_ratios(self.cpu_seconds),
+            details={
+                "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
+                "operations": self.operations,
+            }
+            | details,
+            **fields,
+        )
+
+
+def _ratios(pair: tuple[list[float], list[float]]) -> list[float]:
+    # A clock of CPU time can stand still during a run of a tiny size.
+    return [a / max(b, 1e-9) for a, b in zip(*pair, strict=True)]
+
+
+def time_in_turns(first: Run, second: Run, setting: Setting) -> Timings:
+    """Run both once to warm up and to count operations, then in turns on the clock."""
+    runs = (first, second)
+    counted = [count_operations(run) for run in runs]
+    gc.collect()
+    clocks = [
+        [timed(run, setting.device) for run in runs] for _ in range(setting.repeats)
+    ]
+    wall = [[repetition[i][0] for repetition in clocks] for i in (0, 1)]
+    cpu = [[repetition[i][1] for repetition in clocks] for i in (0, 1)]
+    return Timings(
+        seconds=(wall[0], wall[1]),
+        cpu_seconds=(cpu[0], cpu[1]),
+        operations=(counted[0][0], counted[1][0]),
+        results=(counted[0][1], counted[1][1]),
+    )
+
+
+def timed(run: Run, device: torch.device) -> tuple[float, float]:
+    """Wall-clock seconds and CPU seconds of one run."""
+    synchronise(device)
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    run()
+    synchronise(device)
+    return time.perf_counter() - begin, time.process_time() - begin_cpu
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for everything queued on this device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_operations(run: Run) -> tuple[int, Any]:
+    """Floating-point operations of one run's matrix products, and what it returned."""
+    with _OperationCounter() as counter:
+        result = run()
+    return counter.total, result
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Operations of matrix products by the rules of torch's FlopCounterMode.
+
+    That mode itself hooks every module's gradient and so forbids the `autograd.grad`
+    within `pull_back`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operation = func.overloadpacket
+        rule: Any = _CPU_ATTENTION.get(operation) or flop_registry.get(operation)
+        if rule is not None:
+            self.total += rule(*args, **kwargs, out_val=result)
+        return result
+
+
+def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
+    """Q K^T and P V."""
+    batch, heads, rows, width = query.shape
+    return 2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any
+) -> int:
+    """Q K^T again, and two products for each of the two of the forward pass."""
+    batch, heads, rows, width = query.shape
+    widths = 3 * width + 2 * value.shape[-1]
+    return 2 * batch * heads * rows * key.shape[-2] * widths
+
+
+# torch has rules for the attention kernels of a GPU only.
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _attention_backward
+    ),
+}
