@@ -10,7 +10,6 @@ from benchmarks.comparison import Comparison, Setting, time_in_turns
 from benchmarks.memory import peak_bytes
 from benchmarks.models import QWEN_05B, TINY, make_base
 from benchmarks.passes import relative_difference
-from entropy_ddp.policy.head import log_softmax_statistics
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 
 # Rows of logits in which the plain route takes its entropies: its memory is then that of
@@ -23,12 +22,8 @@ def statistics(
     tokens: ResponseTokens, hidden: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """log p and H of hidden states [m, d], as `score` computes them; [m] each."""
-    values = []
-    for chunk in tokens.chunks(hidden):
-        logits = tokens.logits(hidden[chunk]).to(tokens.settings.entropy_dtype)
-        values.append(log_softmax_statistics(logits, targets[chunk])[:2])
-    logp, entropy = zip(*values)
-    return torch.cat(logp), torch.cat(entropy)
+    values = tokens.statistics(hidden, targets)
+    return values["logp"], values["entropy"]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Row about shared prompts: the responses of a group as branches behind one prompt."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from benchmarks.comparison import Comparison, Setting, time_in_turns
@@ -15,8 +15,6 @@ from benchmarks.models import (
     make_shard,
 )
 from benchmarks.passes import pulled_back, scores_difference
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.response_tokens import ScoringSettings
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Shard
@@ -33,13 +31,7 @@ RUNS: dict[str, Callable[[Passes, Shard], TokenScores]] = {
 
 
 def shared_prompts_row(setting: Setting) -> Iterator[Comparison]:
-    """Prompts shared by their group / every response with a prompt of its own.
-
-    Raises:
-        InputError: this version of the package does not share prompts.
-    """
-    if "share_prompts" not in {field.name for field in fields(ScoringSettings)}:
-        raise InputError("this version of entropy_ddp has no `share_prompts`")
+    """Prompts shared by their group / every response with a prompt of its own."""
     shape = setting.pick(TINY, replace(MIDDLE, layers=4), MIDDLE)
     model = make_model("qwen2", shape, device=setting.device)
     layouts = [make_passes(model, share_prompts=share) for share in (True, False)]

@@ -41,7 +41,7 @@ GPT2 = {
 }
 HEAD = {"head_dim": 4}
 WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-EXPERTS = {"num_experts_per_tok": 2}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "llama": ("Llama", SHAPE),
@@ -52,7 +52,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-3": ("Phi3", SHAPE),
     "olmo-2": ("Olmo2", SHAPE),
     "gpt-neox": ("GPTNeoX", SHAPE),
-    "mixtral": ("Mixtral", SHAPE | EXPERTS | {"num_local_experts": 4}),
+    # Grouped products exist in no float64.
+    "mixtral": ("Mixtral", SHAPE | EXPERTS | {"experts_implementation": "eager"}),
 }
 
 
