@@ -279,9 +279,11 @@ def _print_failure(error: Exception, world: "World | None") -> None:
 def _load(options: Options) -> "Config":
     """The configuration; on a mistake, rank 0 says so and every rank exits."""
     from entropy_ddp.config import load_config
+    from entropy_ddp.policy.training_arguments import with_training_arguments
 
     try:
-        return load_config(options.config, options.assignments)
+        config = load_config(options.config, options.assignments)
+        return with_training_arguments(config)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             _print_failure(error, None)
