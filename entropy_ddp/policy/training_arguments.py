@@ -17,6 +17,7 @@ recorded, as plain values.
 import pickle
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -28,32 +29,42 @@ from entropy_ddp.errors import InputError
 FILE_NAME = "training_args.bin"
 # A pickle of settings has some kilobytes; a larger one is something else.
 MAX_BYTES = 16 * 2**20
-SHOWN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "loss_type",
-    "max_completion_length",
-    "epsilon",
-    "epsilon_high",
-    "beta",
-    "scale_rewards",
-    "importance_sampling_level",
-    "mask_truncated_completions",
-    "num_generations",
-    "num_iterations",
-    "steps_per_generation",
-    "gradient_accumulation_steps",
-    "per_device_train_batch_size",
-    "max_grad_norm",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "bf16",
-    "fp16",
-)
+SHOWN = {
+    "sampling": (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_completion_length",
+        "num_generations",
+    ),
+    "loss": (
+        "loss_type",
+        "beta",
+        "epsilon",
+        "epsilon_high",
+        "scale_rewards",
+        "importance_sampling_level",
+        "mask_truncated_completions",
+    ),
+    "batches": (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "num_iterations",
+    ),
+    "step": (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+        "optim",
+        "bf16",
+        "fp16",
+    ),
+}
+# What reading a damaged archive raises.
+_UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 LOSSES = ("dr_grpo", "grpo", "dapo")
 ADVANTAGES = {
     "none": "centered",
@@ -90,9 +101,12 @@ class TrainingArguments:
     values: dict[str, Any]
 
     @property
-    def shown(self) -> dict[str, Any]:
-        """The settings that matter to a step, in a fixed order, where present."""
-        return {name: self.values[name] for name in SHOWN if name in self.values}
+    def shown(self) -> dict[str, dict[str, Any]]:
+        """The settings that matter to a step, by subject, where present."""
+        return {
+            subject: {name: self.values[name] for name in names if name in self.values}
+            for subject, names in SHOWN.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +128,12 @@ class _Inert:
     """Stands for whatever a pickle names: calling and filling it only records."""
 
     name = ""
-
-    def __new__(cls, *arguments: Any, **named: Any) -> "_Inert":
-        made = object.__new__(cls)
-        made.arguments = arguments
-        made.state = {}
-        return made
+    # Pickles may make an object without calling __init__.
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.arguments: tuple[Any, ...]
-        self.state: Any
+        self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -168,19 +178,18 @@ def read_training_arguments(path: Path) -> TrainingArguments:
     data = _read_pickle_bytes(path)
     try:
         stub = _InertUnpickler(BytesIO(data)).load()
+        values = _plain_state(stub)
     # Whatever damaged or hostile bytes make the unpickler raise, the file is at fault.
     except Exception as error:
         raise InputError(
             f"{path}: expected the pickled settings of a trainer, found a damaged "
             f"pickle ({type(error).__name__}: {error}); copy the file again"
         ) from error
-    if not isinstance(stub, _Inert) or not isinstance(stub.state, dict):
+    if values is None:
         raise InputError(
             f"{path}: expected the pickled settings of a trainer, found "
             f"{type(stub).__name__}; is it another program's file?"
         )
-    plain = {str(key): _plain(value) for key, value in stub.state.items()}
-    values = {key: value for key, value in plain.items() if value is not _NOT_PLAIN}
     return TrainingArguments(path=path, kind=type(stub).name, values=values)
 
 
@@ -190,7 +199,7 @@ def _read_pickle_bytes(path: Path) -> bytes:
             entries = [e for e in archive.infolist() if _is_pickle(e.filename)]
             if len(entries) == 1 and entries[0].file_size <= MAX_BYTES:
                 return archive.read(entries[0])
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             f"{path}: expected a file of torch.save, found one that cannot be read as "
             f"such ({error}); copy it again, or save it with torch 1.6 or newer"
@@ -206,6 +215,14 @@ def _is_pickle(name: str) -> bool:
 
 
 _NOT_PLAIN = object()
+
+
+def _plain_state(stub: Any) -> dict[str, Any] | None:
+    """The plain settings of the outermost object; None if it is no such object."""
+    if not isinstance(stub, _Inert) or not isinstance(stub.state, dict):
+        return None
+    plain = {str(key): _plain(value) for key, value in stub.state.items()}
+    return {key: value for key, value in plain.items() if value is not _NOT_PLAIN}
 
 
 def _plain(value: Any) -> Any:
@@ -264,9 +281,7 @@ def contradictions(config: Config, arguments: TrainingArguments) -> list[Contrad
     for key, trained in trained_settings(arguments).items():
         configured = _value_at(config, key)
         if configured != trained and _is_read(config, key):
-            found.append(
-                Contradiction(key=key, configured=configured, trained=trained)
-            )
+            found.append(Contradiction(key=key, configured=configured, trained=trained))
     loss = arguments.values.get("loss_type")
     if loss is not None and loss not in LOSSES:
         found.append(
