@@ -222,7 +222,6 @@ def _check(config: "Config", world: "World", options: Options) -> int:
     required=True,
     help="Folder of the checkpoint that the rollouts were sampled from.",
 )
-@click.option("--base", help="Base model of an adapter: a folder or a hub id.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -358,7 +357,7 @@ def _print_failure(error: Exception, world: "World | None") -> None:
 def _load(options: Options) -> "Config":
     """The configuration; on a mistake, rank 0 says so and every rank exits."""
     from entropy_ddp.config import load_config
-    from entropy_ddp.policy.training_arguments import with_training_arguments
+    from entropy_ddp.policy.trained_settings import with_training_arguments
 
     try:
         config = load_config(options.config, options.assignments)

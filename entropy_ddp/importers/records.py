@@ -36,6 +36,8 @@ class Record:
         group: key of its prompt draw; equal keys are one group.
         prompt: text, or messages for the chat template; None if there are ids.
         prompt_lacks_special_tokens: the text was decoded without special tokens.
+        prompt_encoded_by_default: the text was tokenised by a plain call of the
+            tokenizer, whatever special tokens that adds.
         prompt_ids: token ids, if the dump has them.
         response: text without the end-of-sequence token; None if there are ids.
         response_ids: token ids, end-of-sequence token included.
@@ -53,6 +55,7 @@ class Record:
     group: Hashable
     prompt: str | list[Message] | None = None
     prompt_lacks_special_tokens: bool = False
+    prompt_encoded_by_default: bool = False
     prompt_ids: list[int] | None = None
     response: str | None = None
     response_ids: list[int] | None = None

@@ -55,7 +55,6 @@ class ImportOptions:
         format: one of `READERS`.
         files: the dump's files.
         checkpoint: folder of the checkpoint that the rollouts were sampled from.
-        base: base model of an adapter, where adapter_config.json names another place.
         output: the rollout file to write.
         overwrite: replace an existing one.
         max_completion_length: in tokens; None takes the checkpoint's.
@@ -65,7 +64,6 @@ class ImportOptions:
     format: str
     files: tuple[Path, ...]
     checkpoint: Path
-    base: str | None = None
     output: Path
     overwrite: bool = False
     max_completion_length: int | None = None
@@ -86,7 +84,7 @@ def import_rollouts(options: ImportOptions) -> dict[str, Any]:
         RunError: the output cannot be written.
     """
     reader = _reader(options)
-    files = find_checkpoint(Checkpoint(path=str(options.checkpoint), base=options.base))
+    files = find_checkpoint(Checkpoint(path=str(options.checkpoint)))
     trained = _trained_with(options)
     source = options.source
     if isinstance(trained.get("reward_weights"), list):

@@ -8,7 +8,8 @@ Where the dump has token ids they are taken over. Text is tokenised as it stands
 - A prompt that was decoded without its special tokens (verl) is parsed into turns,
   rendered by the chat template, and accepted only if that gives the same text again.
 
-Text need not tokenise to the tokens that were sampled. Where ids are known, the
+Text need not tokenise to the tokens that were sampled: special tokens inside of it are
+lost, and a response that loses some may look finished when it was truncated. Where ids are known, the
 responses whose text tokenises to others are counted; where they are not, the responses
 whose text is not what its tokens decode to.
 """
@@ -228,6 +229,8 @@ def _prompt_ids(record: Record, tokenising: Tokenising, tally: Tally) -> list[in
     if record.prompt_lacks_special_tokens and has_template:
         tally.templated += 1
         return _render_again(record.prompt, record.where, tokenising)
+    if record.prompt_encoded_by_default:
+        return tokenising.tokenizer(record.prompt, verbose=False)["input_ids"]
     return read_prompt_ids(
         {"prompt": record.prompt},
         record.where,

@@ -117,6 +117,7 @@ def _make_record(row: dict[str, Any], where: str, weights: dict[str, float]) -> 
         where=where,
         group=(step, repr(prompt)),
         prompt=prompt,
+        prompt_encoded_by_default=True,
         response=_completion_text(row, where),
         reward=math.fsum(rewards) if rewards else None,
         advantage=require_number(row, "advantage", where, ADVICE),

@@ -14,8 +14,8 @@ from entropy_ddp.policy.parameters import (
     inner_product,
 )
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.policy.trained_settings import contradictions
 from entropy_ddp.policy.training_arguments import (
-    contradictions,
     find_training_arguments,
     read_training_arguments,
 )

@@ -8,8 +8,8 @@ from entropy_ddp.distributed import World
 from entropy_ddp.policy.checkpoint import find_checkpoint
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.selfcheck import check_model
+from entropy_ddp.policy.trained_settings import contradictions
 from entropy_ddp.policy.training_arguments import (
-    contradictions,
     find_training_arguments,
     read_training_arguments,
 )

@@ -25,7 +25,7 @@ from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.policy.selfcheck import SelfCheck, check_model
-from entropy_ddp.policy.training_arguments import with_training_arguments
+from entropy_ddp.policy.trained_settings import with_training_arguments
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.rollouts.files import (
