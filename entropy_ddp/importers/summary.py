@@ -60,11 +60,12 @@ def _range(values: list[Any]) -> str:
 def step_notes(records: list[Record], checkpoint: Path) -> list[str]:
     """A sentence unless the rows are of the step that is taken from the checkpoint."""
     steps = sorted({record.step for record in records if record.step is not None})
-    found = STEP_FOLDER.fullmatch(checkpoint.resolve().name)
+    # verl keeps its models some folders below the one that is named by the step.
+    folders = map(STEP_FOLDER.fullmatch, reversed(checkpoint.resolve().parts))
+    found = next((match for match in folders if match), None)
     if not steps or found is None or steps == [int(found[1]) + 1]:
         return []
-    number = int(found[1])
-    name = checkpoint.resolve().name
+    name, number = found[0], int(found[1])
     note = (
         f"the rows are of step {', '.join(map(str, steps))}, but the step taken from "
         f"{name} is step {number + 1}: as U they are not the batch of the step that is "

@@ -74,8 +74,9 @@ def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
         low, high = values["epsilon"], values.get("epsilon_high")
         settings["update.epsilon_low"] = float(low)
         settings["update.epsilon_high"] = float(low if high is None else high)
-    if values.get("max_grad_norm") is not None:
-        settings["update.max_grad_norm"] = float(values["max_grad_norm"])
+    if "max_grad_norm" in values:
+        # To the trainer, none and 0 are no clipping.
+        settings["update.max_grad_norm"] = float(values["max_grad_norm"] or 0)
     advantage = ADVANTAGES.get(str(values.get("scale_rewards")))
     if advantage is not None:
         settings["batches.advantage"] = advantage
