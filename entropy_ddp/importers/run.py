@@ -19,6 +19,7 @@ from entropy_ddp.importers.table import read_table
 from entropy_ddp.importers.token_exports import read_nemo_rl, read_prime_rl
 from entropy_ddp.importers.tokenising import Tally, Tokenising, make_rows
 from entropy_ddp.importers.trl import read_trl
+from entropy_ddp.importers.trl_log import log_notes
 from entropy_ddp.importers.verl import read_verl
 from entropy_ddp.policy.checkpoint import (
     CheckpointFiles,
@@ -105,6 +106,8 @@ def import_rollouts(options: ImportOptions) -> dict[str, Any]:
         *group_notes(rows, trained),
         *tally_notes(tally),
     ]
+    if options.format == "trl":
+        notes += log_notes(options.files, rows, [record.step for record in records])
     return summarise(rows, tally, tokenising.max_length) | {"notes": notes}
 
 

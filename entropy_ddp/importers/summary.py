@@ -113,6 +113,12 @@ def tally_notes(tally: Tally) -> list[str]:
             f"{tally.altered} responses are not what their tokens decode to: the "
             "sampled tokens were others"
         )
+    if tally.nearly_full:
+        notes.append(
+            f"{tally.nearly_full} responses got the end-of-sequence token back although "
+            "they nearly have the maximum completion length: truncated ones whose text "
+            "lacks a token would look the same"
+        )
     if tally.longer:
         notes.append(
             f"{tally.longer} responses have more tokens than the maximum completion "

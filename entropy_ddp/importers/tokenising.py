@@ -69,6 +69,8 @@ class Tally:
         retokenised: of these, those whose text tokenises to other ids.
         altered: responses of text only whose tokens decode to another text.
         longer: responses of text only with more tokens than the maximum length.
+        nearly_full: responses that got the end-of-sequence token back although only a
+            twentieth of the maximum length, or one token, was left.
     """
 
     restored: int = 0
@@ -78,6 +80,7 @@ class Tally:
     retokenised: int = 0
     altered: int = 0
     longer: int = 0
+    nearly_full: int = 0
 
 
 def make_rows(
@@ -205,6 +208,8 @@ def _encode_response(
             "add it to the checkpoint's tokenizer_config.json",
         )
     tally.restored += 1
+    if limit is not None and record.finished is None:
+        tally.nearly_full += len(ids) + max(1, limit // 20) >= limit
     return [*ids, end], True
 
 

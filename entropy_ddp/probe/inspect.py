@@ -5,6 +5,7 @@ from typing import Any
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
 from entropy_ddp.policy.checkpoint import find_checkpoint
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.selfcheck import check_model
@@ -82,7 +83,11 @@ def _trained_with(config: Config) -> dict[str, Any]:
     path = find_training_arguments(config.checkpoint)
     if path is None:
         return {"training arguments": {"file": None}}
-    arguments = read_training_arguments(path)
+    try:
+        arguments = read_training_arguments(path)
+    except InputError as error:
+        # Nothing is taken from it, or opening the session would have failed.
+        return {"training arguments": {"file": str(path), "not readable": str(error)}}
     found = {
         "training arguments": {
             "file": str(path),

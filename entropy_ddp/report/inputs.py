@@ -32,6 +32,8 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
     """What `check` found, one table."""
     table = new_table("Configuration, checkpoint and batches are valid", "", "found")
     table.columns[1].justify = "left"
+    # The trainer's settings are longer than a line.
+    table.columns[1].no_wrap = False
     for subject, facts in found.items():
         for name, value in facts.items():
             lines = value if isinstance(value, list) else [value]

@@ -1,5 +1,6 @@
 """TRL's completions: against what TRL itself trained on, and what can be wrong."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_the_ids_are_those_that_trl_trained_on(
     """TRL trains the demo; each step's file against the batch of that step.
 
     The untrained policy samples special tokens inside of a response, which the text
-    does not have; such responses cannot be restored and are left out here.
+    does not have; such responses cannot be restored, and TRL's own log gives them away.
     """
     trl = pytest.importorskip("trl")
     generate = trl.GRPOTrainer._generate_and_score_completions
@@ -64,6 +65,7 @@ def test_the_ids_are_those_that_trl_trained_on(
         rows, summary = imported("trl", file, checkpoint=made.checkpoint, output=output)
         assert len(rows) == len(batch["completion_ids"])
         assert any("step 3" in note for note in summary["notes"])
+        different = 0
         for index, row in enumerate(rows):
             prompt, response = (
                 batch[f"{part}_ids"][index][
@@ -73,10 +75,13 @@ def test_the_ids_are_those_that_trl_trained_on(
             )
             assert row["prompt_ids"] == prompt
             assert row["advantage"] == float(batch["advantages"][index])
+            different += row["response_ids"] != response
             if min(response[:-1], default=4) >= 4:
                 assert row["response_ids"] == response
                 compared += 1
                 truncated += not row["finished"]
+        is_told = any("TRL logged" in note for note in summary["notes"])
+        assert is_told == bool(different)
         read_batch(output, "U", TokenLimits(vocabulary_size=16, max_positions=None))
     assert compared > 200
     assert 0 < truncated < compared
@@ -204,3 +209,33 @@ def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert "a parquet file" in result.stderr
         path.write_text("not parquet")
+
+
+@pytest.mark.parametrize(
+    ("length", "share", "is_told"), [(2, 0, False), (2.5, 0, True), (2, 0.5, True)]
+)
+def test_the_trainers_log_is_held_against_the_rows(
+    tmp_path: Path, length: float, share: float, is_told: bool
+) -> None:
+    """Every response has a token and the end token, and none was truncated."""
+    checkpoint, folder = make_checkpoint(tmp_path), tmp_path / "completions"
+    folder.mkdir()
+    state = {
+        "log_history": [
+            {"step": 4, "loss": 0.0},
+            {
+                "step": 5,
+                "completions/mean_length": length,
+                "completions/clipped_ratio": share,
+            },
+        ]
+    }
+    later = tmp_path / "checkpoint-10"
+    later.mkdir()
+    (later / "trainer_state.json").write_text(json.dumps(state))
+    file = write_completions(folder / "completions_00005.parquet", columns())
+    _, summary = imported(
+        "trl", file, checkpoint=checkpoint, output=tmp_path / "U.jsonl",
+        max_completion_length=3,
+    )  # fmt: skip
+    assert any("TRL logged" in note for note in summary["notes"]) == is_told

@@ -257,3 +257,16 @@ def test_the_probe_takes_the_step_of_the_trainers_settings(
     given = run.probe(update=update, batches=batches).results
     assert taken.truth.delta_h_true == given.truth.delta_h_true
     assert taken.update.loss == "grpo"
+
+
+def test_a_file_that_cannot_be_read_stops_only_who_needs_it(
+    run: TinyRun, checkpoint: Path
+) -> None:
+    """A probe that takes nothing from it says so and goes on."""
+    (checkpoint / FILE_NAME).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"file of torch\.save"):
+        resolved(run)
+    rows = {row.name: row for row in run.probe().results.audit}
+    assert rows["training arguments"].value == "not readable"
+    found = inspect_run(run.config(), World(), lambda phase, done, total: None)
+    assert "not readable" in found["training arguments"]
