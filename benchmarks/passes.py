@@ -23,7 +23,6 @@ from benchmarks.models import (
 from entropy_ddp.policy.parameters import shifted
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.probe.phases import CURVATURE_STEP
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.rollouts.microbatch import make_microbatches
 
@@ -134,37 +133,41 @@ def _first_order(family: str, setting: Setting) -> Comparison:
 
 
 def second_derivatives(
-    passes: Passes, shard: Shard, direction: dict[str, Tensor], step: float
+    passes: Passes, shard: Shard, direction: dict[str, Tensor]
 ) -> Tensor:
-    """Second derivatives of log p and of H along a direction of length 1, [2, t]."""
-    values = []
-    for sign in (step, -step):
-        with shifted(passes.parameters, direction, sign):
-            scores = passes.score(shard, direction)
-        values.append(torch.stack([scores.dlogp, scores.dentropy]))
-    return (values[0] - values[1]) / (2 * step)
+    """Second derivatives of log p and of H, [2, t]."""
+    return torch.stack(
+        passes.score_twice(shard, direction, typical_change(passes, shard))
+    )
+
+
+def typical_change(passes: Passes, shard: Shard) -> float:
+    """Root mean square of (log p)' along `make_direction`."""
+    scores = passes.score(shard, make_direction(passes))
+    return float(scores.dlogp.square().mean().sqrt())
 
 
 def second_order_row(setting: Setting) -> Iterator[Comparison]:
     """score with second derivatives / score, and their error by dtype."""
     passes, shard, details = make_case("qwen2", setting)
     direction = make_direction(passes)
-    step = CURVATURE_STEP[passes.dtype]
+    typical = typical_change(passes, shard)
     timings = time_in_turns(
-        lambda: second_derivatives(passes, shard, direction, step),
+        lambda: torch.stack(passes.score_twice(shard, direction, typical)),
         lambda: passes.score(shard),
         setting,
     )
     yield timings.comparison(
         "order 2, qwen2", "order 2 / score", target=5.0, details=details
     )
-    reference = _richardson(passes, shard, direction)
-    errors = {torch.float32: timings.results[0]}
     wide, wide_direction = _widened(passes, direction)
-    wide_step = CURVATURE_STEP[torch.float64]
-    errors[torch.float64] = second_derivatives(wide, shard, wide_direction, wide_step)
+    reference = _richardson(wide, shard, wide_direction)
+    found = {
+        torch.float32: timings.results[0],
+        torch.float64: torch.stack(wide.score_twice(shard, wide_direction, typical)),
+    }
     for dtype, target in ((torch.float32, 2e-4), (torch.float64, 1e-7)):
-        error = (errors[dtype] - reference).norm() / reference.norm()
+        error = (found[dtype] - reference).norm() / reference.norm()
         yield Comparison(
             part=f"order 2, error, {str(dtype).removeprefix('torch.')}",
             over="error against float64 / size",
@@ -188,11 +191,16 @@ def _richardson(passes: Passes, shard: Shard, direction: dict[str, Tensor]) -> T
     The step is as long as the float64 errors of the first derivatives allow: errors
     of both kinds are then below 1e-9.
     """
-    wide, wide_direction = _widened(passes, direction)
-    coarse, fine = (
-        second_derivatives(wide, shard, wide_direction, step) for step in (4e-3, 2e-3)
-    )
-    return (4 * fine - coarse) / 3
+
+    def difference(step: float) -> Tensor:
+        ends = []
+        for sign in (step, -step):
+            with shifted(passes.parameters, direction, sign):
+                scores = passes.score(shard, direction)
+            ends.append(torch.stack([scores.dlogp, scores.dentropy]))
+        return (ends[0] - ends[1]) / (2 * step)
+
+    return (4 * difference(2e-3) - difference(4e-3)) / 3
 
 
 def pull_back_row(setting: Setting) -> Iterator[Comparison]:

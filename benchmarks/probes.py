@@ -10,13 +10,13 @@ from typing import Any
 from benchmarks.checkpoint import write_run
 from benchmarks.comparison import Comparison, Setting, time_in_turns
 from benchmarks.models import TINY, Lengths, Shape, make_direction
-from benchmarks.passes import second_derivatives
+from benchmarks.passes import typical_change
 from benchmarks.processes import run_module
 from benchmarks.worker import UNDIVIDED_PHASES, quiet
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.policy.scores import TokenScores
-from entropy_ddp.probe.phases import CURVATURE_STEP, loss_gradient
+from entropy_ddp.probe.phases import loss_gradient
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.session import Session, open_session
 
@@ -82,13 +82,13 @@ def _passes_alone(session: Session, order: int) -> Callable[[], TokenScores]:
     passes = session.passes
     shard = session.shard(session.batches["E"])
     direction = make_direction(passes)
+    typical = typical_change(passes, shard)
 
     def run() -> TokenScores:
         loss_gradient(session)
         passes.score(shard, direction)
         if order == 2:
-            step = CURVATURE_STEP[passes.dtype]
-            second_derivatives(passes, shard, direction, step)
+            passes.score_twice(shard, direction, typical)
         return passes.score(shard)
 
     return run

@@ -18,6 +18,7 @@ ROOMS = (
     "distributed",
     "rollouts",
     "policy",
+    "importers",
     "update",
     "estimators",
     "results",

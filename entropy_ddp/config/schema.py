@@ -117,6 +117,8 @@ class Update(Section):
         epsilon_low, epsilon_high: clipping range of the ratio.
         max_grad_norm: the gradient's global norm is clipped to this; 0 turns it off.
         lr_override: learning rate in place of the saved one.
+        from_checkpoint: take loss, length norm, clipping, gradient norm, advantage and
+            temperature from the checkpoint's training_args.bin where not given here.
         save_delta: write the parameter change to delta_theta.safetensors.
     """
 
@@ -127,6 +129,7 @@ class Update(Section):
     epsilon_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     lr_override: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    from_checkpoint: bool = False
     save_delta: bool = False
 
     @model_validator(mode="after")

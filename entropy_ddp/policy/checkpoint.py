@@ -228,7 +228,7 @@ def load_policy(
     model.to(device).eval()
     policy = Policy(
         model=model,
-        tokenizer=_load_tokenizer(files.tokenizer),
+        tokenizer=load_tokenizer(files.tokenizer),
         parameters=trainable_parameters(model),
         files=files,
         dtype=dtype,
@@ -305,7 +305,12 @@ def _load_adapter(model: nn.Module, adapter: Path) -> nn.Module:
     return wrapped
 
 
-def _load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder or hub id; None if the folder has none.
+
+    Raises:
+        InputError: it is there, and cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(source)

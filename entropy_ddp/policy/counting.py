@@ -66,7 +66,7 @@ class _NoModules:
     def __enter__(self) -> None:
         """Nothing to hook."""
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         """Nothing to unhook."""
 
 
@@ -95,4 +95,3 @@ def _attention_backward(
 ) -> int:
     """Q K^T once more, and the gradients of both products."""
     return _attention(query, key) * 5 // 2
-

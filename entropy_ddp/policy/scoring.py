@@ -31,11 +31,14 @@ from entropy_ddp.rollouts.microbatch import (
     make_microbatches,
 )
 
-
-# Euclidean length of the parameter change between the two passes of a second derivative:
-# where rounding (which the step divides) and the next orders (which it multiplies) are
+# How far apart the two passes of a second derivative are, in nats: the typical change
+# of a token's log p from the middle to either. The rounding of first derivatives, which
+# the distance divides, and the fourth derivatives, which its square multiplies, are then
 # both below the tolerances of the estimator.
-CURVATURE_STEP = {torch.float64: 1e-4, torch.float32: 3e-3, torch.bfloat16: 1e-1}
+CURVATURE_NATS = {torch.float64: 3e-5, torch.float32: 2.5e-3, torch.bfloat16: 5e-2}
+# Least change of log p per unit of Euclidean length that is reckoned with: the parameters
+# are moved at most so far even if the first derivative vanishes.
+LEAST_SLOPE = 0.02
 
 
 @dataclass(kw_only=True)
@@ -101,6 +104,7 @@ class Passes:
         self,
         shard: Shard,
         direction: Mapping[str, Tensor],
+        typical: float,
         snapshot_device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Second derivatives of log p and H of every token along a direction, [t] each.
@@ -111,14 +115,17 @@ class Passes:
         Args:
             shard: this rank's sequences; may be empty.
             direction: tangent of each trainable parameter by name, not all zero.
+            typical: root mean square of (log p)' along it, over the tokens of all
+                ranks: how far the parameters are moved.
             snapshot_device: where copies of the parameters are kept meanwhile; None for
                 each parameter's own device.
 
         Raises:
             RunError: a value is not finite, or the model returned no tangent.
         """
-        squares = (inner_product(v.reshape(-1), v.reshape(-1)) for v in direction.values())
-        size = CURVATURE_STEP[self.dtype] / math.sqrt(sum(squares))
+        flat = (tangent.reshape(-1) for tangent in direction.values())
+        length = math.sqrt(sum(inner_product(x, x) for x in flat))
+        size = CURVATURE_NATS[self.dtype] / max(typical, LEAST_SLOPE * length)
         ends = []
         with self._counted("score order 2", shard) as count:
             for sign in (size, -size):

@@ -150,7 +150,8 @@ def _sharing_of(transformer: torch.nn.Module) -> PromptSharing:
         multiplied += routed * parameter.numel()
     pairs = 2 * config.num_hidden_layers * config.hidden_size
     reaches = (
-        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        getattr(config, name, None)
+        for name in ("sliding_window", "attention_chunk_size")
     )
     return PromptSharing(
         pair_cost=PAIR_OVERHEAD * pairs / multiplied,

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from entropy_ddp import audit
+from entropy_ddp.errors import InputError
 from entropy_ddp.policy.parameters import (
     frozen_fingerprint,
     global_norm,
     inner_product,
 )
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.policy.trained_settings import contradictions
+from entropy_ddp.policy.training_arguments import (
+    find_training_arguments,
+    read_training_arguments,
+)
 from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.phases import SteppedScores
@@ -52,6 +58,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         *_vector_rows(session, measured),
         *_step_rows(session, measured),
         *_update_batch_rows(session),
+        *_training_rows(session),
         *_batch_rows(session),
         *_moment_rows(session),
         *_scale_rows(session, measured),
@@ -242,6 +249,32 @@ def _batch_rows(session: Session) -> list[AuditRow]:
         if split in session.num_redraws:
             rows.append(audit.fact(f"{split} redraws", session.num_redraws[split]))
     return rows
+
+
+def _training_rows(session: Session) -> list[AuditRow]:
+    """Where the configuration says another thing than the trainer did."""
+    path = find_training_arguments(session.config.checkpoint)
+    if path is None:
+        return []
+    try:
+        arguments = read_training_arguments(path)
+    except InputError as error:
+        # Nothing is taken from it: the probe does not depend on it.
+        return [audit.fact("training arguments", "not readable", str(error))]
+    given = all(s.advantage is not None for s in session.batches["U"].sequences)
+    return [
+        audit.check(
+            f"trainer's setting: {found.key}",
+            found.configured,
+            str(found.trained),
+            False,
+            f"the step probed is not the one that {path} describes; set "
+            f"{found.key} to what the trainer used if it is to be that one",
+            fatal=False,
+        )
+        for found in contradictions(session.config, arguments)
+        if not (given and found.key == "batches.advantage")
+    ]
 
 
 def _prompt_lengths(batch: Batch) -> str:

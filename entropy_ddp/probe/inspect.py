@@ -5,9 +5,15 @@ from typing import Any
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
 from entropy_ddp.policy.checkpoint import find_checkpoint
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.selfcheck import check_model
+from entropy_ddp.policy.trained_settings import contradictions
+from entropy_ddp.policy.training_arguments import (
+    find_training_arguments,
+    read_training_arguments,
+)
 from entropy_ddp.probe.session import (
     Progress,
     Session,
@@ -66,9 +72,37 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
         },
         "self-checks": {check.name: check.error for check in checks},
     }
+    found |= _trained_with(session.config)
     return found | {
         f"batch {split}": description for split, description in batches.items()
     }
+
+
+def _trained_with(config: Config) -> dict[str, Any]:
+    """The trainer's settings, and where the configuration says another thing."""
+    path = find_training_arguments(config.checkpoint)
+    if path is None:
+        return {"training arguments": {"file": None}}
+    try:
+        arguments = read_training_arguments(path)
+    except InputError as error:
+        # Nothing is taken from it, or opening the session would have failed.
+        return {"training arguments": {"file": str(path), "not readable": str(error)}}
+    found = {
+        "training arguments": {
+            "file": str(path),
+            "kind": arguments.kind,
+            **arguments.shown,
+            "used in the configuration": config.update.from_checkpoint,
+        }
+    }
+    differences = contradictions(config, arguments)
+    if differences:
+        found["configuration against trainer"] = {
+            item.key: {"configured": item.configured, "trained with": item.trained}
+            for item in differences
+        }
+    return found
 
 
 def _read_batches(session: Session) -> dict[str, Any]:

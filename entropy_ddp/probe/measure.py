@@ -92,7 +92,7 @@ def measure(
     # A step that changed nothing has no direction to be curved along.
     moved = bool(stepped.step.delta.any())
     if with_curvature and config.curvature.enabled and moved:
-        second = score_twice_along_step(session, stepped.step)
+        second = score_twice_along_step(session, stepped.step, base)
         curvature = estimate_curvature(session, estimates, base, second)
     linear = config.linear
     return Measured(

@@ -8,6 +8,7 @@ Between the passes only per-sequence sums travel between ranks: one collective f
 gradient, one for each table of sums.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -103,12 +104,17 @@ def score_along_step(session: Session, step: Step) -> DirectionalScores:
         return session.passes.score(shard, direction, with_features=True)
 
 
-def score_twice_along_step(session: Session, step: Step) -> tuple[Tensor, Tensor]:
+def score_twice_along_step(
+    session: Session, step: Step, base: DirectionalScores
+) -> tuple[Tensor, Tensor]:
     """Second derivatives of l_i and H_i along v of every sequence of E, [N] each."""
     shard = session.shard(session.batches["E"])
     views = session.passes.layout.views(step.direction)
     device = snapshot_device(session.config.compute)
+    square, count = base.dlogp.square().sum(), torch.tensor(len(base.dlogp))
+    session.world.sum(sums := torch.stack([square, count.double()]), "scalars")
+    typical = math.sqrt(sums[0] / sums[1])
     with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
-        second = session.passes.score_twice(shard, views, device)
+        second = session.passes.score_twice(shard, views, typical, device)
     logp, entropy = gather_sums(session.world, shard, *second)
     return logp, entropy

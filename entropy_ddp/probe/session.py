@@ -30,6 +30,7 @@ from entropy_ddp.policy.selfcheck import (
     check_model,
     check_sharing,
 )
+from entropy_ddp.policy.trained_settings import with_training_arguments
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.rollouts.files import (
@@ -130,7 +131,7 @@ def open_session(
     files = find_checkpoint(config.checkpoint)
     optimizer_file = require_optimizer(files)
     session = open_policy(config, world, files, progress)
-    policy = session.policy
+    config, policy = session.config, session.policy
     session.optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
     with session.phase("self-check"):
         session.self_checks = check_model(session.passes, policy.vocabulary_size)
@@ -154,9 +155,12 @@ def open_policy(
 ) -> Session:
     """A session with the model opened, without optimizer state and batches.
 
+    Its configuration has the settings of the checkpoint in it, if it asks for them.
+
     Raises:
         InputError: the checkpoint cannot be loaded.
     """
+    config = with_training_arguments(config)
     begin = time.perf_counter()
     device = resolve_device(config.compute, world.local_rank)
     policy = load_policy(files, config.precision, config.compute.attention, device)

@@ -1,10 +1,11 @@
-"""What `sample` made and what `check` found, as tables in the terminal."""
+"""What `sample` and `import` made and what `check` found, as tables in the terminal."""
 
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from entropy_ddp.report.tables import as_text, new_table
+from entropy_ddp.report.tables import VERDICT_STYLES, as_text, new_table
 
 
 def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -> None:
@@ -16,10 +17,23 @@ def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -
     console.print(table)
 
 
+def print_import(console: Console, summary: dict[str, Any], output: str) -> None:
+    """What `import` read, then what may be wrong with it."""
+    table = new_table(f"Rollouts written to {output}", "", "imported")
+    for name, value in summary.items():
+        if name != "notes":
+            table.add_row(name, as_text(value))
+    console.print(table)
+    for note in summary["notes"]:
+        console.print(Text(f"warning: {note}", style=VERDICT_STYLES["warn"]))
+
+
 def print_inspection(console: Console, found: dict[str, Any]) -> None:
     """What `check` found, one table."""
     table = new_table("Configuration, checkpoint and batches are valid", "", "found")
     table.columns[1].justify = "left"
+    # The trainer's settings are longer than a line.
+    table.columns[1].no_wrap = False
     for subject, facts in found.items():
         for name, value in facts.items():
             lines = value if isinstance(value, list) else [value]

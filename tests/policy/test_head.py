@@ -142,9 +142,7 @@ def test_directional_derivatives_are_central_differences(name: str) -> None:
     targets, tangent = likely_targets(logits), random(TOKENS, VOCABULARY, seed=8)
     softmax = softmax_of(logits, targets)
     derivatives = directional_derivatives(softmax, tangent.clone(), targets)
-    up, down = (
-        softmax_of(logits + sign * step * tangent, targets) for sign in (1, -1)
-    )
+    up, down = (softmax_of(logits + sign * step * tangent, targets) for sign in (1, -1))
     pairs = ((up.logp, down.logp), (up.entropy, down.entropy))
     for actual, (above, below) in zip(derivatives, pairs, strict=True):
         assert_close(actual, (above - below) / (2 * step), DIFFERENCE_RTOL)

@@ -257,7 +257,12 @@ def test_microbatches_are_counted_and_reported(qwen2: Case) -> None:
     }
     assert len(reported) == 4 * sequences
     assert sum(reported) == 4 * qwen2.batch.num_tokens
-    assert passes.with_settings(tokens_per_microbatch=10_000).score(qwen2.shard).num_microbatches == 1
+    assert (
+        passes.with_settings(tokens_per_microbatch=10_000)
+        .score(qwen2.shard)
+        .num_microbatches
+        == 1
+    )
 
 
 def test_sums_over_the_vocabulary_are_float64_in_a_float32_model() -> None:

@@ -259,7 +259,10 @@ def test_every_token_of_a_tree_comes_once_from_the_token_before_it(budget: int) 
                 path = m.position[row, list(places)]
                 assert path.tolist() == list(range(len(sequence.prompt_ids) + k))
             context = [int(m.input_ids[row, place]) for place in places]
-            before = [*sequence.prompt_ids.tolist(), *sequence.response_ids[:k].tolist()]
+            before = [
+                *sequence.prompt_ids.tolist(),
+                *sequence.response_ids[:k].tolist(),
+            ]
             assert context == before
     assert sorted(seen) == list(range(shard.ragged.num_tokens))
 
@@ -275,7 +278,8 @@ def test_every_position_sees_something() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "response", "is_tree"), [(400, 100, True), (8, 128, False), (16, 512, False)]
+    ("prompt", "response", "is_tree"),
+    [(400, 100, True), (8, 128, False), (16, 512, False)],
 )
 def test_a_tree_is_chosen_where_the_prompt_is_worth_it(
     prompt: int, response: int, is_tree: bool
@@ -295,7 +299,9 @@ def test_what_is_chosen_costs_less_than_flat_rows() -> None:
         rows = [row for rows in plan_microbatches(shard, 4096, sharing) for row in rows]
         flat = [row for rows in plan_microbatches(shard, 4096) for row in rows]
         cost = sum(
-            sharing.tree_cost(row.length) if row.is_tree else sharing.flat_cost(row.length)
+            sharing.tree_cost(row.length)
+            if row.is_tree
+            else sharing.flat_cost(row.length)
             for row in rows
         )
         flat_cost = sum(sharing.flat_cost(row.length) for row in flat)

@@ -1,0 +1,179 @@
+"""The `import` job: other trainers' rollout dumps to one rollout file."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp.config import Checkpoint
+from entropy_ddp.errors import InputError
+from entropy_ddp.importers.records import Record, Source
+from entropy_ddp.importers.summary import (
+    group_notes,
+    step_notes,
+    summarise,
+    tally_notes,
+)
+from entropy_ddp.importers.table import read_table
+from entropy_ddp.importers.token_exports import read_nemo_rl, read_prime_rl
+from entropy_ddp.importers.tokenising import Tally, Tokenising, make_rows
+from entropy_ddp.importers.trl import read_trl
+from entropy_ddp.importers.trl_log import log_notes
+from entropy_ddp.importers.verl import read_verl
+from entropy_ddp.policy.checkpoint import (
+    CheckpointFiles,
+    find_checkpoint,
+    load_tokenizer,
+)
+from entropy_ddp.policy.training_arguments import (
+    find_training_arguments,
+    read_training_arguments,
+)
+from entropy_ddp.rollouts.files import write_jsonl
+
+READERS: dict[str, Callable[[Path, Source], list[Record]]] = {
+    "trl": read_trl,
+    "verl": read_verl,
+    "prime-rl": read_prime_rl,
+    "nemo-rl": read_nemo_rl,
+    "table": read_table,
+}
+REFUSED = {
+    "slime": "its --save-debug-rollout-data is a pickle, which may run code when read; "
+    "write the samples' tokens, response_length, reward and group_index as JSON lines "
+    "(group, prompt_ids, response_ids, reward): that is a rollout file already",
+    "openrlhf": "it writes no training rollouts; log prompt, response and reward as "
+    "JSON lines from its reward function and import them as `table`",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What is imported, and how.
+
+    Attributes:
+        format: one of `READERS`.
+        files: the dump's files.
+        checkpoint: folder of the checkpoint that the rollouts were sampled from.
+        output: the rollout file to write.
+        overwrite: replace an existing one.
+        max_completion_length: in tokens; None takes the checkpoint's.
+        source: what the readers are told.
+    """
+
+    format: str
+    files: tuple[Path, ...]
+    checkpoint: Path
+    output: Path
+    overwrite: bool = False
+    max_completion_length: int | None = None
+    source: Source = field(default_factory=Source)
+
+
+def import_rollouts(options: ImportOptions) -> dict[str, Any]:
+    """Convert dumps to one rollout file, which appears whole or not at all.
+
+    Returns:
+        What was imported: counts of rows, groups and tokens, rewards, truncated
+        responses, restored end-of-sequence tokens and round-trip differences, and
+        `notes`, sentences on what may be wrong.
+
+    Raises:
+        InputError: the format is not known, a file, row or key is missing or wrong, or
+            the output exists.
+        RunError: the output cannot be written.
+    """
+    reader = _reader(options)
+    files = find_checkpoint(Checkpoint(path=str(options.checkpoint)))
+    trained = _trained_with(options)
+    source = options.source
+    if isinstance(trained.get("reward_weights"), list):
+        source = replace(source, reward_weights=trained["reward_weights"])
+    records = [record for path in options.files for record in reader(path, source)]
+    if not records:
+        raise InputError(
+            f"{options.files[0]}: expected sequences in the loss, found none; is it the "
+            "right step's file?"
+        )
+    tally = Tally()
+    tokenising = _tokenising(options, files, trained)
+    rows = make_rows(records, tokenising, tally)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(options.output, rows)
+    notes = [
+        *step_notes(records, options.checkpoint),
+        *group_notes(rows, trained),
+        *tally_notes(tally),
+    ]
+    if options.format == "trl":
+        notes += log_notes(options.files, rows, [record.step for record in records])
+    return summarise(rows, tally, tokenising.max_length) | {"notes": notes}
+
+
+def _reader(options: ImportOptions) -> Callable[[Path, Source], list[Record]]:
+    name = options.format
+    if name in REFUSED:
+        raise InputError(f"import: {name} is not read: {REFUSED[name]}")
+    if name not in READERS:
+        raise InputError(
+            f"import: expected one of {', '.join(READERS)}, found {name!r}; for other "
+            "trainers write a `table`"
+        )
+    for path in options.files:
+        if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
+            raise InputError(
+                f"{path}: expected a file of {name}, found a pickle, which may run code "
+                f"when read; {REFUSED['slime'].partition('; ')[2]}"
+            )
+    if not options.output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(
+            f"--output {options.output}: expected a name ending in .jsonl or .jsonl.gz"
+        )
+    if options.output.exists() and not options.overwrite:
+        raise InputError(f"{options.output}: exists; give --overwrite or another name")
+    return READERS[name]
+
+
+def _trained_with(options: ImportOptions) -> dict[str, Any]:
+    """The settings of the checkpoint's training_args.bin; empty if it has none."""
+    path = find_training_arguments(Checkpoint(path=str(options.checkpoint)))
+    return {} if path is None else read_training_arguments(path).values
+
+
+def _tokenising(
+    options: ImportOptions, files: CheckpointFiles, trained: dict[str, Any]
+) -> Tokenising:
+    tokenizer = load_tokenizer(files.tokenizer)
+    if tokenizer is None:
+        raise InputError(
+            f"{files.tokenizer}: expected a tokenizer in the checkpoint or its base "
+            "model, found no tokenizer_config.json; save it there"
+        )
+    length = options.max_completion_length
+    if length is None:
+        length = trained.get("max_completion_length")
+    template_options = trained.get("chat_template_kwargs")
+    if options.format != "trl" or not isinstance(template_options, dict):
+        template_options = {}
+    return Tokenising(
+        tokenizer=tokenizer,
+        end_ids=_end_ids(files, options.checkpoint, tokenizer.eos_token_id),
+        max_length=length,
+        template_options=template_options,
+    )
+
+
+def _end_ids(files: CheckpointFiles, checkpoint: Path, end_id: int | None) -> set[int]:
+    """Token ids that end a response: the tokenizer's and the model's own."""
+    ids = set() if end_id is None else {end_id}
+    for folder in (checkpoint, Path(files.base)):
+        path = folder / "generation_config.json"
+        if not path.is_file():
+            continue
+        try:
+            declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not a readable configuration") from error
+        ids |= {declared} if isinstance(declared, int) else set(declared or ())
+    return ids

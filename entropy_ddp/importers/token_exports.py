@@ -1,0 +1,214 @@
+"""Dumps that hold token ids: prime-rl's token export and NeMo-RL's train data.
+
+prime-rl: `token_exports/step_N/rank_R.jsonl`, one sequence a line, with token_ids,
+loss_mask, advantages, rewards and inference_logprobs, each [length].
+
+NeMo-RL: `train_data_step{N}.jsonl`, one sequence a line, with token_ids,
+token_loss_mask, advantages, generation_logprobs, each padded on the right to
+input_lengths or more, and rewards and sample_loss_mask of the sequence. Every value may
+be wrapped in a list of one. Sequences whose sample_loss_mask is 0 are not in the loss
+and are left out.
+
+In both, position k of every list belongs to token k. The prompt is what stands before
+the first token in the loss, the response is what is in the loss, and tokens after it
+(the environment's answer, padding) touch nothing and are dropped. A response in several
+pieces is an error: tokens that the policy did not sample would be taken for its own.
+Neither dump names the prompt draws: a group is the sequences of equal prompt tokens of
+one step.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp.importers.records import Record, Source, require, step_in_name
+from entropy_ddp.rollouts.jsonlines import make_problem, read_rows, show
+
+PRIME_ADVICE = "is it a file of prime-rl's token export (enable_token_export)?"
+NEMO_ADVICE = (
+    "is it a train_data_step file of NeMo-RL? older versions wrote no token ids"
+)
+
+
+def read_prime_rl(path: Path, source: Source) -> list[Record]:
+    """The sequences of one rank's export.
+
+    Raises:
+        InputError: the file cannot be read, or a key is missing or not what it should
+            be.
+    """
+    return [
+        _prime_record(row, f"{path}:{number}")
+        for number, row in enumerate(read_rows(path), start=1)
+    ]
+
+
+def _prime_record(row: dict[str, Any], where: str) -> Record:
+    ids = _require_list(row, "token_ids", where, PRIME_ADVICE, _is_integer)
+    columns = _Columns(row, where, len(ids), PRIME_ADVICE)
+    begin, end = columns.response("loss_mask")
+    kept = ("run_id", "env_name", "step", "export_step")
+    return Record(
+        where=where,
+        group=(row.get("run_id"), row.get("export_step"), tuple(ids[:begin])),
+        prompt_ids=ids[:begin],
+        response_ids=ids[begin:end],
+        reward=columns.constant("rewards", begin, end),
+        advantage=columns.constant("advantages", begin, end),
+        sampling_logprobs=columns.numbers("inference_logprobs", begin, end),
+        num_dropped=len(ids) - end,
+        extra={key: value for key, value in row.items() if key in kept},
+    )
+
+
+def read_nemo_rl(path: Path, source: Source) -> list[Record]:
+    """The sequences of one step's train data that are in the loss.
+
+    Raises:
+        InputError: the file cannot be read, or a key is missing or not what it should
+            be.
+    """
+    records = []
+    step = step_in_name(path, r"step(\d+)\.jsonl")
+    for number, row in enumerate(read_rows(path), start=1):
+        where = f"{path}:{number}"
+        unwrapped = {key: _unwrapped(value) for key, value in row.items()}
+        mask = require(unwrapped, "sample_loss_mask", where, NEMO_ADVICE)
+        if mask not in (0, 1):
+            raise make_problem(
+                where, "`sample_loss_mask` 0 or 1", show(mask), NEMO_ADVICE
+            )
+        if mask:
+            records.append(_nemo_record(unwrapped, where, step))
+    return records
+
+
+def _nemo_record(row: dict[str, Any], where: str, step: int | None) -> Record:
+    ids = _require_list(row, "token_ids", where, NEMO_ADVICE, _is_integer)
+    columns = _Columns(row, where, len(ids), NEMO_ADVICE)
+    begin, end = columns.response("token_loss_mask")
+    length = require(row, "input_lengths", where, NEMO_ADVICE)
+    if not _is_integer(length) or not end <= length <= len(ids):
+        raise make_problem(
+            where,
+            f"`input_lengths` from {end} to {len(ids)}",
+            show(length),
+            NEMO_ADVICE,
+        )
+    # With dynamic sampling `rewards` are those before the filter.
+    key = "filtered_rewards" if "filtered_rewards" in row else "rewards"
+    reward = require(row, key, where, NEMO_ADVICE)
+    if not _is_number(reward):
+        raise make_problem(where, f"a number in `{key}`", show(reward), NEMO_ADVICE)
+    return Record(
+        where=where,
+        group=(step, tuple(ids[:begin])),
+        prompt_ids=ids[:begin],
+        response_ids=ids[begin:end],
+        reward=float(reward),
+        advantage=columns.constant("advantages", begin, end),
+        sampling_logprobs=columns.numbers("generation_logprobs", begin, end),
+        step=step,
+        num_dropped=length - end,
+        extra={k: row[k] for k in ("agent_ref", "idx") if k in row},
+    )
+
+
+def _unwrapped(value: Any) -> Any:
+    """What a list of one holds: NeMo-RL writes batches of one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _is_integer(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _require_list(
+    row: dict[str, Any],
+    key: str,
+    where: str,
+    advice: str,
+    is_right: Callable[[object], bool],
+) -> list[Any]:
+    value = require(row, key, where, advice)
+    if not isinstance(value, list) or not value or not all(map(is_right, value)):
+        kind = "integers" if is_right is _is_integer else "numbers"
+        raise make_problem(where, f"a list of {kind} in `{key}`", show(value), advice)
+    return value
+
+
+class _Columns:
+    """The lists of a row that have one entry a token."""
+
+    def __init__(
+        self, row: dict[str, Any], where: str, length: int, advice: str
+    ) -> None:
+        self.row, self.where, self.length, self.advice = row, where, length, advice
+
+    def entries(self, key: str) -> list[Any]:
+        """A list of one entry a token."""
+        value = require(self.row, key, self.where, self.advice)
+        if not isinstance(value, list) or len(value) != self.length:
+            count = len(value) if isinstance(value, list) else show(value)
+            raise make_problem(
+                self.where,
+                f"{self.length} entries in `{key}`, one a token",
+                str(count),
+                self.advice,
+            )
+        return value
+
+    def response(self, key: str) -> tuple[int, int]:
+        """First token of the response and the one after its last, by a loss mask."""
+        mask = [bool(entry) for entry in self.entries(key)]
+        begin = mask.index(True) if True in mask else 0
+        end = self.length - mask[::-1].index(True) if True in mask else 0
+        if not begin or not all(mask[begin:end]):
+            raise make_problem(
+                self.where,
+                f"a prompt, then one piece of response in `{key}`",
+                "no token in the loss"
+                if True not in mask
+                else "no prompt"
+                if not begin
+                else f"{mask[begin:end].count(False)} tokens outside of the loss "
+                "between the first and the last in it",
+                "sequences of several turns cannot be imported",
+            )
+        return begin, end
+
+    def numbers(self, key: str, begin: int, end: int) -> list[float] | None:
+        """Numbers of the response's tokens; None if the key is absent."""
+        if self.row.get(key) is None:
+            return None
+        values = self.entries(key)[begin:end]
+        for place, value in enumerate(values, start=begin):
+            if not _is_number(value):
+                raise make_problem(
+                    self.where,
+                    f"numbers in `{key}`",
+                    f"{show(value)} at place {place}",
+                    "drop the row's group",
+                )
+        return [float(value) for value in values]
+
+    def constant(self, key: str, begin: int, end: int) -> float | None:
+        """The one value of all the response's tokens; None where none has one."""
+        if self.row.get(key) is None:
+            return None
+        if all(value is None for value in self.entries(key)[begin:end]):
+            return None
+        values = self.numbers(key, begin, end)
+        assert values is not None
+        if len(set(values)) > 1:
+            raise make_problem(
+                self.where,
+                f"one value of `{key}` for the whole response",
+                f"{min(values)} to {max(values)}",
+                "advantages that differ by token have no form here",
+            )
+        return values[0]

@@ -1,0 +1,294 @@
+"""How one imported sequence becomes the row of a rollout file.
+
+Where the dump has token ids they are taken over. Text is tokenised as it stands:
+
+- A response without the end-of-sequence token gets it back, unless it was truncated,
+  that is, if it has fewer tokens than the maximum completion length.
+- A prompt of messages goes through the chat template with a generation prompt.
+- A prompt that was decoded without its special tokens (verl) is parsed into turns,
+  rendered by the chat template, and accepted only if that gives the same text again.
+
+Text need not tokenise to the tokens that were sampled: special tokens inside of it are
+lost, and a response that loses some may look finished when it was truncated. Where ids are known, the
+responses whose text tokenises to others are counted; where they are not, the responses
+whose text is not what its tokens decode to.
+"""
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from entropy_ddp.importers.records import Message, Record
+from entropy_ddp.rollouts.files import decode_prompt, decode_response
+from entropy_ddp.rollouts.jsonlines import make_problem, show
+from entropy_ddp.rollouts.rows import (
+    KNOWN_KEYS,
+    TokenLimits,
+    make_sequence,
+    read_prompt_ids,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenising:
+    """What turns text into token ids.
+
+    Attributes:
+        tokenizer: the checkpoint's tokenizer.
+        end_ids: token ids that end a response.
+        max_length: maximum completion length in tokens; None if not known.
+        template_options: further arguments of the chat template.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    end_ids: set[int]
+    max_length: int | None
+    template_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> TokenLimits:
+        """What a row may hold; the model's positions are checked when it is opened."""
+        return TokenLimits(vocabulary_size=len(self.tokenizer), max_positions=None)
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What was counted on the way, in sequences unless said otherwise.
+
+    Attributes:
+        restored: responses that got the end-of-sequence token back.
+        templated: prompts that the chat template rendered.
+        num_dropped: masked tokens after responses.
+        known_ids: responses whose sampled ids the dump has.
+        retokenised: of these, those whose text tokenises to other ids.
+        altered: responses of text only whose tokens decode to another text.
+        longer: responses of text only with more tokens than the maximum length.
+        nearly_full: responses that got the end-of-sequence token back although only a
+            twentieth of the maximum length, or one token, was left.
+    """
+
+    restored: int = 0
+    templated: int = 0
+    num_dropped: int = 0
+    known_ids: int = 0
+    retokenised: int = 0
+    altered: int = 0
+    longer: int = 0
+    nearly_full: int = 0
+
+
+def make_rows(
+    records: list[Record], tokenising: Tokenising, tally: Tally
+) -> list[dict[str, Any]]:
+    """Rows of a rollout file, in the order of the records; groups by first appearance.
+
+    Raises:
+        InputError: a record cannot be tokenised, or is not what a rollout file may
+            hold; the rows of a group differ in their prompt, or some of them only have
+            an advantage.
+    """
+    numbers: dict[Hashable, int] = {}
+    firsts: dict[int, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        group = numbers.setdefault(record.group, len(numbers))
+        row = {"group": group} | _make_row(record, tokenising, tally)
+        make_sequence(row, len(rows), record.where, tokenising.limits, None)
+        _check_same_group(row, firsts.setdefault(group, row), record.where)
+        rows.append(row)
+    return rows
+
+
+def _check_same_group(row: dict[str, Any], first: dict[str, Any], where: str) -> None:
+    if row["prompt_ids"] != first["prompt_ids"]:
+        raise make_problem(
+            where,
+            f"the prompt of its group, {show(first['prompt'])}",
+            show(row["prompt"]),
+            "is the key that groups the rows the same for several prompts?",
+        )
+    if ("advantage" in row) != ("advantage" in first):
+        raise make_problem(
+            where,
+            "an advantage for all responses of a group or for none",
+            "one for some",
+            "give it for all, or leave it out and give rewards",
+        )
+
+
+def _make_row(record: Record, tokenising: Tokenising, tally: Tally) -> dict[str, Any]:
+    prompt_ids = _prompt_ids(record, tokenising, tally)
+    if record.response_ids is None:
+        response_ids, finished = _encode_response(record, tokenising, tally)
+    else:
+        response_ids = record.response_ids
+        finished = response_ids[-1] in tokenising.end_ids
+        _audit_round_trip(response_ids, tokenising, tally)
+    tally.num_dropped += record.num_dropped
+    row = {
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids,
+        "prompt": decode_prompt(prompt_ids, tokenising.tokenizer),
+        "response": decode_response(response_ids, tokenising.tokenizer),
+        "reward": record.reward,
+        "advantage": record.advantage,
+        "sampling_logprobs": record.sampling_logprobs,
+        "finished": finished,
+    }
+    row = {key: value for key, value in row.items() if value is not None}
+    # A key of the dump that means another thing here must not be read as ours.
+    renamed = {
+        f"source_{key}" if key in KNOWN_KEYS else key: _jsonable(value)
+        for key, value in record.extra.items()
+    }
+    return row | {k: v for k, v in renamed.items() if v is not None}
+
+
+def _jsonable(value: Any) -> Any:
+    """A value that JSON has, NaN being none; text for what it has not."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if abs(value) <= 1.7976931348623157e308 else None
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    return str(value)
+
+
+# Responses
+
+
+def _encode(text: str, tokenising: Tokenising) -> list[int]:
+    return tokenising.tokenizer(text, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def _decode_all(ids: list[int], tokenising: Tokenising) -> str:
+    """Text of all tokens, special ones included."""
+    return decode_prompt(ids, tokenising.tokenizer)
+
+
+def _encode_response(
+    record: Record, tokenising: Tokenising, tally: Tally
+) -> tuple[list[int], bool]:
+    assert record.response is not None
+    ids = _encode(record.response, tokenising)
+    end = tokenising.tokenizer.eos_token_id
+    has_end = bool(ids) and ids[-1] in tokenising.end_ids
+    tally.altered += _decode_all(ids, tokenising) != record.response
+    limit = tokenising.max_length
+    tally.longer += limit is not None and len(ids) - has_end > limit
+    finished = record.finished
+    if finished is None and limit is None and not has_end:
+        raise make_problem(
+            record.where,
+            "to know whether the response was truncated, as its text lacks the "
+            "end-of-sequence token",
+            "no maximum completion length",
+            "give --max-completion-length N",
+        )
+    if finished is None:
+        finished = has_end or len(ids) < (limit or 0)
+    if not finished or has_end:
+        return ids, finished
+    if end is None:
+        raise make_problem(
+            record.where,
+            "a tokenizer with an end-of-sequence token",
+            "none",
+            "add it to the checkpoint's tokenizer_config.json",
+        )
+    tally.restored += 1
+    if limit is not None and record.finished is None:
+        tally.nearly_full += len(ids) + max(1, limit // 20) >= limit
+    return [*ids, end], True
+
+
+def _audit_round_trip(ids: list[int], tokenising: Tokenising, tally: Tally) -> None:
+    """Count a response whose text tokenises to other ids than were sampled."""
+    body = ids[:-1] if ids[-1] in tokenising.end_ids else ids
+    tally.known_ids += 1
+    tally.retokenised += _encode(_decode_all(body, tokenising), tokenising) != body
+
+
+# Prompts
+
+
+def _prompt_ids(record: Record, tokenising: Tokenising, tally: Tally) -> list[int]:
+    if record.prompt_ids is not None:
+        return record.prompt_ids
+    if isinstance(record.prompt, list):
+        tally.templated += 1
+        return _render(record.prompt, record.where, tokenising)
+    assert record.prompt is not None
+    has_template = tokenising.tokenizer.chat_template is not None
+    if record.prompt_lacks_special_tokens and has_template:
+        tally.templated += 1
+        return _render_again(record.prompt, record.where, tokenising)
+    if record.prompt_encoded_by_default:
+        return tokenising.tokenizer(record.prompt, verbose=False)["input_ids"]
+    return read_prompt_ids(
+        {"prompt": record.prompt},
+        record.where,
+        tokenising.limits,
+        tokenising.tokenizer,
+    )
+
+
+def _render(messages: list[Message], where: str, tokenising: Tokenising) -> list[int]:
+    if tokenising.tokenizer.chat_template is None:
+        raise make_problem(
+            where,
+            "a tokenizer with a chat template, as the prompt is a list of messages",
+            "none",
+            "import with the checkpoint that the rollouts were sampled from",
+        )
+    try:
+        encoded = tokenising.tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **tokenising.template_options,
+        )
+    # Whatever the template raises, it is these messages that it does not take.
+    except Exception as error:
+        raise make_problem(
+            where,
+            "messages that the chat template takes",
+            f"{type(error).__name__}: {error}",
+            "import with the checkpoint that the rollouts were sampled from",
+        ) from error
+    return list(encoded["input_ids"])
+
+
+def _render_again(text: str, where: str, tokenising: Tokenising) -> list[int]:
+    """Token ids of a rendered prompt whose special tokens were removed.
+
+    The default system prompt of a template may be in the text: rendering it as a turn
+    must give the same.
+    """
+    pieces = re.split(rf"(?:^|\n)({'|'.join(ROLES)})\n", text)
+    turns = list(zip(pieces[1::2], pieces[2::2]))
+    if turns and not pieces[0].strip() and turns[-1] == ("assistant", ""):
+        messages = [{"role": role, "content": content} for role, content in turns[:-1]]
+        if messages:
+            ids = _render(messages, where, tokenising)
+            if decode_response(ids, tokenising.tokenizer) == text:
+                return ids
+    raise make_problem(
+        where,
+        "a prompt from which the chat template's special tokens can be restored",
+        show(text),
+        "the dump was decoded without them: log the messages or the token ids, and "
+        "import these as a table",
+    )

@@ -1,0 +1,174 @@
+"""TRL's logged completions (`log_completions=True`), one parquet file a step.
+
+`completions/completions_{step:05d}.parquet` has the columns step, prompt, completion,
+one for each reward function, further columns that the user logged, and advantage. Texts
+are without special tokens, so the end-of-sequence token is missing. The file of step
+N + 1 is the batch of the step that is taken from checkpoint-N.
+
+The total reward is the weighted sum of the reward columns, NaN counting as no reward.
+It is held against the advantages, which are a positive multiple of r - mean(r) within
+each group.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp.errors import InputError
+from entropy_ddp.importers.records import (
+    Record,
+    Source,
+    read_messages,
+    require,
+    require_number,
+)
+from entropy_ddp.rollouts.jsonlines import make_problem, show
+
+FIXED_COLUMNS = ("step", "prompt", "completion", "advantage")
+ADVICE = "is it a file of TRL's log_completions?"
+# Of the largest in the group; the file's advantages were computed in float32.
+REWARD_TOLERANCE = 1e-3
+
+
+def read_trl(path: Path, source: Source) -> list[Record]:
+    """The sequences of one completions file.
+
+    Raises:
+        InputError: the file cannot be read, a column is missing, or a row is not what
+            TRL writes.
+    """
+    rows = _read_parquet(path)
+    wheres = [f"{path}: row {number}" for number in range(1, len(rows) + 1)]
+    weights = _reward_weights(rows, path, source)
+    records = [_make_record(r, w, weights) for r, w in zip(rows, wheres)]
+    if not source.rewards:
+        _check_rewards(records, weights, path)
+    return records
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            "import: expected pyarrow to be installed, as the file is parquet, found "
+            "no such package; pip install entropy_ddp[import]"
+        ) from error
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise make_problem(
+            str(path), "a parquet file", reason, "check the path, or copy it again"
+        ) from error
+    missing = [name for name in FIXED_COLUMNS if name not in table.column_names]
+    if missing or not table.num_rows:
+        found = f"{table.num_rows} rows of {', '.join(table.column_names)}"
+        expected = f"rows with the column `{(missing or FIXED_COLUMNS)[0]}`"
+        raise make_problem(str(path), expected, found, ADVICE)
+    return table.to_pylist()
+
+
+def _reward_weights(
+    rows: list[dict[str, Any]], path: Path, source: Source
+) -> dict[str, float]:
+    """The columns that are rewards, and what each counts."""
+    numeric = [
+        name
+        for name in rows[0]
+        if name not in FIXED_COLUMNS
+        and all(_is_number(row[name]) or row[name] is None for row in rows)
+        and any(_is_number(row[name]) for row in rows)
+    ]
+    names = list(source.rewards) or numeric
+    unknown = [name for name in names if name not in numeric]
+    if unknown or not names:
+        raise make_problem(
+            str(path),
+            f"a column of numbers `{unknown[0]}`" if unknown else "a reward column",
+            ", ".join(rows[0]),
+            "name the reward functions' columns by --reward",
+        )
+    weights = source.reward_weights
+    if weights is None or len(weights) != len(names):
+        return dict.fromkeys(names, 1.0)
+    return dict(zip(names, weights))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _make_record(row: dict[str, Any], where: str, weights: dict[str, float]) -> Record:
+    step = int(require_number(row, "step", where, ADVICE))
+    prompt = require(row, "prompt", where, ADVICE)
+    if not isinstance(prompt, str):
+        prompt = read_messages(prompt, "prompt", where)
+    rewards = [
+        weight * row[name]
+        for name, weight in weights.items()
+        if row[name] is not None and math.isfinite(row[name])
+    ]
+    extra = {k: v for k, v in row.items() if k not in (*FIXED_COLUMNS, *weights)}
+    if len(weights) > 1:
+        extra |= {name: row[name] for name in weights}
+    return Record(
+        where=where,
+        group=(step, repr(prompt)),
+        prompt=prompt,
+        prompt_encoded_by_default=True,
+        response=_completion_text(row, where),
+        reward=math.fsum(rewards) if rewards else None,
+        advantage=require_number(row, "advantage", where, ADVICE),
+        step=step,
+        extra=extra | {"step": step},
+    )
+
+
+def _completion_text(row: dict[str, Any], where: str) -> str:
+    completion = require(row, "completion", where, ADVICE)
+    if isinstance(completion, str):
+        return completion
+    messages = read_messages(completion, "completion", where)
+    if len(messages) != 1:
+        raise make_problem(
+            where,
+            "one message in `completion`",
+            f"{len(messages)}, the first {show(messages[0])}",
+            "a completion with tool calls cannot be told from its text: export ids",
+        )
+    return messages[0]["content"]
+
+
+def _check_rewards(
+    records: list[Record], weights: dict[str, float], path: Path
+) -> None:
+    """Hold the total reward against the advantages, group by group."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.group, []).append(record)
+    for group in groups.values():
+        scored = [r for r in group if r.reward is not None]
+        rewards = _direction([r.reward or 0.0 for r in scored], centre=True)
+        advantages = _direction([r.advantage or 0.0 for r in scored], centre=False)
+        gap = max((abs(r - a) for r, a in zip(rewards, advantages)), default=0.0)
+        if gap > REWARD_TOLERANCE:
+            raise make_problem(
+                scored[0].where,
+                f"advantages that follow from the sum of {', '.join(weights)}, times "
+                f"{list(weights.values())}",
+                f"others, for example {scored[0].advantage} in its group",
+                "name the reward functions' columns by --reward",
+            )
+
+
+def _direction(values: list[float], *, centre: bool) -> list[float]:
+    """The values over the largest of them; zeros if that is a rounding error."""
+    mean = math.fsum(values) / len(values) if centre and values else 0.0
+    centred = [value - mean for value in values]
+    largest = max(map(abs, centred), default=0.0)
+    scale = max(map(abs, values), default=0.0)
+    if largest <= 1e-6 * scale:
+        return [0.0] * len(values)
+    return [value / largest for value in centred]

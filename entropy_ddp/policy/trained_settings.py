@@ -1,0 +1,202 @@
+"""The trainer's settings in the configuration's terms: taken over, or held against it.
+
+training_args.bin                            configuration
+loss_type                                    update.loss
+max_completion_length                        update.length_norm (of dr_grpo)
+epsilon; epsilon_high, or else epsilon       update.epsilon_low; .epsilon_high
+max_grad_norm                                update.max_grad_norm
+scale_rewards none, group                    batches.advantage centered, standardized
+temperature                                  objective.temperature
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from entropy_ddp.config import Config
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.training_arguments import (
+    FILE_NAME,
+    TrainingArguments,
+    find_training_arguments,
+    read_training_arguments,
+)
+
+LOSSES = ("dr_grpo", "grpo", "dapo")
+ADVANTAGES = {
+    "none": "centered",
+    "False": "centered",
+    "group": "standardized",
+    "True": "standardized",
+}
+# Settings that change the step's loss in a way that no configuration key can say, and
+# the values with which they do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "importance_sampling_level": ("token",),
+    "mask_truncated_completions": (False,),
+    "top_entropy_quantile": (1, 1.0),
+    "entropy_coef": (0, 0.0),
+    "use_adaptive_entropy": (False,),
+    "delta": (None,),
+    "off_policy_mask_threshold": (None,),
+    "router_aux_loss_coef": (None, 0, 0.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contradiction:
+    """A setting that the configuration and the trainer disagree on.
+
+    Attributes:
+        key: the configuration's key, as in `update.loss`.
+        configured: the configuration's value.
+        trained: what the trainer used, in the configuration's terms.
+    """
+
+    key: str
+    configured: Any
+    trained: Any
+
+
+def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
+    """The trainer's settings by configuration key, where the key can say them.
+
+    A setting that is absent from the file, or has no form here (a loss that this
+    package does not have), is absent.
+    """
+    values = arguments.values
+    settings: dict[str, Any] = {}
+    loss = values.get("loss_type")
+    if loss in LOSSES:
+        settings["update.loss"] = loss
+    if values.get("max_completion_length") is not None:
+        settings["update.length_norm"] = values["max_completion_length"]
+    if values.get("epsilon") is not None:
+        low, high = values["epsilon"], values.get("epsilon_high")
+        settings["update.epsilon_low"] = float(low)
+        settings["update.epsilon_high"] = float(low if high is None else high)
+    if "max_grad_norm" in values:
+        # To the trainer, none and 0 are no clipping.
+        settings["update.max_grad_norm"] = float(values["max_grad_norm"] or 0)
+    advantage = ADVANTAGES.get(str(values.get("scale_rewards")))
+    if advantage is not None:
+        settings["batches.advantage"] = advantage
+    if values.get("temperature") is not None:
+        settings["objective.temperature"] = float(values["temperature"])
+    return settings
+
+
+def contradictions(config: Config, arguments: TrainingArguments) -> list[Contradiction]:
+    """Keys whose value in the configuration is not what the trainer used.
+
+    Keys that the configured loss does not read are not compared: the clipping range
+    without `ratio: clipped`, the length norm of other losses than `dr_grpo`.
+    """
+    found = []
+    for key, trained in trained_settings(arguments).items():
+        configured = _value_at(config, key)
+        if configured != trained and _is_read(config, key):
+            found.append(Contradiction(key=key, configured=configured, trained=trained))
+    loss = arguments.values.get("loss_type")
+    if loss is not None and loss not in LOSSES:
+        found.append(
+            Contradiction(
+                key="update.loss", configured=config.update.loss, trained=loss
+            )
+        )
+    beta = arguments.values.get("beta")
+    if beta:
+        found.append(
+            Contradiction(key="the loss's KL term", configured=0.0, trained=beta)
+        )
+    return found
+
+
+def _is_read(config: Config, key: str) -> bool:
+    if key in ("update.epsilon_low", "update.epsilon_high"):
+        return config.update.ratio == "clipped"
+    if key == "update.length_norm":
+        return config.update.loss == "dr_grpo"
+    if key == "batches.advantage":
+        return config.update.loss != "nll"
+    return True
+
+
+def _value_at(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def with_training_arguments(config: Config) -> Config:
+    """The configuration with what `update.from_checkpoint` takes from the checkpoint.
+
+    Keys that the configuration gives keep their value. Without `from_checkpoint` it is
+    returned as it is.
+
+    Raises:
+        InputError: the checkpoint has no training_args.bin, it lacks a setting that the
+            configuration does not give, or the trainer's loss is not one of this
+            package's.
+    """
+    if not config.update.from_checkpoint:
+        return config
+    path = find_training_arguments(config.checkpoint)
+    if path is None:
+        raise InputError(
+            f"update.from_checkpoint: expected {FILE_NAME} in the checkpoint's folder, "
+            "found none; set update.from_checkpoint: false and give the trainer's "
+            "settings in the configuration"
+        )
+    arguments = read_training_arguments(path)
+    _require_same_loss(arguments)
+    settings = trained_settings(arguments)
+    document = config.model_dump(exclude_unset=True)
+    for key in _SOURCES:
+        section, name = key.split(".")
+        given = document.setdefault(section, {})
+        if name not in given and key in settings:
+            given[name] = settings[key]
+    resolved = Config.model_validate(document)
+    for key in _SOURCES:
+        is_given = key.split(".")[1] in document[key.split(".")[0]]
+        if not is_given and _is_read(resolved, key):
+            raise _make_missing(key, arguments)
+    return resolved
+
+
+_SOURCES = {
+    "update.loss": "loss_type",
+    "update.length_norm": "max_completion_length",
+    "update.epsilon_low": "epsilon",
+    "update.epsilon_high": "epsilon",
+    "update.max_grad_norm": "max_grad_norm",
+    "batches.advantage": "scale_rewards",
+    "objective.temperature": "temperature",
+}
+
+
+def _make_missing(key: str, arguments: TrainingArguments) -> InputError:
+    source = _SOURCES[key]
+    found = arguments.values.get(source)
+    return InputError(
+        f"{arguments.path}: update.from_checkpoint expected a `{source}` that {key} can "
+        f"take, found {found!r} in a {arguments.kind}; set {key} in the configuration"
+    )
+
+
+def _require_same_loss(arguments: TrainingArguments) -> None:
+    """Refuse what would make the trainer's step another one than the loss here gives."""
+    beta = arguments.values.get("beta")
+    if beta:
+        raise InputError(
+            f"{arguments.path}: update.from_checkpoint expected beta 0, found {beta!r}; "
+            "the KL term is not part of the loss here: set update.from_checkpoint: "
+            "false to probe the step without it"
+        )
+    for name, neutral in NEUTRAL.items():
+        value = arguments.values.get(name, neutral[0])
+        if value not in neutral:
+            raise InputError(
+                f"{arguments.path}: update.from_checkpoint expected {name} "
+                f"{neutral[0]!r}, found {value!r}, which the loss here does not have; "
+                "set update.from_checkpoint: false to probe the step without it"
+            )

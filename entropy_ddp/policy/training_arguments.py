@@ -1,0 +1,199 @@
+"""The settings a checkpoint was trained with, read from its training_args.bin.
+
+The file is a pickle, and a pickle may name any function and have it called. Here every
+name that it holds resolves to an inert stub that only records what it was given:
+nothing is imported, nothing runs. What is read is what the stub of the outermost object
+recorded, as plain values.
+"""
+
+import pickle
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp.config import Checkpoint
+from entropy_ddp.errors import InputError
+
+FILE_NAME = "training_args.bin"
+# A pickle of settings has some kilobytes; a larger one is something else.
+MAX_BYTES = 16 * 2**20
+SHOWN = {
+    "sampling": (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_completion_length",
+        "num_generations",
+    ),
+    "loss": (
+        "loss_type",
+        "beta",
+        "epsilon",
+        "epsilon_high",
+        "scale_rewards",
+        "importance_sampling_level",
+        "mask_truncated_completions",
+    ),
+    "batches": (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "num_iterations",
+    ),
+    "step": (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+        "optim",
+        "bf16",
+        "fp16",
+    ),
+}
+# What reading a damaged archive raises.
+_UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments:
+    """What a training_args.bin says.
+
+    Attributes:
+        path: the file.
+        kind: full name of the class of the pickled object.
+        values: its settings as plain Python values; what is not plain is left out.
+    """
+
+    path: Path
+    kind: str
+    values: dict[str, Any]
+
+    @property
+    def shown(self) -> dict[str, dict[str, Any]]:
+        """The settings that matter to a step, by subject, where present."""
+        return {
+            subject: {name: self.values[name] for name in names if name in self.values}
+            for subject, names in SHOWN.items()
+        }
+
+
+class _Inert:
+    """Stands for whatever a pickle names: calling and filling it only records."""
+
+    name = ""
+    # Pickles may make an object without calling __init__.
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """A list's, as pickles call it."""
+
+    def extend(self, values: Any) -> None:
+        """A list's, as pickles call it."""
+
+    def add(self, value: Any) -> None:
+        """A set's, as pickles call it."""
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Builds the pickled object out of stubs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type("Inert", (_Inert,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, identifier: Any) -> Any:
+        return _Inert(identifier)
+
+
+def find_training_arguments(checkpoint: Checkpoint) -> Path | None:
+    """The training_args.bin of a checkpoint's folder or its adapter's, if there is one."""
+    folders = [f for f in (checkpoint.path, checkpoint.adapter) if f is not None]
+    files = [Path(folder) / FILE_NAME for folder in folders]
+    return next((path for path in files if path.is_file()), None)
+
+
+def read_training_arguments(path: Path) -> TrainingArguments:
+    """Read a training_args.bin without running anything of it.
+
+    Raises:
+        InputError: the file cannot be read, is no torch archive, or its pickle is
+            damaged or does not hold one object with settings.
+    """
+    data = _read_pickle_bytes(path)
+    try:
+        stub = _InertUnpickler(BytesIO(data)).load()
+        values = _plain_state(stub)
+    # Whatever damaged or hostile bytes make the unpickler raise, the file is at fault.
+    except Exception as error:
+        raise InputError(
+            f"{path}: expected the pickled settings of a trainer, found a damaged "
+            f"pickle ({type(error).__name__}: {error}); copy the file again"
+        ) from error
+    if values is None:
+        raise InputError(
+            f"{path}: expected the pickled settings of a trainer, found "
+            f"{type(stub).__name__}; is it another program's file?"
+        )
+    return TrainingArguments(path=path, kind=type(stub).name, values=values)
+
+
+def _read_pickle_bytes(path: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [e for e in archive.infolist() if _is_pickle(e.filename)]
+            if len(entries) == 1 and entries[0].file_size <= MAX_BYTES:
+                return archive.read(entries[0])
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{path}: expected a file of torch.save, found one that cannot be read as "
+            f"such ({error}); copy it again, or save it with torch 1.6 or newer"
+        ) from error
+    raise InputError(
+        f"{path}: expected an archive with one data.pkl of at most {MAX_BYTES} bytes, "
+        f"found {len(entries)} of that name; is it another program's file?"
+    )
+
+
+def _is_pickle(name: str) -> bool:
+    return re.fullmatch(r"[^/]+/data\.pkl", name) is not None
+
+
+_NOT_PLAIN = object()
+
+
+def _plain_state(stub: Any) -> dict[str, Any] | None:
+    """The plain settings of the outermost object; None if it is no such object."""
+    if not isinstance(stub, _Inert) or not isinstance(stub.state, dict):
+        return None
+    plain = {str(key): _plain(value) for key, value in stub.state.items()}
+    return {key: value for key, value in plain.items() if value is not _NOT_PLAIN}
+
+
+def _plain(value: Any) -> Any:
+    """The value of a setting; an enumeration's member is what it was made of."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return _NOT_PLAIN if _NOT_PLAIN in items else items
+    if isinstance(value, dict):
+        pairs = {str(key): _plain(item) for key, item in value.items()}
+        return _NOT_PLAIN if _NOT_PLAIN in pairs.values() else pairs
+    if isinstance(value, _Inert) and not value.state and value.arguments:
+        last = value.arguments[-1]
+        return last if isinstance(last, str) else _NOT_PLAIN
+    return _NOT_PLAIN
