@@ -115,8 +115,8 @@ def check_sharing(passes: Passes, vocabulary_size: int) -> SharingCheck:
     passes.tokens.sharing = PromptSharing(0.0)
     try:
         tree = passes.score(shard, direction)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return SharingCheck(None, f"the model refuses the mask: {error}")
+    except (RuntimeError, TypeError, ValueError) as refusal:
+        return SharingCheck(None, f"the model refuses the mask: {refusal}")
     finally:
         passes.tokens.sharing = before
     _, tolerance, _ = TOLERANCES[passes.dtype]

@@ -435,9 +435,9 @@ def _state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
 
 def _sharing_rows(session: Session) -> list[AuditRow]:
     """Whether prompts with several responses were computed once."""
-    if not session.config.compute.share_prompts:
-        return []
     sharing = session.sharing
+    if sharing is None:
+        return []
     repeated = any(
         len({s.prompt_ids.numpy().tobytes() for s in batch.sequences}) < len(batch)
         for batch in session.batches.values()

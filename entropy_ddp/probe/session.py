@@ -62,7 +62,7 @@ class Session:
         started: when the run began.
         seconds: wall-clock seconds of each finished phase.
         self_checks: what was verified of the model.
-        sharing: whether responses to one prompt may share a row.
+        sharing: whether responses to one prompt may share a row; None if not asked.
         num_redraws: groups of U or E that were sampled again, by split.
     """
 
@@ -76,7 +76,7 @@ class Session:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
-    sharing: SharingCheck = SharingCheck(None, "not looked for")
+    sharing: SharingCheck | None = None
     num_redraws: dict[str, int] = field(default_factory=dict)
 
     def shard(self, batch: Batch) -> Shard:
@@ -136,8 +136,8 @@ def open_session(
     with session.phase("self-check"):
         session.self_checks = check_model(session.passes, policy.vocabulary_size)
         if config.compute.share_prompts:
-            session.sharing = check_sharing(session.passes, policy.vocabulary_size)
-            session.passes.tokens.sharing = session.sharing.sharing
+            found = check_sharing(session.passes, policy.vocabulary_size)
+            session.sharing, session.passes.tokens.sharing = found, found.sharing
         # The run's own passes are counted, not these.
         session.passes.performed.clear()
     for split, source in (("E", config.batches.E), ("U", config.batches.U)):
