@@ -38,8 +38,12 @@ def dual_parameters(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     direction: Mapping[str, Tensor],
-) -> Iterator[None]:
+) -> Iterator["TangentRules"]:
     """Within the context, the model's forward pass carries tangents along a direction.
+
+    Yields:
+        The rules under which the model is to be called: a mode of its own, as every
+        other operation within it would pay for being looked at.
 
     Args:
         model: the module whose slots are swapped.
@@ -63,8 +67,7 @@ def dual_parameters(
         try:
             for module, name, parameter in slots:
                 module._parameters[name] = duals[id(parameter)]  # type: ignore[assignment]
-            with TangentRules():
-                yield
+            yield TangentRules()
         finally:
             for module, name, parameter in slots:
                 module._parameters[name] = parameter

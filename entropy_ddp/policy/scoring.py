@@ -145,13 +145,14 @@ class Passes:
     ) -> TokenScores:
         num_tokens = shard.ragged.num_tokens
         scores = TokenScores.empty(num_tokens)
-        duals: AbstractContextManager[None] = nullcontext()
+        duals: AbstractContextManager[Any] = nullcontext(nullcontext())
         if direction is not None:
             scores = DirectionalScores.empty(num_tokens, with_features)
             duals = dual_parameters(self.tokens, self.parameters, direction)
-        with torch.no_grad(), precision_context(self.dtype), duals:
+        with torch.no_grad(), duals as tangent_rules:
             for microbatch in self._microbatches(shard):
-                self._score_microbatch(microbatch, scores)
+                with precision_context(self.dtype), tangent_rules:
+                    self._score_microbatch(microbatch, scores)
                 self._performed_one(microbatch, scores, count)
         _require_finite(scores, shard)
         return scores
@@ -177,14 +178,11 @@ class Passes:
         """
         scores = TokenScores.empty(shard.ragged.num_tokens)
         no_sync = getattr(self.wrapped, "no_sync", nullcontext)
-        with (
-            self._counted("pull_back", shard) as count,
-            precision_context(self.dtype),
-            no_sync(),
-        ):
+        with self._counted("pull_back", shard) as count, no_sync():
             for microbatch in self._microbatches(shard):
-                total, logp, entropy = self.wrapped(microbatch, weights)
-                total.backward()
+                with precision_context(self.dtype):
+                    total, logp, entropy = self.wrapped(microbatch, weights)
+                    total.backward()
                 after_backward()
                 scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
                 self._performed_one(microbatch, scores, count)

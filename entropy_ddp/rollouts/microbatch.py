@@ -14,12 +14,11 @@ cost model chooses (`PromptSharing`).
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.rollouts.batch import Ragged, Shard
 
 # Elements of one microbatch's attention mask.
 MASK_ELEMENTS = 1 << 24
@@ -211,56 +210,54 @@ def _shared(rows: list[Row], budget: int, sharing: PromptSharing) -> Iterable[Ro
 
 
 def _build(shard: Shard, rows: list[Row]) -> Microbatch:
-    built = [_build_row(shard, row) for row in rows]
-    counts = torch.tensor([len(row["target_ids"]) for row in built])
-    joined = {
-        name: torch.cat([row[name] for row in built])
-        for name in ("column", "target_ids", "token")
-    }
-    joined["row"] = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    # The pad value is never read by a response token; 0 exists in every vocabulary.
-    padded = {"input_ids": 0}
+    """All rows at once: a few operations on whole microbatches, none for each row.
+
+    A row is a run of segments: its prompt, then its branches without their last token.
+    """
+    members = [[shard.sequences[place] for place in row.sequences] for row in rows]
+    responses = [sequence.response_ids for group in members for sequence in group]
+    pieces, lengths, branches = [], [], []
+    for group in members:
+        pieces += [group[0].prompt_ids, *(s.response_ids[:-1] for s in group)]
+        lengths += [len(group[0].prompt_ids), *(s.num_tokens - 1 for s in group)]
+        branches += range(len(group) + 1)
+    segments = Ragged(torch.tensor(lengths))
+    branch = torch.tensor(branches)
+    row = (branch == 0).cumsum(0) - 1
+    row_start = segments.starts[branch == 0][row]
+    prompt = segments.lengths[branch == 0][row]
+    is_branch = branch > 0
+    # What of a segment holds for each of its positions; then for each of its tokens.
+    place = (
+        segments.spread(row),
+        torch.arange(segments.num_tokens) - segments.spread(row_start),
+    )
+    tokens = Ragged(segments.lengths[is_branch] + 1)
+    before = (prompt - 1)[is_branch]
+    own = (segments.starts - row_start)[is_branch] - 1
+    first = tokens.position == 0
+    padded = {"input_ids": (torch.cat(pieces), 0)}
     if any(row.is_tree for row in rows):
-        padded |= {"branch": -1, "position": 0}
-    for name, value in padded.items():
-        joined[name] = torch.nn.utils.rnn.pad_sequence(
-            [row[name] for row in built], batch_first=True, padding_value=value
-        )
-    return Microbatch(**joined)
+        position = segments.position + segments.spread(prompt * is_branch)
+        padded |= {"branch": (segments.spread(branch), -1), "position": (position, 0)}
+    shape = (len(rows), max(row.length for row in rows))
+    starts = shard.ragged.starts[[place for row in rows for place in row.sequences]]
+    return Microbatch(
+        **{name: _pad(*values, place, shape) for name, values in padded.items()},
+        row=tokens.spread(row[is_branch]),
+        column=torch.where(
+            first, tokens.spread(before), tokens.spread(own) + tokens.position
+        ),
+        target_ids=torch.cat(responses),
+        token=tokens.spread(starts) + tokens.position,
+    )
 
 
-def _build_row(shard: Shard, row: Row) -> dict[str, Tensor]:
-    """One row's ids, branches and positions [L], and its tokens' places [m]."""
-    sequences = [shard.sequences[place] for place in row.sequences]
-    lengths = [row.prompt, *(sequence.num_tokens - 1 for sequence in sequences)]
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    starts = shard.ragged.starts
-    return {
-        "input_ids": torch.cat(
-            [sequences[0].prompt_ids, *(s.response_ids[:-1] for s in sequences)]
-        ),
-        "branch": torch.repeat_interleave(
-            torch.arange(len(lengths)), torch.tensor(lengths)
-        ),
-        "position": torch.cat(
-            [
-                torch.arange(row.prompt),
-                *(torch.arange(row.prompt, row.prompt + n) for n in lengths[1:]),
-            ]
-        ),
-        "column": torch.cat(
-            [_columns(row.prompt, begin, end) for begin, end in pairwise(ends)]
-        ),
-        "target_ids": torch.cat([s.response_ids for s in sequences]),
-        "token": torch.cat(
-            [
-                int(starts[place]) + torch.arange(sequence.num_tokens)
-                for place, sequence in zip(row.sequences, sequences)
-            ]
-        ),
-    }
-
-
-def _columns(prompt: int, begin: int, end: int) -> Tensor:
-    """Where a branch in columns [begin, end) is predicted from: the prompt, then itself."""
-    return torch.cat([torch.tensor([prompt - 1]), torch.arange(begin, end)])
+def _pad(
+    values: Tensor, value: int, place: tuple[Tensor, Tensor], shape: tuple[int, int]
+) -> Tensor:
+    """Flat values at their rows and columns, int64, [B, L]."""
+    # The pad value is never read by a response token; 0 exists in every vocabulary.
+    padded = torch.full(shape, value, dtype=torch.int64)
+    padded[place] = values.long()
+    return padded
