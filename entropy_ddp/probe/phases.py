@@ -6,8 +6,14 @@
 
 Between the passes only per-sequence sums travel between ranks: one collective for the
 gradient, one for each table of sums.
+
+Of every token of E six numbers are kept: log p and H at theta_after and at theta, and the
+derivatives of the latter. What else a pass gives is made for one block of whole groups,
+reduced, and dropped.
 """
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +21,9 @@ from torch import Tensor
 
 from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import fingerprint, global_norm, shifted
+from entropy_ddp.policy.parameters import fingerprint, shifted
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.probe.features import FeatureSums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
@@ -34,6 +41,11 @@ class SequenceSums:
 def gather_sums(world: World, shard: Shard, *token_arrays: Tensor) -> list[Tensor]:
     """Per-sequence sums [N] of flat token arrays [t], over all ranks in file order."""
     columns = [shard.ragged.sum(values) for values in token_arrays]
+    return gather_columns(world, shard, columns)
+
+
+def gather_columns(world: World, shard: Shard, columns: list[Tensor]) -> list[Tensor]:
+    """Per-sequence values [N] of this rank's [n], over all ranks in file order."""
     rows = torch.stack(columns, dim=1)
     return list(world.gather_rows(rows, shard.positions, len(shard.batch)).unbind(1))
 
@@ -84,23 +96,78 @@ def score_after_step(session: Session, gradient: Tensor) -> SteppedScores:
         state = optimizer_tensors(session.optimizer)
         return fingerprint([*parameters.items(), *state])
 
-    before = state_hash()
-    with session.phase("truth: E after the step", shard.ragged.num_tokens):
-        with one_step(
-            session.optimizer, parameters, gradient, session.config.update, device
-        ) as step:
+    with session.phase("fingerprints"):
+        before = state_hash()
+    with ExitStack() as undo:
+        with session.phase("step"):
+            step = undo.enter_context(
+                one_step(
+                    session.optimizer,
+                    parameters,
+                    gradient,
+                    session.config.update,
+                    device,
+                )
+            )
+        with session.phase("fingerprints"):
             stepped = fingerprint(parameters.items())
+        with session.phase("truth: E after the step", shard.ragged.num_tokens):
             scores = session.passes.score(shard)
+    with session.phase("fingerprints"):
         restored = state_hash()
     return SteppedScores(step=step, scores=scores, hashes=(before, stepped, restored))
 
 
-def score_along_step(session: Session, step: Step) -> DirectionalScores:
-    """This rank's tokens of E at theta, with derivatives along v = delta / eta."""
-    shard = session.shard(session.batches["E"])
-    direction = session.passes.layout.views(step.direction)
+@dataclass(frozen=True, kw_only=True)
+class AlongStep:
+    """What the pass along the step gave.
+
+    Attributes:
+        scores: this rank's tokens of E at theta, with derivatives along v.
+        features: sums of what else it gave of every token.
+    """
+
+    scores: DirectionalScores
+    features: FeatureSums
+
+
+def first_sequences(session: Session, count: int) -> Shard:
+    """This rank's share of the first sequences of E, the same at every world size.
+
+    They are the first of its sequences, and their tokens the first in its token arrays.
+    """
+    sample, whole = (
+        session.batches["E"].first(count),
+        session.shard(session.batches["E"]),
+    )
+    return Shard(batch=sample, positions=whole.positions[whole.positions < len(sample)])
+
+
+def score_along_step(session: Session, step: Step, sample_size: int = 0) -> AlongStep:
+    """This rank's tokens of E at theta, with derivatives along v = delta / eta.
+
+    Args:
+        session: the run.
+        step: the step.
+        sample_size: of how many of E's first sequences the features are kept token by
+            token, where the configured baseline is the ridge.
+    """
+    shard, integrand = (
+        session.shard(session.batches["E"]),
+        session.config.objective.integrand,
+    )
+    kept = 0
+    if session.config.linear.baseline == "ridge":
+        kept = first_sequences(session, sample_size).ragged.num_tokens
+    scores = DirectionalScores.empty(shard.ragged.num_tokens)
+    features = FeatureSums.empty(shard, kept)
     with session.phase("slope: E along the step", shard.ragged.num_tokens):
-        return session.passes.score(shard, direction, with_features=True)
+        direction = step.direction(session.passes.parameters)
+        for block in shard.blocks():
+            piece = session.passes.score(block.shard, direction, with_features=True)
+            scores.put(block.tokens, piece)
+            features.add(block, piece, integrand)
+    return AlongStep(scores=scores, features=features)
 
 
 # Euclidean length of the parameter change between the two passes of a second derivative:
@@ -115,19 +182,28 @@ def score_twice_along_step(session: Session, step: Step) -> tuple[Tensor, Tensor
     A central difference of two passes with first derivatives: nested forward mode costs
     more than twice as much, and is wrong through layer normalisation.
     """
-    shard = session.shard(session.batches["E"])
-    passes, direction = session.passes, step.direction
-    views = passes.layout.views(direction)
-    size = CURVATURE_STEP[session.policy.dtype] / global_norm(direction)
+    shard, passes = session.shard(session.batches["E"]), session.passes
+    size = CURVATURE_STEP[session.policy.dtype] / step.direction_norm
     device = snapshot_device(session.config.compute)
     sums = []
     with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
+        direction = step.direction(passes.parameters)
         for sign in (size, -size):
-            with shifted(passes.parameters, views, sign, device):
-                scores = passes.score(shard, views)
-            sums.append(
-                gather_sums(session.world, shard, scores.dlogp, scores.dentropy)
-            )
+            with shifted(passes.parameters, direction, sign, device):
+                columns = _derivative_sums(session, shard, direction)
+            sums.append(gather_columns(session.world, shard, columns))
     forward, backward = sums
     logp, entropy = ((f - b) / (2 * size) for f, b in zip(forward, backward))
     return logp, entropy
+
+
+def _derivative_sums(
+    session: Session, shard: Shard, direction: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Derivatives of l_i and H_i of this rank's sequences at theta as it is, [n] each."""
+    sums = [torch.zeros(len(shard.positions), dtype=torch.float64) for _ in range(2)]
+    for block in shard.blocks():
+        scores = session.passes.score(block.shard, direction)
+        for column, values in zip(sums, (scores.dlogp, scores.dentropy)):
+            column[block.sequences] = block.ragged.sum(values)
+    return sums
