@@ -122,7 +122,7 @@ class FeatureSums:
         # Last: it overwrites the predictors.
         known *= scores.dlogp[:, None]
         for column, weighted in enumerate(known.T):
-            self.known[block.sequences, column] = ragged.sum(weighted.contiguous())
+            self.known[block.sequences, column] = ragged.sum(weighted)
 
     def _keep_sample(self, block: Block, scores: DirectionalScores) -> None:
         here = block.tokens < self.num_sample_tokens

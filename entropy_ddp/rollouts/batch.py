@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of the padded block in which running sums are taken.
+# Elements of the padded block in which running sums are taken, or of an index.
 DENSE_ELEMENTS = 1 << 22
 # Response tokens of one block of a shard: what is made for every token of a block is
 # reduced before the next block is begun.
@@ -97,10 +97,16 @@ class Ragged:
         return torch.searchsorted(self.starts + self.lengths, token, right=True)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a flat floating-point token array [t] within each sequence, [n]."""
-        if not len(self.lengths):
-            return values.new_zeros(0)
-        return torch.segment_reduce(values, "sum", lengths=self.lengths, initial=0.0)
+        """Sum of a flat token array [t] within each sequence, [n].
+
+        Token by token in their order, with an index of some of them at a time.
+        """
+        total = values.new_zeros(len(self.lengths))
+        for first in range(0, self.num_tokens, DENSE_ELEMENTS):
+            here = values[first : first + DENSE_ELEMENTS]
+            token = torch.arange(first, first + len(here))
+            total.index_add_(0, self.sequence_at(token), here)
+        return total
 
     def spread(self, values: Tensor) -> Tensor:
         """Per-sequence values [n] repeated for every token, [t]."""

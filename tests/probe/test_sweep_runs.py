@@ -30,7 +30,7 @@ from entropy_ddp.probe.sweep import POINTS_FILE, run_sweep
 from entropy_ddp.results import Results
 
 RTOL = 1e-9  # of the change itself, in float64
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 0.002  # none of the points: that one would need no pass
 ETAS = [0.03, 0.001, 0.01, 0.003]
 CLIP_C = 1.02  # clips some weights and not others
 SECTIONS: dict[str, Any] = {
