@@ -173,7 +173,8 @@ def test_blocks_do_not_matter(
     assert failed == [r for r in whole[case]["audit"] if r["verdict"] == "fail"]
 
 
-@pytest.mark.parametrize("num_ranks", [3])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_blocks_of_several_ranks_do_not_matter(
     run: TinyRun, whole: dict[str, dict[str, Any]], tmp_path: Path, num_ranks: int
 ) -> None:
