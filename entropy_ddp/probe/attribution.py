@@ -100,6 +100,8 @@ def attributed(
     """
     split = split_step(session, measured)
     table = score_shares(session, measured, split.direction)
+    # Used up: not to be held while the what-if steps are taken.
+    split.direction.clear()
     shares = table.share.new_zeros(len(session.batches["U"]))
     shares.index_add_(0, table.sequence, table.share)
     result = _attribution_result(session, measured, split, table)
