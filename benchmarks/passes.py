@@ -135,7 +135,7 @@ def _first_order(family: str, setting: Setting) -> Comparison:
 def second_derivatives(
     passes: Passes, shard: Shard, direction: dict[str, Tensor]
 ) -> Tensor:
-    """Second derivatives of log p and of H, [2, t]."""
+    """Second derivatives of log p and of H of every sequence, [2, n]."""
     return torch.stack(
         passes.score_twice(shard, direction, typical_change(passes, shard))
     )
@@ -197,7 +197,8 @@ def _richardson(passes: Passes, shard: Shard, direction: dict[str, Tensor]) -> T
         for sign in (step, -step):
             with shifted(passes.parameters, direction, sign):
                 scores = passes.score(shard, direction)
-            ends.append(torch.stack([scores.dlogp, scores.dentropy]))
+            first = (scores.dlogp, scores.dentropy)
+            ends.append(torch.stack([shard.ragged.sum(values) for values in first]))
         return (ends[0] - ends[1]) / (2 * step)
 
     return (4 * difference(2e-3) - difference(4e-3)) / 3

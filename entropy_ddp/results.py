@@ -8,7 +8,7 @@ learning rate.
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -304,6 +304,22 @@ def _require_finite(value: Any, place: str) -> None:
         _require_finite(item, f"{place}.{name}")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a file that are made when they are read, and never in memory together.
+
+    They can be read any number of times. A rank that does not read them makes none.
+
+    Attributes:
+        make: begins the rows anew.
+    """
+
+    make: Callable[[], Iterator[dict[str, Any]]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.make()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probed:
     """A finished probe.
@@ -317,9 +333,9 @@ class Probed:
     """
 
     results: Results
-    sequences: list[dict[str, Any]]
+    sequences: Iterable[dict[str, Any]]
     delta: dict[str, Tensor] | None
-    tokens: list[dict[str, Any]] | None = None
+    tokens: Iterable[dict[str, Any]] | None = None
     sampled: frozenset[str] = frozenset()
 
 

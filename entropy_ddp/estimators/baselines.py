@@ -28,6 +28,8 @@ from torch import Tensor
 
 from entropy_ddp.rollouts.batch import Ragged
 
+# Columns of `predictors`.
+NUM_PREDICTORS = 7
 NUM_FOLDS = 10
 RIDGE_PENALTY = 1e-3
 
@@ -105,8 +107,21 @@ def cross_fitted_coefficients(moments: Tensor) -> Tensor:
 
 
 def ridge_prediction(predictor: Tensor, coefficients: Tensor, fold: Tensor) -> Tensor:
-    """x . beta of the fold's own coefficients, [t, 2]."""
-    return torch.einsum("tp,tpc->tc", predictor, coefficients[fold])
+    """x . beta of the fold's own coefficients, [t, 2].
+
+    Linear in x: of g_i = sum_k log p'_ik x_ik it makes the sum over a sequence of
+    log p' times its tokens' predictions.
+
+    Args:
+        predictor: x of each token, or g of each sequence, [t, F].
+        coefficients: beta of each fold, [f, F, 2].
+        fold: fold of each row, [t].
+    """
+    predicted = predictor.new_empty(len(predictor), 2)
+    for number, beta in enumerate(coefficients):
+        here = fold == number
+        predicted[here] = predictor[here] @ beta
+    return predicted
 
 
 def position_totals(target: Tensor, position: Tensor, longest: int) -> Tensor:

@@ -26,6 +26,7 @@ most one variate is used for every `GROUPS_PER_VARIATE` groups, the plain ones f
 Shape legend: n sequences and t tokens of one rank, N of the batch, n_g groups, m variates.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -42,6 +43,8 @@ from entropy_ddp.estimators.linear import Slope, TokenDerivatives
 from entropy_ddp.rollouts.batch import Ragged
 
 GROUPS_PER_VARIATE = 10.0
+# Variates for each predictor: u and m, of four functions g each.
+VARIATES_PER_PREDICTOR = 8
 # Weight of the ridge penalty, in observations for each variate.
 PENALTY_PER_VARIATE = 3.0
 
@@ -80,6 +83,11 @@ def zero_mean_sums(
     quantities = (predictor[:, :, None] * plain[:, None, :]).flatten(1)
     total = quantities.new_zeros(len(ragged.lengths), quantities.shape[1])
     return total.index_add_(0, ragged.sequence_of_token, quantities)
+
+
+def num_usable_predictors(num_groups: int) -> int:
+    """How many predictors, the first ones, have variates that `adjusted_slope` uses."""
+    return math.ceil(int(num_groups / GROUPS_PER_VARIATE) / VARIATES_PER_PREDICTOR)
 
 
 def adjusted_slope(

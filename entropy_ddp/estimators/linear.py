@@ -100,11 +100,7 @@ def slope_weights(
     """
     integrand, normalize, score, baseline = estimator
     values, _ = tokens.integrand(integrand)
-    per_sequence_mean = normalize == "per_sequence_token_mean"
-    lengths = ragged.lengths.clamp(min=1).double()
-    pathwise = ragged.spread(
-        1 / lengths if per_sequence_mean else torch.ones_like(lengths)
-    )
+    pathwise = ragged.spread(pathwise_weights(normalize, ragged.lengths))
     if score == "full":
         totals = ragged.sum(values * pathwise)
         size = _sizes(normalize, ragged)
@@ -114,11 +110,11 @@ def slope_weights(
             centred=ragged.spread(totals - mean_entropy * size),
             pathwise=pathwise,
         )
-    if per_sequence_mean:
+    if normalize == "per_sequence_token_mean":
         raise ValueError("per_sequence_token_mean has no to-go form; use score full")
     after_hk = baseline != "none"
     own = values - tokens.entropy if after_hk else values
-    counted = 1.0 if normalize == "per_token" else 0.0
+    counted = _counted(normalize)
     counted_own = 0.0 if after_hk else counted
     predicted, predicted_count = torch.zeros(2, len(values), dtype=values.dtype)
     if baseline in ("loo", "ridge"):
@@ -133,6 +129,23 @@ def slope_weights(
         - (predicted - mean_entropy * predicted_count),
         pathwise=pathwise,
     )
+
+
+def pathwise_weights(normalize: Normalize, lengths: Tensor) -> Tensor:
+    """Weight of the integrand's derivative, the same for all tokens of a sequence; [n].
+
+    Args:
+        normalize: what the sum is divided by.
+        lengths: T_i, [n].
+    """
+    lengths = lengths.clamp(min=1).double()
+    mean = normalize == "per_sequence_token_mean"
+    return 1 / lengths if mean else torch.ones_like(lengths)
+
+
+def _counted(normalize: Normalize) -> float:
+    """Whether the number of steps to go enters the weights: 1 or 0."""
+    return 1.0 if normalize == "per_token" else 0.0
 
 
 def _sizes(normalize: Normalize, ragged: Ragged) -> Tensor:
@@ -161,6 +174,32 @@ def sequence_terms(
         ragged.sum(weights.score * tokens.dlogp),
         pathwise,
         ragged.sum(weights.denominator * tokens.dlogp),
+    )
+    return torch.stack(columns, dim=1)
+
+
+def terms_less_prediction(
+    terms: Tensor, predicted: Tensor, mean_entropy: float, normalize: Normalize
+) -> Tensor:
+    """`sequence_terms` of `loo` or `ridge` from those of `hk`; [n, 4].
+
+    The weights of both are those of `hk` less the prediction, so that of a sequence's
+    tokens only sum_k log p'_ik times the prediction is needed.
+
+    Args:
+        terms: columns of `sequence_terms` for `to_go` with `hk`, [n, 4].
+        predicted: sum over each sequence of log p' times the predictions of integrand
+            and number of steps after the token, [n, 2].
+        mean_entropy: Hbar over the whole batch.
+        normalize: what the sum is divided by.
+    """
+    centred, score, pathwise, counts = terms.unbind(1)
+    values, steps = predicted[:, 0], _counted(normalize) * predicted[:, 1]
+    columns = (
+        centred - (values - mean_entropy * steps),
+        score - values,
+        pathwise,
+        counts - steps,
     )
     return torch.stack(columns, dim=1)
 

@@ -28,7 +28,7 @@ def read_verl(path: Path, source: Source) -> list[Record]:
     Raises:
         InputError: the file cannot be read, or a key is missing or of another type.
     """
-    rows = read_rows(path)
+    rows = list(read_rows(path))
     with_uid = sum(row.get("uid") is not None for row in rows)
     if 0 < with_uid < len(rows):
         number = next(i for i, row in enumerate(rows, 1) if row.get("uid") is None)

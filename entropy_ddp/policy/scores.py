@@ -12,6 +12,10 @@ from entropy_ddp.policy.head import FEATURES
 NUM_PROJECTIONS = 32
 
 
+# What `score` returns of every token at order 1.
+DERIVATIVES = ("logp", "entropy", "dlogp", "dentropy")
+
+
 def _unfilled(num_tokens: int) -> Tensor:
     """A flat token array to be filled microbatch by microbatch; NaN until then."""
     return torch.full((num_tokens,), torch.nan, dtype=torch.float64)
@@ -47,6 +51,10 @@ class TokenScores:
         """The flat token array of this name."""
         return getattr(self, name)
 
+    def first(self, count: int) -> "TokenScores":
+        """The first tokens; their arrays share memory with these."""
+        return TokenScores(logp=self.logp[:count], entropy=self.entropy[:count])
+
 
 @dataclass(kw_only=True)
 class DirectionalScores(TokenScores):
@@ -72,8 +80,22 @@ class DirectionalScores(TokenScores):
             features = {name: _unfilled(num_tokens) for name in FEATURES}
             hidden = torch.full((num_tokens, NUM_PROJECTIONS), torch.nan)
             features["hidden"] = hidden
-        names = ("logp", "entropy", "dlogp", "dentropy")
-        return cls(**{n: _unfilled(num_tokens) for n in names}, features=features)
+        return cls(**{n: _unfilled(num_tokens) for n in DERIVATIVES}, features=features)
+
+    def put(self, tokens: Tensor, scores: "DirectionalScores") -> None:
+        """Put the scores of some of the tokens at their places; their features are not.
+
+        Args:
+            tokens: places of the scores' tokens among these, [m].
+            scores: of those tokens.
+        """
+        self.fill(tokens, **{name: scores.array(name) for name in DERIVATIVES})
+        self.num_microbatches += scores.num_microbatches
+
+    def at(self, tokens: Tensor) -> "DirectionalScores":
+        """The scores of some of the tokens [m], without features."""
+        arrays = {name: self.array(name)[tokens] for name in DERIVATIVES}
+        return DirectionalScores(**arrays)
 
     def array(self, name: str) -> Tensor:
         """The flat token array of this name."""

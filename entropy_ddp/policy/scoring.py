@@ -107,7 +107,7 @@ class Passes:
         typical: float,
         snapshot_device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Second derivatives of log p and H of every token along a direction, [t] each.
+        """Second derivatives of l_i and H_i of every sequence along a direction, [n] each.
 
         A central difference of two passes with first derivatives: nested forward mode
         costs more than twice as much, and is wrong through layer normalisation.
@@ -126,14 +126,18 @@ class Passes:
         flat = (tangent.reshape(-1) for tangent in direction.values())
         length = math.sqrt(sum(inner_product(x, x) for x in flat))
         size = CURVATURE_NATS[self.dtype] / max(typical, LEAST_SLOPE * length)
-        ends = []
+        second = torch.zeros(2, len(shard.positions), dtype=torch.float64)
         with self._counted("score order 2", shard) as count:
-            for sign in (size, -size):
-                with shifted(self.parameters, direction, sign, snapshot_device):
-                    scores = self._score(shard, direction, False, count)
-                assert isinstance(scores, DirectionalScores)
-                ends.append((scores.dlogp, scores.dentropy))
-        logp, entropy = ((f - b) / (2 * size) for f, b in zip(*ends))
+            for sign in (1, -1):
+                with shifted(self.parameters, direction, sign * size, snapshot_device):
+                    for block in shard.blocks():
+                        scores = self._score(block.shard, direction, False, count)
+                        assert isinstance(scores, DirectionalScores)
+                        for sums, values in zip(
+                            second, (scores.dlogp, scores.dentropy)
+                        ):
+                            sums[block.sequences] += sign * block.ragged.sum(values)
+        logp, entropy = second / (2 * size)
         return logp, entropy
 
     def _score(

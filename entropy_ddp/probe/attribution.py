@@ -4,6 +4,7 @@ Beside the passes of a probe it costs one backward pass over E (which the audit 
 against reverse mode is part of) and one forward-mode pass over U, however large U is.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +36,7 @@ from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
 from entropy_ddp.probe.phases import snapshot_device
 from entropy_ddp.probe.session import Progress, Session, open_session
-from entropy_ddp.results import AttributionResult, AuditRow, Probed
+from entropy_ddp.results import AttributionResult, AuditRow, Probed, Rows
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.loss import loss_weights
@@ -99,6 +100,8 @@ def attributed(
     """
     split = split_step(session, measured)
     table = score_shares(session, measured, split.direction)
+    # Used up: not to be held while the what-if steps are taken.
+    split.direction.clear()
     shares = table.share.new_zeros(len(session.batches["U"]))
     shares.index_add_(0, table.sequence, table.share)
     result = _attribution_result(session, measured, split, table)
@@ -106,7 +109,8 @@ def attributed(
     probed = make_results(
         session, measured, rows, shares=shares, attribution=result, **parts
     )
-    return replace(probed, tokens=token_rows(session, table))
+    tokens = Rows(lambda: token_rows(session, table))
+    return replace(probed, tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +133,8 @@ def split_step(session: Session, measured: Measured) -> SplitStep:
     """Momentum and decay parts of delta_h1, and the direction z of the gradient part."""
     assert session.optimizer is not None
     passes = session.passes
-    flat = measured.duality.gradient / measured.estimates.original.denominator
-    slopes, direction = passes.layout.views(flat), {}
+    size = measured.estimates.original.denominator
+    slopes, direction = passes.layout.views(measured.duality.gradient), {}
     momentum = decay = 0.0
     for name, parts in step_parts(
         session.optimizer,
@@ -139,7 +143,7 @@ def split_step(session: Session, measured: Measured) -> SplitStep:
         measured.step,
         session.config.update,
     ):
-        slope = slopes[name]
+        slope = slopes[name] / size
         momentum += _dot(slope, parts.momentum)
         decay += _dot(slope, parts.decay)
         direction[name] = parts.gain.to(slope) * slope
@@ -316,8 +320,8 @@ def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
     return masked
 
 
-def token_rows(session: Session, table: TokenTable) -> list[dict[str, Any]]:
-    """The rows of tokens.jsonl.gz: every token of U, k counted from 1."""
+def token_rows(session: Session, table: TokenTable) -> Iterator[dict[str, Any]]:
+    """The rows of tokens.jsonl.gz, one by one: every token of U, k counted from 1."""
     batch, tokenizer = session.batches["U"], session.policy.tokenizer
     covariance = covariance_score(table.logp, table.advantage)
     columns = {
@@ -327,21 +331,15 @@ def token_rows(session: Session, table: TokenTable) -> list[dict[str, Any]]:
         "covariance": covariance,
         "share": table.share,
     }
-    lists = [column.tolist() for column in columns.values()]
-    ids = torch.cat([s.response_ids for s in batch.sequences]).tolist()
-    rows = []
-    for place, (sequence, position, token_id) in enumerate(
-        zip(table.sequence.tolist(), table.position.tolist(), ids)
-    ):
-        row = {
-            "index": batch.sequences[sequence].index,
-            "k": position + 1,
-            "token_id": token_id,
-        }
-        if tokenizer is not None:
-            row["text"] = tokenizer.decode([token_id])
-        rows.append(row | {n: values[place] for n, values in zip(columns, lists)})
-    return rows
+    for sequence, start in zip(batch.sequences, batch.ragged.starts.tolist()):
+        here = slice(start, start + sequence.num_tokens)
+        values = zip(*(column[here].tolist() for column in columns.values()))
+        ids = sequence.response_ids.tolist()
+        for k, (token_id, numbers) in enumerate(zip(ids, values), start=1):
+            row = {"index": sequence.index, "k": k, "token_id": token_id}
+            if tokenizer is not None:
+                row["text"] = tokenizer.decode([token_id])
+            yield row | dict(zip(columns, numbers))
 
 
 def _top_tokens(session: Session, table: TokenTable) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from entropy_ddp.policy.parameters import (
     global_norm,
     inner_product,
 )
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.trained_settings import contradictions
 from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
@@ -63,7 +63,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         *_moment_rows(session),
         *_scale_rows(session, measured),
         *_sampler_rows(session, {"E": measured.base, "U": measured.update_scores}),
-        _on_policy_row(session, measured.base),
+        _on_policy_row(session, measured),
         audit.close(
             "duality gap",
             measured.duality.gap,
@@ -102,17 +102,18 @@ def _gradient_dot_row(session: Session) -> list[AuditRow]:
 
 
 def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
-    gradient, duality = measured.gradient, measured.duality
+    gradient, duality, step = measured.gradient, measured.duality, measured.step
     layout = session.passes.layout
     total = len(layout.shapes)
-    direction = measured.step.direction
-    norms = [global_norm(x) for x in (duality.gradient, gradient, direction)]
-    dot = inner_product(duality.gradient, direction)
+    norms = [global_norm(x) for x in (duality.gradient, gradient)]
+    norms.append(step.direction_norm)
+    dot = inner_product(duality.gradient, step.delta) / step.learning_rate
     cosine = dot / (norms[0] * norms[2]) if norms[0] * norms[2] else 0.0
     products = {
-        name: inner_product(x.reshape(-1), v.reshape(-1)) / duality.denominator
-        for (name, x), v in zip(
-            layout.views(duality.gradient).items(), layout.views(direction).values()
+        name: inner_product(x.reshape(-1), delta.reshape(-1))
+        / (step.learning_rate * duality.denominator)
+        for (name, x), delta in zip(
+            layout.views(duality.gradient).items(), layout.views(step.delta).values()
         )
     }
     largest = sorted(products, key=lambda name: -abs(products[name]))[:10]
@@ -337,8 +338,9 @@ def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
     scale_sum, used = world.sum(local, "scalars").tolist()
     budget = session.config.compute.tokens_per_microbatch
     planned = sum(
-        len(plan_microbatches(shard, budget, session.passes.sharing))
-        for shard in (batch.shard(r, world.world_size) for r in range(world.world_size))
+        len(plan_microbatches(block.shard, budget, session.passes.sharing))
+        for rank in range(world.world_size)
+        for block in batch.shard(rank, world.world_size).blocks()
     )
     return audit.scale_checks(scale_sum, planned, size, (int(used), batch.num_tokens))
 
@@ -366,10 +368,9 @@ def _sampler_rows(
     return rows
 
 
-def _on_policy_row(session: Session, base: DirectionalScores) -> AuditRow:
+def _on_policy_row(session: Session, measured: Measured) -> AuditRow:
     """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
-    innovations = -base.logp - base.entropy
-    local = torch.stack([innovations.sum(), base.features["log_variance"].sum()])
+    local = measured.surprise.clone()
     total, variance = session.world.sum(local, "scalars").tolist()
     return audit.on_policy_check("E", total / math.sqrt(variance) if variance else 0.0)
 

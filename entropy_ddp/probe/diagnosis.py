@@ -1,7 +1,8 @@
 """The audits that need a pass of their own: forward against reverse mode, noise floor.
 
 In a probe they run on the first sequences of E, at most `SAMPLE_SEQUENCES` of them, the
-same at every world size; the `audit` command runs them on all of E.
+same at every world size; the `audit` command runs them on all of E, and an attribution
+the first of them, whose gradient it needs.
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens, reweighted
 from entropy_ddp.estimators.errors import relative_difference
-from entropy_ddp.estimators.linear import SlopeWeights, sequence_terms, slope_weights
+from entropy_ddp.estimators.linear import (
+    pathwise_weights,
+    sequence_terms,
+    slope_weights,
+)
 from entropy_ddp.policy.parameters import global_norm, inner_product
 from entropy_ddp.policy.scores import DirectionalScores
-from entropy_ddp.probe.estimation import baseline_predictions, derivatives_of
-from entropy_ddp.probe.phases import gather_sums, snapshot_device
+from entropy_ddp.probe.features import derivatives_of
+from entropy_ddp.probe.phases import first_sequences, gather_sums, snapshot_device
 from entropy_ddp.probe.session import Session
-from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.step import Step, one_step
 
 SAMPLE_SEQUENCES = 64
@@ -45,43 +50,53 @@ def check_duality(
     session: Session,
     base: DirectionalScores,
     mean_entropy: float,
-    direction: Tensor,
+    step: Step,
+    prediction: Tensor | None,
     size: int = SAMPLE_SEQUENCES,
 ) -> Duality:
     """<grad, v> from a backward pass against the slope from the forward-mode pass.
 
     The weights c and the pathwise weights are shared; both slopes are of the sample's
     terms with the whole batch's mean entropy and denominator left out.
+
+    Args:
+        session: the run.
+        base: this rank's tokens of E, with derivatives along v.
+        mean_entropy: Hbar over all of E.
+        step: the step along v.
+        prediction: the configured baseline's predictions of the sample's tokens,
+            [s, 2]; None for a baseline without.
+        size: number of sequences in the sample.
     """
-    integrand = session.config.objective.integrand
-    sample, shard, here = _sample(session, size)
-    tokens, ragged = derivatives_of(_select(base, here)), shard.ragged
-    weights = _configured_weights(session, base, mean_entropy, (shard, here))
-    terms = sequence_terms(tokens, ragged, weights, integrand)
-    gathered = session.world.gather_rows(terms, shard.positions, len(sample))
+    objective = session.config.objective
+    sample = first_sequences(session, size)
+    on_logp, terms = _configured_weights(
+        session, base, mean_entropy, sample, prediction
+    )
+    gathered = session.world.gather_rows(terms, sample.positions, len(sample.batch))
     centred, score, pathwise, counts = gathered.sum(0).tolist()
-    on_logp, on_entropy = weights.centred, weights.pathwise
-    if integrand == "surprisal":
-        on_logp = on_logp - weights.pathwise
-        on_entropy = torch.zeros_like(weights.pathwise)
-    with session.phase("audit: reverse mode", ragged.num_tokens):
-        gradient, _ = session.passes.gradient(
-            shard,
-            lambda token, *_: (on_logp[token.cpu()], on_entropy[token.cpu()]),
-            session.buffer_dtype,
-        )
+    per_sequence = pathwise_weights(objective.normalize, sample.ragged.lengths)
+
+    def weights(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        on_entropy = per_sequence[sample.ragged.sequence_at(token.cpu())]
+        if objective.integrand == "surprisal":
+            on_entropy = torch.zeros_like(on_entropy)
+        return on_logp[token.cpu()], on_entropy
+
+    with session.phase("audit: reverse mode", sample.ragged.num_tokens):
+        gradient, _ = session.passes.gradient(sample, weights, session.buffer_dtype)
         session.world.sum(gradient, "parameter buffers")
-    reverse = inner_product(gradient, direction)
+    reverse = inner_product(gradient, step.delta) / step.learning_rate
     scale = max(map(abs, (centred, score, pathwise, mean_entropy * counts)))
     return Duality(
         gap=relative_difference(reverse, centred, scale),
         gradient=gradient,
         denominator=as_ratio(
-            session.config.objective.normalize,
-            torch.zeros(len(sample), dtype=torch.float64),
-            sample.lengths,
+            objective.normalize,
+            torch.zeros(len(sample.batch), dtype=torch.float64),
+            sample.batch.lengths,
         ).denominator,
-        num_sequences=len(sample),
+        num_sequences=len(sample.batch),
     )
 
 
@@ -89,32 +104,26 @@ def _configured_weights(
     session: Session,
     base: DirectionalScores,
     mean_entropy: float,
-    sample: tuple[Shard, Tensor],
-) -> SlopeWeights:
-    """Weights of the configured slope for the sample's tokens.
-
-    Args:
-        session: the run.
-        base: this rank's tokens of E.
-        mean_entropy: Hbar over all of E.
-        sample: this rank's share of the sample, and where its tokens lie in E's arrays.
-    """
-    (shard, here), linear = sample, session.config.linear
-    objective = session.config.objective
-    prediction = None
-    if linear.baseline in ("loo", "ridge"):
-        whole = session.shard(session.batches["E"])
-        predictions = baseline_predictions(
-            session.world, whole, base, objective.integrand
+    sample: Shard,
+    prediction: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weights of log p for the configured slope [s], and the terms they make [n, 4]."""
+    objective, linear = session.config.objective, session.config.linear
+    integrand = objective.integrand
+    kind = (integrand, objective.normalize, linear.score, linear.baseline)
+    on_logp = torch.zeros(sample.ragged.num_tokens, dtype=torch.float64)
+    terms = torch.zeros(len(sample.positions), 4, dtype=torch.float64)
+    for block in sample.blocks():
+        # The sample's tokens are the first of E's.
+        tokens = derivatives_of(base.at(block.tokens))
+        predicted = None if prediction is None else prediction[block.tokens]
+        weights = slope_weights(tokens, block.ragged, mean_entropy, kind, predicted)
+        terms[block.sequences] = sequence_terms(
+            tokens, block.ragged, weights, integrand
         )
-        prediction = predictions[linear.baseline][here]
-    return slope_weights(
-        derivatives_of(_select(base, here)),
-        shard.ragged,
-        mean_entropy,
-        (objective.integrand, objective.normalize, linear.score, linear.baseline),
-        prediction,
-    )
+        through_logp = weights.pathwise if integrand == "surprisal" else 0.0
+        on_logp[block.tokens] = weights.centred - through_logp
+    return on_logp, terms
 
 
 def learning_rate_ratios(
@@ -151,41 +160,24 @@ def measure_noise_floor(
     The number is of the sample's size: that of all of E is smaller, as the rounding of
     sequences is independent.
     """
-    sample, shard, here = _sample(session, size)
-    objective = session.config.objective
-    with session.phase("audit: noise floor", shard.ragged.num_tokens):
+    sample = first_sequences(session, size)
+    objective, num_tokens = session.config.objective, sample.ragged.num_tokens
+    with session.phase("audit: noise floor", num_tokens):
         budget = max(1, session.config.compute.tokens_per_microbatch // 5)
         passes = session.passes.with_settings(
             tokens_per_microbatch=budget, share_prompts=False
         )
-        again = passes.score(shard)
-    scores = _select(base, here)
+        again = passes.score(sample)
+    scores = base.first(num_tokens)
     sums = gather_sums(
-        session.world, shard, scores.logp, scores.entropy, again.logp, again.entropy
+        session.world, sample, scores.logp, scores.entropy, again.logp, again.entropy
     )
     before, after = (
         as_ratio(
             objective.normalize,
             integrand_tokens(objective.integrand, logp, entropy),
-            sample.lengths,
+            sample.batch.lengths,
         )
         for logp, entropy in (sums[:2], sums[2:])
     )
     return abs(reweighted(after, sums[2] - sums[0]).value - before.value)
-
-
-def _sample(session: Session, size: int) -> tuple[Batch, Shard, Tensor]:
-    """The sample, this rank's share of it, and where its tokens lie in E's arrays."""
-    shard = session.shard(session.batches["E"])
-    sample = session.batches["E"].first(size)
-    here = shard.positions < len(sample)
-    return (
-        sample,
-        Shard(batch=sample, positions=shard.positions[here]),
-        shard.ragged.spread(here),
-    )
-
-
-def _select(scores: DirectionalScores, here: Tensor) -> DirectionalScores:
-    names = ("logp", "entropy", "dlogp", "dentropy")
-    return DirectionalScores(**{name: getattr(scores, name)[here] for name in names})

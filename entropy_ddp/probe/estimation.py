@@ -1,27 +1,24 @@
 """From the passes' token arrays to every estimate: what ranks exchange, and when.
 
-Each rank reduces its own tokens to sums per sequence; the tables of sums are gathered, and
-every rank computes the same estimates from them.
+Each rank reduces its own tokens to sums per sequence, block by block; the tables of sums
+are gathered, and every rank computes the same estimates from them.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import ImportanceMode, Integrand
-from entropy_ddp.distributed import World
+from entropy_ddp.config import ImportanceMode
 from entropy_ddp.estimators.baselines import (
     cross_fitted_coefficients,
-    fold_moments,
     folds_of,
     future_targets,
     leave_one_group_out_prediction,
-    position_totals,
-    predictors,
     ridge_prediction,
 )
-from entropy_ddp.estimators.control_variates import adjusted_slope, zero_mean_sums
+from entropy_ddp.estimators.control_variates import adjusted_slope
 from entropy_ddp.estimators.curvature import Curvature, SecondOrder, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
@@ -38,14 +35,20 @@ from entropy_ddp.estimators.linear import (
     Baseline,
     Score,
     Slope,
-    TokenDerivatives,
     applicable_estimators,
     sequence_terms,
     slope_from_terms,
     slope_weights,
+    terms_less_prediction,
 )
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
-from entropy_ddp.probe.phases import SequenceSums, gather_sums
+from entropy_ddp.probe.features import derivatives_of, known_before
+from entropy_ddp.probe.phases import (
+    AlongStep,
+    SequenceSums,
+    first_sequences,
+    gather_sums,
+)
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 
@@ -70,11 +73,26 @@ class EntropyEstimates:
     slopes: dict[tuple[Score, Baseline, bool], Slope]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What `ridge` and `loo` predict of what follows each token.
+
+    Attributes:
+        sums: sums over each of this rank's sequences of log p' times the predictions,
+            by baseline, [n, 2].
+        sample: the configured baseline's own predictions of the tokens of the audits'
+            sample, [s, 2]; None for a baseline without.
+    """
+
+    sums: dict[Baseline, Tensor]
+    sample: Tensor | None
+
+
 def estimate(
-    session: Session, base: DirectionalScores, stepped: TokenScores
+    session: Session, along: AlongStep, stepped: TokenScores, predictions: Predictions
 ) -> EntropyEstimates:
     """Every estimator of truth and prediction from two scoring passes over E."""
-    shard = session.shard(session.batches["E"])
+    base = along.scores
     before, after = _sums_of_both(session, base, stepped)
     original = _ratio(session, before)
     return EntropyEstimates(
@@ -83,7 +101,7 @@ def estimate(
         after=after,
         log_weights=after.logp - before.logp,
         changes=_changes(session, (before, after), (base, stepped)),
-        slopes=_slopes(session, shard, base, original),
+        slopes=_slopes(session, along, original, predictions.sums),
     )
 
 
@@ -141,11 +159,21 @@ def _per_decision(
     objective = session.config.objective
     if objective.integrand != "rb" or objective.normalize == "per_sequence_token_mean":
         return None
-    weights = prefix_log_weights(shard.ragged, stepped.logp - base.logp)
-    largest = float(weights.max()) if len(weights) else -torch.inf
-    shift = session.world.max(largest)
-    sums = prefix_sums(shard.ragged, weights, stepped.entropy, shift)
-    rows = torch.stack([sums.entropy, sums.steps], dim=1)
+    pieces = []
+    for block in shard.blocks():
+        ratio = stepped.logp[block.tokens] - base.logp[block.tokens]
+        weights = prefix_log_weights(block.ragged, ratio)
+        # The empty prefix has log w = 0.
+        largest = float(weights.max()) if len(weights) else 0.0
+        entropy = stepped.entropy[block.tokens]
+        sums = prefix_sums(block.ragged, weights, entropy, largest)
+        pieces.append((block.sequences, largest, sums))
+    # Each block's largest weight was divided out of its sums: now the largest of all.
+    shift = session.world.max(max((own for _, own, _ in pieces), default=0.0))
+    rows = torch.zeros(len(shard.positions), 2, dtype=torch.float64)
+    for sequences, own, sums in pieces:
+        rows[sequences] = torch.stack([sums.entropy, sums.steps], dim=1)
+        rows[sequences] *= math.exp(own - shift)
     gathered = session.world.gather_rows(rows, shard.positions, len(shard.batch))
     entropy, steps = gathered.unbind(1)
     return per_decision_ratio(
@@ -154,71 +182,134 @@ def _per_decision(
 
 
 def _slopes(
-    session: Session, shard: Shard, base: DirectionalScores, original: Ratio
+    session: Session,
+    along: AlongStep,
+    original: Ratio,
+    predicted: dict[Baseline, Tensor],
 ) -> dict[tuple[Score, Baseline, bool], Slope]:
     """The slope by every estimator that applies, from one gather."""
-    objective, ragged = session.config.objective, shard.ragged
-    tokens = derivatives_of(base)
-    known = predictors(base.entropy, base.features, ragged)
-    estimators = applicable_estimators(objective.normalize)
-    predictions = baseline_predictions(session.world, shard, base, objective.integrand)
-    columns = []
-    for score, baseline in estimators:
-        kind = (objective.integrand, objective.normalize, score, baseline)
-        weights = slope_weights(
-            tokens, ragged, original.value, kind, predictions.get(baseline)
-        )
-        columns.append(sequence_terms(tokens, ragged, weights, objective.integrand))
-    width = columns[0].shape[1]
-    columns.append(zero_mean_sums(tokens, base.features, known, ragged))
+    shard = session.shard(session.batches["E"])
+    terms = _terms(session, along.scores, original.value, predicted)
     rows = session.world.gather_rows(
-        torch.cat(columns, dim=1), shard.positions, len(shard.batch)
+        torch.cat([*terms.values(), along.features.zero_mean], dim=1),
+        shard.positions,
+        len(shard.batch),
     )
-    terms, zero_mean = rows.tensor_split([width * len(estimators)], dim=1)
+    *pieces, zero_mean = rows.split(
+        [piece.shape[1] for piece in (*terms.values(), along.features.zero_mean)], dim=1
+    )
     groups = shard.batch.groups
     group_fold = folds_of(shard.batch.group_order)
     slopes = {}
-    for estimator, piece in zip(estimators, terms.split(width, dim=1)):
+    for estimator, piece in zip(terms, pieces):
         slope = slope_from_terms(piece, original, groups, estimator)
         slopes[*estimator, False] = slope
         slopes[*estimator, True] = adjusted_slope(slope, zero_mean, groups, group_fold)
     return slopes
 
 
-def baseline_predictions(
-    world: World, shard: Shard, base: DirectionalScores, integrand: Integrand
-) -> dict[Baseline, Tensor]:
-    """Predictions of what follows each token, [t, 2], by baseline; two collectives."""
-    ragged, batch = shard.ragged, shard.batch
-    values = integrand_tokens(integrand, base.logp, base.entropy)
-    target = future_targets(values, ragged)
-    known = torch.cat(
-        [
-            predictors(base.entropy, base.features, ragged),
-            base.features["hidden"].double(),
-        ],
-        dim=1,
-    )
-    group = ragged.spread(batch.groups[shard.positions])
-    fold = folds_of(batch.group_order[group])
-    moments = fold_moments(known, target, base.dlogp.square(), fold)
-    coefficients = cross_fitted_coefficients(world.sum(moments, "scalars"))
-    totals = position_totals(target, ragged.position, int(batch.lengths.max()))
-    world.sum(totals, "scalars")
-    return {
-        "ridge": ridge_prediction(known, coefficients, fold),
-        "loo": leave_one_group_out_prediction(target, ragged.position, group, totals),
+def _terms(
+    session: Session,
+    base: DirectionalScores,
+    mean_entropy: float,
+    predicted: dict[Baseline, Tensor],
+) -> dict[tuple[Score, Baseline], Tensor]:
+    """`sequence_terms` of this rank's sequences by estimator, [n, 4] each."""
+    shard = session.shard(session.batches["E"])
+    objective = session.config.objective
+    integrand, normalize = objective.integrand, objective.normalize
+    estimators = applicable_estimators(normalize)
+    terms = {
+        estimator: torch.zeros(len(shard.positions), 4, dtype=torch.float64)
+        for estimator in estimators
     }
+    direct = [kind for kind in estimators if kind[1] not in predicted]
+    for block in shard.blocks():
+        tokens = derivatives_of(base.at(block.tokens))
+        for score, baseline in direct:
+            kind = (integrand, normalize, score, baseline)
+            weights = slope_weights(tokens, block.ragged, mean_entropy, kind)
+            terms[score, baseline][block.sequences] = sequence_terms(
+                tokens, block.ragged, weights, integrand
+            )
+    for score, baseline in estimators[len(direct) :]:
+        terms[score, baseline] = terms_less_prediction(
+            terms[score, "hk"], predicted[baseline], mean_entropy, normalize
+        )
+    return terms
 
 
-def derivatives_of(scores: DirectionalScores) -> TokenDerivatives:
-    """An order-1 score as the estimators take it."""
-    return TokenDerivatives(
-        logp=scores.logp,
-        entropy=scores.entropy,
-        dlogp=scores.dlogp,
-        dentropy=scores.dentropy,
+def predict(session: Session, along: AlongStep, sample_size: int) -> Predictions:
+    """The predictions of both baselines that make any; two collectives.
+
+    Args:
+        session: the run.
+        along: this rank's tokens of E.
+        sample_size: number of E's first sequences in the audits' sample.
+    """
+    world, features = session.world, along.features
+    coefficients = cross_fitted_coefficients(world.sum(features.moments, "scalars"))
+    totals = world.sum(features.totals, "scalars")
+    sample = first_sequences(session, sample_size)
+    num_tokens, configured = sample.ragged.num_tokens, session.config.linear.baseline
+    fold = _folds(session.shard(session.batches["E"]))
+    loo, own = _leave_one_out(
+        session, along, totals, num_tokens if configured == "loo" else 0
     )
+    if configured == "ridge":
+        own = _ridge_of_sample(along, sample, coefficients)
+    return Predictions(
+        sums={
+            "loo": loo,
+            "ridge": ridge_prediction(features.known, coefficients, fold),
+        },
+        sample=own if configured in ("loo", "ridge") else None,
+    )
+
+
+def _folds(shard: Shard) -> Tensor:
+    """Fold of each of the shard's sequences, [n]."""
+    return folds_of(shard.batch.group_order[shard.groups])
+
+
+def _leave_one_out(
+    session: Session, along: AlongStep, totals: Tensor, num_sample_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Sums of `loo` over sequences [n, 2], and its predictions of the first tokens."""
+    shard = session.shard(session.batches["E"])
+    sums = torch.zeros(len(shard.positions), 2, dtype=torch.float64)
+    own = torch.zeros(num_sample_tokens, 2, dtype=torch.float64)
+    for block in shard.blocks():
+        base, ragged = along.scores.at(block.tokens), block.ragged
+        values = integrand_tokens(
+            session.config.objective.integrand, base.logp, base.entropy
+        )
+        prediction = leave_one_group_out_prediction(
+            future_targets(values, ragged),
+            ragged.position,
+            ragged.spread(block.shard.groups),
+            totals,
+        )
+        here = block.tokens < num_sample_tokens
+        own[block.tokens[here]] = prediction[here]
+        for column, predicted in enumerate(prediction.T):
+            sums[block.sequences, column] = ragged.sum(base.dlogp * predicted)
+    return sums, own
+
+
+def _ridge_of_sample(along: AlongStep, sample: Shard, coefficients: Tensor) -> Tensor:
+    """Predictions of the ridge of every token of the sample, [s, 2]."""
+    predicted = torch.zeros(sample.ragged.num_tokens, 2, dtype=torch.float64)
+    for block in sample.blocks():
+        scores = along.scores.at(block.tokens)
+        kept = along.features.sample.items()
+        scores.features = {name: values[block.tokens] for name, values in kept}
+        predicted[block.tokens] = ridge_prediction(
+            known_before(scores, block.ragged),
+            coefficients,
+            block.ragged.spread(_folds(block.shard)),
+        )
+    return predicted
 
 
 def estimate_curvature(

@@ -8,11 +8,17 @@ from entropy_ddp.estimators.curvature import Curvature
 from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
-from entropy_ddp.probe.diagnosis import Duality, check_duality, measure_noise_floor
+from entropy_ddp.probe.diagnosis import (
+    SAMPLE_SEQUENCES,
+    Duality,
+    check_duality,
+    measure_noise_floor,
+)
 from entropy_ddp.probe.estimation import (
     EntropyEstimates,
     estimate,
     estimate_curvature,
+    predict,
 )
 from entropy_ddp.probe.phases import (
     SequenceSums,
@@ -42,6 +48,8 @@ class Measured:
         curvature: the second derivative; None if not asked for.
         duality: forward against reverse mode.
         noise_floor: |Delta H| of a sample that is only scored again.
+        surprise: sum over this rank's tokens of E of -log p - H, and of its variance
+            given what comes before, [2].
     """
 
     gradient: Tensor
@@ -55,6 +63,7 @@ class Measured:
     curvature: Curvature | None
     duality: Duality
     noise_floor: float
+    surprise: Tensor
 
     @property
     def step(self) -> Step:
@@ -69,13 +78,19 @@ class Measured:
 
 
 def measure(
-    session: Session, audit_sequences: int, *, with_curvature: bool = True
+    session: Session,
+    duality_sequences: int,
+    *,
+    noise_sequences: int = SAMPLE_SEQUENCES,
+    with_curvature: bool = True,
 ) -> Measured:
     """One forward and backward over U, E after the step, E along the step, audits.
 
     Args:
         session: an opened run.
-        audit_sequences: number of sequences of E for audits with a pass of their own.
+        duality_sequences: number of sequences of E on which forward and reverse mode
+            are compared; all of them where the gradient of the entropy is needed.
+        noise_sequences: number of sequences of E that are scored again.
         with_curvature: whether the curvature is measured if the configuration enables
             it.
 
@@ -86,8 +101,12 @@ def measure(
     config = session.config
     gradient, update_sums, update_scores = loss_gradient(session)
     stepped = score_after_step(session, gradient)
-    base = score_along_step(session, stepped.step)
-    estimates = estimate(session, base, stepped.scores)
+    along = score_along_step(session, stepped.step, duality_sequences)
+    base, surprise = along.scores, along.features.surprise
+    predictions = predict(session, along, duality_sequences)
+    estimates = estimate(session, along, stepped.scores, predictions)
+    # The features kept for the sample are used up.
+    del along
     curvature = None
     # A step that changed nothing has no direction to be curved along.
     moved = bool(stepped.step.delta.any())
@@ -109,8 +128,10 @@ def measure(
             session,
             base,
             estimates.original.value,
-            stepped.step.direction,
-            audit_sequences,
+            stepped.step,
+            predictions.sample,
+            duality_sequences,
         ),
-        noise_floor=measure_noise_floor(session, base, audit_sequences),
+        noise_floor=measure_noise_floor(session, base, noise_sequences),
+        surprise=surprise,
     )

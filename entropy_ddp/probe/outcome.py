@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +25,7 @@ from entropy_ddp.results import (
     LinearResult,
     Probed,
     Results,
+    Rows,
     RunFacts,
     TruthResult,
     UpdateResult,
@@ -67,10 +70,7 @@ def make_results(
     layout, delta = session.passes.layout, measured.step.delta
     return Probed(
         results=results,
-        sequences=[
-            *_evaluation_rows(session, measured),
-            *_update_rows(session, measured, shares),
-        ],
+        sequences=Rows(lambda: _sequence_rows(session, measured, shares)),
         delta=layout.views(delta) if session.config.update.save_delta else None,
         sampled=frozenset(session.num_redraws),
     )
@@ -222,14 +222,31 @@ def _linear_all(measured: Measured) -> list[dict[str, Any]]:
     ]
 
 
-def _columns(sequences: tuple[Sequence, ...], **columns: Tensor) -> list[Any]:
+# Sequences whose numbers are Python objects at the same time.
+_ROWS_AT_ONCE = 1024
+
+
+def _sequence_rows(
+    session: Session, measured: Measured, shares: Tensor | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of per_sequence.jsonl one by one: E, then U."""
+    return chain(
+        _evaluation_rows(session, measured), _update_rows(session, measured, shares)
+    )
+
+
+def _columns(
+    sequences: tuple[Sequence, ...], **columns: Tensor
+) -> Iterator[tuple[Sequence, dict[str, float]]]:
     """Each sequence with its values of per-sequence arrays [N]."""
-    lists = [column.tolist() for column in columns.values()]
-    rows = [dict(zip(columns, values)) for values in zip(*lists)]
-    return list(zip(sequences, rows, strict=True))
+    for first in range(0, len(sequences), _ROWS_AT_ONCE):
+        here = slice(first, first + _ROWS_AT_ONCE)
+        values = zip(*(column[here].tolist() for column in columns.values()))
+        for sequence, row in zip(sequences[here], values, strict=True):
+            yield sequence, dict(zip(columns, row))
 
 
-def _evaluation_rows(session: Session, measured: Measured) -> list[dict[str, Any]]:
+def _evaluation_rows(session: Session, measured: Measured) -> Iterable[dict[str, Any]]:
     estimates, eta = measured.estimates, measured.step.learning_rate
     pairs = _columns(
         session.batches["E"].sequences,
@@ -241,29 +258,28 @@ def _evaluation_rows(session: Session, measured: Measured) -> list[dict[str, Any
         contribution_true=measured.change.contributions,
         contribution_linear=eta * measured.slope.contributions,
     )
-    return [_row("E", sequence, values) for sequence, values in pairs]
+    return (_row("E", sequence, values) for sequence, values in pairs)
 
 
 def _update_rows(
     session: Session, measured: Measured, shares: Tensor | None
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The rows of U; with shares also those, and the decoded text at the end."""
     batch, tokenizer = session.batches["U"], session.policy.tokenizer
     sums = measured.update_sums
     columns = {"logp": sums.logp, "entropy": sums.entropy}
-    rows: list[dict[str, Any]] = []
-    for sequence, values in _columns(batch.sequences, **columns):
+    pairs = _columns(batch.sequences, **columns)
+    for place, (sequence, values) in enumerate(pairs):
         known = {"reward": sequence.reward, "advantage": sequence.advantage}
         given = {name: value for name, value in known.items() if value is not None}
         if shares is not None:
-            given["share"] = float(shares[len(rows)])
+            given["share"] = float(shares[place])
         row = _row("U", sequence, values | given)
         if shares is not None and tokenizer is not None:
             row["prompt"] = decode_prompt(sequence.prompt_ids.tolist(), tokenizer)
             ids = sequence.response_ids.tolist()
             row["response"] = decode_response(ids, tokenizer)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _row(split: str, sequence: Sequence, values: dict[str, Any]) -> dict[str, Any]:

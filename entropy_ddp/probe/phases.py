@@ -6,9 +6,14 @@
 
 Between the passes only per-sequence sums travel between ranks: one collective for the
 gradient, one for each table of sums.
+
+Of every token of E six numbers are kept: log p and H at theta_after and at theta, and the
+derivatives of the latter. What else a pass gives is made for one block of whole groups,
+reduced, and dropped.
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +23,7 @@ from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
 from entropy_ddp.policy.parameters import fingerprint
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.probe.features import FeatureSums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
@@ -35,6 +41,11 @@ class SequenceSums:
 def gather_sums(world: World, shard: Shard, *token_arrays: Tensor) -> list[Tensor]:
     """Per-sequence sums [N] of flat token arrays [t], over all ranks in file order."""
     columns = [shard.ragged.sum(values) for values in token_arrays]
+    return gather_columns(world, shard, columns)
+
+
+def gather_columns(world: World, shard: Shard, columns: list[Tensor]) -> list[Tensor]:
+    """Per-sequence values [N] of this rank's [n], over all ranks in file order."""
     rows = torch.stack(columns, dim=1)
     return list(world.gather_rows(rows, shard.positions, len(shard.batch)).unbind(1))
 
@@ -85,36 +96,91 @@ def score_after_step(session: Session, gradient: Tensor) -> SteppedScores:
         state = optimizer_tensors(session.optimizer)
         return fingerprint([*parameters.items(), *state])
 
-    before = state_hash()
-    with session.phase("truth: E after the step", shard.ragged.num_tokens):
-        with one_step(
-            session.optimizer, parameters, gradient, session.config.update, device
-        ) as step:
+    with session.phase("fingerprints"):
+        before = state_hash()
+    with ExitStack() as undo:
+        with session.phase("step"):
+            step = undo.enter_context(
+                one_step(
+                    session.optimizer,
+                    parameters,
+                    gradient,
+                    session.config.update,
+                    device,
+                )
+            )
+        with session.phase("fingerprints"):
             stepped = fingerprint(parameters.items())
+        with session.phase("truth: E after the step", shard.ragged.num_tokens):
             scores = session.passes.score(shard)
+    with session.phase("fingerprints"):
         restored = state_hash()
     return SteppedScores(step=step, scores=scores, hashes=(before, stepped, restored))
 
 
-def score_along_step(session: Session, step: Step) -> DirectionalScores:
-    """This rank's tokens of E at theta, with derivatives along v = delta / eta."""
-    shard = session.shard(session.batches["E"])
-    direction = session.passes.layout.views(step.direction)
+@dataclass(frozen=True, kw_only=True)
+class AlongStep:
+    """What the pass along the step gave.
+
+    Attributes:
+        scores: this rank's tokens of E at theta, with derivatives along v.
+        features: sums of what else it gave of every token.
+    """
+
+    scores: DirectionalScores
+    features: FeatureSums
+
+
+def first_sequences(session: Session, count: int) -> Shard:
+    """This rank's share of the first sequences of E, the same at every world size.
+
+    They are the first of its sequences, and their tokens the first in its token arrays.
+    """
+    sample, whole = (
+        session.batches["E"].first(count),
+        session.shard(session.batches["E"]),
+    )
+    return Shard(batch=sample, positions=whole.positions[whole.positions < len(sample)])
+
+
+def score_along_step(session: Session, step: Step, sample_size: int = 0) -> AlongStep:
+    """This rank's tokens of E at theta, with derivatives along v = delta / eta.
+
+    Args:
+        session: the run.
+        step: the step.
+        sample_size: of how many of E's first sequences the features are kept token by
+            token, where the configured baseline is the ridge.
+    """
+    shard, integrand = (
+        session.shard(session.batches["E"]),
+        session.config.objective.integrand,
+    )
+    kept = 0
+    if session.config.linear.baseline == "ridge":
+        kept = first_sequences(session, sample_size).ragged.num_tokens
+    scores = DirectionalScores.empty(shard.ragged.num_tokens)
+    features = FeatureSums.empty(shard, kept)
     with session.phase("slope: E along the step", shard.ragged.num_tokens):
-        return session.passes.score(shard, direction, with_features=True)
+        direction = step.direction(session.passes.parameters)
+        for block in shard.blocks():
+            piece = session.passes.score(block.shard, direction, with_features=True)
+            scores.put(block.tokens, piece)
+            features.add(block, piece, integrand)
+    return AlongStep(scores=scores, features=features)
 
 
 def score_twice_along_step(
     session: Session, step: Step, base: DirectionalScores
 ) -> tuple[Tensor, Tensor]:
     """Second derivatives of l_i and H_i along v of every sequence of E, [N] each."""
-    shard = session.shard(session.batches["E"])
-    views = session.passes.layout.views(step.direction)
+    shard, passes = session.shard(session.batches["E"]), session.passes
     device = snapshot_device(session.config.compute)
     square, count = base.dlogp.square().sum(), torch.tensor(len(base.dlogp))
     session.world.sum(sums := torch.stack([square, count.double()]), "scalars")
     typical = math.sqrt(sums[0] / sums[1])
     with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
-        second = session.passes.score_twice(shard, views, typical, device)
-    logp, entropy = gather_sums(session.world, shard, *second)
+        direction = step.direction(passes.parameters)
+        second = passes.score_twice(shard, direction, typical, device)
+    logp, entropy = gather_columns(session.world, shard, list(second))
     return logp, entropy

@@ -69,7 +69,8 @@ def run_audit(
     """
     session = open_session(config, world, out, progress)
     is_wanted(config.gradient_dot, session.batches)
-    measured = measure(session, len(session.batches["E"]))
+    everything = len(session.batches["E"])
+    measured = measure(session, everything, noise_sequences=everything)
     dot = _gradient_dot(session, measured)
     extras = Extras(
         dot=dot,

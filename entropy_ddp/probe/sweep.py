@@ -15,6 +15,7 @@ from typing import Any
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.sweep import (
     SweepPoint,
@@ -57,7 +58,9 @@ def run_sweep(config: Config, world: World, out: Path, progress: Progress) -> Pr
     known = {p.eta: p for p in _finished_points(session, out / POINTS_FILE, identity)}
     points: list[SweepPoint] = []
     for eta in _grid(session, measured):
-        point = known.get(eta) or _measure_point(session, measured, eta)
+        point = known.get(eta)
+        if point is None:
+            point = _point(measured, eta, _change_at(session, measured, eta))
         points.append(point)
         if world.is_main:
             kept = [{"identity": identity} | asdict(p) for p in points]
@@ -85,20 +88,26 @@ def _grid(session: Session, measured: Measured) -> list[float]:
     return [s * eta for eta in etas for s in ((1, -1) if sweep.symmetric else (1,))]
 
 
-def _measure_point(session: Session, measured: Measured, eta: float) -> SweepPoint:
-    """E scored at theta + eta v, the parameters put back."""
+def _change_at(session: Session, measured: Measured, eta: float) -> EntropyChange:
+    """Delta H at theta + eta v; at the step's own learning rate it is measured already."""
+    if eta == measured.step.learning_rate:
+        return measured.change
     shard = session.shard(session.batches["E"])
     passes = session.passes
-    views = passes.layout.views(measured.step.direction)
     device = snapshot_device(session.config.compute)
+    direction = measured.step.direction(passes.parameters)
     with (
         session.phase(f"sweep: eta = {eta:.3g}", shard.ragged.num_tokens),
-        shifted(passes.parameters, views, eta, device),
+        shifted(passes.parameters, direction, eta, device),
     ):
         scores = passes.score(shard)
     changes = changes_at(session, measured.base, scores)
-    change, slope = changes[session.config.truth.is_mode], measured.slope
-    curvature = measured.curvature
+    return changes[session.config.truth.is_mode]
+
+
+def _point(measured: Measured, eta: float, change: EntropyChange) -> SweepPoint:
+    """The row of one step size."""
+    slope, curvature = measured.slope, measured.curvature
     return SweepPoint(
         eta=eta,
         delta_h_true=change.value,
@@ -140,7 +149,7 @@ def _finished_points(
     """Points that an interrupted sweep left; rank 0's file, known to every rank."""
     rows: list[dict[str, Any]] = []
     if session.world.is_main and path.exists():
-        rows = read_rows(path)
+        rows = list(read_rows(path))
     rows = session.world.gather_objects(rows)[0]
     if any(row.pop("identity", None) != identity for row in rows):
         raise InputError(

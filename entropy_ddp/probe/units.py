@@ -28,7 +28,7 @@ from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.policy.response_tokens import TokenWeights
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
-from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.rollouts.batch import Block, Shard
 from entropy_ddp.update.loss import loss_weights
 
 
@@ -47,21 +47,20 @@ class Units:
     @property
     def group(self) -> Tensor:
         """Group number of each of this rank's sequences, [n]."""
-        return self.shard.batch.groups[self.shard.positions]
+        return self.shard.groups
 
     @property
     def count(self) -> int:
         """Number of units B of the whole batch."""
         return self.shard.batch.num_groups
 
-    def only(self, unit: int) -> "Units":
-        """One of this rank's units, with its share of the same mean."""
-        here = self.group == unit
-        places = self.shard.ragged.spread(here).nonzero().squeeze(1)
-        return Units(
-            shard=Shard(batch=self.shard.batch, positions=self.shard.positions[here]),
-            weights=lambda token, *rest: self.weights(places[token.cpu()], *rest),
-        )
+    def one_by_one(self) -> Iterator[tuple[int, "Units"]]:
+        """Each of this rank's units alone, ascending, with its share of the same mean."""
+        for unit, block in self.shard.by_group():
+            yield unit, Units(shard=block.shard, weights=self._weights_of(block))
+
+    def _weights_of(self, block: Block) -> TokenWeights:
+        return lambda token, *rest: self.weights(block.tokens[token.cpu()], *rest)
 
 
 def entropy_units(session: Session, base: TokenScores, weighting: Weighting) -> Units:
@@ -110,12 +109,12 @@ def loss_units(session: Session) -> Units:
 
 def _sequence_units(shard: Shard, coefficients: Tensor) -> Units:
     """Units whose tokens have their sequence's coefficient as weight, [n]."""
-    on_logp = shard.ragged.spread(coefficients)
-    on_entropy = torch.zeros_like(on_logp)
-    return Units(
-        shard=shard,
-        weights=lambda token, *_: (on_logp[token.cpu()], on_entropy[token.cpu()]),
-    )
+
+    def weights(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        on_logp = coefficients[shard.ragged.sequence_at(token.cpu())]
+        return on_logp, torch.zeros_like(on_logp)
+
+    return Units(shard=shard, weights=weights)
 
 
 def mean_gradient(session: Session, units: Units) -> Tensor:
@@ -130,8 +129,7 @@ def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor
     Yields:
         Number of the unit, ascending, and its gradient, flat, [P].
     """
-    for unit in units.group.unique().tolist():
-        alone = units.only(unit)
+    for unit, alone in units.one_by_one():
         flat, _ = session.passes.gradient(
             alone.shard, alone.weights, session.buffer_dtype
         )
@@ -148,10 +146,12 @@ def directional_derivatives(
         units: the units.
         scores: this rank's tokens at theta with derivatives along d.
     """
-    every = torch.arange(len(scores.logp))
-    weights, _ = units.weights(every, scores.logp, scores.entropy)
-    sums = units.count * units.shard.ragged.sum(weights * scores.dlogp)
-    totals = group_totals(sums, units.group, units.count)
+    sums = torch.zeros(len(units.shard.positions), dtype=torch.float64)
+    for block in units.shard.blocks():
+        here = block.tokens
+        weights, _ = units.weights(here, scores.logp[here], scores.entropy[here])
+        sums[block.sequences] = block.ragged.sum(weights * scores.dlogp[here])
+    totals = group_totals(units.count * sums, units.group, units.count)
     return session.world.sum(totals, "scalars")
 
 

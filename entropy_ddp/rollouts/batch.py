@@ -9,6 +9,8 @@ rank's share.
 """
 
 import hashlib
+import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of the padded block in which running sums are taken.
+# Elements of the padded block in which running sums are taken, or of an index.
 DENSE_ELEMENTS = 1 << 22
+# Response tokens of one block of a shard: what is made for every token of a block is
+# reduced before the next block is begun.
+BLOCK_TOKENS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +75,38 @@ class Ragged:
         """First flat position of each sequence, [n]."""
         return self.lengths.cumsum(0) - self.lengths
 
-    @cached_property
+    # Not cached: an index for every token would outlive its use.
+    @property
     def sequence_of_token(self) -> Tensor:
         """Sequence of each token, [t]."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
 
-    @cached_property
+    @property
     def position(self) -> Tensor:
         """0-based position k - 1 of each token in its response, [t]."""
         first = torch.repeat_interleave(self.starts, self.lengths)
-        return torch.arange(self.num_tokens) - first
+        return torch.arange(self.num_tokens).sub_(first)
 
     @cached_property
     def num_tokens(self) -> int:
         """Total number of tokens t."""
         return int(self.lengths.sum())
 
+    def sequence_at(self, token: Tensor) -> Tensor:
+        """Sequence of each of these flat places, [m]; needs no array of all tokens."""
+        return torch.searchsorted(self.starts + self.lengths, token, right=True)
+
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a flat token array [t] within each sequence, [n]."""
+        """Sum of a flat token array [t] within each sequence, [n].
+
+        Token by token in their order, with an index of some of them at a time.
+        """
         total = values.new_zeros(len(self.lengths))
-        return total.index_add_(0, self.sequence_of_token, values)
+        for first in range(0, self.num_tokens, DENSE_ELEMENTS):
+            here = values[first : first + DENSE_ELEMENTS]
+            token = torch.arange(first, first + len(here))
+            total.index_add_(0, self.sequence_at(token), here)
+        return total
 
     def spread(self, values: Tensor) -> Tensor:
         """Per-sequence values [n] repeated for every token, [t]."""
@@ -105,13 +122,13 @@ class Ragged:
         longest = int(self.lengths.max()) if len(self.lengths) else 0
         rows = max(1, DENSE_ELEMENTS // max(longest, 1))
         for first in range(0, len(self.lengths), rows):
-            lengths = self.lengths[first : first + rows]
+            part = Ragged(self.lengths[first : first + rows])
             begin = int(self.starts[first])
-            block = slice(begin, begin + int(lengths.sum()))
-            place = (self.sequence_of_token[block] - first, self.position[block])
-            dense = values.new_zeros(len(lengths), longest + 1)
-            dense[place[0], place[1] + 1] = values[block]
-            before[block] = dense.cumsum(1)[place]
+            block = slice(begin, begin + part.num_tokens)
+            row, column = part.sequence_of_token, part.position
+            dense = values.new_zeros(len(part.lengths), longest + 1)
+            dense[row, column + 1] = values[block]
+            before[block] = dense.cumsum(1)[row, column]
         return before
 
     def sum_after(self, values: Tensor) -> Tensor:
@@ -151,6 +168,12 @@ class Batch:
     def ragged(self) -> Ragged:
         """Layout of flat token arrays of the whole batch."""
         return Ragged(self.lengths)
+
+    @cached_property
+    def prompt_lengths(self) -> Tensor:
+        """Prompt lengths P, int64, [N]."""
+        lengths = [len(s.prompt_ids) for s in self.sequences]
+        return torch.tensor(lengths, dtype=torch.int64)
 
     @cached_property
     def groups(self) -> Tensor:
@@ -195,7 +218,9 @@ class Batch:
         return replace(self, sequences=tuple(replace(s, advantage=a) for s, a in pairs))
 
     def first(self, count: int) -> "Batch":
-        """The first `count` sequences in file order."""
+        """The first `count` sequences in file order; this batch if it has no more."""
+        if count >= len(self):
+            return self
         return replace(self, sequences=self.sequences[:count])
 
     def shard(self, rank: int, world_size: int) -> "Shard":
@@ -203,19 +228,36 @@ class Batch:
 
         Groups are dealt from the longest to the shortest, each to the rank with the
         fewest tokens so far (prompt tokens count too: they cost a forward pass). A
-        rank may get none.
+        rank may get none. Made once for each rank.
         """
-        cost = torch.zeros(int(self.groups.max()) + 1 if len(self) else 0)
-        for sequence in self.sequences:
-            cost[sequence.group] += len(sequence.prompt_ids) + sequence.num_tokens
-        load = [0.0] * world_size
-        owner = [0] * len(cost)
-        for group in cost.argsort(descending=True, stable=True).tolist():
-            target = min(range(world_size), key=load.__getitem__)
-            owner[group] = target
-            load[target] += float(cost[group])
-        mine = [i for i, s in enumerate(self.sequences) if owner[s.group] == rank]
-        return Shard(batch=self, positions=torch.tensor(mine, dtype=torch.int64))
+        if (rank, world_size) not in self._shards:
+            owner = self._owners(world_size)[self.groups]
+            mine = (owner == rank).nonzero().squeeze(1)
+            self._shards[rank, world_size] = Shard(batch=self, positions=mine)
+        return self._shards[rank, world_size]
+
+    @cached_property
+    def _shards(self) -> dict[tuple[int, int], "Shard"]:
+        return {}
+
+    @cached_property
+    def _owners_of(self) -> dict[int, Tensor]:
+        return {}
+
+    def _owners(self, world_size: int) -> Tensor:
+        """The rank that holds each group, int64, by group number."""
+        if world_size not in self._owners_of:
+            count = int(self.groups.max()) + 1 if len(self) else 0
+            cost = torch.zeros(count, dtype=torch.int64)
+            cost.index_add_(0, self.groups, self.prompt_lengths + self.lengths)
+            owner = [0] * count
+            loads = [(0, rank) for rank in range(world_size)]
+            for group in cost.argsort(descending=True, stable=True).tolist():
+                load, target = loads[0]
+                owner[group] = target
+                heapq.heapreplace(loads, (load + int(cost[group]), target))
+            self._owners_of[world_size] = torch.tensor(owner, dtype=torch.int64)
+        return self._owners_of[world_size]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,3 +281,66 @@ class Shard:
     def ragged(self) -> Ragged:
         """Layout of this rank's flat token arrays."""
         return Ragged(self.batch.lengths[self.positions])
+
+    @property
+    def groups(self) -> Tensor:
+        """Group number of each of this rank's sequences, [n]."""
+        return self.batch.groups[self.positions]
+
+    def by_group(self) -> Iterator[tuple[int, "Block"]]:
+        """Each of this rank's groups by number, ascending, and its sequences."""
+        numbers, places = _places_by_group(self.groups)
+        for number, here in zip(numbers, places):
+            yield number, self._block(here)
+
+    def blocks(self) -> Iterator["Block"]:
+        """The shard cut into blocks of whole groups, in the order of their numbers.
+
+        Each is filled up to `BLOCK_TOKENS` response tokens; a longer group is a block
+        of its own. A shard without sequences has no block.
+        """
+        waiting: list[Tensor] = []
+        count = 0
+        for here in _places_by_group(self.groups)[1]:
+            added = int(self.ragged.lengths[here].sum())
+            if waiting and count + added > BLOCK_TOKENS:
+                yield self._block(torch.cat(waiting))
+                waiting, count = [], 0
+            waiting.append(here)
+            count += added
+        if waiting:
+            yield self._block(torch.cat(waiting))
+
+    def _block(self, places: Tensor) -> "Block":
+        places = places.sort().values
+        part = Shard(batch=self.batch, positions=self.positions[places])
+        starts = part.ragged.spread(self.ragged.starts[places])
+        tokens = starts.add_(part.ragged.position)
+        return Block(shard=part, sequences=places, tokens=tokens)
+
+
+def _places_by_group(groups: Tensor) -> tuple[list[int], tuple[Tensor, ...]]:
+    """The groups that occur, ascending, and where each does."""
+    numbers, sizes = groups.unique(return_counts=True)
+    order = groups.argsort(stable=True)
+    return numbers.tolist(), order.split(sizes.tolist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Whole groups of a shard, few enough to hold anything for each of their tokens.
+
+    Attributes:
+        shard: the block's sequences, a shard in itself.
+        sequences: their places among the whole shard's, ascending, [n].
+        tokens: places of the block's tokens in the whole shard's token arrays, [t].
+    """
+
+    shard: Shard
+    sequences: Tensor
+    tokens: Tensor
+
+    @property
+    def ragged(self) -> Ragged:
+        """Layout of the block's flat token arrays."""
+        return self.shard.ragged

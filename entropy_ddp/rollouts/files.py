@@ -91,11 +91,12 @@ def make_batch(
                 "write all group keys as strings, or all as integers",
             )
         group = group_of_key.setdefault(key, len(group_of_key))
-        sequence = replace(sequence, group=group)
         if group == len(first_of_group):
             first_of_group.append(sequence)
-        _check_same_group(sequence, first_of_group[group], where)
-        sequences.append(sequence)
+        first = first_of_group[group]
+        _check_same_group(sequence, first, where)
+        # The responses of a group share one copy of its prompt.
+        sequences.append(replace(sequence, group=group, prompt_ids=first.prompt_ids))
     return Batch(split=split, sequences=tuple(sequences))
 
 

@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,27 +38,29 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Read a file of JSON objects, one a line; row i stands on line i + 1.
 
     Args:
         path: file whose name ends in `.jsonl` or `.jsonl.gz`.
 
-    Returns:
-        The rows in file order, at least one; all their numbers are finite.
+    Yields:
+        The rows in file order, at least one; all their numbers are finite. Each is
+        read when it is asked for: a file's rows are never in memory together.
 
     Raises:
         InputError: if the file cannot be read, is empty, or a line is not one JSON
             object with unique keys and finite numbers.
     """
-    rows: list[dict[str, Any]] = []
+    count = 0
     try:
         with _open(path) as stream:
             for line in stream:
-                rows.append(_parse_line(line, f"{path}:{len(rows) + 1}"))
+                yield _parse_line(line, f"{path}:{count + 1}")
+                count += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise make_problem(
-            f"{path}:{len(rows) + 1}",
+            f"{path}:{count + 1}",
             "gzip data",
             f"a damaged or cut file ({error})",
             "write or copy the file again",
@@ -69,11 +72,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             error.strerror or str(error),
             "check the path and its permissions",
         ) from error
-    if not rows:
+    if not count:
         raise make_problem(
             f"{path}:1", "at least one row", "an empty file", "write the rows to it"
         )
-    return rows
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:

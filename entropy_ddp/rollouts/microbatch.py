@@ -216,7 +216,9 @@ def _build(shard: Shard, rows: list[Row]) -> Microbatch:
     """
     members = [[shard.sequences[place] for place in row.sequences] for row in rows]
     responses = [sequence.response_ids for group in members for sequence in group]
-    pieces, lengths, branches = [], [], []
+    pieces: list[Tensor] = []
+    lengths: list[int] = []
+    branches: list[int] = []
     for group in members:
         pieces += [group[0].prompt_ids, *(s.response_ids[:-1] for s in group)]
         lengths += [len(group[0].prompt_ids), *(s.num_tokens - 1 for s in group)]

@@ -33,7 +33,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: if anything is wrong with the file, naming `path:line`.
     """
-    rows = read_rows(path)
+    rows = list(read_rows(path))
     for number, row in enumerate(rows, start=1):
         where = f"{path}:{number}"
         check_types(row, where)

@@ -53,13 +53,12 @@ def loss_weights(shard: Shard, update: Update) -> TokenWeights:
         advantages = torch.ones_like(coefficients)
     else:
         advantages = shard.batch.advantages[shard.positions]
-    fixed = -ragged.spread(coefficients)
-    token_advantages = ragged.spread(advantages)
     sampling = _sampling_logprobs(shard) if update.ratio == "clipped" else None
 
     def weights(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         place = token.cpu()
-        advantage = token_advantages[place]
+        sequence = ragged.sequence_at(place)
+        advantage = advantages[sequence]
         slope = advantage
         if sampling is not None:
             ratio = (logp.double().cpu() - sampling[place]).exp()
@@ -69,7 +68,7 @@ def loss_weights(shard: Shard, update: Update) -> TokenWeights:
                 ratio < 1 - update.epsilon_low,
             )
             slope = (ratio * advantage).masked_fill(clipped, 0.0)
-        on_logp = (fixed[place] * slope).to(logp.device)
+        on_logp = (-coefficients[sequence] * slope).to(logp.device)
         return on_logp, torch.zeros_like(on_logp)
 
     return weights

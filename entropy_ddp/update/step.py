@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,10 +36,23 @@ class Step:
     clip_coef: float
     num_optimizer_steps: int
 
-    @cached_property
-    def direction(self) -> Tensor:
-        """v = delta / eta, flat, [P]."""
-        return self.delta / self.learning_rate
+    def direction(
+        self, parameters: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """v = delta / eta by name, in each parameter's dtype and on its device.
+
+        Made anew at every call, for the time of one pass.
+        """
+        views = ParameterLayout.of(parameters).views(self.delta)
+        return {
+            name: (view / self.learning_rate).to(parameters[name])
+            for name, view in views.items()
+        }
+
+    @property
+    def direction_norm(self) -> float:
+        """Euclidean norm of v."""
+        return global_norm(self.delta) / self.learning_rate
 
     def top_parameters(
         self, layout: ParameterLayout, count: int
@@ -112,6 +124,8 @@ def one_step(
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate
             steps = _step_and_count(optimizer)
+            # Not to be held while the context's body runs.
+            _drop_gradients(parameters)
             yield Step(
                 delta=_difference(layout, parameters, before, gradient.dtype),
                 learning_rate=float(rates[0]),
@@ -120,8 +134,7 @@ def one_step(
                 num_optimizer_steps=steps,
             )
         finally:
-            for parameter in parameters.values():
-                parameter.grad = None
+            _drop_gradients(parameters)
             for group, rate in zip(optimizer.param_groups, saved_rates):
                 group["lr"] = rate
 
@@ -136,6 +149,11 @@ def _clip(
     for parameter in parameters.values():
         parameter.grad.mul_(coefficient)
     return coefficient
+
+
+def _drop_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    for parameter in parameters.values():
+        parameter.grad = None
 
 
 def _step_and_count(optimizer: torch.optim.Optimizer) -> int:

@@ -8,7 +8,7 @@ import torch
 from enumerable import Policy, predictions, slopes
 from torch import Tensor
 
-from entropy_ddp.config import Integrand
+from entropy_ddp.config import Integrand, Normalize
 from entropy_ddp.estimators.baselines import (
     NUM_FOLDS,
     RIDGE_PENALTY,
@@ -21,7 +21,14 @@ from entropy_ddp.estimators.baselines import (
     predictors,
     ridge_prediction,
 )
-from entropy_ddp.estimators.linear import Baseline
+from entropy_ddp.estimators.entropy import integrand_tokens
+from entropy_ddp.estimators.linear import (
+    Baseline,
+    TokenDerivatives,
+    sequence_terms,
+    slope_weights,
+    terms_less_prediction,
+)
 from entropy_ddp.rollouts.batch import Ragged
 
 ATOL = 1e-12  # the same sums of numbers of order 1 in another order
@@ -309,6 +316,56 @@ def test_sums_over_ranks_give_the_same_predictions() -> None:
         here = torch.isin(batch.group, rank.groups)
         assert_close(rank.ridge(coefficients), batch.ridge()[here], SOLVE_ATOL)
         assert_close(rank.loo(totals), batch.loo()[here])
+
+
+# Sums over sequences in place of predictions of tokens
+
+
+@pytest.mark.parametrize("normalize", ["per_token", "per_sequence", "sum"])
+@pytest.mark.parametrize("integrand", ["rb", "surprisal"])
+@pytest.mark.parametrize("baseline", ["loo", "ridge"])
+def test_terms_from_sums_are_those_from_tokens(
+    normalize: Normalize, integrand: Integrand, baseline: Baseline
+) -> None:
+    """Of `hk` less log p' times the prediction; of the ridge, less g_i . beta."""
+    policy, groups = Policy(seed=1), torch.arange(300) // 2
+    batch = policy.table().select(policy.sample(1, 300, 1, seed=5)[0])
+    ragged, dlogp = batch.ragged, batch["dlogp"]
+    prediction = predictions(batch, groups, integrand)[baseline]
+    mean_entropy = batch.ratio(normalize, integrand).value
+
+    def terms(baseline: Baseline, predicted: Tensor | None = None) -> Tensor:
+        kind = (integrand, normalize, "to_go", baseline)
+        weights = slope_weights(batch.tokens, ragged, mean_entropy, kind, predicted)
+        return sequence_terms(batch.tokens, ragged, weights, integrand)
+
+    expected = terms(baseline, prediction)
+    columns = [ragged.sum(dlogp * predicted) for predicted in prediction.T]
+    if baseline == "ridge":
+        known = torch.cat([batch.predictors, batch.hidden], dim=1)
+        values = integrand_tokens(integrand, batch["logp"], batch["entropy"])
+        target, fold = future_targets(values, ragged), folds_of(groups)
+        moments = fold_moments(known, target, dlogp.square(), ragged.spread(fold))
+        sums = torch.stack([ragged.sum(dlogp * x) for x in known.T], dim=1)
+        beta = cross_fitted_coefficients(moments)
+        columns = list(ridge_prediction(sums, beta, fold).unbind(1))
+    found = terms_less_prediction(
+        terms("hk"), torch.stack(columns, dim=1), mean_entropy, normalize
+    )
+    assert (expected - terms("hk")).abs().max() > 1e-2
+    assert float((found - expected).abs().max()) < 1e-13 * _term_scale(
+        batch.tokens, prediction, mean_entropy
+    )
+
+
+def _term_scale(
+    tokens: TokenDerivatives, prediction: Tensor, mean_entropy: float
+) -> float:
+    """Largest entropy to go, or prediction of it, times the largest score, of a batch."""
+    size = float(prediction[:, 0].abs().max()) + mean_entropy * float(
+        prediction[:, 1].abs().max()
+    )
+    return float(tokens.dlogp.abs().max()) * max(1.0, size)
 
 
 # What they are for

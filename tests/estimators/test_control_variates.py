@@ -116,6 +116,21 @@ def test_variates_are_those_written() -> None:
         torch.testing.assert_close(sums[row], expected.T.flatten())
 
 
+@pytest.mark.parametrize("num_groups", [3, 10, 79, 80, 81, 90, 559, 5000])
+def test_unused_variates_need_not_be_made(
+    monkeypatch: pytest.MonkeyPatch, num_groups: int
+) -> None:
+    """Those of the first predictors are the first ones, and no predictor too many."""
+    monkeypatch.setattr(control_variates, "GROUPS_PER_VARIATE", 10.0)
+    table, limit = batch(), num_groups // 10
+    usable = control_variates.num_usable_predictors(num_groups)
+    few = zero_mean_sums(
+        table.tokens, table.features, table.predictors[:, :usable], table.ragged
+    )
+    assert torch.equal(few[:, :limit], table.zero_mean()[:, :limit])
+    assert few.shape[1] < limit + 8
+
+
 # The regression
 
 

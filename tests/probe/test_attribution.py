@@ -350,7 +350,7 @@ def test_everything_sums_to_the_prediction(named_run: RunMaker, case: Case) -> N
     assert result.attribution_gap <= GAP["float64"]
     for rows in result.summaries.values():
         assert abs(sum(r["share"] for r in rows) - result.gradient) <= RTOL * scale
-        assert sum(r["num_tokens"] for r in rows) == len(probed.tokens)
+        assert sum(r["num_tokens"] for r in rows) == len(list(probed.tokens))
 
 
 LINEAR = {
@@ -483,6 +483,7 @@ def test_what_if_is_a_step_without_these_tokens(
     result, tokens = probed.results.attribution, probed.tokens
     assert result is not None
     assert tokens is not None
+    tokens = list(tokens)
     old = ref.scores(run.saved.model, run.E, 1.0)
     found = []
     for row, chosen in zip(result.what_if, chosen_tokens(tokens), strict=True):

@@ -98,7 +98,7 @@ class Opened:
     def of(cls, session: Session) -> "Opened":
         gradient, _, _ = loss_gradient(session)
         stepped = score_after_step(session, gradient)
-        base = score_along_step(session, stepped.step)
+        base = score_along_step(session, stepped.step).scores
         return cls(session=session, gradient=gradient, stepped=stepped, base=base)
 
     def result(self, settings: GradientDot) -> GradientDotResult:
@@ -449,7 +449,7 @@ def measure(world):
         session = open_session(config, world, None, lambda *progress: None)
         gradient, _, _ = phases.loss_gradient(session)
         stepped = phases.score_after_step(session, gradient)
-        base = phases.score_along_step(session, stepped.step)
+        base = phases.score_along_step(session, stepped.step).scores
         for direction in ("step", "preconditioned"):
             for method in ("jvp", "backward"):
                 settings = gd.GradientDot(

@@ -30,7 +30,7 @@ from entropy_ddp.probe.sweep import POINTS_FILE, run_sweep
 from entropy_ddp.results import Results
 
 RTOL = 1e-9  # of the change itself, in float64
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 0.002  # none of the points: that one would need no pass
 ETAS = [0.03, 0.001, 0.01, 0.003]
 CLIP_C = 1.02  # clips some weights and not others
 SECTIONS: dict[str, Any] = {
@@ -278,16 +278,20 @@ def test_the_smallest_of_a_chosen_grid_is_above_the_noise(
 def test_the_point_at_the_step_itself_is_the_headline(
     qwen2: TinyRun, tmp_path: Path
 ) -> None:
-    """theta + eta v is theta_after up to one rounding of every weight."""
-    results = sweep(qwen2, tmp_path, sweep={"etas": [LEARNING_RATE]})
+    """theta + eta v is theta_after up to one rounding of every weight.
+
+    At the next larger learning rate: at its own nothing is measured.
+    """
+    etas = [math.nextafter(LEARNING_RATE, 1.0)]
+    results = sweep(qwen2, tmp_path, sweep={"etas": etas})
     (row,) = points(results)
     truth = results.truth
     for name in ("delta_h_true", "se", "ess_fraction"):
         expected = getattr(truth, name)
         assert abs(row[name] - expected) <= RTOL * abs(expected), name
-    assert row["delta_h1"] == results.linear.delta_h1
+    assert row["delta_h1"] == pytest.approx(results.linear.delta_h1, rel=1e-14)
     assert results.curvature is not None
-    assert row["delta_h2"] == results.curvature.delta_h2
+    assert row["delta_h2"] == pytest.approx(results.curvature.delta_h2, rel=1e-14)
     assert row["difference_se"] == pytest.approx(results.linear.difference_se, rel=1e-6)
 
 
@@ -360,7 +364,7 @@ def test_another_grid_or_budget_may_continue(qwen2: TinyRun, tmp_path: Path) -> 
         qwen2,
         tmp_path,
         watch,
-        sweep={"etas": [*ETAS, 0.002], "symmetric": True},
+        sweep={"etas": [*ETAS, 0.005], "symmetric": True},
         compute=compute,
     )
     assert len(watch.points) == 2 * (len(ETAS) + 1) - len(ETAS)

@@ -6,6 +6,7 @@ from itertools import chain
 import pytest
 import torch
 
+from entropy_ddp.rollouts import batch as batch_module
 from entropy_ddp.rollouts.batch import Batch, Ragged, Sequence
 
 LENGTHS = [
@@ -182,3 +183,47 @@ def test_shard_layout_is_that_of_its_sequences() -> None:
         shard = batch.shard(rank, 2)
         lengths = [sequence.num_tokens for sequence in shard.sequences]
         assert shard.ragged.lengths.tolist() == lengths
+
+
+def test_shards_are_dealt_out_once() -> None:
+    """The same one is asked for in every phase of a run."""
+    batch = make_random_batch(0)
+    assert batch.shard(1, 3) is batch.shard(1, 3)
+    assert batch.shard(1, 3) is not batch.shard(1, 2)
+    assert batch.first(len(batch)) is batch
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 20, 10**9])
+def test_blocks_cut_a_shard_into_whole_groups(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Every token once, at its place; as many as the limit allows, or one group's."""
+    monkeypatch.setattr(batch_module, "BLOCK_TOKENS", limit)
+    batch = make_random_batch(3, num_groups=20)
+    for rank in range(3):
+        shard = batch.shard(rank, 3)
+        seen, tokens = [], []
+        for block in shard.blocks():
+            held = block.shard.groups.unique().tolist()
+            for group in held:
+                whole = int((shard.groups == group).sum())
+                assert int((block.shard.groups == group).sum()) == whole
+            assert len(held) == 1 or block.ragged.num_tokens <= limit
+            assert torch.equal(block.shard.groups, shard.groups[block.sequences])
+            row, k = shard.ragged.sequence_of_token, shard.ragged.position
+            spread = block.sequences[block.ragged.sequence_of_token]
+            assert torch.equal(row[block.tokens], spread)
+            assert torch.equal(k[block.tokens], block.ragged.position)
+            seen += held
+            tokens += block.tokens.tolist()
+        assert seen == sorted(set(shard.groups.tolist()))
+        assert sorted(tokens) == list(range(shard.ragged.num_tokens))
+        assert [number for number, _ in shard.by_group()] == seen
+
+
+def test_sequence_of_single_places() -> None:
+    """Empty sequences hold no place."""
+    ragged = Ragged(torch.tensor([0, 2, 0, 0, 3, 1, 0]))
+    every = torch.arange(ragged.num_tokens)
+    assert torch.equal(ragged.sequence_at(every), ragged.sequence_of_token)
+    assert ragged.sequence_at(torch.tensor([5, 0, 2])).tolist() == [5, 1, 4]

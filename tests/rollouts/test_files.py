@@ -17,11 +17,13 @@ from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.rollouts.batch import Sequence
 from entropy_ddp.rollouts.files import (
     TokenLimits,
+    make_batch,
     read_batch,
     require_rewards,
     sequence_to_row,
     write_jsonl,
 )
+from entropy_ddp.rollouts.jsonlines import read_rows
 from entropy_ddp.rollouts.rows import make_sequence
 
 LIMITS = TokenLimits(vocabulary_size=20, max_positions=12)
@@ -474,3 +476,20 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "a.jsonl"
     with pytest.raises(RunError, match="a.jsonl: cannot be written .No such file"):
         write_jsonl(path, [ROW])
+
+
+def test_rows_are_read_when_they_are_asked_for(path: Path) -> None:
+    """A file's rows are never in memory together; a damaged one is met in its turn."""
+    path.write_bytes(GOOD + b"\n" + GOOD + b"\n{")
+    rows = read_rows(path)
+    assert next(rows) == next(rows) == json.loads(GOOD)
+    with pytest.raises(InputError, match=":3: "):
+        next(rows)
+
+
+def test_responses_of_a_group_share_one_copy_of_its_prompt() -> None:
+    """However often the file repeats it."""
+    rows = [{"group": g, "prompt_ids": [1, 2], "response_ids": [3]} for g in (0, 0, 1)]
+    first, second, third = make_batch(rows, "rows", "U", LIMITS).sequences
+    assert first.prompt_ids is second.prompt_ids
+    assert third.prompt_ids is not first.prompt_ids

@@ -195,10 +195,13 @@ def test_different_saved_rates_are_kept(session: Session) -> None:
 
 def test_direction_and_top_parameters(session: Session) -> None:
     step, delta = take_step(session)
+    parameters = session.policy.parameters
+    layout = ParameterLayout.of(parameters)
+    direction = layout.flatten(step.direction(parameters), torch.float64)
     torch.testing.assert_close(
-        step.direction * LEARNING_RATE, step.delta, rtol=1e-15, atol=0.0
+        direction * LEARNING_RATE, step.delta, rtol=1e-15, atol=0.0
     )
-    layout = ParameterLayout.of(session.policy.parameters)
+    assert step.direction_norm == pytest.approx(float(direction.norm()), rel=1e-14)
     top = step.top_parameters(layout, 3)
     assert len(top) == 3
     sizes = sorted(((norm({n: d}), n) for n, d in delta.items()), reverse=True)
