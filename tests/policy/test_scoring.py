@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from tiny_runs import as_batch, make_passes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy import response_tokens
+from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Batch, Shard
 
@@ -250,10 +252,22 @@ def test_microbatches_are_counted_and_reported(qwen2: Case) -> None:
     passes.score(qwen2.shard, qwen2.direction)
     ones = torch.ones(qwen2.batch.num_tokens)
     passes.gradient(qwen2.shard, lambda place, *_: (ones[place],) * 2, torch.float64)
+    of_one = PassCount(
+        sequences=len(qwen2.rows),
+        tokens=qwen2.batch.num_tokens,
+        positions=sum(
+            len(row.prompt_ids) + len(row.response_ids) - 1
+            for row in qwen2.rows
+            if row.response_ids
+        ),
+        microbatches=sequences,
+    )
     assert passes.performed == {
-        "score order 0": sequences,
-        "score order 1": 2 * sequences,
-        "pull_back": sequences,
+        ("score order 0", "E"): of_one,
+        ("score order 1", "E"): replace(
+            of_one, **{f.name: 2 * getattr(of_one, f.name) for f in fields(of_one)}
+        ),
+        ("pull_back", "E"): of_one,
     }
     assert len(reported) == 4 * sequences
     assert sum(reported) == 4 * qwen2.batch.num_tokens
@@ -409,7 +423,8 @@ def test_only_chunks_of_logits_exist(
             )
         else:
             passes.score(case.shard, case.direction if kind == "order 1" else None)
-    assert sum(passes.performed.values()) == 1
+    (count,) = passes.performed.values()
+    assert count.microbatches == 1
     assert case.batch.num_tokens > 3 * CHUNK
     assert small_chunks.rows == CHUNK
 
@@ -426,3 +441,60 @@ def test_a_vocabulary_beyond_the_chunk_budget_goes_a_few_tokens_at_a_time(
     assert spy.rows == 2
     assert_close(scores.entropy, expected.entropy)
     assert math.isfinite(float(scores.logp.sum()))
+
+
+# Operations
+
+
+def plain_operations(case: Case) -> int:
+    """Of the model's own forward passes, logits of all positions, row by row."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for row in case.rows:
+            if row.response_ids:
+                ids = [*row.prompt_ids, *row.response_ids][:-1]
+                case.model(input_ids=torch.tensor([ids]), use_cache=False)
+    return counter.get_total_flops()
+
+
+def counted_operations(case: Case, kind: str) -> int:
+    passes = case.passes(tokens_per_microbatch=1)
+    passes.count_operations = True
+    ones = torch.ones(case.batch.num_tokens)
+    if kind == "pull_back":
+        passes.gradient(case.shard, lambda place, *_: (ones[place],) * 2, torch.float64)
+    else:
+        passes.score(case.shard, case.direction if kind == "score order 1" else None)
+    return passes.performed[kind, "E"].operations
+
+
+def test_operations_are_those_of_the_model_less_the_logits_of_prompts() -> None:
+    """Eager attention: matrix products that torch's own counter knows."""
+    case = Case(MODELS["llama-full-eager"]())
+    vocabulary = case.model.config.vocab_size
+    prompts = sum(len(r.prompt_ids) - 1 for r in case.rows if r.response_ids)
+    of_prompts = 2 * prompts * HIDDEN * vocabulary
+    counted = counted_operations(case, "score order 0")
+    assert counted == plain_operations(case) - of_prompts
+
+
+@pytest.mark.parametrize("name", ["qwen2-lora", "gpt2-lora"])
+def test_fused_attention_is_counted_as_its_two_products(name: str) -> None:
+    family = {"qwen2-lora": ref.tiny_qwen2, "gpt2-lora": ref.tiny_gpt2}[name]
+    targets = {"qwen2-lora": ["q_proj"], "gpt2-lora": ["c_attn"]}[name]
+    fused, eager = (
+        counted_operations(
+            Case(ref.with_lora(family(0, attention=attention), 1, targets)),
+            "score order 0",
+        )
+        for attention in ("sdpa", "eager")
+    )
+    assert fused == eager
+
+
+def test_derivatives_cost_at_most_twice_and_a_gradient_of_all_weights_thrice() -> None:
+    case = Case(MODELS["qwen2-lora"]())
+    score = counted_operations(case, "score order 0")
+    assert 1.9 * score < counted_operations(case, "score order 1") < 2.5 * score
+    full = Case(MODELS["llama-full-eager"]())
+    score = counted_operations(full, "score order 0")
+    assert 2.5 * score < counted_operations(full, "pull_back") < 3.2 * score
