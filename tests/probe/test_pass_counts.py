@@ -1,0 +1,134 @@
+"""Does a job pass over the model as often as it must, and not once more?"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference as ref
+from tiny_runs import TinyRun, make_run
+
+from entropy_ddp.distributed import World
+from entropy_ddp.probe.attribution import run_attribution
+from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES as SAMPLE
+from entropy_ddp.probe.run import run_audit, run_probe
+from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.results import Probed
+
+ETAS = [1e-4, 3e-4, 2e-3]
+Counts = dict[tuple[str, str], int]
+
+GRADIENT, TRUTH, SLOPE, CURVATURE = (
+    ("pull_back", "U"),
+    ("score order 0", "E"),
+    ("score order 1", "E"),
+    ("score order 2", "E"),
+)
+DUALITY, SHARES = ("pull_back", "E"), ("score order 1", "U")
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+def probe(config: Any, out: Path) -> Probed:
+    return run_probe(config, World(), out, quiet)
+
+
+def audit(config: Any, out: Path) -> Probed:
+    return run_audit(config, World(), out, quiet)
+
+
+def attribute(config: Any, out: Path) -> Probed:
+    return run_attribution(config, World(), out, quiet)
+
+
+def sweep_over(config: Any, out: Path) -> Probed:
+    return run_sweep(config, World(), out, quiet)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """More sequences in E than the audits' sample."""
+    run = make_run(tmp_path_factory.mktemp("run"), "qwen2", targets=["q_proj"])
+    rows = ref.random_rows(
+        8,
+        groups=SAMPLE + 6,
+        responses=1,
+        vocabulary=run.saved.model.config.vocab_size,
+        with_empty=True,
+    )
+    return replace(run, E=rows)
+
+
+def in_sequences(n_e: int, n_u: int) -> dict[str, Counts]:
+    """What each job must pass over, by its name."""
+    plain = {GRADIENT: n_u, TRUTH: n_e + SAMPLE, SLOPE: n_e, DUALITY: SAMPLE}
+    curved = plain | {CURVATURE: n_e}
+    return {
+        "probe": curved,
+        "probe without curvature": plain,
+        "probe with attribution": curved | {DUALITY: n_e, SHARES: n_u},
+        "attribute": plain | {DUALITY: n_e, SHARES: n_u},
+        "sweep": curved | {TRUTH: (1 + len(ETAS)) * n_e + SAMPLE},
+        "sweep with the step itself": curved | {TRUTH: (1 + len(ETAS)) * n_e + SAMPLE},
+        "audit": curved | {TRUTH: 2 * n_e, DUALITY: n_e, GRADIENT: 2 * n_u},
+    }
+
+
+JOBS: dict[str, tuple[Callable[[Any, Path], Probed], dict[str, Any]]] = {
+    "probe": (probe, {}),
+    "probe without curvature": (probe, {"curvature": {"enabled": False}}),
+    "probe with attribution": (probe, {"attribution": {"enabled": True}}),
+    "attribute": (attribute, {}),
+    "sweep": (sweep_over, {"sweep": {"etas": ETAS}}),
+    "sweep with the step itself": (sweep_over, {}),
+    "audit": (audit, {}),
+}
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+@pytest.mark.parametrize("job", JOBS)
+def test_no_pass_too_many(tiny: TinyRun, tmp_path: Path, job: str, budget: int) -> None:
+    run_job, sections = JOBS[job]
+    if job == "sweep with the step itself":
+        rate = tiny.saved.optimizer.param_groups[0]["lr"]
+        sections = {"sweep": {"etas": [*ETAS, rate]}}
+    compute = {"device": "cpu", "tokens_per_microbatch": budget}
+    probed = run_job(
+        tiny.config(gradient_dot={"enabled": False}, compute=compute, **sections),
+        tmp_path,
+    )
+    sizes = len(tiny.E), len(tiny.U)
+    assert SAMPLE < sizes[0]
+    rows = {(row["pass"], row["batch"]): row for row in probed.results.run.passes}
+    assert {key: row["sequences"] for key, row in rows.items()} == in_sequences(*sizes)[
+        job
+    ]
+    lengths = {
+        split: [len(row.response_ids) for row in batch]
+        for split, batch in (("E", tiny.E), ("U", tiny.U))
+    }
+    for (kind, split), row in rows.items():
+        whole = row["sequences"] // len(lengths[split])
+        rest = row["sequences"] % len(lengths[split])
+        expected = whole * sum(lengths[split]) + sum(lengths[split][:rest])
+        assert row["tokens"] == expected, (kind, split)
+
+
+def test_operations_are_counted_on_request(tiny: TinyRun, tmp_path: Path) -> None:
+    plain = probe(tiny.config(), tmp_path)
+    assert all("operations" not in row for row in plain.results.run.passes)
+    counting = {"device": "cpu", "count_operations": True}
+    counted = probe(tiny.config(compute=counting), tmp_path)
+    by_pass = {
+        (row["pass"], row["batch"]): row["operations"] / row["positions"]
+        for row in counted.results.run.passes
+    }
+    assert all(operations > 0 for operations in by_pass.values())
+    # Per position that went through the model; order 2 is two passes of order 1, without
+    # the projections of hidden states that baselines use.
+    assert 1.9 < by_pass[SLOPE] / by_pass[TRUTH] < 2.6
+    assert by_pass[CURVATURE] == pytest.approx(by_pass[SLOPE], rel=0.05)
+    assert counted.results.linear.slope == plain.results.linear.slope
