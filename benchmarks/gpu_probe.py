@@ -27,7 +27,7 @@ from benchmarks.models import (
     make_shard,
     with_adapter,
 )
-from benchmarks.passes import pulled_back, typical_change
+from benchmarks.passes import difference_step, pulled_back
 from entropy_ddp.policy.scores import DirectionalScores
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Batch, Shard
@@ -58,14 +58,14 @@ class Case:
     def runs(self) -> dict[str, tuple[Shard, Run]]:
         """Every pass by name, the model's own first, and the batch it is over."""
         passes, direction = self.passes, self.direction
-        typical = typical_change(passes, self.first(WARM_UP_SEQUENCES).E)
+        step = difference_step(passes, self.first(WARM_UP_SEQUENCES).E)
         return {
             "model": (self.E, self.model_forward),
             "score": (self.E, lambda: passes.score(self.E)),
             "order 1": (self.E, lambda: passes.score(self.E, direction)),
             "order 2": (
                 self.E,
-                lambda: passes.score_twice(self.E, direction, typical),
+                lambda: passes.score_twice(self.E, direction, step),
             ),
             "pull_back": (self.U, lambda: pulled_back(passes, self.U)),
         }

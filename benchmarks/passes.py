@@ -132,28 +132,21 @@ def _first_order(family: str, setting: Setting) -> Comparison:
     )
 
 
-def second_derivatives(
-    passes: Passes, shard: Shard, direction: dict[str, Tensor]
-) -> Tensor:
-    """Second derivatives of log p and of H of every sequence, [2, n]."""
-    return torch.stack(
-        passes.score_twice(shard, direction, typical_change(passes, shard))
-    )
-
-
-def typical_change(passes: Passes, shard: Shard) -> float:
-    """Root mean square of (log p)' along `make_direction`."""
-    scores = passes.score(shard, make_direction(passes))
-    return float(scores.dlogp.square().mean().sqrt())
+def difference_step(passes: Passes, shard: Shard) -> float:
+    """How far apart the passes of a second derivative along `make_direction` are."""
+    direction = make_direction(passes)
+    scores = passes.score(shard, direction)
+    typical = float(scores.dlogp.square().mean().sqrt())
+    return passes.difference_step(direction, typical)
 
 
 def second_order_row(setting: Setting) -> Iterator[Comparison]:
     """score with second derivatives / score, and their error by dtype."""
     passes, shard, details = make_case("qwen2", setting)
     direction = make_direction(passes)
-    typical = typical_change(passes, shard)
+    step = difference_step(passes, shard)
     timings = time_in_turns(
-        lambda: torch.stack(passes.score_twice(shard, direction, typical)),
+        lambda: torch.stack(passes.score_twice(shard, direction, step)),
         lambda: passes.score(shard),
         setting,
     )
@@ -164,7 +157,9 @@ def second_order_row(setting: Setting) -> Iterator[Comparison]:
     reference = _richardson(wide, shard, wide_direction)
     found = {
         torch.float32: timings.results[0],
-        torch.float64: torch.stack(wide.score_twice(shard, wide_direction, typical)),
+        torch.float64: torch.stack(
+            wide.score_twice(shard, wide_direction, difference_step(wide, shard))
+        ),
     }
     for dtype, target in ((torch.float32, 2e-4), (torch.float64, 1e-7)):
         error = (found[dtype] - reference).norm() / reference.norm()

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.checkpoint import write_run
 from benchmarks.comparison import Comparison, Setting, time_in_turns
 from benchmarks.models import TINY, Lengths, Shape, make_direction
-from benchmarks.passes import typical_change
+from benchmarks.passes import difference_step
 from benchmarks.processes import run_module
 from benchmarks.worker import UNDIVIDED_PHASES, quiet
 from entropy_ddp.config import Config
@@ -82,13 +82,13 @@ def _passes_alone(session: Session, order: int) -> Callable[[], TokenScores]:
     passes = session.passes
     shard = session.shard(session.batches["E"])
     direction = make_direction(passes)
-    typical = typical_change(passes, shard)
+    step = difference_step(passes, shard)
 
     def run() -> TokenScores:
         loss_gradient(session)
         passes.score(shard, direction)
         if order == 2:
-            passes.score_twice(shard, direction, typical)
+            passes.score_twice(shard, direction, step)
         return passes.score(shard)
 
     return run

@@ -151,12 +151,14 @@ class CurvatureResult:
         second_derivative: H'' along the step, per squared unit of learning rate.
         se: its jackknife standard error.
         delta_h2: eta slope + eta^2 H'' / 2.
+        step: eta between theta and either of the two slopes whose difference H'' is.
         eta_star: |2 slope / H''|, the edge of the linear regime; absent if H'' is 0.
     """
 
     second_derivative: float
     se: float
     delta_h2: float
+    step: float | None
     eta_star: float | None
 
 

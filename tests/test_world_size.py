@@ -262,6 +262,9 @@ def term_scale(place: str, results: Mapping[str, Any], rows: list[Any]) -> float
     if place.startswith(".curvature"):
         curvature = results["curvature"]
         size = max(abs(curvature["second_derivative"]), curvature["se"])
+        if results["run"]["dtype"] == "float32":
+            # A difference of two slopes: their rounding over the distance between them.
+            size = max(size, 0.1 * slope / curvature["step"])
         relative = (
             size
             * slope

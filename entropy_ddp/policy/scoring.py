@@ -35,7 +35,7 @@ from entropy_ddp.rollouts.microbatch import (
 # of a token's log p from the middle to either. The rounding of first derivatives, which
 # the distance divides, and the fourth derivatives, which its square multiplies, are then
 # both below the tolerances of the estimator.
-CURVATURE_NATS = {torch.float64: 3e-5, torch.float32: 2.5e-3, torch.bfloat16: 5e-2}
+CURVATURE_NATS = {torch.float64: 3e-5, torch.float32: 1.5e-3, torch.bfloat16: 5e-2}
 # Least change of log p per unit of Euclidean length that is reckoned with: the parameters
 # are moved at most so far even if the first derivative vanishes.
 LEAST_SLOPE = 0.02
@@ -104,7 +104,7 @@ class Passes:
         self,
         shard: Shard,
         direction: Mapping[str, Tensor],
-        typical: float,
+        step: float,
         snapshot_device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Second derivatives of l_i and H_i of every sequence along a direction, [n] each.
@@ -115,21 +115,18 @@ class Passes:
         Args:
             shard: this rank's sequences; may be empty.
             direction: tangent of each trainable parameter by name, not all zero.
-            typical: root mean square of (log p)' along it, over the tokens of all
-                ranks: how far the parameters are moved.
+            step: how far along it the two passes are from the middle
+                (`difference_step`).
             snapshot_device: where copies of the parameters are kept meanwhile; None for
                 each parameter's own device.
 
         Raises:
             RunError: a value is not finite, or the model returned no tangent.
         """
-        flat = (tangent.reshape(-1) for tangent in direction.values())
-        length = math.sqrt(sum(inner_product(x, x) for x in flat))
-        size = CURVATURE_NATS[self.dtype] / max(typical, LEAST_SLOPE * length)
         second = torch.zeros(2, len(shard.positions), dtype=torch.float64)
         with self._counted("score order 2", shard) as count:
             for sign in (1, -1):
-                with shifted(self.parameters, direction, sign * size, snapshot_device):
+                with shifted(self.parameters, direction, sign * step, snapshot_device):
                     for block in shard.blocks():
                         scores = self._score(block.shard, direction, False, count)
                         assert isinstance(scores, DirectionalScores)
@@ -137,8 +134,20 @@ class Passes:
                             second, (scores.dlogp, scores.dentropy)
                         ):
                             sums[block.sequences] += sign * block.ragged.sum(values)
-        logp, entropy = second / (2 * size)
+        logp, entropy = second / (2 * step)
         return logp, entropy
+
+    def difference_step(self, direction: Mapping[str, Tensor], typical: float) -> float:
+        """How far from the middle the two passes of `score_twice` should be.
+
+        Args:
+            direction: tangent of each trainable parameter by name, not all zero.
+            typical: root mean square of (log p)' along it, over the tokens of all
+                ranks.
+        """
+        flat = (tangent.reshape(-1) for tangent in direction.values())
+        length = math.sqrt(sum(inner_product(x, x) for x in flat))
+        return CURVATURE_NATS[self.dtype] / max(typical, LEAST_SLOPE * length)
 
     def _score(
         self,

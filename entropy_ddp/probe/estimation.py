@@ -45,6 +45,7 @@ from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import derivatives_of, known_before
 from entropy_ddp.probe.phases import (
     AlongStep,
+    SecondDerivatives,
     SequenceSums,
     first_sequences,
     gather_sums,
@@ -316,7 +317,7 @@ def estimate_curvature(
     session: Session,
     estimates: EntropyEstimates,
     base: DirectionalScores,
-    second: tuple[Tensor, Tensor],
+    second: SecondDerivatives,
 ) -> Curvature:
     """H'' along the step from the base pass and the second derivatives of l_i and H_i."""
     batch = session.batches["E"]
@@ -324,11 +325,11 @@ def estimate_curvature(
     first = gather_sums(session.world, shard, base.dlogp, base.dentropy)
     numerators = [
         _ratio(session, SequenceSums(logp=logp, entropy=entropy)).numerator
-        for logp, entropy in (first, second)
+        for logp, entropy in (first, (second.logp, second.entropy))
     ]
     derivatives = SecondOrder(
         dlogp=first[0],
-        d2logp=second[0],
+        d2logp=second.logp,
         dnumerator=numerators[0],
         d2numerator=numerators[1],
     )

@@ -46,6 +46,7 @@ class Measured:
         change: the configured truth.
         slope: the configured prediction.
         curvature: the second derivative; None if not asked for.
+        curvature_step: eta between theta and the slopes whose difference it is.
         duality: forward against reverse mode.
         noise_floor: |Delta H| of a sample that is only scored again.
         surprise: sum over this rank's tokens of E of -log p - H, and of its variance
@@ -61,6 +62,7 @@ class Measured:
     change: EntropyChange
     slope: Slope
     curvature: Curvature | None
+    curvature_step: float | None
     duality: Duality
     noise_floor: float
     surprise: Tensor
@@ -107,12 +109,13 @@ def measure(
     estimates = estimate(session, along, stepped.scores, predictions)
     # The features kept for the sample are used up.
     del along
-    curvature = None
+    curvature = curvature_step = None
     # A step that changed nothing has no direction to be curved along.
     moved = bool(stepped.step.delta.any())
     if with_curvature and config.curvature.enabled and moved:
         second = score_twice_along_step(session, stepped.step, base)
         curvature = estimate_curvature(session, estimates, base, second)
+        curvature_step = second.step
     linear = config.linear
     return Measured(
         gradient=gradient,
@@ -124,6 +127,7 @@ def measure(
         change=estimates.changes[config.truth.is_mode],
         slope=estimates.slopes[linear.score, linear.baseline, linear.control_variates],
         curvature=curvature,
+        curvature_step=curvature_step,
         duality=check_duality(
             session,
             base,

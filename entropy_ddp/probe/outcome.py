@@ -205,6 +205,7 @@ def _curvature_result(measured: Measured) -> CurvatureResult | None:
         second_derivative=curvature.value,
         se=curvature.se,
         delta_h2=curvature.second_order(eta, slope),
+        step=measured.curvature_step,
         eta_star=curvature.eta_star(slope),
     )
 

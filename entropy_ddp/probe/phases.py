@@ -170,10 +170,24 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
     return AlongStep(scores=scores, features=features)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SecondDerivatives:
+    """Second derivatives along v of every sequence's l_i and H_i, [N] each.
+
+    Attributes:
+        logp, entropy: of l_i and of H_i.
+        step: eta between theta and either of the two slopes whose difference they are.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    step: float
+
+
 def score_twice_along_step(
     session: Session, step: Step, base: DirectionalScores
-) -> tuple[Tensor, Tensor]:
-    """Second derivatives of l_i and H_i along v of every sequence of E, [N] each."""
+) -> SecondDerivatives:
+    """Second derivatives of l_i and H_i along v of every sequence of E."""
     shard, passes = session.shard(session.batches["E"]), session.passes
     device = snapshot_device(session.config.compute)
     square, count = base.dlogp.square().sum(), torch.tensor(len(base.dlogp))
@@ -181,6 +195,7 @@ def score_twice_along_step(
     typical = math.sqrt(sums[0] / sums[1])
     with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
         direction = step.direction(passes.parameters)
-        second = passes.score_twice(shard, direction, typical, device)
+        distance = passes.difference_step(direction, typical)
+        second = passes.score_twice(shard, direction, distance, device)
     logp, entropy = gather_columns(session.world, shard, list(second))
-    return logp, entropy
+    return SecondDerivatives(logp=logp, entropy=entropy, step=distance)

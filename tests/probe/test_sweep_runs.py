@@ -336,8 +336,13 @@ def test_an_interrupted_sweep_continues(qwen2: TinyRun, tmp_path: Path) -> None:
     watch = Watch()
     found = sweep(qwen2, stopped, watch)
     assert watch.points == ["sweep: eta = 0.01", "sweep: eta = 0.03"]
-    passes = [r.run.microbatches["score order 0"] for r in (expected, found)]
-    assert passes[0] - passes[1] == 2  # all of E is one microbatch
+    passed = [
+        row["sequences"]
+        for results in (expected, found)
+        for row in results.run.passes
+        if row["pass"] == "score order 0"
+    ]
+    assert passed[0] - passed[1] == 2 * expected.E.num_sequences
     for key in ("sweep", "sweep_summary", "truth", "linear", "curvature"):
         assert found.to_dict()[key] == expected.to_dict()[key], key
     texts = [(folder / POINTS_FILE).read_text() for folder in (whole, stopped)]
