@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 Size = Literal["tiny", "default", "full"]
 Run = Callable[[], Any]
@@ -122,9 +120,12 @@ def time_in_turns(first: Run, second: Run, setting: Setting) -> Timings:
     runs = (first, second)
     counted = [count_operations(run) for run in runs]
     gc.collect()
-    clocks = [
-        [timed(run, setting.device) for run in runs] for _ in range(setting.repeats)
-    ]
+    clocks = []
+    for repetition in range(setting.repeats):
+        # Who comes first alternates: what a run leaves in the caches favours neither.
+        order = (0, 1) if repetition % 2 else (1, 0)
+        measured = {which: timed(runs[which], setting.device) for which in order}
+        clocks.append([measured[0], measured[1]])
     wall = [[repetition[i][0] for repetition in clocks] for i in (0, 1)]
     cpu = [[repetition[i][1] for repetition in clocks] for i in (0, 1)]
     return Timings(
@@ -152,57 +153,6 @@ def synchronise(device: torch.device) -> None:
 
 def count_operations(run: Run) -> tuple[int, Any]:
     """Floating-point operations of one run's matrix products, and what it returned."""
-    with _OperationCounter() as counter:
+    with OperationCounter() as counter:
         result = run()
-    return counter.total, result
-
-
-class _OperationCounter(TorchDispatchMode):
-    """Operations of matrix products by the rules of torch's FlopCounterMode.
-
-    That mode itself hooks every module's gradient and so forbids the `autograd.grad`
-    within `pull_back`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        operation = func.overloadpacket
-        rule: Any = _CPU_ATTENTION.get(operation) or flop_registry.get(operation)
-        if rule is not None:
-            self.total += rule(*args, **kwargs, out_val=result)
-        return result
-
-
-def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    """Q K^T and P V."""
-    batch, heads, rows, width = query.shape
-    return 2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1])
-
-
-def _attention_backward(
-    gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any
-) -> int:
-    """Q K^T again, and two products for each of the two of the forward pass."""
-    batch, heads, rows, width = query.shape
-    widths = 3 * width + 2 * value.shape[-1]
-    return 2 * batch * heads * rows * key.shape[-2] * widths
-
-
-# torch has rules for the attention kernels of a GPU only.
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        _attention_backward
-    ),
-}
+    return counter.get_total_flops(), result

@@ -15,14 +15,20 @@ from benchmarks.models import (
     make_shard,
 )
 from benchmarks.passes import pulled_back, scores_difference
+from entropy_ddp.errors import RunError
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.policy.selfcheck import check_sharing
 from entropy_ddp.rollouts.batch import Shard
 
 GROUP = 8
-# (prompt, response); of the last two, flat rows are the cheaper layout.
-SHARING = ((128, 16), (128, 64), (128, 128))
-FLAT = ((8, 128), (16, 512))
+SHARED = Lengths(groups=1, per_group=GROUP, prompt=128, response=128, shortest=16)
+# Prompts so short that computing them again costs less than a longer row.
+FLAT = (
+    Lengths(groups=1, per_group=GROUP, prompt=8, response=128),
+    Lengths(groups=1, per_group=GROUP, prompt=16, response=512),
+)
+SMALL = Lengths(groups=1, per_group=GROUP, prompt=12, response=4, shortest=2)
 RUNS: dict[str, Callable[[Passes, Shard], TokenScores]] = {
     "score": lambda passes, shard: passes.score(shard),
     "order 1": lambda passes, shard: passes.score(shard, make_direction(passes)),
@@ -35,17 +41,32 @@ def shared_prompts_row(setting: Setting) -> Iterator[Comparison]:
     shape = setting.pick(TINY, replace(MIDDLE, layers=4), MIDDLE)
     model = make_model("qwen2", shape, device=setting.device)
     layouts = [make_passes(model, share_prompts=share) for share in (True, False)]
-    for prompt, response in setting.pick(((12, 3), (2, 9)), *[SHARING + FLAT] * 2):
-        lengths = Lengths(groups=1, per_group=GROUP, prompt=prompt, response=response)
+    for passes in layouts:
+        check = check_sharing(passes, shape.vocabulary)
+        if check.sharing is None:
+            raise RunError(f"the model does not share prompts: {check.reason}")
+        passes.tokens.sharing = check.sharing
+    for lengths in setting.pick((SMALL,), *[(SHARED, *FLAT)] * 2):
         shard = make_shard(lengths, shape.vocabulary)
-        gains = prompt >= response
+        gains = lengths not in FLAT
         for name in RUNS if gains else ("score",):
             shared, flat = (partial(RUNS[name], passes, shard) for passes in layouts)
             timings = time_in_turns(shared, flat, setting)
+            target: float | None = 1.05
+            if gains:
+                target = 0.5 if name == "score" else None
             yield timings.comparison(
-                f"{name}, {GROUP} responses of {response} to a prompt of {prompt}",
+                f"{name}, prompt {lengths.prompt}, {GROUP} responses of "
+                + _span(lengths),
                 "prompt shared / flat",
-                target=(0.5 if name == "score" else None) if gains else 1.05,
+                target=target,
                 difference=scores_difference(timings.results),
                 details={"model": asdict(shape), "batch": asdict(lengths)},
             )
+
+
+def _span(lengths: Lengths) -> str:
+    shortest = lengths.shortest
+    return (
+        f"{lengths.response}" if shortest is None else f"{shortest}-{lengths.response}"
+    )

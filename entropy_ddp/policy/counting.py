@@ -50,7 +50,7 @@ def counted(shard: Shard, count_operations: bool) -> Iterator[PassCount]:
     if not count_operations:
         yield count
         return
-    with _OperationCounter() as operations:
+    with OperationCounter() as operations:
         yield count
     count.operations = operations.get_total_flops()
 
@@ -70,7 +70,9 @@ class _NoModules:
         """Nothing to unhook."""
 
 
-class _OperationCounter(FlopCounterMode):
+class OperationCounter(FlopCounterMode):
+    """torch's counter, for passes that take gradients within a forward pass."""
+
     def __init__(self) -> None:
         super().__init__(
             display=False,

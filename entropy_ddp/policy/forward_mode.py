@@ -7,6 +7,7 @@ lacks or wastes work on:
 
 - `linear`, `addmm`, `matmul`: one product per operand that has a tangent. The stock
   rule multiplies by a zero tangent for every frozen weight, a third of the cost.
+- `mul`, `add`: the stock rules add tensors of zeros for operands without a tangent.
 - `scaled_dot_product_attention`: no stock rule exists for the fused kernels.
 - `grouped_mm`, the product of a mixture's experts: no stock rule exists.
 
@@ -106,6 +107,11 @@ def _dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
     return primal if tangent is None else forward_ad.make_dual(primal, tangent)
 
 
+def _own(tangent: Tensor, primal: Tensor) -> Tensor:
+    """A copy in the primal's shape: an operation in place would change both of two."""
+    return tangent.expand_as(primal).clone(memory_format=torch.contiguous_format)
+
+
 def _product_tangent(
     multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor
 ) -> Tensor | None:
@@ -128,7 +134,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     bias_primal, bias_tangent = (None, None) if bias is None else halves(bias)
     primal = F.linear(_primal(input), _primal(weight), bias_primal)
     if bias_tangent is not None:
-        bias_tangent = bias_tangent.expand_as(primal)
+        bias_tangent = _own(bias_tangent, primal)
     tangent = _product_tangent(F.linear, input, weight)
     return _dual(primal, _sum_present(tangent, bias_tangent))
 
@@ -145,6 +151,32 @@ def _addmm(
     if beta != 1 or alpha != 1 or out is not None:
         return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha, out=out)
     return _linear(mat1, _transposed(mat2), input)
+
+
+def _mul(stock: Callable[..., Tensor], input: Any, other: Any, **options: Any) -> Any:
+    if not (isinstance(input, Tensor) and isinstance(other, Tensor)) or options:
+        return stock(input, other, **options)
+    (a, a_tangent), (b, b_tangent) = halves(input), halves(other)
+    if a_tangent is None and b_tangent is None:
+        return stock(input, other)
+    if a_tangent is None or b_tangent is None:
+        tangent = a * b_tangent if a_tangent is None else a_tangent * b
+    else:
+        tangent = (a_tangent * b).addcmul_(a, b_tangent)
+    return forward_ad.make_dual(a * b, tangent)
+
+
+def _add(stock: Callable[..., Tensor], input: Any, other: Any, **options: Any) -> Any:
+    if not (isinstance(input, Tensor) and isinstance(other, Tensor)) or options:
+        return stock(input, other, **options)
+    (a, a_tangent), (b, b_tangent) = halves(input), halves(other)
+    if a_tangent is None and b_tangent is None:
+        return stock(input, other)
+    primal = a + b
+    if a_tangent is None or b_tangent is None:
+        tangent = b_tangent if a_tangent is None else a_tangent
+        return forward_ad.make_dual(primal, _own(tangent, primal))
+    return forward_ad.make_dual(primal, a_tangent + b_tangent)
 
 
 def _grouped_mm(
@@ -292,6 +324,11 @@ _RULES: dict[Any, Callable[..., Any]] = {
     Tensor.__matmul__: _matmul,
     F.scaled_dot_product_attention: _attention,
 }
+for _rule, _names in ((_mul, ("mul", "__mul__")), (_add, ("add", "__add__"))):
+    for _name in _names:
+        for _home in (torch, Tensor):
+            if _stock := getattr(_home, _name, None):
+                _RULES[_stock] = partial(_rule, _stock)
 # Under both of its names; not every version of torch has either.
 for _module, _name in ((torch, "_grouped_mm"), (F, "grouped_mm")):
     if _function := getattr(_module, _name, None):

@@ -26,7 +26,7 @@ from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
 # Elements of one chunk's [tokens, vocabulary] logits, and the fewest tokens for which
 # the product with the output layer runs at full speed.
 CHUNK_ELEMENTS = 1 << 23
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 112
 # A chunk's gradient of a trainable output layer is as large as the layer: fewer chunks.
 TRAINABLE_CHUNK_TOKENS = 256
 
@@ -142,19 +142,29 @@ class ResponseTokens(nn.Module):
             targets: token ids, [m].
             with_features: at order 1, also the features.
         """
-        blocks = []
-        for chunk in self.chunks(len(hidden)):
-            logits, tangent = halves(self.output_layer(hidden[chunk]))
-            for rows in row_blocks(logits):
-                blocks.append(
-                    self._block_statistics(
-                        logits[rows],
-                        None if tangent is None else tangent[rows],
-                        targets[chunk][rows],
-                        with_features,
-                    )
-                )
+        blocks = [
+            block
+            for chunk in self.chunks(len(hidden))
+            for block in self._chunk_statistics(
+                hidden[chunk], targets[chunk], with_features
+            )
+        ]
         return {name: torch.cat([b[name] for b in blocks]) for name in blocks[0]}
+
+    def _chunk_statistics(
+        self, hidden: Tensor, targets: Tensor, with_features: bool
+    ) -> list[dict[str, Tensor]]:
+        # The only holder of a chunk's logits: two of them never exist.
+        logits, tangent = halves(self.output_layer(hidden))
+        return [
+            self._block_statistics(
+                logits[rows],
+                None if tangent is None else tangent[rows],
+                targets[rows],
+                with_features,
+            )
+            for rows in row_blocks(logits)
+        ]
 
     def _block_statistics(
         self,
@@ -213,31 +223,13 @@ class _WeightedSum(torch.autograd.Function):
             for p in trainable
         ]
         for chunk in policy.chunks(len(hidden), trainable=bool(trainable)):
-            with torch.enable_grad():
-                piece = hidden[chunk].detach().requires_grad_()
-                logits = policy.output_layer(piece)
             token, targets = microbatch.token[chunk], microbatch.target_ids[chunk]
-            # The logits are not read again: their gradient takes their place.
-            cotangent = logits.detach()
-            for rows in row_blocks(cotangent):
-                softmax = softmax_of(
-                    cotangent[rows],
-                    targets[rows],
-                    policy.settings.temperature,
-                    policy.settings.entropy_dtype,
-                )
-                logp, entropy = softmax.logp, softmax.entropy
-                a, b = (w.to(logp) for w in weights(token[rows], logp, entropy))
-                total += (a * logp + b * entropy).sum(dtype=torch.float64)
-                logps.append(logp)
-                entropies.append(entropy)
-                gradient = logits_gradient(softmax, (a, b), targets[rows])
-                if policy.settings.temperature != 1:
-                    gradient /= policy.settings.temperature
-                cotangent[rows] = gradient
-            into_hidden, *into_layer = torch.autograd.grad(
-                logits, [piece, *trainable], cotangent
+            surrogate, values, into_hidden, *into_layer = _chunk_gradients(
+                policy, hidden[chunk], (token, targets), weights, trainable
             )
+            total += surrogate
+            logps.append(values[0])
+            entropies.append(values[1])
             hidden_gradients.append(into_hidden)
             for gradient, addition in zip(gradients, into_layer):
                 gradient += addition
@@ -256,3 +248,44 @@ class _WeightedSum(torch.autograd.Function):
             None,
             *(saved * scale.to(saved.dtype) for saved in ctx.saved_tensors),
         )
+
+
+def _chunk_gradients(
+    policy: ResponseTokens,
+    hidden: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    weights: TokenWeights,
+    trainable: tuple[Tensor, ...],
+) -> tuple[Any, ...]:
+    """sum(a log p + b H) of a chunk, (log p, H), and the sum's gradients.
+
+    Args:
+        policy: whose output layer it is.
+        hidden: hidden states, [m, width].
+        tokens: their places and their targets, each [m].
+        weights: gives a and b.
+        trainable: parameters of the output layer whose gradients follow that of the
+            hidden states.
+    """
+    settings, (places, targets) = policy.settings, tokens
+    with torch.enable_grad():
+        piece = hidden.detach().requires_grad_()
+        logits = policy.output_layer(piece)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    values = []
+    # The logits are not read again: their gradient takes their place.
+    cotangent = logits.detach()
+    for rows in row_blocks(cotangent):
+        softmax = softmax_of(
+            cotangent[rows], targets[rows], settings.temperature, settings.entropy_dtype
+        )
+        logp, entropy = softmax.logp, softmax.entropy
+        a, b = (w.to(logp) for w in weights(places[rows], logp, entropy))
+        total += (a * logp + b * entropy).sum(dtype=torch.float64)
+        values.append(torch.stack([logp, entropy]))
+        gradient = logits_gradient(softmax, (a, b), targets[rows])
+        if settings.temperature != 1:
+            gradient /= settings.temperature
+        cotangent[rows] = gradient
+    gradients = torch.autograd.grad(logits, [piece, *trainable], cotangent)
+    return total, torch.cat(values, dim=1), *gradients

@@ -100,6 +100,32 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 }
 
 
+SUMS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "mul": (torch.mul, [(3, 4), (3, 4)]),
+    "mul, operator, broadcast": (lambda a, b: a * b, [(2, 3, 4), (3, 1)]),
+    "mul, method, broadcast left": (lambda a, b: a.mul(b), [(4,), (2, 3, 4)]),
+    "mul, number": (lambda a: 2.5 * a * 3, [(3, 4)]),
+    "add": (torch.add, [(3, 4), (3, 4)]),
+    "add, operator, broadcast": (lambda a, b: a + b, [(3, 4), (2, 1, 4)]),
+    "add, scaled": (lambda a, b: torch.add(a, b, alpha=-2), [(3, 4), (4,)]),
+    "add, number": (lambda a: 1.5 + a, [(3, 4)]),
+    "in place after a sum": (lambda a, b: (a + b).mul_(2.0) * a, [(3, 4), (4,)]),
+}
+PRODUCTS |= SUMS
+
+
+def test_a_sum_in_place_leaves_its_operands_tangent_alone() -> None:
+    """Model code writes `hidden += residual`; hidden is another sum's result."""
+    a, da, b = random((3, 4), 0), random((3, 4), 1), random((4,), 2)
+    with forward_ad.dual_level(), TangentRules():
+        left = forward_ad.make_dual(a, da.clone())
+        total = left + b
+        total += left
+        total *= 3.0
+        assert torch.equal(halves(left)[1], da)
+        torch.testing.assert_close(halves(total)[1], 6 * da, **TOLERANCES)
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name: str) -> None:
     function, shapes = PRODUCTS[name]
