@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from entropy_ddp.policy.counting import OperationCounter
+
 Size = Literal["tiny", "default", "full"]
 Run = Callable[[], Any]
 CPU = torch.device("cpu")
