@@ -51,6 +51,7 @@ class Softmax:
     Attributes:
         shifted: x = z - max z, not below -1e4, [r, V].
         weights: exp x, [r, V].
+        scratch: memory that anyone may write to, [r, V].
         total: s = sum exp x, [r].
         mean: E[x], [r].
         logp: log-probability of the targets, [r].
@@ -59,6 +60,7 @@ class Softmax:
 
     shifted: Tensor
     weights: Tensor
+    scratch: Tensor
     total: Tensor
     mean: Tensor
     logp: Tensor
@@ -74,11 +76,39 @@ def row_blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, count, size))
 
 
+class Workspace:
+    """Memory for the blocks of one chunk, used again for each of them.
+
+    Fresh megabytes for every operation of every block cost more, in page faults, than
+    the operations.
+
+    Args:
+        dtype: dtype of the sums over the vocabulary.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor) -> Tensor:
+        """Uninitialised, of the shape and on the device of a block [r, V]."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(like):
+            buffer = torch.empty(like.shape, dtype=self.dtype, device=like.device)
+            self._buffers[name] = buffer
+        return buffer[: len(like)]
+
+    def widened(self, name: str, values: Tensor, temperature: float) -> Tensor:
+        """A copy of a block over temperature, in the dtype of the sums."""
+        wide = self.take(name, values).copy_(values)
+        return wide if temperature == 1 else wide.div_(temperature)
+
+
 def softmax_of(
     logits: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
-    dtype: torch.dtype = torch.float64,
+    workspace: Workspace | None = None,
 ) -> Softmax:
     """The distributions of a block of rows; the logits are left alone.
 
@@ -86,12 +116,13 @@ def softmax_of(
         logits: logits of any floating-point type, not yet over temperature, [r, V].
         targets: token ids, [r].
         temperature: what they are divided by.
-        dtype: dtype of the sums.
+        workspace: where the result's [r, V] tensors live, until the next block.
     """
-    shifted = widened(logits, temperature, dtype)
+    workspace = workspace or Workspace()
+    shifted = workspace.widened("shifted", logits, temperature)
     shifted -= shifted.amax(-1, keepdim=True)
     target = shifted.gather(-1, targets[:, None]).squeeze(-1)
-    weights = shifted.exp()
+    weights = torch.exp(shifted, out=workspace.take("weights", logits))
     shifted.clamp_(min=_LOWEST)
     total = weights.sum(-1)
     mean = torch.linalg.vecdot(weights, shifted) / total
@@ -99,19 +130,12 @@ def softmax_of(
     return Softmax(
         shifted=shifted,
         weights=weights,
+        scratch=workspace.take("scratch", logits),
         total=total,
         mean=mean,
         logp=target - logarithm,
         entropy=logarithm - mean,
     )
-
-
-def widened(values: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """A copy over temperature, in the dtype of the sums."""
-    # Not values.to(dtype), which copies nothing where the dtype is the same, or left
-    # alone within `true_float64`.
-    wide = torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
-    return wide if temperature == 1 else wide.div_(temperature)
 
 
 def directional_derivatives(
@@ -128,7 +152,8 @@ def directional_derivatives(
     weights, total = softmax.weights, softmax.total
     tangent -= (torch.linalg.vecdot(weights, tangent) / total)[:, None]
     dlogp = tangent.gather(-1, targets[:, None]).squeeze(-1)
-    dentropy = -torch.linalg.vecdot(weights * softmax.shifted, tangent) / total
+    weighted = torch.mul(weights, softmax.shifted, out=softmax.scratch)
+    dentropy = -torch.linalg.vecdot(weighted, tangent) / total
     return dlogp, dentropy
 
 
@@ -147,17 +172,18 @@ def distribution_features(
         centred_tangent: z' - E[z'], [r, V].
         targets: token ids, [r].
     """
-    weights, total = softmax.weights, softmax.total
+    weights, total, scratch = softmax.weights, softmax.total, softmax.scratch
     top, top_ids = weights.topk(min(2, weights.shape[1]), dim=-1)
     top = top / total[:, None]
-    squares = weights.square()
     # Differences and not E[l^2] - H^2, which would lose digits when H is large.
-    deviation = (softmax.shifted - softmax.mean[:, None]).square_()
+    torch.sub(softmax.shifted, softmax.mean[:, None], out=scratch).square_()
+    log_variance = torch.linalg.vecdot(weights, scratch) / total
+    squares = torch.square(weights, out=scratch)
     top_derivative = centred_tangent.gather(-1, top_ids[:, :1]).squeeze(-1)
     return {
         "top_probability": top[:, 0],
         "margin": top[:, 0] - top[:, -1],
-        "log_variance": torch.linalg.vecdot(weights, deviation) / total,
+        "log_variance": log_variance,
         "collision": squares.sum(-1) / total.square(),
         "dcollision": torch.linalg.vecdot(squares, centred_tangent) / total.square(),
         "dtop": top[:, 0] * top_derivative,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from entropy_ddp.policy.forward_mode import halves
 from entropy_ddp.policy.head import (
+    Softmax,
+    Workspace,
     directional_derivatives,
     distribution_features,
     logits_gradient,
     row_blocks,
     softmax_of,
-    widened,
 )
 from entropy_ddp.policy.scores import NUM_PROJECTIONS
 from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
@@ -156,34 +157,20 @@ class ResponseTokens(nn.Module):
     ) -> list[dict[str, Tensor]]:
         # The only holder of a chunk's logits: two of them never exist.
         logits, tangent = halves(self.output_layer(hidden))
-        return [
-            self._block_statistics(
-                logits[rows],
-                None if tangent is None else tangent[rows],
-                targets[rows],
-                with_features,
+        workspace = Workspace(self.settings.entropy_dtype)
+        blocks = []
+        for rows in row_blocks(logits):
+            softmax = softmax_of(
+                logits[rows], targets[rows], self.settings.temperature, workspace
             )
-            for rows in row_blocks(logits)
-        ]
-
-    def _block_statistics(
-        self,
-        logits: Tensor,
-        tangent: Tensor | None,
-        targets: Tensor,
-        with_features: bool,
-    ) -> dict[str, Tensor]:
-        temperature, dtype = self.settings.temperature, self.settings.entropy_dtype
-        softmax = softmax_of(logits, targets, temperature, dtype)
-        values = {"logp": softmax.logp, "entropy": softmax.entropy}
-        if tangent is None:
-            return values
-        centred = widened(tangent, temperature, dtype)
-        derivatives = directional_derivatives(softmax, centred, targets)
-        values.update(zip(("dlogp", "dentropy"), derivatives))
-        if with_features:
-            values |= distribution_features(softmax, centred, targets)
-        return values
+            values = {"logp": softmax.logp, "entropy": softmax.entropy}
+            if tangent is not None:
+                centred = workspace.widened(
+                    "tangent", tangent[rows], self.settings.temperature
+                )
+                values |= _derivatives(softmax, centred, targets[rows], with_features)
+            blocks.append(values)
+        return blocks
 
     def forward(
         self, microbatch: Microbatch, weights: TokenWeights
@@ -196,6 +183,16 @@ class ResponseTokens(nn.Module):
         hidden = self.hidden_states(microbatch)
         trainable = [p for p in self.output_layer.parameters() if p.requires_grad]
         return _WeightedSum.apply(self, microbatch, weights, hidden, *trainable)
+
+
+def _derivatives(
+    softmax: Softmax, tangent: Tensor, targets: Tensor, with_features: bool
+) -> dict[str, Tensor]:
+    dlogp, dentropy = directional_derivatives(softmax, tangent, targets)
+    values = {"dlogp": dlogp, "dentropy": dentropy}
+    if with_features:
+        values |= distribution_features(softmax, tangent, targets)
+    return values
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -275,9 +272,10 @@ def _chunk_gradients(
     values = []
     # The logits are not read again: their gradient takes their place.
     cotangent = logits.detach()
+    workspace = Workspace(settings.entropy_dtype)
     for rows in row_blocks(cotangent):
         softmax = softmax_of(
-            cotangent[rows], targets[rows], settings.temperature, settings.entropy_dtype
+            cotangent[rows], targets[rows], settings.temperature, workspace
         )
         logp, entropy = softmax.logp, softmax.entropy
         a, b = (w.to(logp) for w in weights(places[rows], logp, entropy))
