@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from entropy_ddp.policy.normalisation import closed_form_normalisation
+
 # Attention scores of one block of queries: a [batch, heads, length, length] tensor of a
 # long context would otherwise dominate the memory of the pass.
 ATTENTION_BLOCK_ELEMENTS = 1 << 25
@@ -68,7 +70,8 @@ def dual_parameters(
         try:
             for module, name, parameter in slots:
                 module._parameters[name] = duals[id(parameter)]  # type: ignore[assignment]
-            yield TangentRules()
+            with closed_form_normalisation(model):
+                yield TangentRules()
         finally:
             for module, name, parameter in slots:
                 module._parameters[name] = parameter
