@@ -180,7 +180,7 @@ class Passes:
 
         Args:
             shard: this rank's sequences; may be empty.
-            weights: gives a and b of each token; called once per chunk.
+            weights: gives a and b of each token; called for a few rows at a time.
             after_backward: called after the backward pass of every microbatch.
 
         Returns:
