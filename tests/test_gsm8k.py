@@ -212,7 +212,7 @@ def check_results(out: Path, num_evaluation: int, num_update: int) -> None:
     results = json.loads((out / "results.json").read_text())
     assert len(read_rows(out / "rollouts" / "E.jsonl")) == num_evaluation
     assert len(read_rows(out / "rollouts" / "U.jsonl")) == 8 * num_update
-    truth, linear = results["truth"]["delta_h"], results["linear"]["delta_h1"]
+    truth, linear = results["truth"]["delta_h_true"], results["linear"]["delta_h1"]
     assert truth != 0
     assert abs(linear - truth) < 0.2 * abs(truth)
 
