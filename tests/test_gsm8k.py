@@ -172,7 +172,7 @@ def test_sampling_says_what_it_made(arguments: list[str], tmp_path: Path) -> Non
         rf"groups without signal .* {silent} ",
         r"truncated share ",
         r"mean reward regex ",
-        r"num tokens ",
+        r"tokens ",
     ):
         assert re.search(line, shown.output), shown.output
 

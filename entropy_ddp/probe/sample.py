@@ -20,7 +20,7 @@ def run_sample(
     Writes E.jsonl and U.jsonl into `out`.
 
     Returns:
-        For each batch: split, sizes, response length, shares finished and truncated,
+        For each batch: split, sizes, response length, share truncated,
         mean reward (of each term too, if there are several), groups without signal
         (their rewards are all equal) and number of redraws.
 
@@ -55,15 +55,14 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Every mean is over all sequences."""
     count = len(rows)
     lengths = [len(row["response_ids"]) for row in rows]
-    num_finished = sum(row["finished"] for row in rows)
+    num_truncated = sum(not row["finished"] for row in rows)
     return {
         "num_groups": len({row["group"] for row in rows}),
         "num_sequences": count,
         "num_tokens": sum(lengths),
         "mean_response_length": sum(lengths) / count,
         "longest_response": max(lengths),
-        "finished_share": num_finished / count,
-        "truncated_share": (count - num_finished) / count,
+        "truncated_share": num_truncated / count,
     } | _reward_summary(rows)
 
 

@@ -15,7 +15,7 @@ def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -
     for name in dict.fromkeys(name for summary in summaries for name in summary):
         if name != "split":
             values = (as_text(s[name]) if name in s else "-" for s in summaries)
-            table.add_row(name.replace("_", " "), *values)
+            table.add_row(name.removeprefix("num_").replace("_", " "), *values)
     console.print(table)
 
 
