@@ -3,18 +3,15 @@
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from entropy_ddp.config.sampling import Sample
+from entropy_ddp.config.section import Section
 
 Normalize = Literal["per_token", "per_sequence", "per_sequence_token_mean", "sum"]
 Integrand = Literal["rb", "surprisal"]
 ImportanceMode = Literal["snis", "per_decision", "clip"]
 Loss = Literal["dr_grpo", "grpo", "dapo", "nll"]
-
-
-class Section(BaseModel):
-    """A mapping of the file: unknown keys and numbers given as strings are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Checkpoint(Section):
@@ -37,31 +34,6 @@ class Checkpoint(Section):
         if self.path is None and self.base is None and self.adapter is None:
             raise ValueError("give `path`, or `base` and `adapter`")
         return self
-
-
-class Sample(Section):
-    """How to roll a batch out of the checkpoint.
-
-    Attributes:
-        prompts: JSON lines with `prompt` or `prompt_ids`.
-        num_prompts: number of prompt draws (groups).
-        responses_per_prompt: responses G of each group.
-        with_replacement: whether a prompt can be drawn more than once.
-        max_new_tokens: responses are cut off at this many tokens.
-        reward: `module:function` that scores (prompt, response, row).
-        redraw_zero_advantage: how often a group whose rewards are all equal is sampled
-            again, for the same prompt.
-        sequences_per_call: responses generated together.
-    """
-
-    prompts: str
-    num_prompts: int = Field(gt=0)
-    responses_per_prompt: int = Field(default=1, gt=0)
-    with_replacement: bool = False
-    max_new_tokens: int = Field(gt=0)
-    reward: str | None = None
-    redraw_zero_advantage: int = Field(default=0, ge=0)
-    sequences_per_call: int = Field(default=64, gt=0)
 
 
 class BatchSource(Section):
@@ -315,7 +287,7 @@ class Config(Section):
             if update.reward is None:
                 raise ValueError(
                     f"batches.U.sample.reward: the loss `{self.update.loss}` needs one, "
-                    "as module:function"
+                    "as module:function or as math, exact or regex"
                 )
             single = update.responses_per_prompt == 1
             if single and self.batches.advantage == "standardized":

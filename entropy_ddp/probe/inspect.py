@@ -20,13 +20,13 @@ from entropy_ddp.probe.session import (
     check_batches,
     open_policy,
     require_optimizer,
+    sampling_settings,
     token_limits,
 )
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch
+from entropy_ddp.rollouts.draws import describe_sampling
 from entropy_ddp.rollouts.files import read_batch
-from entropy_ddp.rollouts.prompts import read_prompts
-from entropy_ddp.rollouts.rewards import load_reward
 
 
 def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, Any]:
@@ -112,14 +112,10 @@ def _read_batches(session: Session) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for split, source in (("E", config.batches.E), ("U", config.batches.U)):
         if source.file is None:
-            assert source.sample is not None
-            prompts = read_prompts(Path(source.sample.prompts))
-            if source.sample.reward is not None:
-                load_reward(source.sample.reward)
-            found[split] = {
-                "sampled from": source.sample.prompts,
-                "prompts": len(prompts),
-            }
+            settings = sampling_settings(config, split, source)
+            found[split] = describe_sampling(
+                session.policy.model, session.policy.tokenizer, settings
+            )
             continue
         batch = read_batch(Path(source.file), split, limits, tokenizer)
         batches[split] = batch

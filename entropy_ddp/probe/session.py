@@ -33,6 +33,7 @@ from entropy_ddp.policy.selfcheck import (
 from entropy_ddp.policy.trained_settings import with_training_arguments
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.draws import SamplingSettings
 from entropy_ddp.rollouts.files import (
     make_batch,
     read_batch,
@@ -40,7 +41,7 @@ from entropy_ddp.rollouts.files import (
     write_jsonl,
 )
 from entropy_ddp.rollouts.rows import TokenLimits
-from entropy_ddp.rollouts.sampling import SamplingSettings, merge_rows, sample_rollouts
+from entropy_ddp.rollouts.sampling import merge_rows, sample_rollouts
 from entropy_ddp.update.loss import require_sampling_logprobs
 
 # (name of the phase, units done by this rank, units this rank has to do)
@@ -280,13 +281,13 @@ def sampling_settings(
     assert source.sample is not None
     sample = source.sample
     return SamplingSettings(
-        prompts=Path(sample.prompts),
+        prompts=sample.prompts,
         num_prompts=sample.num_prompts,
         responses_per_prompt=sample.responses_per_prompt,
         with_replacement=sample.with_replacement,
         max_new_tokens=sample.max_new_tokens,
         temperature=config.objective.temperature,
-        reward=sample.reward,
+        reward=tuple(sample.reward or ()),
         batch_size=sample.sequences_per_call,
         redraw_zero_advantage=sample.redraw_zero_advantage,
         seed=config.seed,
