@@ -258,23 +258,45 @@ def encode_prompt(
     """
     content = prompt.content
     if _is_messages(content):
-        content = _render(content, prompt.where, source, tokenizer)
+        content = render_messages(
+            content,
+            prompt.where,
+            tokenizer,
+            source.chat_template_kwargs,
+            (
+                "give the prompt as text, or add the template to the tokenizer's files",
+                "correct the messages or `prompts.chat_template_kwargs`",
+            ),
+        )
     key = "prompt" if isinstance(content, str) else "prompt_ids"
     return read_prompt_ids({key: content}, prompt.where, limits, tokenizer)
 
 
-def _render(
+def render_messages(
     messages: Any,
     where: str,
-    source: Prompts,
     tokenizer: "PreTrainedTokenizerBase",
+    options: dict[str, Any],
+    advice: tuple[str, str],
 ) -> list[int]:
+    """Token ids of messages under the tokenizer's chat template, ready for an answer.
+
+    Args:
+        messages: as the template takes them.
+        where: the file and row, for errors.
+        tokenizer: with a chat template.
+        options: of the template.
+        advice: what to do without a template, and with messages that it refuses.
+
+    Raises:
+        InputError: the tokenizer has no template, or it refuses the messages.
+    """
     if tokenizer.chat_template is None:
         raise make_problem(
             where,
             "a tokenizer with a chat template, as the prompt consists of messages",
             "none",
-            "give the prompt as text, or add the template to the tokenizer's files",
+            advice[0],
         )
     try:
         encoded = tokenizer.apply_chat_template(
@@ -282,14 +304,14 @@ def _render(
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            **source.chat_template_kwargs,
+            **options,
         )
     except Exception as error:  # any: the template is a program of its own
         raise make_problem(
             where,
             "messages that the chat template takes",
             f"{type(error).__name__}: {error}",
-            "correct the messages or `prompts.chat_template_kwargs`",
+            advice[1],
         ) from error
     return list(encoded["input_ids"])
 

@@ -334,7 +334,11 @@ GOOD = json.dumps(ROW).encode()
         (b'{"a": ' + b"[" * 10**5, 1, "invalid JSON .*recursion"),
         (b"\xef\xbb\xbf" + GOOD, 1, "invalid JSON .*BOM"),
         (GOOD + b'\n{"a": "\xff"}', 2, "UTF-8 text, found byte 0xff at byte 8; save"),
-        (gzip.compress(GOOD, mtime=0), 1, r"UTF-8 text.*gzip data: name it \.jsonl\.gz"),
+        (
+            gzip.compress(GOOD, mtime=0),
+            1,
+            r"UTF-8 text.*gzip data: name it \.jsonl\.gz",
+        ),
     ],
 )
 def test_a_bad_file_is_named(
