@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entropy_ddp.config import BatchSource, Config
 from entropy_ddp.distributed import World
@@ -22,6 +23,7 @@ from entropy_ddp.policy.checkpoint import (
 )
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.precision import precision_context
+from entropy_ddp.policy.reference import adapter_disabled, require_reference
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.policy.selfcheck import (
@@ -58,6 +60,8 @@ class Session:
         passes: both passes over the model.
         optimizer: AdamW in its saved state; None until it is read.
         batches: E and U, whole, by split.
+        reference_logp: log p of this rank's tokens of U under the reference policy, [t];
+            None if the loss has no KL term.
         progress: told how far the current phase is.
         started: when the run began.
         seconds: wall-clock seconds of each finished phase.
@@ -73,6 +77,7 @@ class Session:
     progress: Progress
     optimizer: torch.optim.Adam | None = None
     batches: dict[str, Batch] = field(default_factory=dict)
+    reference_logp: Tensor | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
@@ -147,7 +152,19 @@ def open_session(
         update = session.batches["U"]
         advantages = compute_advantages(update, config.batches.advantage)
         session.batches["U"] = update.with_advantages(advantages)
+    if config.update.kl_coefficient:
+        session.reference_logp = _score_reference(session)
     return session
+
+
+def _score_reference(session: Session) -> Tensor:
+    """Log p of this rank's tokens of U under the reference policy, [t]."""
+    shard, model = session.shard(session.batches["U"]), session.policy.model
+    with (
+        session.phase("reference: U without the adapter", shard.ragged.num_tokens),
+        adapter_disabled(model),
+    ):
+        return session.passes.score(shard).logp
 
 
 def open_policy(
@@ -158,12 +175,15 @@ def open_policy(
     Its configuration has the settings of the checkpoint in it, if it asks for them.
 
     Raises:
-        InputError: the checkpoint cannot be loaded.
+        InputError: the checkpoint cannot be loaded, or has no reference policy for the
+            loss's KL term.
     """
     config = with_training_arguments(config)
     begin = time.perf_counter()
     device = resolve_device(config.compute, world.local_rank)
     policy = load_policy(files, config.precision, config.compute.attention, device)
+    if config.update.kl_coefficient:
+        require_reference(policy)
     return Session(
         config=config,
         world=world,
