@@ -22,6 +22,7 @@ from entropy_ddp.policy.checkpoint import (
     resolve_device,
 )
 from entropy_ddp.policy.optimizer_state import load_optimizer
+from entropy_ddp.policy.parameters import differentiate_padding_tokens
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.reference import adapter_disabled, require_reference
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
@@ -182,6 +183,7 @@ def open_policy(
     begin = time.perf_counter()
     device = resolve_device(config.compute, world.local_rank)
     policy = load_policy(files, config.precision, config.compute.attention, device)
+    differentiate_padding_tokens(policy.model)
     if config.update.kl_coefficient:
         require_reference(policy)
     return Session(
