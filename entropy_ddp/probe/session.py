@@ -153,7 +153,7 @@ def open_session(
         update = session.batches["U"]
         advantages = compute_advantages(update, config.batches.advantage)
         session.batches["U"] = update.with_advantages(advantages)
-    if config.update.kl_coefficient:
+    if config.update.kl_coefficient and "U" in session.batches:
         session.reference_logp = _score_reference(session)
     return session
 
