@@ -98,8 +98,7 @@ def contradictions(config: Config, arguments: TrainingArguments) -> list[Contrad
     """Keys whose value in the configuration is not what the trainer used.
 
     Keys that the configured loss does not read are not compared: the clipping range
-    without `ratio: clipped`, the length norm of other losses than `dr_grpo`, the KL
-    estimate without a KL term.
+    without `ratio: clipped`, the length norm of other losses than `dr_grpo`.
     """
     found = []
     for key, trained in trained_settings(arguments).items():
@@ -117,6 +116,7 @@ def contradictions(config: Config, arguments: TrainingArguments) -> list[Contrad
 
 
 def _is_read(config: Config, key: str) -> bool:
+    """Whether the configured loss has a use for a key; `nll` has no trainer's KL term."""
     if key in ("update.epsilon_low", "update.epsilon_high"):
         return config.update.ratio == "clipped"
     if key == "update.length_norm":

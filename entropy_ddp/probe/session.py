@@ -158,16 +158,6 @@ def open_session(
     return session
 
 
-def _score_reference(session: Session) -> Tensor:
-    """Log p of this rank's tokens of U under the reference policy, [t]."""
-    shard, model = session.shard(session.batches["U"]), session.policy.model
-    with (
-        session.phase("reference: U without the adapter", shard.ragged.num_tokens),
-        adapter_disabled(model),
-    ):
-        return session.passes.score(shard).logp
-
-
 def open_policy(
     config: Config, world: World, files: CheckpointFiles, progress: Progress
 ) -> Session:
@@ -293,6 +283,16 @@ def sample_batch(
         shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
     session.num_redraws[split] = sum(redraws for _, redraws in shares)
     return merge_rows(rows for rows, _ in shares)
+
+
+def _score_reference(session: Session) -> Tensor:
+    """Log p of this rank's tokens of U under the reference policy, [t]."""
+    shard, model = session.shard(session.batches["U"]), session.policy.model
+    with (
+        session.phase("reference: U without the adapter", shard.ragged.num_tokens),
+        adapter_disabled(model),
+    ):
+        return session.passes.score(shard).logp
 
 
 def sampling_settings(
