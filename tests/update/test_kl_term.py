@@ -173,5 +173,6 @@ def test_an_adapter_that_was_trained_on_has_another_reference(tmp_path: Path) ->
     copy.mkdir()
     for path in run.saved.folder.glob("adapter_*"):
         shutil.copy(path, copy)
+    checkpoint = run.saved.section | {"adapter": str(run.saved.folder)}
     with pytest.raises(InputError, match="found a reference adapter of its own"):
-        run.open(update=settings())
+        run.open(update=settings(), checkpoint=checkpoint)
