@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_ddp.config import Update
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.reference import adapter_disabled
+from entropy_ddp.policy.reference import adapter_disabled, require_reference
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.phases import loss_gradient
@@ -169,10 +169,10 @@ def test_full_weights_have_no_reference(tmp_path: Path) -> None:
 def test_an_adapter_that_was_trained_on_has_another_reference(tmp_path: Path) -> None:
     """TRL keeps its first version beside it, and measures from there."""
     run = make_run(tmp_path, "qwen2")
+    policy = run.open(update=settings()).policy
     copy = run.saved.folder / "ref"
     copy.mkdir()
     for path in run.saved.folder.glob("adapter_*"):
         shutil.copy(path, copy)
-    checkpoint = run.saved.section | {"adapter": str(run.saved.folder)}
     with pytest.raises(InputError, match="found a reference adapter of its own"):
-        run.open(update=settings(), checkpoint=checkpoint)
+        require_reference(policy)
