@@ -87,10 +87,14 @@ class Update(Section):
             constant (the maximum completion length).
         ratio: `on_policy` (A log p) or `clipped` (the PPO surrogate).
         epsilon_low, epsilon_high: clipping range of the ratio.
+        kl_coefficient: weight of the divergence from the reference policy, which is the
+            model without its adapter; 0 for none.
+        kl_estimator: `k3`, or `k3_weighted` by the ratio (TRL's bias correction).
         max_grad_norm: the gradient's global norm is clipped to this; 0 turns it off.
         lr_override: learning rate in place of the saved one.
-        from_checkpoint: take loss, length norm, clipping, gradient norm, advantage and
-            temperature from the checkpoint's training_args.bin where not given here.
+        from_checkpoint: take loss, length norm, clipping, KL term, gradient norm,
+            advantage and temperature from the checkpoint's training_args.bin where not
+            given here.
         save_delta: write the parameter change to delta_theta.safetensors.
     """
 
@@ -99,6 +103,8 @@ class Update(Section):
     ratio: Literal["on_policy", "clipped"] = "on_policy"
     epsilon_low: float = Field(default=0.2, ge=0, lt=1)
     epsilon_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    kl_coefficient: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    kl_estimator: Literal["k3", "k3_weighted"] = "k3"
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     lr_override: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     from_checkpoint: bool = False

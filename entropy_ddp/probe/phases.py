@@ -57,7 +57,7 @@ def loss_gradient(session: Session) -> tuple[Tensor, SequenceSums, TokenScores]:
         The gradient, the sums of U's sequences at theta, and this rank's tokens.
     """
     shard = session.shard(session.batches["U"])
-    weights = loss_weights(shard, session.config.update)
+    weights = loss_weights(shard, session.config.update, session.reference_logp)
     with session.phase("gradient of U", shard.ragged.num_tokens):
         gradient, scores = session.passes.gradient(shard, weights, session.buffer_dtype)
         session.world.sum(gradient, "parameter buffers")

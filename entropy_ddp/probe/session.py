@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entropy_ddp.config import BatchSource, Config
 from entropy_ddp.distributed import World
@@ -21,7 +22,9 @@ from entropy_ddp.policy.checkpoint import (
     resolve_device,
 )
 from entropy_ddp.policy.optimizer_state import load_optimizer
+from entropy_ddp.policy.parameters import differentiate_padding_tokens
 from entropy_ddp.policy.precision import precision_context
+from entropy_ddp.policy.reference import adapter_disabled, require_reference
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.policy.selfcheck import (
@@ -59,6 +62,8 @@ class Session:
         passes: both passes over the model.
         optimizer: AdamW in its saved state; None until it is read.
         batches: E and U, whole, by split.
+        reference_logp: log p of this rank's tokens of U under the reference policy, [t];
+            None if the loss has no KL term.
         progress: told how far the current phase is.
         started: when the run began.
         seconds: wall-clock seconds of each finished phase.
@@ -74,6 +79,7 @@ class Session:
     progress: Progress
     optimizer: torch.optim.Adam | None = None
     batches: dict[str, Batch] = field(default_factory=dict)
+    reference_logp: Tensor | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
@@ -148,6 +154,8 @@ def open_session(
         update = session.batches["U"]
         advantages = compute_advantages(update, config.batches.advantage)
         session.batches["U"] = update.with_advantages(advantages)
+    if config.update.kl_coefficient and "U" in session.batches:
+        session.reference_logp = _score_reference(session)
     return session
 
 
@@ -159,12 +167,16 @@ def open_policy(
     Its configuration has the settings of the checkpoint in it, if it asks for them.
 
     Raises:
-        InputError: the checkpoint cannot be loaded.
+        InputError: the checkpoint cannot be loaded, or has no reference policy for the
+            loss's KL term.
     """
     config = with_training_arguments(config)
     begin = time.perf_counter()
     device = resolve_device(config.compute, world.local_rank)
     policy = load_policy(files, config.precision, config.compute.attention, device)
+    differentiate_padding_tokens(policy.model)
+    if config.update.kl_coefficient:
+        require_reference(policy)
     return Session(
         config=config,
         world=world,
@@ -272,6 +284,16 @@ def sample_batch(
         shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
     session.num_redraws[split] = sum(redraws for _, redraws in shares)
     return merge_rows(rows for rows, _ in shares)
+
+
+def _score_reference(session: Session) -> Tensor:
+    """Log p of this rank's tokens of U under the reference policy, [t]."""
+    shard, model = session.shard(session.batches["U"]), session.policy.model
+    with (
+        session.phase("reference: U without the adapter", shard.ragged.num_tokens),
+        adapter_disabled(model),
+    ):
+        return session.passes.score(shard).logp
 
 
 def sampling_settings(

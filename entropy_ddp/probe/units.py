@@ -98,7 +98,7 @@ def loss_units(session: Session) -> Units:
         InputError: `ratio: clipped` and a sequence has no sampling log-probs.
     """
     shard = session.shard(session.batches["U"])
-    descent = loss_weights(shard, session.config.update)
+    descent = loss_weights(shard, session.config.update, session.reference_logp)
 
     def ascent(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         on_logp, on_entropy = descent(token, logp, entropy)
