@@ -24,6 +24,7 @@ Shape legend: r rows of one block, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,62 @@ FEATURES = (
 BLOCK_ELEMENTS = 1 << 17
 # exp of anything below is zero in every dtype; finite, so that 0 times it is 0.
 _LOWEST = -1e4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsMap:
+    """What a model does to each value x of its output layer: z = c tanh(s x / c), or s x.
+
+    Attributes:
+        scale: s.
+        cap: c; None for no cap.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitsMap":
+        """The map that a Hugging Face configuration declares.
+
+        Soft-capping as in Gemma, scales as in Cohere, Falcon-H1 and Granite. Whether
+        the model does this, and nothing else, is for the self-check to find out.
+        """
+        values = {name: getattr(config, name, None) for name in _MAP_SETTINGS}
+        numbers = {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and value
+        }
+        scale = 1.0
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= numbers.get(name, 1.0)
+        caps = (numbers.get(name) for name in _CAPS)
+        return cls(
+            scale=scale / numbers.get("logits_scaling", 1.0),
+            cap=next((cap for cap in caps if cap), None),
+        )
+
+    def over(self, temperature: float) -> "LogitsMap":
+        """The same map followed by a division by the temperature."""
+        cap = None if self.cap is None else self.cap / temperature
+        return LogitsMap(scale=self.scale / temperature, cap=cap)
+
+    def values(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """z [r, V] in this dtype; the outputs [r, V] are left alone."""
+        wide = _scaled(outputs, self.scale, dtype)
+        return wide if self.cap is None else wide.div_(self.cap).tanh_().mul_(self.cap)
+
+    def derivative(self, outputs: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """dz/dx = s (1 - tanh(s x / c)^2), [r, V], or one number without a cap."""
+        if self.cap is None:
+            return self.scale
+        wide = _scaled(outputs, self.scale / self.cap, dtype)
+        return wide.tanh_().square_().neg_().add_(1).mul_(self.scale)
+
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_MAP_SETTINGS = (*_CAPS, "logit_scale", "lm_head_multiplier", "logits_scaling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +136,19 @@ def softmax_of(
     targets: Tensor,
     temperature: float = 1.0,
     dtype: torch.dtype = torch.float64,
+    logits_map: LogitsMap = LogitsMap(),
 ) -> Softmax:
     """The distributions of a block of rows; the logits are left alone.
 
     Args:
-        logits: logits of any floating-point type, not yet over temperature, [r, V].
+        logits: values of the output layer of any floating-point type, neither mapped
+            nor over temperature, [r, V].
         targets: token ids, [r].
         temperature: what they are divided by.
         dtype: dtype of the sums.
+        logits_map: what the model makes of them.
     """
-    shifted = widened(logits, temperature, dtype)
+    shifted = logits_map.over(temperature).values(logits, dtype)
     shifted -= shifted.amax(-1, keepdim=True)
     target = shifted.gather(-1, targets[:, None]).squeeze(-1)
     weights = shifted.exp()
@@ -106,12 +166,21 @@ def softmax_of(
     )
 
 
-def widened(values: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """A copy over temperature, in the dtype of the sums."""
+def _scaled(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """A scaled copy, in the dtype of the sums."""
     # Not values.to(dtype), which copies nothing where the dtype is the same, or left
     # alone within `true_float64`.
     wide = torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
-    return wide if temperature == 1 else wide.div_(temperature)
+    return wide if scale == 1 else wide.mul_(scale)
+
+
+def mapped_tangent(
+    logits: Tensor, tangent: Tensor, logits_map: LogitsMap, dtype: torch.dtype
+) -> Tensor:
+    """Tangent [r, V] of the mapped logits, a copy in the dtype of the sums."""
+    if logits_map.cap is None:
+        return _scaled(tangent, logits_map.scale, dtype)
+    return _scaled(tangent, 1.0, dtype).mul_(logits_map.derivative(logits, dtype))
 
 
 def directional_derivatives(

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from entropy_ddp.policy.forward_mode import halves
 from entropy_ddp.policy.head import (
+    LogitsMap,
     directional_derivatives,
     distribution_features,
     logits_gradient,
+    mapped_tangent,
     row_blocks,
     softmax_of,
-    widened,
 )
 from entropy_ddp.policy.scores import NUM_PROJECTIONS
 from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
@@ -73,6 +74,8 @@ class ResponseTokens(nn.Module):
         self.settings = settings
         self.sharing = sharing
         self._directions: Tensor | None = None
+        config = self._unwrapped.config
+        self.logits_map = LogitsMap.of(config.get_text_config())
 
     @property
     def transformer(self) -> nn.Module:
@@ -174,11 +177,12 @@ class ResponseTokens(nn.Module):
         with_features: bool,
     ) -> dict[str, Tensor]:
         temperature, dtype = self.settings.temperature, self.settings.entropy_dtype
-        softmax = softmax_of(logits, targets, temperature, dtype)
+        softmax = softmax_of(logits, targets, temperature, dtype, self.logits_map)
         values = {"logp": softmax.logp, "entropy": softmax.entropy}
         if tangent is None:
             return values
-        centred = widened(tangent, temperature, dtype)
+        tempered = self.logits_map.over(temperature)
+        centred = mapped_tangent(logits, tangent, tempered, dtype)
         derivatives = directional_derivatives(softmax, centred, targets)
         values.update(zip(("dlogp", "dentropy"), derivatives))
         if with_features:
@@ -277,15 +281,20 @@ def _chunk_gradients(
     cotangent = logits.detach()
     for rows in row_blocks(cotangent):
         softmax = softmax_of(
-            cotangent[rows], targets[rows], settings.temperature, settings.entropy_dtype
+            cotangent[rows],
+            targets[rows],
+            settings.temperature,
+            settings.entropy_dtype,
+            policy.logits_map,
         )
         logp, entropy = softmax.logp, softmax.entropy
         a, b = (w.to(logp) for w in weights(places[rows], logp, entropy))
         total += (a * logp + b * entropy).sum(dtype=torch.float64)
         values.append(torch.stack([logp, entropy]))
         gradient = logits_gradient(softmax, (a, b), targets[rows])
-        if settings.temperature != 1:
-            gradient /= settings.temperature
+        tempered = policy.logits_map.over(settings.temperature)
+        if tempered != LogitsMap():
+            gradient *= tempered.derivative(cotangent[rows], settings.entropy_dtype)
         cotangent[rows] = gradient
     gradients = torch.autograd.grad(logits, [piece, *trainable], cotangent)
     return total, torch.cat(values, dim=1), *gradients
