@@ -15,6 +15,10 @@ from torch import nn
 
 from entropy_ddp.config import Checkpoint, Compute, Precision
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.implementations import (
+    supported_attention,
+    use_exact_experts,
+)
 from entropy_ddp.policy.parameters import trainable_parameters
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -219,6 +223,7 @@ def load_policy(
     logging.disable_progress_bar()
     dtype = getattr(torch, precision.model)
     model = _load_base(files.base, dtype, attention)
+    use_exact_experts(model, dtype)
     if files.adapter is None:
         model.requires_grad_(True)
     else:
@@ -250,7 +255,7 @@ def _load_base(base: str, dtype: torch.dtype, attention: str) -> nn.Module:
         model, report = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=supported_attention(base, attention),
             use_safetensors=True,
             trust_remote_code=False,
             # Reported below, by name.

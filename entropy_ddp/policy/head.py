@@ -24,6 +24,7 @@ Shape legend: r rows of one block, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,66 @@ FEATURES = (
 BLOCK_ELEMENTS = 1 << 17
 # exp of anything below is zero in every dtype; finite, so that 0 times it is 0.
 _LOWEST = -1e4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsMap:
+    """What a model does to each value x of its output layer: z = c tanh(s x / c), or s x.
+
+    Attributes:
+        scale: s.
+        cap: c; None for no cap.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitsMap":
+        """The map that a Hugging Face configuration declares.
+
+        Soft-capping as in Gemma, scales as in Cohere, Falcon-H1 and Granite. Whether
+        the model does this, and nothing else, is for the self-check to find out.
+        """
+        values = {name: getattr(config, name, None) for name in _MAP_SETTINGS}
+        numbers = {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and value
+        }
+        scale = 1.0
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= numbers.get(name, 1.0)
+        caps = (numbers.get(name) for name in _CAPS)
+        return cls(
+            scale=scale / numbers.get("logits_scaling", 1.0),
+            cap=next((cap for cap in caps if cap), None),
+        )
+
+    def over(self, temperature: float) -> "LogitsMap":
+        """The same map followed by a division by the temperature."""
+        cap = None if self.cap is None else self.cap / temperature
+        return LogitsMap(scale=self.scale / temperature, cap=cap)
+
+    def apply_(self, outputs: Tensor) -> Tensor:
+        """z in place of the values of the output layer, [r, V]."""
+        if self.scale != 1:
+            outputs.mul_(self.scale)
+        return (
+            outputs
+            if self.cap is None
+            else outputs.div_(self.cap).tanh_().mul_(self.cap)
+        )
+
+    def derivative_(self, outputs: Tensor) -> Tensor:
+        """dz/dx = s (1 - tanh(s x / c)^2) of a capped map, in place of x, [r, V]."""
+        assert self.cap is not None
+        slope = outputs.mul_(self.scale / self.cap).tanh_().square_().neg_().add_(1)
+        return slope.mul_(self.scale)
+
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_MAP_SETTINGS = (*_CAPS, "logit_scale", "lm_head_multiplier", "logits_scaling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +159,9 @@ class Workspace:
             self._buffers[name] = buffer
         return buffer[: len(like)]
 
-    def widened(self, name: str, values: Tensor, temperature: float) -> Tensor:
-        """A copy of a block over temperature, in the dtype of the sums."""
-        wide = self.take(name, values).copy_(values)
-        return wide if temperature == 1 else wide.div_(temperature)
+    def copy(self, name: str, values: Tensor) -> Tensor:
+        """A copy of a block, in the dtype of the sums."""
+        return self.take(name, values).copy_(values)
 
 
 def softmax_of(
@@ -109,17 +169,20 @@ def softmax_of(
     targets: Tensor,
     temperature: float = 1.0,
     workspace: Workspace | None = None,
+    logits_map: LogitsMap = LogitsMap(),
 ) -> Softmax:
     """The distributions of a block of rows; the logits are left alone.
 
     Args:
-        logits: logits of any floating-point type, not yet over temperature, [r, V].
+        logits: values of the output layer of any floating-point type, neither mapped
+            nor over temperature, [r, V].
         targets: token ids, [r].
         temperature: what they are divided by.
         workspace: where the result's [r, V] tensors live, until the next block.
+        logits_map: what the model makes of them.
     """
     workspace = workspace or Workspace()
-    shifted = workspace.widened("shifted", logits, temperature)
+    shifted = logits_map.over(temperature).apply_(workspace.copy("shifted", logits))
     shifted -= shifted.amax(-1, keepdim=True)
     target = shifted.gather(-1, targets[:, None]).squeeze(-1)
     weights = torch.exp(shifted, out=workspace.take("weights", logits))
@@ -136,6 +199,16 @@ def softmax_of(
         logp=target - logarithm,
         entropy=logarithm - mean,
     )
+
+
+def mapped_tangent(
+    logits: Tensor, tangent: Tensor, logits_map: LogitsMap, workspace: Workspace
+) -> Tensor:
+    """Tangent [r, V] of the mapped logits, in the workspace."""
+    wide = workspace.copy("tangent", tangent)
+    if logits_map.cap is not None:
+        return wide.mul_(logits_map.derivative_(workspace.copy("scratch", logits)))
+    return wide if logits_map.scale == 1 else wide.mul_(logits_map.scale)
 
 
 def directional_derivatives(

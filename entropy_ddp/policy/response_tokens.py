@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from entropy_ddp.policy.forward_mode import halves
 from entropy_ddp.policy.head import (
+    LogitsMap,
     Softmax,
     Workspace,
     directional_derivatives,
     distribution_features,
     logits_gradient,
+    mapped_tangent,
     row_blocks,
     softmax_of,
 )
@@ -74,6 +76,8 @@ class ResponseTokens(nn.Module):
         self.settings = settings
         self.sharing = sharing
         self._directions: Tensor | None = None
+        config = self._unwrapped.config
+        self.logits_map = LogitsMap.of(config.get_text_config())
 
     @property
     def transformer(self) -> nn.Module:
@@ -161,12 +165,17 @@ class ResponseTokens(nn.Module):
         blocks = []
         for rows in row_blocks(logits):
             softmax = softmax_of(
-                logits[rows], targets[rows], self.settings.temperature, workspace
+                logits[rows],
+                targets[rows],
+                self.settings.temperature,
+                workspace,
+                self.logits_map,
             )
             values = {"logp": softmax.logp, "entropy": softmax.entropy}
             if tangent is not None:
-                centred = workspace.widened(
-                    "tangent", tangent[rows], self.settings.temperature
+                tempered = self.logits_map.over(self.settings.temperature)
+                centred = mapped_tangent(
+                    logits[rows], tangent[rows], tempered, workspace
                 )
                 values |= _derivatives(softmax, centred, targets[rows], with_features)
             blocks.append(values)
@@ -275,15 +284,23 @@ def _chunk_gradients(
     workspace = Workspace(settings.entropy_dtype)
     for rows in row_blocks(cotangent):
         softmax = softmax_of(
-            cotangent[rows], targets[rows], settings.temperature, workspace
+            cotangent[rows],
+            targets[rows],
+            settings.temperature,
+            workspace,
+            policy.logits_map,
         )
         logp, entropy = softmax.logp, softmax.entropy
         a, b = (w.to(logp) for w in weights(places[rows], logp, entropy))
         total += (a * logp + b * entropy).sum(dtype=torch.float64)
         values.append(torch.stack([logp, entropy]))
         gradient = logits_gradient(softmax, (a, b), targets[rows])
-        if settings.temperature != 1:
-            gradient /= settings.temperature
+        tempered = policy.logits_map.over(settings.temperature)
+        if tempered.cap is not None:
+            outputs = workspace.copy("scratch", cotangent[rows])
+            gradient *= tempered.derivative_(outputs)
+        elif tempered.scale != 1:
+            gradient *= tempered.scale
         cotangent[rows] = gradient
     gradients = torch.autograd.grad(logits, [piece, *trainable], cotangent)
     return total, torch.cat(values, dim=1), *gradients

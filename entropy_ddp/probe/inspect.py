@@ -7,6 +7,7 @@ from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.checkpoint import find_checkpoint
+from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.selfcheck import check_model
 from entropy_ddp.policy.trained_settings import contradictions
@@ -43,6 +44,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     session = open_policy(config, world, files, progress)
     policy = session.policy
     optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
+    routes = slower_routes(policy.model, config.compute.attention, policy.dtype)
     checks = check_model(session.passes, policy.vocabulary_size)
     batches = _read_batches(session)
     found = {
@@ -54,6 +56,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
             "vocabulary": policy.vocabulary_size,
             "trainable tensors": len(policy.parameters),
             "trainable elements": session.passes.layout.numel,
+            **{f"{r.part} implementation": f"eager: {r.reason}" for r in routes},
         },
         "optimizer": {
             "file": str(optimizer_file),
