@@ -20,6 +20,7 @@ from entropy_ddp.policy.checkpoint import (
     load_policy,
     resolve_device,
 )
+from entropy_ddp.policy.layouts import why_no_optimizer
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
@@ -181,11 +182,7 @@ def require_optimizer(files: CheckpointFiles) -> Path:
         InputError: there is none.
     """
     if files.optimizer is None:
-        raise InputError(
-            "checkpoint: no optimizer.pt or optimizer.bin found; set "
-            "checkpoint.optimizer to the saved AdamW state (a fresh optimizer would "
-            "step in another direction)"
-        )
+        raise InputError(why_no_optimizer(files.folder))
     return files.optimizer
 
 
