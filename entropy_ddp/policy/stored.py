@@ -83,7 +83,7 @@ def stored_dtypes(
         base: the base model.
         adapter: folder of the adapter.
     """
-    files = {"state": [], "base": [], "adapter": []}
+    files: dict[str, list[Path]] = {"state": [], "base": [], "adapter": []}
     if state is not None:
         files["state"] = _weight_files(state)
     else:
