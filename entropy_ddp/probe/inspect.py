@@ -58,8 +58,9 @@ def _model(session: Session) -> dict[str, Any]:
     """The model, where its parts are from, and what of it is trained."""
     policy = session.policy
     files = policy.files
+    model = policy.model if files.adapter is None else policy.model.get_base_model()
     found: dict[str, Any] = {
-        "class": type(session.passes.tokens.transformer).__name__,
+        "class": type(model).__name__,
         "base": files.base,
     }
     if files.state is not None:
@@ -169,7 +170,7 @@ def _trained_with(config: Config) -> dict[str, Any]:
         "training arguments": {
             "file": str(path),
             "kind": arguments.kind,
-            **arguments.shown,
+            **{subject: given for subject, given in arguments.shown.items() if given},
             "used in the configuration": config.update.from_checkpoint,
         }
     }

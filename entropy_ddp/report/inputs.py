@@ -47,4 +47,4 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
 def _one_line(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {as_text(item)}" for name, item in value.items())
-    return as_text(value)
+    return "none" if value is None else as_text(value)

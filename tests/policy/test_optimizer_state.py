@@ -14,7 +14,8 @@ import torch
 from checkpoints import FAMILIES, TARGETS, Saved, save_checkpoint
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from trained import train
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
@@ -42,33 +43,6 @@ def require_own_state(
 
 
 # What real trainers save
-
-
-def train(folder: Path, model: nn.Module, **arguments: Any) -> Trainer:
-    """Two optimizer steps of the Hugging Face Trainer, with a checkpoint at the end."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 13, (8, 6), generator=generator)
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "save_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-    }
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**defaults | arguments),
-        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
-    )
-    trainer.train()
-    return trainer
 
 
 def with_all_biases(model: nn.Module, family: str) -> nn.Module:
