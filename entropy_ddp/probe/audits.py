@@ -57,6 +57,7 @@ class Extras:
 def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[AuditRow]:
     """All audits of a probe."""
     rows = [
+        *_stored_rows(session),
         *_vector_rows(session, measured),
         *_step_rows(session, measured),
         *_update_batch_rows(session),
@@ -101,6 +102,17 @@ def _gradient_dot_row(session: Session) -> list[AuditRow]:
     """Why the gradient-dot form was not computed, where it was not."""
     reason = obstacle(session.batches)
     return [] if reason is None else [audit.fact("gradient-dot form", "no", reason)]
+
+
+def _stored_rows(session: Session) -> list[AuditRow]:
+    """Which weights are used in another dtype than they are stored in."""
+    policy = session.policy
+    used = str(policy.dtype).removeprefix("torch.")
+    return [
+        audit.fact(f"weights of the {part}", f"{stored}, used as {used}")
+        for part, stored in policy.stored.items()
+        if stored != used
+    ]
 
 
 def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:

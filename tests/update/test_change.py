@@ -112,35 +112,83 @@ def test_a_saved_change_gives_what_the_step_gave(
     )
 
 
+# A probe of the step, then one of the change that it left, in one group of processes.
+STEP_THEN_CHANGE = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from entropy_ddp.cli import run_ranks
+from entropy_ddp.config import load_config, to_yaml
+from entropy_ddp.probe.run import run_probe
+from entropy_ddp.results import prepare_folder, write_results
+
+def body(world):
+    for path in map(Path, sys.argv[1:]):
+        config, out = load_config(path, ()), path.with_suffix("")
+        if world.is_main:
+            prepare_folder(out, False)
+        alone = replace(world, collectives={})
+        probed = run_probe(config, alone, out, lambda *progress: None)
+        if world.is_main:
+            write_results(out, probed, to_yaml(config))
+        # The next one reads what this one has written.
+        world.gather_objects(None)
+    return 0
+
+sys.exit(run_ranks(body))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_two_ranks_probe_a_change_as_one_probes_the_step(
-    lora: TinyRun, tmp_path: Path, dtype: str
+def test_two_ranks_probe_a_change_as_they_probe_the_step(
+    lora: TinyRun, tmp_path: Path
 ) -> None:
-    """The command, under torchrun."""
-    precision = {"model": dtype}
-    step = saved_step(lora, tmp_path / "step", precision=precision).results
-    path = tmp_path / "step" / "delta_theta.safetensors"
-    file, out = tmp_path / "config.yaml", tmp_path / "two"
-    config = with_delta(lora, path, precision=precision)
-    file.write_text(yaml.safe_dump(config.model_dump()))
-    command = ("probe", "--config", file, "--out", out, "--quiet")
-    launching.run(launching.torchrun(2, *launching.PACKAGE, *command)).require_success()
-    found = json.loads((out / "results.json").read_text())
-    scale = step.update.learning_rate_used * max(map(abs, step.linear.terms.values()))
-    pairs = (
-        (found["truth"]["delta_h_true"], step.truth.delta_h_true),
-        (found["linear"]["delta_h1"], step.linear.delta_h1),
-    )
-    # The contract's tolerances for another number of ranks.
-    tolerance = {"float64": 1e-10, "float32": 1e-5}[dtype]
-    for mine, theirs in pairs:
-        assert mine == pytest.approx(theirs, rel=0, abs=tolerance * scale)
-    assert found["run"]["world_size"] == 2
-    assert not {"loss", "grad_norm", "clip_coef"} & found["update"].keys()
-    assert "U" not in found and found["update"]["delta"] == str(path)
-    rows = [json.loads(r) for r in (out / "per_sequence.jsonl").open()]
-    assert {row["split"] for row in rows} == {"E"}
+    """The same numbers as on one rank, and no U in anything that is written."""
+    files: list[Path] = []
+    for dtype in TOLERANCE:
+        precision = {"model": dtype}
+        update = {"max_grad_norm": 0.5, "save_delta": True}
+        path = tmp_path / f"{dtype}-step" / "delta_theta.safetensors"
+        configs = {
+            "step": lora.config(update=update, precision=precision),
+            "change": with_delta(lora, path, precision=precision),
+        }
+        for name, config in configs.items():
+            files.append(tmp_path / f"{dtype}-{name}.yaml")
+            files[-1].write_text(yaml.safe_dump(config.model_dump()))
+    launching.run(
+        launching.torchrun(2, *python_code(tmp_path, STEP_THEN_CHANGE), *files)
+    ).require_success()
+    for dtype, tolerance in TOLERANCE.items():
+        step, found = (
+            json.loads((tmp_path / f"{dtype}-{name}" / "results.json").read_text())
+            for name in ("step", "change")
+        )
+        terms = map(abs, step["linear"]["terms"].values())
+        scale = step["update"]["learning_rate_used"] * max(terms)
+        for section, key in (("truth", "delta_h_true"), ("linear", "delta_h1")):
+            expected = pytest.approx(step[section][key], rel=0, abs=tolerance * scale)
+            assert found[section][key] == expected, (dtype, key)
+        assert found["run"]["world_size"] == 2
+        assert not {"loss", "grad_norm", "clip_coef"} & found["update"].keys()
+        assert "U" not in found and "U" in step
+        lines = (tmp_path / f"{dtype}-change" / "per_sequence.jsonl").open()
+        assert {json.loads(line)["split"] for line in lines} == {"E"}
+        # No gradient of U: one parameter buffer less travels between the ranks.
+        collectives = "collectives: parameter buffers"
+        counts = [
+            next(row["value"] for row in results["audit"] if row["name"] == collectives)
+            for results in (step, found)
+        ]
+        assert [int(count.split(",")[0]) for count in counts] == [2, 1]
+
+
+def python_code(folder: Path, code: str) -> list[Path]:
+    """A script with this code."""
+    path = folder / "script.py"
+    path.write_text(code)
+    return [path]
 
 
 def test_a_learning_rate_scales_the_slope_only(lora: TinyRun, tmp_path: Path) -> None:
