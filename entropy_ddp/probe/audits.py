@@ -109,7 +109,7 @@ def _stored_rows(session: Session) -> list[AuditRow]:
     policy = session.policy
     used = str(policy.dtype).removeprefix("torch.")
     return [
-        audit.fact(f"weights of the {part}", f"{stored}, used as {used}")
+        audit.fact(f"weights of the {part} are stored as", stored, f"used as {used}")
         for part, stored in policy.stored.items()
         if stored != used
     ]
@@ -206,7 +206,7 @@ def _step_rows(session: Session, measured: Measured) -> list[AuditRow]:
     change = step.learning_rate * measured.slope.value
     if session.change is not None:
         return [
-            audit.fact("change probed in place of a step", session.config.update.delta),
+            audit.fact("optimizer steps", 0, "0: update.delta gives the change"),
             *_size_rows(step),
         ]
     return [

@@ -274,12 +274,13 @@ def _step(results: Results) -> Table:
     update, linear = results.update, results.linear
     eta = update.learning_rate_used
     table = new_table("The step and the terms of ΔH first order", "quantity", "value")
+    unit = "learning rate" if update.delta is None else "eta of the given change"
     rows = {
-        "learning rate": update.learning_rate_used,
+        unit: update.learning_rate_used,
         "norm of the parameter change": update.param_update_l2,
         "gradient norm before clipping": update.grad_norm,
         "clip coefficient": update.clip_coef,
-        "slope, nats per unit learning rate": linear.slope,
+        f"slope, nats per unit {unit}": linear.slope,
         **{f"term: {name}": eta * term for name, term in linear.terms.items()},
         "SE of the slope, delta method": linear.se,
         "SE of the slope, jackknife": linear.se_jackknife,
