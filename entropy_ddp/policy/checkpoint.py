@@ -121,8 +121,8 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
     base = checkpoint.base
     if base is None:
         base = _base_of(folder, adapter, state)
-    elif folder is not None and adapter is None and has_full_model(folder):
-        _require_same(folder, base)
+    elif folder is not None and adapter is None and state is None:
+        _require_not_passed_over(folder, base)
     return CheckpointFiles(
         folder=folder,
         base=base,
@@ -221,8 +221,11 @@ def _base_of(folder: Path | None, adapter: Path | None, state: Path | None) -> s
     return str(folder)
 
 
-def _require_same(folder: Path, base: str) -> None:
-    if Path(base).resolve() != folder.resolve():
+def _require_not_passed_over(folder: Path, base: str) -> None:
+    """Refuse to measure the base where the folder has weights of its own."""
+    if not has_full_model(folder):
+        refuse_sharded_weights(folder)
+    elif Path(base).resolve() != folder.resolve():
         raise InputError(
             f"{folder}: holds full weights, but checkpoint.base names {base}; which of "
             "the two is to be measured? leave checkpoint.base out, or name an adapter"

@@ -13,6 +13,7 @@ import pytest
 import reference
 import torch
 from checkpoints import save_checkpoint, write_rows
+from huggingface_hub import constants
 from rich.console import Console
 from torch import nn
 from trained import (
@@ -165,6 +166,22 @@ def test_a_hub_id_that_is_not_here_says_what_to_download(tmp_path: Path) -> None
         opened(made.section | {"base": "nobody/no-such-model"})
 
 
+def test_a_hub_id_in_the_cache_is_opened_and_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a download leaves it."""
+    made = trainer_lora(tmp_path)
+    cached = tmp_path / "hub" / "models--somebody--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123abc")
+    (cached / "snapshots").mkdir()
+    (tmp_path / "base").rename(cached / "snapshots" / "0123abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    policy = opened(made.section | {"base": "somebody/tiny"})
+    assert policy.files.base == "somebody/tiny"
+    assert policy.stored == {"base": "float32", "adapter": "float32"}
+
+
 # accelerate
 
 
@@ -296,6 +313,9 @@ def test_a_sharded_checkpoint_is_named_with_its_export(
             (folder / name).touch()
     with pytest.raises(InputError, match=f"found {kind}.*{weights}"):
         find_checkpoint(Checkpoint(path=str(tmp_path / "shards")))
+    # Nor is the base measured in place of them.
+    with pytest.raises(InputError, match=f"found {kind}.*{weights}"):
+        find_checkpoint(Checkpoint(path=str(tmp_path / "shards"), base=str(saved.base)))
     files = find_checkpoint(Checkpoint(path=str(saved.folder)))
     with pytest.raises(InputError, match=f"found {kind}.*{optimizer}.*update.delta"):
         require_optimizer(files)
