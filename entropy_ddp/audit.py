@@ -119,36 +119,41 @@ def moment_checks(tiny_share: float, zero_share: float) -> list[AuditRow]:
     ]
 
 
-def step_size_checks(rms_over_rate: float, unchanged_share: float) -> list[AuditRow]:
-    """Whether the step has the size that AdamW's steps have, and survives rounding.
+def step_size_check(rms_over_rate: float) -> AuditRow:
+    """Whether the step has the size that AdamW's steps have.
 
     Args:
         rms_over_rate: root mean square of the parameter change, weight decay left out,
             over the learning rate; about 0.1 to 1 for AdamW.
+    """
+    return check(
+        "rms of the step / learning rate",
+        rms_over_rate,
+        "1e-3 to 10",
+        1e-3 <= rms_over_rate <= 10,
+        "below: second moments crush the step (a huge gradient is still "
+        "remembered); above: second moments are nearly zero; compare optimizer.pt "
+        "with an earlier checkpoint's",
+        fatal=False,
+    )
+
+
+def unchanged_check(unchanged_share: float) -> AuditRow:
+    """Whether the change of the parameters survives rounding.
+
+    Args:
         unchanged_share: share of elements that did not change.
     """
-    return [
-        check(
-            "rms of the step / learning rate",
-            rms_over_rate,
-            "1e-3 to 10",
-            1e-3 <= rms_over_rate <= 10,
-            "below: second moments crush the step (a huge gradient is still "
-            "remembered); above: second moments are nearly zero; compare optimizer.pt "
-            "with an earlier checkpoint's",
-            fatal=False,
-        ),
-        check(
-            "share of elements that did not change",
-            unchanged_share,
-            "< 0.1",
-            unchanged_share < 0.1,
-            "the learning rate is tiny against the rounding of the weights, and the step "
-            "is lost (use precision.model: float64 or a larger update.lr_override), or "
-            "these elements have no gradient and no momentum",
-            fatal=False,
-        ),
-    ]
+    return check(
+        "share of elements that did not change",
+        unchanged_share,
+        "< 0.1",
+        unchanged_share < 0.1,
+        "the learning rate is tiny against the rounding of the weights, and the step "
+        "is lost (use precision.model: float64 or a larger update.lr_override), or "
+        "these elements have no gradient and no momentum",
+        fatal=False,
+    )
 
 
 def on_policy_check(split: str, score: float) -> AuditRow:

@@ -64,23 +64,26 @@ class BatchFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """The optimizer step that was probed.
+    """The optimizer step that was probed, or the change in its place.
 
     Attributes:
-        loss: the loss on U.
-        learning_rate_used: eta, the learning rate of the first param group.
-        param_update_l2: Euclidean norm of the parameter change.
+        loss: the loss on U; absent, as the next two, of a given change.
         grad_norm: global norm of the gradient before clipping.
         clip_coef: factor that clipping applied.
-        num_optimizer_steps: optimizer steps taken; 1.
+        delta: file or checkpoint that gives the change; absent of a step.
+        learning_rate_used: eta, the learning rate of the first param group; of a given
+            change 1 (slopes are per unit of it), or what `update.lr_override` says.
+        param_update_l2: Euclidean norm of the parameter change.
+        num_optimizer_steps: optimizer steps taken; 1, or 0 of a given change.
         top_parameters: the parameters that moved most, {name, l2}.
     """
 
-    loss: str
+    loss: str | None
+    delta: str | None = None
     learning_rate_used: float
     param_update_l2: float
-    grad_norm: float
-    clip_coef: float
+    grad_norm: float | None
+    clip_coef: float | None
     num_optimizer_steps: int
     top_parameters: list[dict[str, Any]]
 
@@ -257,7 +260,7 @@ class Results:
     status: Status
     run: RunFacts
     E: BatchFacts
-    U: BatchFacts
+    U: BatchFacts | None
     update: UpdateResult
     truth: TruthResult
     truth_all: list[dict[str, Any]]

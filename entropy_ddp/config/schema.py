@@ -18,9 +18,11 @@ class Checkpoint(Section):
     """Where the policy and its optimizer state are.
 
     Attributes:
-        path: a Trainer checkpoint folder; the rest is found in it.
-        base: base model of an adapter, or a full-weight model: a folder or a hub id.
-        adapter: adapter folder.
+        path: a checkpoint folder (of the Trainer, or of accelerate's save_state); the
+            rest is found in it.
+        base: base model of an adapter, or a full-weight model: a folder or a hub id; by
+            default what adapter_config.json names.
+        adapter: adapter folder, or the name of one of several adapters in `path`.
         optimizer: optimizer.pt or optimizer.bin.
     """
 
@@ -54,13 +56,19 @@ class Batches(Section):
 
     Attributes:
         E: where entropy is measured.
-        U: what the optimizer steps on.
+        U: what the optimizer steps on; none with `update.delta`.
         advantage: how rewards become advantages.
     """
 
     E: BatchSource
-    U: BatchSource
+    U: BatchSource | None = None
     advantage: Literal["centered", "standardized"] = "centered"
+
+    @property
+    def sources(self) -> dict[str, BatchSource]:
+        """The batches that there are, by split."""
+        given = {"E": self.E, "U": self.U}
+        return {split: source for split, source in given.items() if source is not None}
 
 
 class Objective(Section):
@@ -96,6 +104,11 @@ class Update(Section):
             advantage and temperature from the checkpoint's training_args.bin where not
             given here.
         save_delta: write the parameter change to delta_theta.safetensors.
+        delta: a change of the parameters that is probed in place of a step: a
+            safetensors file by parameter name, as `save_delta` writes it, or a second
+            checkpoint (its weights minus this one's). Then there is no U, no loss and no
+            optimizer; eta is `lr_override`, or else 1, so that v is the change itself and
+            slopes are per unit of it.
     """
 
     loss: Loss = "dr_grpo"
@@ -109,6 +122,7 @@ class Update(Section):
     lr_override: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     from_checkpoint: bool = False
     save_delta: bool = False
+    delta: str | None = None
 
     @model_validator(mode="after")
     def _ratio_needs_advantages(self) -> "Update":
@@ -282,8 +296,29 @@ class Config(Section):
     out: str | None = None
 
     @model_validator(mode="after")
+    def _step_or_delta(self) -> "Config":
+        if self.update.delta is None:
+            if self.batches.U is None:
+                raise ValueError("batches.U: missing; give U, or update.delta")
+            return self
+        unused = {
+            "batches.U": self.batches.U is not None,
+            "update.from_checkpoint": self.update.from_checkpoint,
+            "attribution.enabled": self.attribution.enabled,
+            "gradient_dot.enabled": self.gradient_dot.enabled is True,
+        }
+        for key, given in unused.items():
+            if given:
+                raise ValueError(
+                    f"{key}: update.delta gives the change of the parameters; there is "
+                    f"no step on U that this could be about; leave {key} out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _samples_suffice(self) -> "Config":
-        evaluation, update = self.batches.E.sample, self.batches.U.sample
+        samples = {split: s.sample for split, s in self.batches.sources.items()}
+        evaluation, update = samples["E"], samples.get("U")
         if evaluation is not None and evaluation.redraw_zero_advantage:
             raise ValueError(
                 "batches.E.sample.redraw_zero_advantage: E must be a plain sample of "

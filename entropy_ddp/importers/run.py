@@ -26,6 +26,7 @@ from entropy_ddp.policy.checkpoint import (
     find_checkpoint,
     load_tokenizer,
 )
+from entropy_ddp.policy.layouts import adapters_in
 from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
     read_training_arguments,
@@ -85,7 +86,7 @@ def import_rollouts(options: ImportOptions) -> dict[str, Any]:
         RunError: the output cannot be written.
     """
     reader = _reader(options)
-    files = find_checkpoint(Checkpoint(path=str(options.checkpoint)))
+    files = find_checkpoint(_tokenizer_checkpoint(options.checkpoint))
     trained = _trained_with(options)
     source = options.source
     if isinstance(trained.get("reward_weights"), list):
@@ -133,6 +134,12 @@ def _reader(options: ImportOptions) -> Callable[[Path, Source], list[Record]]:
     if options.output.exists() and not options.overwrite:
         raise InputError(f"{options.output}: exists; give --overwrite or another name")
     return READERS[name]
+
+
+def _tokenizer_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint as its tokenizer's place: any of several adapters tells it."""
+    names = list(adapters_in(folder)) if folder.is_dir() else []
+    return Checkpoint(path=str(folder), adapter=names[0] if len(names) > 1 else None)
 
 
 def _trained_with(options: ImportOptions) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """A checkpoint on disk: which files it consists of, and the policy they hold.
 
-Weights come from safetensors, the optimizer state by `torch.load(weights_only=True)`:
-opening a checkpoint never runs code from it. Whatever is missing, surplus or of another
-shape is an error that names it.
+Weights come from safetensors, or from pickles by `torch.load(weights_only=True)` where
+there is nothing else; so does the optimizer state: opening a checkpoint never runs code
+from it. Whatever is missing, surplus or of another shape is an error that names it.
 """
 
-import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,29 @@ from torch import nn
 
 from entropy_ddp.config import Checkpoint, Compute, Precision
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.implementations import (
-    supported_attention,
-    use_exact_experts,
+from entropy_ddp.policy.implementations import use_exact_experts
+from entropy_ddp.policy.layouts import (
+    ADAPTER_CONFIG,
+    DEFAULT_ADAPTER,
+    SAFE_FILES,
+    adapters_in,
+    has_full_model,
+    is_training_state,
+    listing,
+    refuse_sharded_weights,
+    weight_file,
 )
 from entropy_ddp.policy.parameters import trainable_parameters
+from entropy_ddp.policy.stored import stored_dtypes, tensor_names
+from entropy_ddp.policy.weights import (
+    first_line,
+    load_adapter,
+    load_base,
+    load_state,
+    make_adapter,
+    read_adapter_config,
+)
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 
 
@@ -30,14 +46,21 @@ class CheckpointFiles:
     """The parts of one checkpoint.
 
     Attributes:
+        folder: the checkpoint's folder; None if only parts of it are named.
         base: folder or hub id of the base model, or of the full-weight model.
         adapter: folder of the PEFT adapter; None for full weights.
-        optimizer: file of the optimizer state; None if no step is to be taken.
+        adapter_name: the adapter's name, which is a part of its parameters' names.
+        state: folder of accelerate's `save_state`, whose weights replace those of base
+            and adapter; None if there is none.
+        optimizer: file of the optimizer state; None if there is none.
         tokenizer: folder or hub id that holds the tokenizer.
     """
 
+    folder: Path | None
     base: str
     adapter: Path | None
+    adapter_name: str
+    state: Path | None
     optimizer: Path | None
     tokenizer: str
 
@@ -53,6 +76,7 @@ class Policy:
         files: where it came from.
         dtype: dtype of weights and activations.
         device: where it is.
+        stored: dtypes of the weights in the files, by part of the checkpoint.
     """
 
     model: nn.Module
@@ -61,6 +85,7 @@ class Policy:
     files: CheckpointFiles
     dtype: torch.dtype
     device: torch.device
+    stored: dict[str, str] = field(default_factory=dict)
 
     @property
     def vocabulary_size(self) -> int:
@@ -86,74 +111,126 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
     """Resolve a configuration to the files of the checkpoint.
 
     Raises:
-        InputError: a folder or file is missing, or the folder is of a kind that cannot
-            be read.
+        InputError: a folder or file is missing, the folder is of a kind that cannot be
+            read, or holds several adapters of which none is named.
     """
     folder = None if checkpoint.path is None else _existing_folder(checkpoint.path)
-    adapter = folder if folder and (folder / "adapter_config.json").exists() else None
-    if checkpoint.adapter is not None:
-        adapter = _existing_folder(checkpoint.adapter)
-        if not (adapter / "adapter_config.json").exists():
-            raise InputError(
-                f"{adapter}: expected a PEFT adapter folder with adapter_config.json, "
-                f"found {_listing(adapter)}"
-            )
+    state = folder if folder is not None and is_training_state(folder) else None
+    adapter, name = _find_adapter(checkpoint, folder)
+    if state is not None:
+        name = _adapter_of_state(state, adapter)
     base = checkpoint.base
     if base is None:
-        base = _base_of(folder, adapter)
-    elif folder and adapter is None and _has_weights(folder):
-        _require_same(folder, base)
+        base = _base_of(folder, adapter, state)
+    elif folder is not None and adapter is None and state is None:
+        _require_not_passed_over(folder, base)
     return CheckpointFiles(
+        folder=folder,
         base=base,
         adapter=adapter,
+        adapter_name=name,
+        state=state,
         optimizer=_find_optimizer(checkpoint, folder),
         tokenizer=_find_tokenizer(folder, adapter, base),
     )
 
 
-def _base_of(folder: Path | None, adapter: Path | None) -> str:
-    if adapter is None:
-        assert folder is not None
-        if not _has_weights(folder):
-            raise InputError(
-                f"{folder}: expected adapter_config.json (an adapter) or "
-                f"{WEIGHT_FILES[0]} (full weights), found {_listing(folder)}"
-            )
-        return str(folder)
-    base = _read_adapter_config(adapter).get("base_model_name_or_path")
-    if not base:
+def _find_adapter(
+    checkpoint: Checkpoint, folder: Path | None
+) -> tuple[Path | None, str]:
+    """The folder and the name of the adapter; (None, default) for full weights."""
+    found = {} if folder is None else adapters_in(folder)
+    name = checkpoint.adapter
+    if name is None:
+        if folder is None or (has_full_model(folder) and DEFAULT_ADAPTER not in found):
+            return None, DEFAULT_ADAPTER
+        return _only_adapter(folder, found)
+    if name in found:
+        return found[name], name
+    path = Path(name)
+    if not path.is_dir():
+        others = f"; {folder} has the adapters {', '.join(found)}" if found else ""
         raise InputError(
-            f"{adapter / 'adapter_config.json'}: names no base model; set "
-            "checkpoint.base"
+            f"checkpoint.adapter: {name}: expected a checkpoint folder, found none "
+            f"there{others}"
         )
-    return base
+    adapter, inner = _only_adapter(path, adapters_in(path))
+    if adapter is None:
+        raise InputError(
+            f"{path}: expected a PEFT adapter folder with {ADAPTER_CONFIG}, found "
+            f"{listing(path)}"
+        )
+    named = [own for own, place in found.items() if place.samefile(adapter)]
+    return adapter, named[0] if named else inner
 
 
-def _require_same(folder: Path, base: str) -> None:
-    if Path(base).resolve() != folder.resolve():
+def _only_adapter(folder: Path, found: dict[str, Path]) -> tuple[Path | None, str]:
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}: holds {len(found)} adapters: {', '.join(found)}; set "
+            "checkpoint.adapter to the name of the one to measure"
+        )
+    for name, path in found.items():
+        return path, name
+    return None, DEFAULT_ADAPTER
+
+
+def _adapter_of_state(state: Path, adapter: Path | None) -> str:
+    """The adapter's name in a state of accelerate; default if it has none."""
+    pattern = re.compile(r"\.lora_[A-Za-z_]+\.(\w+)")
+    matches = (pattern.search(name) for name in tensor_names(state))
+    adapters = sorted({match[1] for match in matches if match})
+    if len(adapters) > 1:
+        raise InputError(
+            f"{state}: expected one adapter in {weight_file(state)}, found "
+            f"{', '.join(adapters)}; save the one to measure with save_pretrained"
+        )
+    if adapters and adapter is None:
+        raise InputError(
+            f"{state}: {weight_file(state)} holds a PEFT model, and its settings (rank, "
+            f"alpha, ...) are not among accelerate's files; set checkpoint.adapter to a "
+            f"folder with its {ADAPTER_CONFIG} (LoraConfig.save_pretrained writes one)"
+        )
+    if adapter is not None and not adapters:
+        raise InputError(
+            f"{state}: checkpoint.adapter names {adapter}, but {weight_file(state)} has "
+            "no LoRA weights; leave checkpoint.adapter out"
+        )
+    return adapters[0] if adapters else DEFAULT_ADAPTER
+
+
+def _base_of(folder: Path | None, adapter: Path | None, state: Path | None) -> str:
+    if adapter is not None:
+        base = read_adapter_config(adapter).get("base_model_name_or_path")
+        if not base:
+            raise InputError(
+                f"{adapter / ADAPTER_CONFIG}: names no base model; set checkpoint.base"
+            )
+        return base
+    assert folder is not None
+    if state is not None:
+        raise InputError(
+            f"{state}: holds weights without a config.json, as accelerate's save_state "
+            "leaves them; set checkpoint.base to the folder or hub id of the model"
+        )
+    if not has_full_model(folder):
+        refuse_sharded_weights(folder)
+        raise InputError(
+            f"{folder}: expected {ADAPTER_CONFIG} (an adapter) or {SAFE_FILES[0]} "
+            f"(full weights), found {listing(folder)}"
+        )
+    return str(folder)
+
+
+def _require_not_passed_over(folder: Path, base: str) -> None:
+    """Refuse to measure the base where the folder has weights of its own."""
+    if not has_full_model(folder):
+        refuse_sharded_weights(folder)
+    elif Path(base).resolve() != folder.resolve():
         raise InputError(
             f"{folder}: holds full weights, but checkpoint.base names {base}; which of "
             "the two is to be measured? leave checkpoint.base out, or name an adapter"
         )
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).exists() for name in WEIGHT_FILES)
-
-
-def _read_adapter_config(adapter: Path) -> dict[str, Any]:
-    path = adapter / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable adapter configuration") from error
-    if not isinstance(config, dict):
-        found = type(config).__name__
-        raise InputError(f"{path}: expected a mapping, found {found}")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{path}: expected peft_type LORA, found {kind}")
-    return config
 
 
 def _find_optimizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
@@ -178,11 +255,6 @@ def _existing_folder(name: str) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: expected a checkpoint folder, found none there")
     return path
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
 
 
 def resolve_device(compute: Compute, local_rank: int) -> torch.device:
@@ -222,14 +294,18 @@ def load_policy(
     # Its bars would write over ours, on every rank.
     logging.disable_progress_bar()
     dtype = getattr(torch, precision.model)
-    model = _load_base(files.base, dtype, attention)
+    model = load_base(files.base, dtype, attention)
     use_exact_experts(model, dtype)
     if files.adapter is None:
         model.requires_grad_(True)
+    elif files.state is None:
+        model = load_adapter(model, files.adapter, files.adapter_name)
     else:
-        model = _load_adapter(model, files.adapter)
+        model = make_adapter(model, files.adapter, files.adapter_name)
     if dtype == torch.float64:
         model.to(dtype)
+    if files.state is not None:
+        load_state(model, files.state)
     model.to(device).eval()
     policy = Policy(
         model=model,
@@ -238,6 +314,7 @@ def load_policy(
         files=files,
         dtype=dtype,
         device=device,
+        stored=stored_dtypes(state=files.state, base=files.base, adapter=files.adapter),
     )
     if not policy.parameters:
         raise InputError(
@@ -246,68 +323,6 @@ def load_policy(
         )
     _require_finite_weights(model)
     return policy
-
-
-def _load_base(base: str, dtype: torch.dtype, attention: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            attn_implementation=supported_attention(base, attention),
-            use_safetensors=True,
-            trust_remote_code=False,
-            # Reported below, by name.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        # Whatever the libraries raise, it is these files that they cannot read.
-        raise InputError(
-            f"base model {base}: cannot be loaded ({_first_line(error)}); set "
-            "checkpoint.base to its folder or hub id"
-        ) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            names = sorted(_describe(entry) for entry in report[kind])
-            raise InputError(
-                f"base model {base}: {len(names)} {kind.replace('_', ' ')}, the first "
-                f"is {names[0]}; the weights do not belong to its config.json"
-            )
-    return model
-
-
-def _describe(entry: Any) -> str:
-    """A key of a loading report, with its shapes if they are what is wrong."""
-    if isinstance(entry, str):
-        return entry
-    name, found, expected = entry
-    return f"{name} (found {tuple(found)}, expected {tuple(expected)})"
-
-
-def _load_adapter(model: nn.Module, adapter: Path) -> nn.Module:
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    _read_adapter_config(adapter)
-    try:
-        stored = load_peft_weights(str(adapter), device="cpu")
-        wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except Exception as error:
-        # Whatever the libraries raise, it is these files that they cannot read.
-        raise InputError(
-            f"adapter {adapter}: does not fit the base model ({_first_line(error)}); "
-            "is checkpoint.base the model it was trained on?"
-        ) from error
-    expected = get_peft_model_state_dict(wrapped)
-    for name in sorted(expected.keys() ^ stored.keys()):
-        place = "the adapter file" if name in expected else "the model"
-        raise InputError(
-            f"adapter {adapter}: {name} is missing from {place}; is checkpoint.base "
-            "the model it was trained on?"
-        )
-    return wrapped
 
 
 def load_tokenizer(source: str) -> Any:
@@ -326,7 +341,7 @@ def load_tokenizer(source: str) -> Any:
     except Exception as error:
         # Whatever the library raises, it is this folder that it cannot read.
         raise InputError(
-            f"tokenizer {source}: cannot be loaded ({_first_line(error)})"
+            f"tokenizer {source}: cannot be loaded ({first_line(error)})"
         ) from error
 
 
@@ -334,10 +349,3 @@ def _require_finite_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):
             raise InputError(f"checkpoint: {name} has NaN or infinite weights")
-
-
-def _first_line(error: BaseException) -> str:
-    """The line of a message that says most: the one that names a tensor, or the first."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    named = [line.strip() for line in lines if "size mismatch for" in line]
-    return (named or lines)[0]

@@ -5,7 +5,8 @@ names (unless it was built from named parameters). The order is reconstructed fr
 such optimizers are built, and then verified by the size of every group and the shape of
 every moment:
 
-- names stored in the groups: used as they are;
+- names in place of numbers (gathered from FSDP), or stored in the groups: used as they
+  are;
 - one group: the model's `named_parameters()` order (a plain training loop);
 - two groups: parameters with weight decay, then those without, each in
   `named_parameters()` order (the Hugging Face Trainer).
@@ -14,6 +15,7 @@ Hyper-parameters come from the saved groups; the stored learning rate is the one
 next step.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,24 @@ OTHER_GROUP_KEYS = {
     "maximize",
     "param_names",
 }
+# What tells other optimizers: any of these keys of a param group or of a state.
+OTHER_OPTIMIZERS: tuple[tuple[str, set[str]], ...] = (
+    ("an 8-bit optimizer of bitsandbytes", {"absmax1", "qmap1"}),
+    ("an optimizer of bitsandbytes", {"state1"}),
+    ("Muon", {"ns_steps", "ns_coefficients"}),
+    ("Adafactor", {"scale_parameter", "exp_avg_sq_row", "row_var", "beta2_decay"}),
+    ("NAdam", {"momentum_decay"}),
+    ("Prodigy", {"d_coef"}),
+    ("a schedule-free optimizer", {"weight_lr_power"}),
+    ("Adagrad", {"lr_decay"}),
+    ("RMSprop", {"square_avg"}),
+    ("Adamax", {"exp_inf"}),
+    ("SGD", {"dampening", "nesterov"}),
+)
+# What wrappers add to parameter names, anywhere in them.
+_WRAPPERS = re.compile(
+    r"^module\.|(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
+)
 
 
 def load_optimizer(
@@ -70,7 +90,9 @@ def load_optimizer(
     optimizer.load_state_dict(saved)
     for group in optimizer.param_groups:
         # One kernel on every device and dtype: the step must not depend on them.
-        group.update(fused=None, foreach=False, capturable=False)
+        group.update(fused=None, foreach=False, capturable=False, differentiable=False)
+        # Capturable optimizers may keep it in a tensor.
+        group["lr"] = float(group["lr"])
         group["decoupled_weight_decay"] = kind is torch.optim.AdamW
     return optimizer
 
@@ -95,6 +117,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         if not isinstance(group, dict):
             found = type(group).__name__
             raise InputError(f"{path}: expected param groups, found a {found} in place")
+    _refuse_other_optimizers(path, saved)
+    for group in saved["param_groups"]:
         missing = [key for key in GROUP_KEYS if key not in group]
         if missing:
             raise InputError(
@@ -110,7 +134,52 @@ def _read_state(path: Path) -> dict[str, Any]:
     decoupled = {g.get("decoupled_weight_decay", True) for g in saved["param_groups"]}
     if len(decoupled) > 1:
         raise InputError(f"{path}: its param groups mix Adam and AdamW")
-    return saved
+    return _numbered(path, saved)
+
+
+def _refuse_other_optimizers(path: Path, saved: dict[str, Any]) -> None:
+    groups = [set(group) for group in saved["param_groups"]]
+    entries = [e for e in _values(saved["state"]) if isinstance(e, dict)]
+    keys = set().union(*groups, *entries)
+    found = [
+        (name, min(keys & marks)) for name, marks in OTHER_OPTIMIZERS if keys & marks
+    ]
+    if "exp_avg" in keys and not keys & {"exp_avg_sq", "eps"}:
+        found.append(("Lion", "exp_avg without a second moment"))
+    if "decoupled_weight_decay" in keys and "amsgrad" not in keys:
+        found.append(("RAdam", "decoupled_weight_decay without amsgrad"))
+    for name, mark in found:
+        raise InputError(
+            f"{path}: expected the state of torch's AdamW or Adam, found that of {name} "
+            f"(it has {mark}); other optimizers are not supported, as their step is "
+            "another one; update.delta: the next checkpoint measures it without them"
+        )
+
+
+def _values(state: Any) -> list[Any]:
+    return list(state.values()) if isinstance(state, dict) else []
+
+
+def _numbered(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """A state with names in place of numbers, numbered; others as they are."""
+    groups, state = saved["param_groups"], saved["state"]
+    names = [name for group in groups for name in group["params"]]
+    if not names or not all(isinstance(name, str) for name in names):
+        return saved
+    number_of = {name: number for number, name in enumerate(names)}
+    foreign = sorted(set(state) - set(names))
+    if foreign:
+        raise InputError(f"{path}: state for {foreign[0]}, which is in no group")
+    numbered = [
+        group
+        | {
+            "params": [number_of[name] for name in group["params"]],
+            "param_names": group["params"],
+        }
+        for group in groups
+    ]
+    entries = {number_of[name]: entry for name, entry in state.items()}
+    return {"state": entries, "param_groups": numbered}
 
 
 def _names_by_group(
@@ -149,7 +218,7 @@ def _decaying(model: nn.Module) -> set[str]:
 
 
 def _unwrapped_names(names: list[str]) -> list[str]:
-    return [name.removeprefix("module.") for name in names]
+    return [_WRAPPERS.sub("", name) for name in names]
 
 
 def _require_same_names(

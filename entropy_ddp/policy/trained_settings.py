@@ -98,8 +98,11 @@ def contradictions(config: Config, arguments: TrainingArguments) -> list[Contrad
     """Keys whose value in the configuration is not what the trainer used.
 
     Keys that the configured loss does not read are not compared: the clipping range
-    without `ratio: clipped`, the length norm of other losses than `dr_grpo`.
+    without `ratio: clipped`, the length norm of other losses than `dr_grpo`; of a given
+    change (`update.delta`) nothing but the temperature.
     """
+    if config.update.delta is not None:
+        return _temperature_contradiction(config, arguments)
     found = []
     for key, trained in trained_settings(arguments).items():
         configured = _value_at(config, key)
@@ -113,6 +116,16 @@ def contradictions(config: Config, arguments: TrainingArguments) -> list[Contrad
             )
         )
     return found
+
+
+def _temperature_contradiction(
+    config: Config, arguments: TrainingArguments
+) -> list[Contradiction]:
+    key = "objective.temperature"
+    configured, trained = _value_at(config, key), trained_settings(arguments).get(key)
+    if trained in (None, configured):
+        return []
+    return [Contradiction(key=key, configured=configured, trained=trained)]
 
 
 def _is_read(config: Config, key: str) -> bool:

@@ -69,6 +69,11 @@ def run_attribution(
         RunError: a number is not finite.
     """
     require_plain_slope(config)
+    if config.update.delta is not None:
+        raise InputError(
+            "update.delta: attribution is of the optimizer's step on U; a change that is "
+            "given does not say what it was made of; leave update.delta out"
+        )
     session = open_session(config, world, out, progress)
     measured = measure(session, len(session.batches["E"]), with_curvature=False)
     return attributed(session, measured, audit_rows(session, measured, Extras()))
@@ -131,7 +136,7 @@ class SplitStep:
 
 def split_step(session: Session, measured: Measured) -> SplitStep:
     """Momentum and decay parts of delta_h1, and the direction z of the gradient part."""
-    assert session.optimizer is not None
+    assert session.optimizer is not None and measured.gradient is not None
     passes = session.passes
     size = measured.estimates.original.denominator
     slopes, direction = passes.layout.views(measured.duality.gradient), {}

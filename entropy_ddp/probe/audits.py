@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from entropy_ddp import audit
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.forward_mode import weight_norms
 from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.parameters import (
+    ParameterLayout,
     frozen_fingerprint,
     global_norm,
     inner_product,
@@ -57,6 +59,7 @@ class Extras:
 def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[AuditRow]:
     """All audits of a probe."""
     rows = [
+        *_stored_rows(session),
         *_vector_rows(session, measured),
         *_step_rows(session, measured),
         *_update_batch_rows(session),
@@ -64,7 +67,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         *_batch_rows(session),
         *_moment_rows(session),
         *_scale_rows(session, measured),
-        *_sampler_rows(session, {"E": measured.base, "U": measured.update_scores}),
+        *_sampler_rows(session, measured),
         _on_policy_row(session, measured),
         audit.close(
             "duality gap",
@@ -103,14 +106,24 @@ def _gradient_dot_row(session: Session) -> list[AuditRow]:
     return [] if reason is None else [audit.fact("gradient-dot form", "no", reason)]
 
 
+def _stored_rows(session: Session) -> list[AuditRow]:
+    """Which weights are used in another dtype than they are stored in."""
+    policy = session.policy
+    used = str(policy.dtype).removeprefix("torch.")
+    return [
+        audit.fact(f"weights of the {part} are stored as", stored, f"used as {used}")
+        for part, stored in policy.stored.items()
+        if stored != used
+    ]
+
+
 def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
     gradient, duality, step = measured.gradient, measured.duality, measured.step
     layout = session.passes.layout
     total = len(layout.shapes)
-    norms = [global_norm(x) for x in (duality.gradient, gradient)]
-    norms.append(step.direction_norm)
+    norm, norm_of_v = global_norm(duality.gradient), step.direction_norm
     dot = inner_product(duality.gradient, step.delta) / step.learning_rate
-    cosine = dot / (norms[0] * norms[2]) if norms[0] * norms[2] else 0.0
+    cosine = dot / (norm * norm_of_v) if norm * norm_of_v else 0.0
     products = {
         name: inner_product(x.reshape(-1), delta.reshape(-1))
         / (step.learning_rate * duality.denominator)
@@ -119,10 +132,17 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
         )
     }
     largest = sorted(products, key=lambda name: -abs(products[name]))[:10]
-    nonzero = [
-        sum(bool(view.any()) for view in layout.views(flat).values())
-        for flat in (duality.gradient, gradient)
-    ]
+    loss_rows = []
+    if gradient is not None:
+        loss_rows = [
+            audit.coverage_check(
+                "gradient coverage: loss (Y)",
+                _num_nonzero(layout, gradient),
+                total,
+                has_signal=_has_signal(session),
+            ),
+            audit.fact("norm of the loss gradient", global_norm(gradient)),
+        ]
     return [
         audit.check(
             "trainable tensors",
@@ -132,17 +152,15 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
             "nothing is trainable: is the adapter loaded?",
         ),
         audit.fact("trainable elements", layout.numel),
-        audit.coverage_check("gradient coverage: entropy (X)", nonzero[0], total),
         audit.coverage_check(
-            "gradient coverage: loss (Y)",
-            nonzero[1],
+            "gradient coverage: entropy (X)",
+            _num_nonzero(layout, duality.gradient),
             total,
-            has_signal=_has_signal(session),
         ),
+        *loss_rows,
         audit.fact("sequences in audits with a pass", duality.num_sequences),
-        audit.fact("norm of the entropy gradient", norms[0] / duality.denominator),
-        audit.fact("norm of the loss gradient", norms[1]),
-        audit.fact("norm of v", norms[2]),
+        audit.fact("norm of the entropy gradient", norm / duality.denominator),
+        audit.fact("norm of v", norm_of_v),
         audit.fact("cosine of entropy gradient and v", cosine),
         audit.fact(
             "entropy gradient . v, first three parameters",
@@ -153,6 +171,11 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
             {name: products[name] for name in largest},
         ),
     ]
+
+
+def _num_nonzero(layout: ParameterLayout, flat: Tensor) -> int:
+    """Number of parameters with an element that is not zero."""
+    return sum(bool(view.any()) for view in layout.views(flat).values())
 
 
 def _has_signal(session: Session) -> bool:
@@ -183,6 +206,11 @@ def _rms_without_decay(session: Session, step: Step) -> float:
 def _step_rows(session: Session, measured: Measured) -> list[AuditRow]:
     step = measured.step
     change = step.learning_rate * measured.slope.value
+    if session.change is not None:
+        return [
+            audit.fact("optimizer steps", 0, "0: update.delta gives the change"),
+            *_size_rows(step),
+        ]
     return [
         audit.fact("learning rate", step.learning_rate),
         audit.fact("delta_h1, ten decimals", f"{change:.10f}"),
@@ -194,6 +222,14 @@ def _step_rows(session: Session, measured: Measured) -> list[AuditRow]:
             step.num_optimizer_steps == 1,
             "the optimizer stepped more than once",
         ),
+        *_size_rows(step),
+        audit.step_size_check(_rms_without_decay(session, step) / step.learning_rate),
+    ]
+
+
+def _size_rows(step: Step) -> list[AuditRow]:
+    """Whether the change is one, and survives rounding."""
+    return [
         audit.check(
             "norm of the parameter change",
             global_norm(step.delta),
@@ -201,19 +237,16 @@ def _step_rows(session: Session, measured: Measured) -> list[AuditRow]:
             bool(step.delta.any()),
             "the step changed nothing: gradient, momentum and weight decay are all "
             "zero, or the learning rate is below the rounding of the weights (then use "
-            "precision.model: float64)",
+            "precision.model: float64); a given change may be of the same weights",
         ),
-        *audit.step_size_checks(
-            _rms_without_decay(session, step) / step.learning_rate,
-            1 - int(step.delta.count_nonzero()) / len(step.delta),
-        ),
+        audit.unchanged_check(1 - int(step.delta.count_nonzero()) / len(step.delta)),
     ]
 
 
 def _update_batch_rows(session: Session) -> list[AuditRow]:
-    batch = session.batches["U"]
-    if session.config.update.loss == "nll":
+    if "U" not in session.batches or session.config.update.loss == "nll":
         return []
+    batch = session.batches["U"]
     ragged = Ragged(batch.group_sizes)
     order = batch.groups.argsort(stable=True)
     advantages = batch.advantages[order]
@@ -264,7 +297,8 @@ def _training_rows(session: Session) -> list[AuditRow]:
     except InputError as error:
         # Nothing is taken from it: the probe does not depend on it.
         return [audit.fact("training arguments", "not readable", str(error))]
-    given = all(s.advantage is not None for s in session.batches["U"].sequences)
+    update = session.batches.get("U")
+    given = update is None or all(s.advantage is not None for s in update.sequences)
     return [
         audit.check(
             f"trainer's setting: {found.key}",
@@ -307,7 +341,8 @@ def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
 
 
 def _moment_rows(session: Session) -> list[AuditRow]:
-    assert session.optimizer is not None
+    if session.optimizer is None:
+        return []
     zero = tiny = total = 0
     with_state = {id(p) for p, state in session.optimizer.state.items() if state}
     parameters = session.policy.parameters.values()
@@ -347,10 +382,11 @@ def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
     return audit.scale_checks(scale_sum, planned, size, (int(used), batch.num_tokens))
 
 
-def _sampler_rows(
-    session: Session, scores_of: dict[str, TokenScores]
-) -> list[AuditRow]:
+def _sampler_rows(session: Session, measured: Measured) -> list[AuditRow]:
     rows = []
+    scores_of: dict[str, TokenScores] = {"E": measured.base}
+    if measured.update_scores is not None:
+        scores_of["U"] = measured.update_scores
     for split, scores in scores_of.items():
         shard = session.shard(session.batches[split])
         count, total, largest = 0, 0.0, 0.0

@@ -52,6 +52,8 @@ from entropy_ddp.update.step import Step
 
 def obstacle(batches: dict[str, Batch]) -> str | None:
     """Why the gradient-dot form cannot be computed from E and U; None if it can."""
+    if "U" not in batches:
+        return "needs an update batch U; with update.delta there is none"
     for split in ("E", "U"):
         count = batches[split].num_groups
         if count < 2:
@@ -126,7 +128,7 @@ class Factors:
 def gradient_dot(
     session: Session,
     stepped: SteppedScores,
-    gradient: Tensor,
+    gradient: Tensor | None,
     base: DirectionalScores,
     settings: GradientDot,
 ) -> GradientDotResult | None:
@@ -138,7 +140,8 @@ def gradient_dot(
     Args:
         session: the run, its parameters and optimizer at theta (the step undone).
         stepped: the step that was taken.
-        gradient: gradient of the loss on U before clipping, summed over ranks, [P].
+        gradient: gradient of the loss on U before clipping, summed over ranks, [P]; None
+            where there is no U.
         base: this rank's tokens of E at theta, with derivatives along step / eta.
         settings: which form.
 
@@ -153,6 +156,7 @@ def gradient_dot(
     """
     if not is_wanted(settings, session.batches):
         return None
+    assert gradient is not None
     if settings.direction == "step":
         factors = _step_factors(session, stepped.step, gradient, base, settings)
     else:

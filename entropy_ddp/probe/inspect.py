@@ -1,15 +1,14 @@
 """What a configuration, its checkpoint and its batches are, without probing them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import find_checkpoint
-from entropy_ddp.policy.implementations import slower_routes
-from entropy_ddp.policy.optimizer_state import load_optimizer
-from entropy_ddp.policy.selfcheck import check_model
+from entropy_ddp.policy.layouts import DEFAULT_ADAPTER
+from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.policy.trained_settings import contradictions
 from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
@@ -19,10 +18,10 @@ from entropy_ddp.probe.session import (
     Progress,
     Session,
     check_batches,
-    open_policy,
-    require_optimizer,
+    open_checkpoint,
     sampling_settings,
     token_limits,
+    verify_model,
 )
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch
@@ -39,45 +38,133 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     Raises:
         InputError: anything is wrong.
     """
-    files = find_checkpoint(config.checkpoint)
-    optimizer_file = require_optimizer(files)
-    session = open_policy(config, world, files, progress)
-    policy = session.policy
-    optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
-    routes = slower_routes(policy.model, config.compute.attention, policy.dtype)
-    checks = check_model(session.passes, policy.vocabulary_size)
+    session = open_checkpoint(config, world, progress)
+    verify_model(session)
     batches = _read_batches(session)
-    found = {
-        "model": {
-            "class": type(session.passes.tokens.transformer).__name__,
-            "base": files.base,
-            "adapter": None if files.adapter is None else str(files.adapter),
-            "tokenizer": None if policy.tokenizer is None else files.tokenizer,
-            "vocabulary": policy.vocabulary_size,
-            "trainable tensors": len(policy.parameters),
-            "trainable elements": session.passes.layout.numel,
-            **{f"{r.part} implementation": f"eager: {r.reason}" for r in routes},
-        },
-        "optimizer": {
-            "file": str(optimizer_file),
-            "kind": type(optimizer).__name__,
-            "parameters with state": len(optimizer.state),
-            "groups": [
-                {
-                    "parameters": len(group["params"]),
-                    **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")},
-                }
-                for group in optimizer.param_groups
-            ],
-            "steps taken": int(
-                max(float(entry["step"]) for entry in optimizer.state.values())
-            ),
-        },
-        "self-checks": {check.name: check.error for check in checks},
-    }
+    found = {"model": _model(session)}
+    found |= {"optimizer": _optimizer(session)} if session.optimizer else {}
+    found |= (
+        {"change in place of a step": _change(session)} if config.update.delta else {}
+    )
+    found["self-checks"] = {c.name: c.error for c in session.self_checks} | _shared(
+        session
+    )
     found |= _trained_with(session.config)
     return found | {
         f"batch {split}": description for split, description in batches.items()
+    }
+
+
+def _shared(session: Session) -> dict[str, str]:
+    """Whether responses to one prompt share its computation."""
+    sharing = session.sharing
+    if sharing is None:
+        return {}
+    told = "yes" if sharing.sharing else f"no: {sharing.reason}"
+    return {"responses share their prompt's row": told}
+
+
+def _model(session: Session) -> dict[str, Any]:
+    """The model, where its parts are from, and what of it is trained."""
+    policy = session.policy
+    files = policy.files
+    model = policy.model if files.adapter is None else policy.model.get_base_model()
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "base": files.base,
+    }
+    if files.state is not None:
+        found["weights from accelerate's state"] = str(files.state)
+    if files.adapter is not None:
+        found |= {
+            "adapter": str(files.adapter),
+            "adapter kind": _adapter_kind(policy.model.peft_config[files.adapter_name]),
+        }
+        if files.adapter_name != DEFAULT_ADAPTER:
+            found["adapter name"] = files.adapter_name
+    else:
+        found["adapter"] = "none: full weights are trained"
+    routes = slower_routes(policy.model, session.config.compute.attention, policy.dtype)
+    found |= {f"{r.part} implementation": f"eager: {r.reason}" for r in routes}
+    return found | {
+        "tokenizer": "none" if policy.tokenizer is None else files.tokenizer,
+        "vocabulary": policy.vocabulary_size,
+        "embeddings": _embeddings(policy.model),
+        "stored as": policy.stored or "not told by the files",
+        "used as": _used_dtypes(policy.parameters.values(), policy.dtype),
+        "trainable tensors": len(policy.parameters),
+        "trainable elements": session.passes.layout.numel,
+    }
+
+
+def _adapter_kind(config: Any) -> str:
+    """Kind, rank and targets of an adapter, and what is not the usual in it."""
+    name = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    parts = [f"{name}, rank {config.r}, alpha {config.lora_alpha}"]
+    targets = config.target_modules
+    names = [targets] if isinstance(targets, str) else sorted(targets or ())
+    parts.append(f"on {', '.join(names)}")
+    if config.use_dora and config.use_rslora:
+        parts.append("scaled as rsLoRA")
+    if config.bias != "none":
+        parts.append(f"bias {config.bias}")
+    if config.modules_to_save:
+        parts.append(f"whole modules: {', '.join(config.modules_to_save)}")
+    if config.rank_pattern:
+        parts.append("ranks differ by module")
+    if config.alpha_pattern:
+        parts.append("alphas differ by module")
+    return "; ".join(parts)
+
+
+def _embeddings(model: Any) -> str:
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = inputs.weight is outputs.weight
+    return "tied to the output layer" if tied else "apart from the output layer"
+
+
+def _used_dtypes(parameters: Iterable[Any], dtype: Any) -> str:
+    """The model's dtype, and that of the trained parameters where it is another."""
+    names = [str(dtype).removeprefix("torch.")]
+    trained = {str(p.dtype).removeprefix("torch.") for p in parameters}
+    return ", trained parameters ".join([*names, *sorted(trained - set(names))])
+
+
+def _optimizer(session: Session) -> dict[str, Any]:
+    optimizer = session.optimizer
+    assert optimizer is not None
+    steps = {int(entry["step"]) for entry in optimizer.state.values()}
+    return {
+        "file": str(session.policy.files.optimizer),
+        "kind": type(optimizer).__name__ + _variant(optimizer.param_groups),
+        "parameters with state": len(optimizer.state),
+        "groups": [
+            {
+                "parameters": len(group["params"]),
+                **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")},
+            }
+            for group in optimizer.param_groups
+        ],
+        "steps taken": max(steps)
+        if len(steps) < 2
+        else f"{min(steps)} to {max(steps)}",
+    }
+
+
+def _variant(groups: list[dict[str, Any]]) -> str:
+    flags = [k for k in ("amsgrad", "maximize") if any(g.get(k) for g in groups)]
+    return f" ({', '.join(flags)})" if flags else ""
+
+
+def _change(session: Session) -> dict[str, Any]:
+    change = session.change
+    assert change is not None
+    path = Path(str(session.config.update.delta))
+    return {
+        "checkpoint" if path.is_dir() else "file": str(path),
+        "parameters": len(session.policy.parameters),
+        "Euclidean norm": global_norm(change),
+        "learning rate": session.config.update.lr_override or 1.0,
     }
 
 
@@ -95,7 +182,7 @@ def _trained_with(config: Config) -> dict[str, Any]:
         "training arguments": {
             "file": str(path),
             "kind": arguments.kind,
-            **arguments.shown,
+            **{subject: given for subject, given in arguments.shown.items() if given},
             "used in the configuration": config.update.from_checkpoint,
         }
     }
@@ -113,7 +200,7 @@ def _read_batches(session: Session) -> dict[str, Any]:
     limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
     batches: dict[str, Batch] = {}
     found: dict[str, Any] = {}
-    for split, source in (("E", config.batches.E), ("U", config.batches.U)):
+    for split, source in config.batches.sources.items():
         if source.file is None:
             settings = sampling_settings(config, split, source)
             found[split] = describe_sampling(

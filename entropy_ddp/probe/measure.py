@@ -37,7 +37,8 @@ class Measured:
     """What a probe's passes gave.
 
     Attributes:
-        gradient: gradient of the loss, summed over ranks, flat, [P].
+        gradient: gradient of the loss, summed over ranks, flat, [P]; None, as the next
+            two, for a given change.
         update_sums: sums of U's sequences at theta.
         update_scores: this rank's tokens of U.
         stepped: the step, this rank's tokens of E after it, hashes.
@@ -53,9 +54,9 @@ class Measured:
             given what comes before, [2].
     """
 
-    gradient: Tensor
-    update_sums: SequenceSums
-    update_scores: TokenScores
+    gradient: Tensor | None
+    update_sums: SequenceSums | None
+    update_scores: TokenScores | None
     stepped: SteppedScores
     base: DirectionalScores
     estimates: EntropyEstimates
@@ -101,7 +102,9 @@ def measure(
         RunError: a number is not finite.
     """
     config = session.config
-    gradient, update_sums, update_scores = loss_gradient(session)
+    gradient = update_sums = update_scores = None
+    if session.change is None:
+        gradient, update_sums, update_scores = loss_gradient(session)
     stepped = score_after_step(session, gradient)
     along = score_along_step(session, stepped.step, duality_sequences)
     base, surprise = along.scores, along.features.surprise

@@ -57,7 +57,7 @@ def make_results(
         status="untrusted" if worst_verdict(rows) == "fail" else "ok",
         run=_run_facts(session),
         E=_batch_facts(session.batches["E"]),
-        U=_batch_facts(session.batches["U"]),
+        U=_batch_facts(session.batches["U"]) if "U" in session.batches else None,
         update=_update_result(session, measured),
         truth=_truth_result(session, measured),
         truth_all=_truth_all(measured),
@@ -118,7 +118,8 @@ def _update_result(session: Session, measured: Measured) -> UpdateResult:
     step = measured.step
     top = step.top_parameters(session.passes.layout, NUM_TOP_PARAMETERS)
     return UpdateResult(
-        loss=session.config.update.loss,
+        loss=None if session.change is not None else session.config.update.loss,
+        delta=session.config.update.delta,
         learning_rate_used=step.learning_rate,
         param_update_l2=global_norm(step.delta),
         grad_norm=step.grad_norm,
@@ -231,6 +232,8 @@ def _sequence_rows(
     session: Session, measured: Measured, shares: Tensor | None
 ) -> Iterator[dict[str, Any]]:
     """The rows of per_sequence.jsonl one by one: E, then U."""
+    if measured.update_sums is None:
+        return iter(_evaluation_rows(session, measured))
     return chain(
         _evaluation_rows(session, measured), _update_rows(session, measured, shares)
     )
@@ -268,6 +271,7 @@ def _update_rows(
     """The rows of U; with shares also those, and the decoded text at the end."""
     batch, tokenizer = session.batches["U"], session.policy.tokenizer
     sums = measured.update_sums
+    assert sums is not None
     columns = {"logp": sums.logp, "entropy": sums.entropy}
     pairs = _columns(batch.sequences, **columns)
     for place, (sequence, values) in enumerate(pairs):

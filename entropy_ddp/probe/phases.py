@@ -1,7 +1,8 @@
 """The passes of a probe, in order, and the per-sequence numbers they leave.
 
 1. gradient of the loss on U: one forward and backward over U;
-2. one optimizer step; E scored at theta_after; the step undone;
+2. one optimizer step; E scored at theta_after; the step undone (with `update.delta`, the
+   change is given: there is no pass over U and no optimizer);
 3. E scored at theta with derivatives along the step.
 
 Between the passes only per-sequence sums travel between ranks: one collective for the
@@ -13,7 +14,7 @@ reduced, and dropped.
 """
 
 import math
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from entropy_ddp.probe.features import FeatureSums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
-from entropy_ddp.update.step import Step, one_step, optimizer_tensors
+from entropy_ddp.update.step import Step, given_change, one_step, optimizer_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,29 +89,27 @@ def snapshot_device(compute: Compute) -> torch.device | None:
     return torch.device("cpu") if compute.snapshot_device == "cpu" else None
 
 
-def score_after_step(session: Session, gradient: Tensor) -> SteppedScores:
-    """Take the step, score E at theta_after, undo the step."""
+def score_after_step(session: Session, gradient: Tensor | None) -> SteppedScores:
+    """Take the step (or the given change), score E at theta_after, undo it.
+
+    Args:
+        session: the run.
+        gradient: gradient of the loss, flat, [P]; None for a given change.
+    """
     shard = session.shard(session.batches["E"])
     parameters = session.policy.parameters
     device = snapshot_device(session.config.compute)
 
     def state_hash() -> str:
-        state = optimizer_tensors(session.optimizer)
+        optimizer = session.optimizer
+        state = [] if optimizer is None else optimizer_tensors(optimizer)
         return fingerprint([*parameters.items(), *state])
 
     with session.phase("fingerprints"):
         before = state_hash()
     with ExitStack() as undo:
         with session.phase("step"):
-            step = undo.enter_context(
-                one_step(
-                    session.optimizer,
-                    parameters,
-                    gradient,
-                    session.config.update,
-                    device,
-                )
-            )
+            step = undo.enter_context(_step_or_change(session, gradient, device))
         with session.phase("fingerprints"):
             stepped = fingerprint(parameters.items())
         with session.phase("truth: E after the step", shard.ragged.num_tokens):
@@ -118,6 +117,16 @@ def score_after_step(session: Session, gradient: Tensor) -> SteppedScores:
     with session.phase("fingerprints"):
         restored = state_hash()
     return SteppedScores(step=step, scores=scores, hashes=(before, stepped, restored))
+
+
+def _step_or_change(
+    session: Session, gradient: Tensor | None, device: torch.device | None
+) -> AbstractContextManager[Step]:
+    parameters, update = session.policy.parameters, session.config.update
+    if gradient is None:
+        assert session.change is not None
+        return given_change(parameters, session.change, update, device)
+    return one_step(session.optimizer, parameters, gradient, update, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,12 +72,14 @@ def run_audit(
     everything = len(session.batches["E"])
     measured = measure(session, everything, noise_sequences=everything)
     dot = _gradient_dot(session, measured)
-    extras = Extras(
-        dot=dot,
-        ratios=learning_rate_ratios(
-            session, measured.gradient, measured.step, measured.duality.gradient
-        ),
-        signal=proxy_gradient_norm(session, limit=len(session.batches["U"])),
-    )
+    extras = Extras(dot=dot)
+    if measured.gradient is not None:
+        extras = Extras(
+            dot=dot,
+            ratios=learning_rate_ratios(
+                session, measured.gradient, measured.step, measured.duality.gradient
+            ),
+            signal=proxy_gradient_norm(session, limit=len(session.batches["U"])),
+        )
     rows = audit_rows(session, measured, extras)
     return make_results(session, measured, rows, gradient_dot=dot)

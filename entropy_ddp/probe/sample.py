@@ -28,8 +28,8 @@ def run_sample(
         InputError: nothing is to be sampled, or a file exists and may not be replaced.
         RunError: a reward or a log-probability is not finite.
     """
-    sources = {"E": config.batches.E, "U": config.batches.U}
-    sources = {split: s for split, s in sources.items() if s.sample is not None}
+    given = config.batches.sources
+    sources = {split: s for split, s in given.items() if s.sample is not None}
     if not sources:
         raise InputError(
             "batches: neither E nor U has a `sample` section; there is nothing to sample"

@@ -21,6 +21,7 @@ from entropy_ddp.policy.checkpoint import (
     load_policy,
     resolve_device,
 )
+from entropy_ddp.policy.layouts import why_no_optimizer
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.parameters import differentiate_padding_tokens
 from entropy_ddp.policy.precision import precision_context
@@ -45,6 +46,7 @@ from entropy_ddp.rollouts.files import (
 )
 from entropy_ddp.rollouts.rows import TokenLimits
 from entropy_ddp.rollouts.sampling import merge_rows, sample_rollouts
+from entropy_ddp.update.change import read_change
 from entropy_ddp.update.loss import require_sampling_logprobs
 
 # (name of the phase, units done by this rank, units this rank has to do)
@@ -60,7 +62,8 @@ class Session:
         world: the ranks.
         policy: the opened checkpoint.
         passes: both passes over the model.
-        optimizer: AdamW in its saved state; None until it is read.
+        optimizer: AdamW in its saved state; None until it is read, or with a change.
+        change: Delta theta of `update.delta`, flat, [P]; None for a step.
         batches: E and U, whole, by split.
         reference_logp: log p of this rank's tokens of U under the reference policy, [t];
             None if the loss has no KL term.
@@ -78,6 +81,7 @@ class Session:
     passes: Passes
     progress: Progress
     optimizer: torch.optim.Adam | None = None
+    change: torch.Tensor | None = None
     batches: dict[str, Batch] = field(default_factory=dict)
     reference_logp: Tensor | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -135,28 +139,59 @@ def open_session(
     Raises:
         InputError: anything in the configuration, checkpoint or batches is wrong.
     """
-    files = find_checkpoint(config.checkpoint)
-    optimizer_file = require_optimizer(files)
-    session = open_policy(config, world, files, progress)
-    config, policy = session.config, session.policy
-    session.optimizer = load_optimizer(optimizer_file, policy.model, policy.parameters)
-    with session.phase("self-check"):
-        session.self_checks = check_model(session.passes, policy.vocabulary_size)
-        if config.compute.share_prompts:
-            found = check_sharing(session.passes, policy.vocabulary_size)
-            session.sharing, session.passes.tokens.sharing = found, found.sharing
-        # The run's own passes are counted, not these.
-        session.passes.performed.clear()
-    for split, source in (("E", config.batches.E), ("U", config.batches.U)):
+    session = open_checkpoint(config, world, progress)
+    config = session.config
+    verify_model(session)
+    for split, source in config.batches.sources.items():
         session.batches[split] = _open_batch(session, split, source, out)
     check_batches(session.batches, config)
-    if config.update.loss != "nll":
+    if "U" in session.batches and config.update.loss != "nll":
         update = session.batches["U"]
         advantages = compute_advantages(update, config.batches.advantage)
         session.batches["U"] = update.with_advantages(advantages)
     if config.update.kl_coefficient and "U" in session.batches:
         session.reference_logp = _score_reference(session)
     return session
+
+
+def open_checkpoint(config: Config, world: World, progress: Progress) -> Session:
+    """A session with the model, and the optimizer's state or the change in its place.
+
+    Raises:
+        InputError: a part of it is missing or cannot be loaded.
+    """
+    files = find_checkpoint(config.checkpoint)
+    if config.update.delta is None:
+        optimizer_file = require_optimizer(files)
+    session = open_policy(config, world, files, progress)
+    policy = session.policy
+    if config.update.delta is None:
+        session.optimizer = load_optimizer(
+            optimizer_file, policy.model, policy.parameters
+        )
+    else:
+        attention = config.compute.attention
+        with session.phase("open change"):
+            session.change = read_change(
+                config.update.delta, policy, config.precision, attention
+            )
+    return session
+
+
+def verify_model(session: Session) -> None:
+    """Check that the passes are right on this model, and how it may be read.
+
+    Raises:
+        InputError: the model cannot be measured correctly.
+    """
+    passes, vocabulary = session.passes, session.policy.vocabulary_size
+    with session.phase("self-check"):
+        session.self_checks = check_model(passes, vocabulary)
+        if session.config.compute.share_prompts:
+            session.sharing = check_sharing(passes, vocabulary)
+            passes.tokens.sharing = session.sharing.sharing
+        # The run's own passes are counted, not these.
+        passes.performed.clear()
 
 
 def open_policy(
@@ -194,11 +229,7 @@ def require_optimizer(files: CheckpointFiles) -> Path:
         InputError: there is none.
     """
     if files.optimizer is None:
-        raise InputError(
-            "checkpoint: no optimizer.pt or optimizer.bin found; set "
-            "checkpoint.optimizer to the saved AdamW state (a fresh optimizer would "
-            "step in another direction)"
-        )
+        raise InputError(why_no_optimizer(files.folder))
     return files.optimizer
 
 
@@ -247,7 +278,7 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
                 "draw a group of its own"
             )
     if "U" in batches and config.update.loss != "nll":
-        source = config.batches.U.file or "sampled U"
+        source = config.batches.sources["U"].file or "sampled U"
         require_rewards(batches["U"], Path(source))
     if "U" in batches and config.update.ratio == "clipped":
         require_sampling_logprobs(batches["U"])

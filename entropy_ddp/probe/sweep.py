@@ -22,7 +22,7 @@ from entropy_ddp.estimators.sweep import (
     choose_grid,
     summarise,
 )
-from entropy_ddp.policy.parameters import frozen_fingerprint, shifted
+from entropy_ddp.policy.parameters import fingerprint, frozen_fingerprint, shifted
 from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES
 from entropy_ddp.probe.estimation import changes_at
@@ -128,10 +128,16 @@ def _identity(session: Session, measured: Measured) -> str:
     parts = [
         json.dumps(document, sort_keys=True),
         measured.stepped.hashes[0],
+        _change_fingerprint(session),
         frozen_fingerprint(session.policy.model),
     ]
     parts += [_batch_fingerprint(batch) for batch in session.batches.values()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _change_fingerprint(session: Session) -> str:
+    """Of the change that is given; a step follows from the rest."""
+    return "" if session.change is None else fingerprint([("", session.change)])
 
 
 def _batch_fingerprint(batch: Batch) -> str:

@@ -34,17 +34,19 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
     """What `check` found, one table."""
     table = new_table("Configuration, checkpoint and batches are valid", "", "found")
     table.columns[1].justify = "left"
-    # The trainer's settings are longer than a line.
+    # Paths and the trainer's settings are longer than a line.
     table.columns[1].no_wrap = False
     for subject, facts in found.items():
+        table.add_section()
+        table.add_row(Text(subject, style="bold"))
         for name, value in facts.items():
             lines = value if isinstance(value, list) else [value]
             text = "\n".join(_one_line(line) for line in lines)
-            table.add_row(f"{subject}: {name}", text)
+            table.add_row(f"  {name}", Text(text))
     console.print(table)
 
 
 def _one_line(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {as_text(item)}" for name, item in value.items())
-    return as_text(value)
+    return "none" if value is None else as_text(value)

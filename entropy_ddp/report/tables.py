@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.results import AuditRow, GradientDotResult, Results
+from entropy_ddp.results import AuditRow, GradientDotResult, Results, UpdateResult
 
 VERDICT_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 UNITS = {
@@ -111,7 +111,10 @@ def _header(results: Results) -> Panel:
         f"{name}: {batch.num_sequences:,} sequences in {batch.num_groups:,} groups, "
         f"{batch.num_tokens:,} response tokens"
         for name, batch in (("E", results.E), ("U", results.U))
+        if batch is not None
     ]
+    if results.update.delta is not None:
+        lines.append(f"in place of a step: {results.update.delta}")
     run = results.run
     ranks = f"{run.world_size} rank{'s' if run.world_size > 1 else ''}"
     lines.append(f"{ranks} on {run.device}, {run.dtype}, seed {run.seed}")
@@ -187,7 +190,7 @@ def _answer(results: Results) -> Table:
             f"difference {truth.delta_h_true - second:+.1e}."
         )
     table = new_table(
-        f"Entropy change of one {results.update.loss} step, {unit}",
+        f"Entropy change of {_subject(results.update)}, {unit}",
         "H before",
         "ΔH true",
         "ΔH first order",
@@ -204,6 +207,12 @@ def _answer(results: Results) -> Table:
     )
     _let_pairs_break(table, 1, 2, 3)
     return table
+
+
+def _subject(update: UpdateResult) -> str:
+    """What the entropy change is of."""
+    given = update.delta is not None
+    return "the given change" if given else f"one {update.loss} step"
 
 
 def _let_pairs_break(table: Table, *columns: int) -> None:
@@ -265,12 +274,13 @@ def _step(results: Results) -> Table:
     update, linear = results.update, results.linear
     eta = update.learning_rate_used
     table = new_table("The step and the terms of ΔH first order", "quantity", "value")
+    unit = "learning rate" if update.delta is None else "eta of the given change"
     rows = {
-        "learning rate": update.learning_rate_used,
+        unit: update.learning_rate_used,
         "norm of the parameter change": update.param_update_l2,
         "gradient norm before clipping": update.grad_norm,
         "clip coefficient": update.clip_coef,
-        "slope, nats per unit learning rate": linear.slope,
+        f"slope, nats per unit {unit}": linear.slope,
         **{f"term: {name}": eta * term for name, term in linear.terms.items()},
         "SE of the slope, delta method": linear.se,
         "SE of the slope, jackknife": linear.se_jackknife,
@@ -284,7 +294,8 @@ def _step(results: Results) -> Table:
         if results.curvature.eta_star is not None:
             rows["eta*, edge of the linear regime"] = results.curvature.eta_star
     for name, value in rows.items():
-        table.add_row(name, number(value, 11))
+        if value is not None:
+            table.add_row(name, number(value, 11))
     largest = update.top_parameters[0]
     table.add_row(
         f"moved most: {short_name(largest['name'])}", number(largest["l2"], 11)

@@ -69,6 +69,7 @@ def step_parts(
     Yields:
         Each parameter's name and parts, in the optimizer's order.
     """
+    assert step.clip_coef is not None
     gradients = ParameterLayout.of(parameters).views(gradient)
     for name, group, state in _entries(optimizer, parameters):
         rate = learning_rate_of(group, update)

@@ -1,4 +1,4 @@
-"""Exactly one optimizer step, its size, and the way back.
+"""Exactly one optimizer step (or a change given in its place), its size, and the way back.
 
 The parameters are moved for the duration of a context and restored bit for bit at its
 end, together with the optimizer state, whatever happened in between.
@@ -20,20 +20,22 @@ from entropy_ddp.policy.parameters import ParameterLayout, global_norm, preserve
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step that was taken.
+    """One step that was taken, or a change that was given in its place.
 
     Attributes:
         delta: change of the parameters, theta_after - theta_before, flat, [P].
-        learning_rate: learning rate eta of the first param group.
-        grad_norm: global norm of the gradient before clipping.
-        clip_coef: factor that clipping applied to the gradient; 1 if none.
+        learning_rate: learning rate eta of the first param group; of a given change
+            `update.lr_override`, or else 1.
+        grad_norm: global norm of the gradient before clipping; None of a given change.
+        clip_coef: factor that clipping applied to the gradient, 1 if none; None of a
+            given change.
         num_optimizer_steps: number of `optimizer.step()` calls, counted by a hook.
     """
 
     delta: Tensor
     learning_rate: float
-    grad_norm: float
-    clip_coef: float
+    grad_norm: float | None
+    clip_coef: float | None
     num_optimizer_steps: int
 
     def direction(
@@ -137,6 +139,43 @@ def one_step(
             _drop_gradients(parameters)
             for group, rate in zip(optimizer.param_groups, saved_rates):
                 group["lr"] = rate
+
+
+@contextmanager
+def given_change(
+    parameters: dict[str, torch.nn.Parameter],
+    change: Tensor,
+    update: Update,
+    snapshot_device: torch.device | None = None,
+) -> Iterator[Step]:
+    """Within the context, the parameters are theta + Delta theta, which is given.
+
+    The step's delta is the difference in the parameters' own precision, as of a step
+    that was taken: what is below the rounding of the weights is not in it.
+
+    Args:
+        parameters: the trainable parameters by name.
+        change: Delta theta, flat, [P].
+        update: its learning rate, if any.
+        snapshot_device: where copies are kept; None for the tensors' own.
+
+    Raises:
+        RunError: the parameters are not finite after the change.
+    """
+    layout = ParameterLayout.of(parameters)
+    with preserved(parameters.values(), snapshot_device) as copies:
+        with torch.no_grad():
+            for name, view in layout.views(change).items():
+                parameters[name].add_(view.to(parameters[name]))
+        yield Step(
+            delta=_difference(
+                layout, parameters, dict(zip(parameters, copies)), change.dtype
+            ),
+            learning_rate=update.lr_override or 1.0,
+            grad_norm=None,
+            clip_coef=None,
+            num_optimizer_steps=0,
+        )
 
 
 def _clip(

@@ -63,6 +63,22 @@ def test_the_end_token_is_restored_unless_truncated(
     assert any("more tokens than the maximum" in note for note in summary["notes"])
 
 
+def test_any_of_several_adapters_tells_the_tokenizer(
+    tmp_path: Path, checkpoint: Path, output: Path
+) -> None:
+    """A rollout file is of a tokenizer, not of an adapter."""
+    (checkpoint / "ref").mkdir()
+    config = (checkpoint / "adapter_config.json").read_text()
+    (checkpoint / "ref" / "adapter_config.json").write_text(config)
+    dump = write_lines(
+        tmp_path / "t.jsonl", [{"prompt": "x", "response": "a", "reward": 1}]
+    )
+    (row,), _ = imported(
+        "table", dump, checkpoint=checkpoint, output=output, max_completion_length=4
+    )
+    assert row["response_ids"] == [*ids_of("a"), EOS]
+
+
 def test_text_without_a_maximum_length_is_refused(
     tmp_path: Path, checkpoint: Path, output: Path
 ) -> None:

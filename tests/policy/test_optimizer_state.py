@@ -14,7 +14,12 @@ import torch
 from checkpoints import FAMILIES, TARGETS, Saved, save_checkpoint
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+)
+from trained import train
+from transformers import Adafactor, GPT2Config, GPT2LMHeadModel
 
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
@@ -42,33 +47,6 @@ def require_own_state(
 
 
 # What real trainers save
-
-
-def train(folder: Path, model: nn.Module, **arguments: Any) -> Trainer:
-    """Two optimizer steps of the Hugging Face Trainer, with a checkpoint at the end."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 13, (8, 6), generator=generator)
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "save_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-    }
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**defaults | arguments),
-        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
-    )
-    trainer.train()
-    return trainer
 
 
 def with_all_biases(model: nn.Module, family: str) -> nn.Module:
@@ -286,6 +264,96 @@ def test_moments_take_the_dtype_of_the_parameters(
         assert {loaded.state[parameter][key].dtype for key in MOMENTS} == {dtype}
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "capturable": {"capturable": True},
+    "learning rate in a tensor": {"lr": torch.tensor(0.1), "foreach": False},
+    "amsgrad and fused": {"amsgrad": True, "fused": True},
+    "differentiable": {"differentiable": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_variants_of_the_kernel_are_read_and_stepped_plainly(
+    tmp_path: Path, kind: type[torch.optim.Adam], variant: str
+) -> None:
+    """The state is the same; the next step is the variant's up to its rounding."""
+    flags = VARIANTS[variant]
+    model = deep_model().double()
+    parameters = trainable_parameters(model)
+    plain = {"capturable": False, "differentiable": False}
+    # These two step on a GPU, or through autograd: only their flags are of interest.
+    settings = {k: v for k, v in flags.items() if k not in plain}
+    saved = kind(parameters.values(), **{"lr": 0.1, "weight_decay": 0.3} | settings)
+    expected = marked(saved, parameters)
+    state = saved.state_dict()
+    for group in state["param_groups"]:
+        group.update({k: v for k, v in flags.items() if k in plain})
+    torch.save(state, tmp_path / "optimizer.pt")
+    other = copy.deepcopy(model)
+    loaded = load_optimizer(
+        tmp_path / "optimizer.pt", other, trainable_parameters(other)
+    )
+    require_own_state(loaded, trainable_parameters(other), expected)
+    (group,) = loaded.param_groups
+    assert not any(group[k] for k in ("fused", "foreach", *plain))
+    assert isinstance(group["lr"], float)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        mine.grad = theirs.grad.clone()
+    saved.step()
+    loaded.step()
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_every_group_keeps_its_learning_rate(tmp_path: Path) -> None:
+    """Two groups of the Trainer's, the second ten times as fast."""
+    model = deep_model()
+    parameters = trainable_parameters(model)
+    groups = decay_groups(parameters)
+    for group, rate in zip(groups, (1e-3, 1e-2)):
+        group["lr"] = rate
+    saved = torch.optim.AdamW(groups)
+    marked(saved, parameters)
+    torch.save(saved.state_dict(), tmp_path / "optimizer.pt")
+    other = copy.deepcopy(model)
+    loaded = load_optimizer(
+        tmp_path / "optimizer.pt", other, trainable_parameters(other)
+    )
+    assert [group["lr"] for group in loaded.param_groups] == [1e-3, 1e-2]
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        mine.grad = theirs.grad.clone()
+    for group in saved.param_groups:
+        group["foreach"] = False
+    saved.step()
+    loaded.step()
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora, all biases", "full"])
+def test_a_gathered_state_is_read_by_its_names(tmp_path: Path, lora: bool) -> None:
+    """What the refusal of FSDP checkpoints tells users to save, by torch itself."""
+    model = deep_model()
+    if lora:
+        model = with_all_biases(model, "gpt2")
+    parameters = trainable_parameters(model)
+    saved = torch.optim.AdamW(LAYOUTS["decay and no decay"](parameters), lr=1e-3)
+    expected = marked(saved, parameters)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = get_optimizer_state_dict(model, saved, options=options)
+    assert "transformer.wpe.weight" in gathered["state"] or lora
+    torch.save(gathered, tmp_path / "optimizer.pt")
+    other = copy.deepcopy(model)
+    loaded = load_optimizer(
+        tmp_path / "optimizer.pt", other, trainable_parameters(other)
+    )
+    require_own_state(loaded, trainable_parameters(other), expected)
+    assert [g["weight_decay"] for g in loaded.param_groups] == [0.1, 0.0]
+
+
 # What is refused
 
 
@@ -390,6 +458,19 @@ def test_stored_names_of_other_parameters_are_refused(saved: Saved) -> None:
     refused(saved, message, optimizer.state_dict())
 
 
+def test_a_gathered_state_of_other_parameters_is_refused(saved: Saved) -> None:
+    """By the name that stands in no group."""
+    state = saved.optimizer.state_dict()
+    names = list(reference.trainable(saved.model))
+    group = state["param_groups"][0] | {"params": names[:-1]}
+    entries = dict(zip(names, state["state"].values(), strict=True))
+    message = f"state for {re.escape(names[-1])}, which is in no group"
+    refused(saved, message, {"state": entries, "param_groups": [group]})
+    del entries[names[-1]]
+    message = f"{re.escape(names[-1])} is missing from the optimizer state"
+    refused(saved, message, {"state": entries, "param_groups": [group]})
+
+
 def test_surplus_state_is_refused(saved: Saved) -> None:
     """An entry that belongs to no parameter."""
     state = saved.optimizer.state_dict()
@@ -402,44 +483,88 @@ def momentum_sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        momentum_sgd,
-        torch.optim.RMSprop,
-        torch.optim.Adagrad,
-        torch.optim.Adamax,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.Adafactor,
-    ],
-)
-def test_the_state_of_another_kind_of_optimizer_is_refused(
-    saved: Saved, kind: Callable[..., torch.optim.Optimizer]
+def plain_sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD without any state."""
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def muon(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Muon over matrices, which are all that an adapter has."""
+    return torch.optim.Muon(parameters, lr=0.1)
+
+
+def trainer_adafactor(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The Trainer's `optim: adafactor`."""
+    return Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+
+
+OTHER_KINDS = {
+    "SGD": momentum_sgd,
+    "SGD without momentum": plain_sgd,
+    "RMSprop": torch.optim.RMSprop,
+    "Adagrad": torch.optim.Adagrad,
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Adafactor of torch": torch.optim.Adafactor,
+    "Adafactor": trainer_adafactor,
+    "Muon": muon,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_the_state_of_another_kind_of_optimizer_is_refused_by_name(
+    saved: Saved, name: str
 ) -> None:
     """Even where it has both moments: its step is another one."""
     parameters = reference.trainable(saved.model)
-    optimizer = kind(list(parameters.values()))
+    optimizer = OTHER_KINDS[name](list(parameters.values()))
     marked(optimizer, parameters)
-    refused(saved, "", optimizer.state_dict())
+    kind = name.split()[0]
+    message = f"found that of {kind} .*update.delta: the next checkpoint measures"
+    refused(saved, message, optimizer.state_dict())
 
 
-def test_an_eight_bit_state_is_refused(saved: Saved) -> None:
-    """bitsandbytes keeps quantised moments under other keys."""
-    state = saved.optimizer.state_dict()
-    state["state"] = {
-        number: {
+BYTES = torch.zeros(32, dtype=torch.uint8)
+# What libraries that are not installed here leave: (keys of a group, a state, name).
+FOREIGN: dict[str, tuple[set[str], State, str]] = {
+    "bitsandbytes, 8 bit": (
+        {"params", "lr", "betas", "eps", "weight_decay", "alpha", "t_alpha"},
+        {
             "step": 3,
-            "state1": torch.zeros(32, dtype=torch.uint8),
-            "state2": torch.zeros(32, dtype=torch.uint8),
+            "state1": BYTES,
+            "qmap1": torch.zeros(256),
             "absmax1": torch.ones(1),
-        }
-        for number in state["state"]
-    }
-    message = (
-        "expected AdamW's exp_avg for .*, found absmax1, state1, state2, step; other"
-    )
-    refused(saved, message, state)
+            "state2": BYTES,
+            "qmap2": torch.zeros(256),
+            "absmax2": torch.ones(1),
+        },
+        "an 8-bit optimizer of bitsandbytes",
+    ),
+    "bitsandbytes, parameters too small for 8 bit": (
+        {"params", "lr", "betas", "eps", "weight_decay"},
+        {"step": 3, "state1": torch.zeros(32), "state2": torch.zeros(32)},
+        "an optimizer of bitsandbytes",
+    ),
+    "Lion": (
+        {"params", "lr", "betas", "weight_decay"},
+        {"exp_avg": torch.zeros(32)},
+        "Lion",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_states_of_other_libraries_are_refused_by_name(
+    saved: Saved, name: str
+) -> None:
+    """By the keys of their groups and states."""
+    keys, entry, kind = FOREIGN[name]
+    state = saved.optimizer.state_dict()
+    groups = [{key: group.get(key) for key in keys} for group in state["param_groups"]]
+    entries = {number: dict(entry) for number in state["state"]}
+    message = f"found that of {kind} .*other optimizers are not supported"
+    refused(saved, message, {"state": entries, "param_groups": groups})
 
 
 def test_groups_that_mix_adam_and_adamw_are_refused(saved: Saved) -> None:

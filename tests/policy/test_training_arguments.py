@@ -228,6 +228,33 @@ def test_without_from_checkpoint_nothing_is_taken_over_but_contradictions_show(
     assert found["training arguments"]["loss"]["loss_type"] == "cispo"
 
 
+def test_of_a_given_change_only_the_temperature_is_held_against_the_trainer(
+    run: TinyRun, checkpoint: Path
+) -> None:
+    """There is no step here that could be another one than the trainer's."""
+    save_settings(checkpoint, loss_type="cispo", beta=0.04)
+    arguments = read_training_arguments(checkpoint / FILE_NAME)
+    batches = {"E": run.config().batches.model_dump()["E"]}
+    found = {
+        temperature: contradictions(
+            run.config(
+                batches=batches,
+                update={"delta": "delta.safetensors"},
+                objective={"temperature": temperature},
+            ),
+            arguments,
+        )
+        for temperature in (0.75, 1.0)
+    }
+    assert found[0.75] == []
+    (only,) = found[1.0]
+    assert (only.key, only.configured, only.trained) == (
+        "objective.temperature",
+        1.0,
+        0.75,
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -1,0 +1,115 @@
+"""A change of the parameters from files: what somebody else's step did.
+
+From a safetensors file by parameter name, or from a second checkpoint of the same model:
+its parameters minus ours.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.config import Checkpoint, Precision
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.checkpoint import Policy, find_checkpoint
+from entropy_ddp.policy.layouts import adapters_in, has_full_model, is_training_state
+from entropy_ddp.policy.parameters import ParameterLayout
+from entropy_ddp.policy.second import second_parameters
+
+
+def read_change(
+    name: str, policy: Policy, precision: Precision, attention: str
+) -> Tensor:
+    """Delta theta of every trainable parameter, flat, on the CPU, [P].
+
+    Args:
+        name: a safetensors file or a checkpoint folder.
+        policy: the checkpoint that is changed, at theta.
+        precision: dtypes; the change has the buffers', float32 if that is wider.
+        attention: Hugging Face attention implementation.
+
+    Raises:
+        InputError: there is no such file or folder, it cannot be read, or it has other
+            parameters than the policy.
+    """
+    path = Path(name)
+    dtype = torch.promote_types(
+        getattr(torch, precision.buffer_dtype_name), torch.float32
+    )
+    layout = ParameterLayout.of(policy.parameters)
+    if path.is_dir():
+        ours = layout.flatten(policy.parameters, dtype)
+        theirs = _of_checkpoint(path, policy, precision, attention)
+        return layout.flatten(theirs, dtype).sub_(ours)
+    if not path.is_file():
+        raise InputError(
+            f"update.delta: {path}: expected a safetensors file or a checkpoint folder, "
+            "found none there"
+        )
+    return layout.flatten(_of_file(path, policy), dtype)
+
+
+def _of_file(path: Path, policy: Policy) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        # Whatever the library raises, it is this file that it cannot read.
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"update.delta: {path}: expected a safetensors file, as update.save_delta "
+            f"writes it, found none: {reason}"
+        ) from error
+    _require_fitting(path, tensors, policy)
+    return tensors
+
+
+def _of_checkpoint(
+    folder: Path, policy: Policy, precision: Precision, attention: str
+) -> dict[str, Tensor]:
+    """The second checkpoint's parameters; where names are open, those of the first."""
+    ours, found = policy.files, adapters_in(folder)
+    adapter = None
+    if ours.adapter is not None:
+        # A state of accelerate does not hold the adapter's settings.
+        adapter = str(ours.adapter) if is_training_state(folder) else None
+        adapter = ours.adapter_name if ours.adapter_name in found else adapter
+    section = Checkpoint(
+        path=str(folder),
+        base=None if has_full_model(folder) and not found else ours.base,
+        adapter=adapter,
+    )
+    files = find_checkpoint(section)
+    if (files.adapter is None) != (ours.adapter is None):
+        kinds = {True: "full weights", False: "an adapter"}
+        raise InputError(
+            f"update.delta: {folder}: expected {kinds[ours.adapter is None]}, as the "
+            f"checkpoint has, found {kinds[files.adapter is None]}"
+        )
+    theirs = second_parameters(policy, files, precision, attention)
+    _require_fitting(folder, theirs, policy)
+    return theirs
+
+
+def _require_fitting(path: Path, tensors: Mapping[str, Tensor], policy: Policy) -> None:
+    parameters = policy.parameters
+    differing = sorted(parameters.keys() ^ tensors.keys())
+    for name in differing:
+        where = "it" if name in parameters else "the trainable parameters"
+        raise InputError(
+            f"update.delta: {path}: {name} is missing from {where}; {len(differing)} "
+            f"names differ ({len(tensors)} found, {len(parameters)} expected); is it the "
+            "change of another model?"
+        )
+    wrong = [n for n, p in parameters.items() if tensors[n].shape != p.shape]
+    for name in wrong:
+        raise InputError(
+            f"update.delta: {path}: {name} should be {tuple(parameters[name].shape)}, "
+            f"found {tuple(tensors[name].shape)}; {len(wrong)} of {len(parameters)} have "
+            "another shape; is it the change of another model?"
+        )
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"update.delta: {path}: {name} has NaN or infinite values")

@@ -1,0 +1,365 @@
+"""Folders that the real libraries write: opened with their very weights, and described.
+
+And folders that cannot be read: named for what they are, with the export that helps.
+"""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from checkpoints import save_checkpoint, write_rows
+from huggingface_hub import constants
+from rich.console import Console
+from torch import nn
+from trained import (
+    KINDS,
+    Made,
+    accelerate_loop,
+    lora_config,
+    trainer_full,
+    trainer_lora,
+)
+
+from entropy_ddp.config import Checkpoint, Config, Precision
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.checkpoint import Policy, find_checkpoint, load_policy
+from entropy_ddp.policy.optimizer_state import load_optimizer
+from entropy_ddp.probe.inspect import inspect_run
+from entropy_ddp.probe.run import run_probe
+from entropy_ddp.probe.session import require_optimizer
+from entropy_ddp.report.inputs import print_inspection
+
+CPU = torch.device("cpu")
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+def opened(section: dict[str, str], **precision: Any) -> Policy:
+    """The policy of a `checkpoint` section."""
+    files = find_checkpoint(Checkpoint(**section))
+    return load_policy(files, Precision(**precision), "sdpa", CPU)
+
+
+def config_of(root: Path, section: dict[str, str]) -> Config:
+    """A configuration with small batches."""
+    batches = {
+        split: {
+            "file": str(
+                write_rows(
+                    root / f"{split}.jsonl",
+                    reference.random_rows(
+                        seed, responses=[2, 3, 2], groups=3, vocabulary=13
+                    ),
+                )
+            )
+        }
+        for split, seed in (("E", 3), ("U", 4))
+    }
+    return Config.model_validate({"checkpoint": section, "batches": batches})
+
+
+def described(config: Config) -> str:
+    """What `check` prints in 100 columns, its cells' lines joined."""
+    console = Console(file=io.StringIO(), width=100)
+    print_inspection(console, inspect_run(config, World(), quiet))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    return text
+
+
+def squeezed(text: str) -> str:
+    """Without what a table puts between words, and without spaces."""
+    return re.sub(r"[\s│┃]", "", text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_is_opened_with_its_weights_and_described(
+    tmp_path: Path, kind: str
+) -> None:
+    """Every parameter under its name, its own first moment, and `check`'s table."""
+    made = KINDS[kind].make(tmp_path)
+    policy = opened(made.section)
+    expected = reference.trainable(made.model)
+    assert list(policy.parameters) == list(expected)
+    found = dict(policy.model.named_parameters())
+    for name, parameter in made.model.named_parameters():
+        if ".ref." not in name:
+            assert torch.equal(found[name], parameter.float()), name
+    assert policy.files.optimizer is not None
+    optimizer = load_optimizer(policy.files.optimizer, policy.model, policy.parameters)
+    for name, parameter in policy.parameters.items():
+        moment = optimizer.state[parameter]["exp_avg"]
+        assert torch.equal(moment, made.moments[name].float()), name
+    text = described(config_of(tmp_path, made.section))
+    for words in KINDS[kind].says:
+        assert squeezed(words) in squeezed(text), (words, text)
+
+
+@pytest.mark.parametrize(
+    "kind", ["accelerate, LoRA", "full, sharded", "full, bfloat16"]
+)
+def test_a_folder_is_probed(tmp_path: Path, kind: str) -> None:
+    """From the folder to results whose audits find nothing wrong with the state."""
+    made = KINDS[kind].make(tmp_path)
+    results = run_probe(config_of(tmp_path, made.section), World(), None, quiet).results
+    rows = {row.name: row for row in results.audit}
+    assert rows["parameters without optimizer state"].verdict == "ok"
+    assert rows["restored bits: parameters and optimizer state"].verdict == "ok"
+    row = rows.get("weights of the base are stored as")
+    found = None if row is None else (row.value, row.expected)
+    expected = ("bfloat16", "used as float32") if "bfloat16" in kind else None
+    assert found == expected
+    assert results.update.learning_rate_used == 1e-2
+    assert results.update.param_update_l2 > 0
+
+
+# Names that are not settled
+
+
+def test_several_adapters_must_be_chosen_by_name(tmp_path: Path) -> None:
+    """Both are listed; a name or a folder settles it."""
+    made = KINDS["several adapters"].make(tmp_path)
+    path = made.section["path"]
+    message = "holds 2 adapters: default, ref; set checkpoint.adapter to the name"
+    with pytest.raises(InputError, match=message):
+        find_checkpoint(Checkpoint(path=path))
+    by_name = find_checkpoint(Checkpoint(path=path, adapter="ref"))
+    by_folder = find_checkpoint(Checkpoint(path=path, adapter=f"{path}/ref"))
+    assert by_name == by_folder
+    assert by_name.adapter == Path(path) / "ref"
+    policy = opened({"path": path, "adapter": "ref"})
+    assert all(".ref." in name for name in policy.parameters)
+    assert policy.model.peft_config["ref"].r == 4
+
+
+def test_an_unknown_adapter_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    """A name that is neither a folder nor an adapter."""
+    made = KINDS["several adapters"].make(tmp_path)
+    path = made.section["path"]
+    with pytest.raises(InputError, match="nobody: .*has the adapters default, ref"):
+        find_checkpoint(Checkpoint(path=path, adapter="nobody"))
+
+
+def test_a_base_can_be_a_folder_that_wins_over_the_adapter_s(tmp_path: Path) -> None:
+    """adapter_config.json names it; checkpoint.base is another copy."""
+    made = trainer_lora(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="no such folder; set checkpoint.base"):
+        opened(made.section)
+    assert opened(made.section | {"base": str(tmp_path / "moved")}).parameters
+
+
+def test_a_hub_id_that_is_not_here_says_what_to_download(tmp_path: Path) -> None:
+    """Offline, as tests are."""
+    made = trainer_lora(tmp_path)
+    message = "run `hf download nobody/no-such-model` where there is a network, or set"
+    with pytest.raises(InputError, match=message):
+        opened(made.section | {"base": "nobody/no-such-model"})
+
+
+def test_a_hub_id_in_the_cache_is_opened_and_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a download leaves it."""
+    made = trainer_lora(tmp_path)
+    cached = tmp_path / "hub" / "models--somebody--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123abc")
+    (cached / "snapshots").mkdir()
+    (tmp_path / "base").rename(cached / "snapshots" / "0123abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    policy = opened(made.section | {"base": "somebody/tiny"})
+    assert policy.files.base == "somebody/tiny"
+    assert policy.stored == {"base": "float32", "adapter": "float32"}
+
+
+# accelerate
+
+
+def test_a_state_needs_the_settings_of_its_adapter(tmp_path: Path) -> None:
+    """Rank can be read from shapes, alpha cannot."""
+    made = accelerate_loop(tmp_path, lora=True)
+    section = {k: v for k, v in made.section.items() if k != "adapter"}
+    message = (
+        "holds a PEFT model, and its settings .* set checkpoint.adapter to a folder"
+    )
+    with pytest.raises(InputError, match=message):
+        find_checkpoint(Checkpoint(**section))
+
+
+def test_a_state_needs_a_model(tmp_path: Path) -> None:
+    """Weights without a config.json."""
+    made = accelerate_loop(tmp_path, lora=False)
+    with pytest.raises(InputError, match="without a config.json, as accelerate's"):
+        find_checkpoint(Checkpoint(path=made.section["path"]))
+
+
+def test_a_state_of_full_weights_has_no_adapter(tmp_path: Path) -> None:
+    """An adapter that is named beside it would not be used."""
+    made = accelerate_loop(tmp_path, lora=False)
+    lora_config("qwen2").save_pretrained(str(tmp_path / "adapter"))
+    section = made.section | {"adapter": str(tmp_path / "adapter")}
+    with pytest.raises(
+        InputError, match="has no LoRA weights; leave checkpoint.adapter"
+    ):
+        find_checkpoint(Checkpoint(**section))
+
+
+def test_a_state_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    """Another rank: the first tensor and how many."""
+    made = accelerate_loop(tmp_path, lora=True)
+    lora_config("qwen2", r=4).save_pretrained(made.section["adapter"])
+    message = r"lora_A.default.weight should be \(4, 24\), found \(2, 24\) \(12 of"
+    with pytest.raises(InputError, match=message):
+        opened(made.section)
+
+
+def test_a_state_of_several_adapters_is_refused(tmp_path: Path) -> None:
+    """Which of them is trained cannot be told."""
+    made = accelerate_loop(tmp_path, lora=True)
+    path = Path(made.section["path"]) / "model.safetensors"
+    tensors = made.model.state_dict()
+    extra = {
+        n.replace("default", "ref"): t + 1 for n, t in tensors.items() if "lora" in n
+    }
+    path.unlink()
+    torch.save(tensors | extra, path.with_name("pytorch_model.bin"))
+    with pytest.raises(InputError, match="expected one adapter .* found default, ref"):
+        find_checkpoint(Checkpoint(**made.section))
+
+
+# What other trainers leave
+
+SHARDED: dict[str, tuple[list[str], str, str, str]] = {
+    "DeepSpeed ZeRO": (
+        [
+            "zero_to_fp32.py",
+            "latest",
+            "global_step7/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "global_step7/mp_rank_00_model_states.pt",
+        ],
+        "a DeepSpeed ZeRO checkpoint",
+        "python zero_to_fp32.py",
+        "safe_get_full_optimizer_state",
+    ),
+    "DeepSpeed ZeRO by accelerate": (
+        ["pytorch_model/mp_rank_00_model_states.pt"],
+        "a DeepSpeed ZeRO checkpoint",
+        "python zero_to_fp32.py",
+        "safe_get_full_optimizer_state",
+    ),
+    "verl": (
+        [
+            "model_world_size_4_rank_0.pt",
+            "optim_world_size_4_rank_0.pt",
+            "extra_state_world_size_4_rank_0.pt",
+        ],
+        "an FSDP checkpoint of verl",
+        "verl.model_merger merge --backend fsdp",
+        "get_optimizer_state_dict",
+    ),
+    "verl, the step's folder": (
+        ["actor/model_world_size_4_rank_0.pt", "data.pt"],
+        "an FSDP checkpoint of verl",
+        "verl.model_merger merge --backend fsdp",
+        "get_optimizer_state_dict",
+    ),
+    "FSDP of the Trainer": (
+        [
+            "pytorch_model_fsdp_0/.metadata",
+            "pytorch_model_fsdp_0/__0_0.distcp",
+            "optimizer_0/.metadata",
+            "optimizer_0/__0_0.distcp",
+        ],
+        "a sharded FSDP checkpoint of accelerate or the Trainer",
+        "accelerate merge-weights",
+        "FULL_STATE_DICT",
+    ),
+    "torch DCP": (
+        [".metadata", "__0_0.distcp", "__1_0.distcp"],
+        "a checkpoint of torch.distributed.checkpoint",
+        "dcp_to_torch",
+        "dcp_to_torch",
+    ),
+    "torch DCP, one below": (
+        ["trainer/.metadata", "trainer/__0_0.distcp"],
+        "a checkpoint of torch.distributed.checkpoint",
+        "dcp_to_torch",
+        "dcp_to_torch",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+def test_a_sharded_checkpoint_is_named_with_its_export(
+    tmp_path: Path, layout: str
+) -> None:
+    """Without whole weights at once; with them when the optimizer is asked for."""
+    names, kind, weights, optimizer = SHARDED[layout]
+    saved = save_checkpoint(tmp_path, "qwen2", full=True)
+    (saved.folder / "optimizer.pt").unlink()
+    for folder in (tmp_path / "shards", saved.folder):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    with pytest.raises(InputError, match=f"found {kind}.*{weights}"):
+        find_checkpoint(Checkpoint(path=str(tmp_path / "shards")))
+    # Nor is the base measured in place of them.
+    with pytest.raises(InputError, match=f"found {kind}.*{weights}"):
+        find_checkpoint(Checkpoint(path=str(tmp_path / "shards"), base=str(saved.base)))
+    files = find_checkpoint(Checkpoint(path=str(saved.folder)))
+    with pytest.raises(InputError, match=f"found {kind}.*{optimizer}.*update.delta"):
+        require_optimizer(files)
+
+
+def test_a_checkpoint_of_torch_distributed_is_recognised(tmp_path: Path) -> None:
+    """Written by torch itself."""
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"model": nn.Linear(2, 2).state_dict()}, checkpoint_id=tmp_path)
+    with pytest.raises(InputError, match="torch.distributed.checkpoint .*dcp_to_torch"):
+        find_checkpoint(Checkpoint(path=str(tmp_path)))
+
+
+def test_a_folder_without_optimizer_says_what_would_do(tmp_path: Path) -> None:
+    """The state, or a change in place of a step."""
+    saved = save_checkpoint(tmp_path, "qwen2")
+    (saved.folder / "optimizer.pt").unlink()
+    files = find_checkpoint(Checkpoint(**saved.section))
+    with pytest.raises(
+        InputError, match="no optimizer.pt .* or measure .*update.delta"
+    ):
+        require_optimizer(files)
+
+
+TESTED: dict[str, Callable[[Path], Made]] = {
+    "adapter": trainer_lora,
+    "full": lambda root: trainer_full(root, "qwen2"),
+}
+
+
+@pytest.mark.parametrize("kind", TESTED)
+def test_pickled_weights_are_read_as_tensors(tmp_path: Path, kind: str) -> None:
+    """Where there is no safetensors file."""
+    made = TESTED[kind](tmp_path)
+    folder = Path(made.section["path"])
+    name, pickle = "model.safetensors", "pytorch_model.bin"
+    if kind == "adapter":
+        name, pickle = "adapter_model.safetensors", "adapter_model.bin"
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / name)
+    (folder / name).unlink()
+    torch.save(tensors, folder / pickle)
+    expected = reference.trainable(made.model)
+    for parameter, tensor in opened(made.section).parameters.items():
+        assert torch.equal(tensor, expected[parameter]), parameter
