@@ -7,6 +7,7 @@ from typing import Any
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.layouts import DEFAULT_ADAPTER
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.policy.trained_settings import contradictions
