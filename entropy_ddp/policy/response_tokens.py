@@ -23,6 +23,7 @@ from entropy_ddp.policy.head import (
     row_blocks,
     softmax_of,
 )
+from entropy_ddp.policy.routing import Routing, fingerprints
 from entropy_ddp.policy.scores import NUM_PROJECTIONS
 from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
 
@@ -75,6 +76,7 @@ class ResponseTokens(nn.Module):
         self.causal_lm = causal_lm
         self.settings = settings
         self.sharing = sharing
+        self._routing = Routing(causal_lm)
         self._directions: Tensor | None = None
         config = self._unwrapped.config
         self.logits_map = LogitsMap.of(config.get_text_config())
@@ -97,6 +99,26 @@ class ResponseTokens(nn.Module):
 
     def hidden_states(self, microbatch: Microbatch) -> Tensor:
         """Hidden states that predict the response tokens, [m, width]."""
+        return self._last_hidden(microbatch)[microbatch.row, microbatch.column]
+
+    @property
+    def routes(self) -> bool:
+        """Whether the model is a mixture of experts, which routes tokens."""
+        return bool(self._routing)
+
+    def hidden_states_and_routing(
+        self, microbatch: Microbatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, and of mixtures of experts one number for each token's experts [m]."""
+        if not self._routing:
+            return self.hidden_states(microbatch), None
+        with self._routing.recorded() as choices:
+            hidden = self._last_hidden(microbatch)
+        row, column = microbatch.row, microbatch.column
+        places = row * microbatch.input_ids.shape[1] + column
+        return hidden[row, column], fingerprints(choices, places)
+
+    def _last_hidden(self, microbatch: Microbatch) -> Tensor:
         # Flat rows need no mask: the fast causal kernels take none.
         inputs = {"input_ids": microbatch.input_ids}
         sees = microbatch.sees
@@ -104,7 +126,7 @@ class ResponseTokens(nn.Module):
             inputs["position_ids"] = microbatch.position
             inputs["attention_mask"] = self._attention_mask(sees)
         output = self.transformer(**inputs, use_cache=False)
-        return output.last_hidden_state[microbatch.row, microbatch.column]
+        return output.last_hidden_state
 
     def _attention_mask(self, sees: Tensor) -> Tensor:
         """A boolean mask as this model's attention wants it."""

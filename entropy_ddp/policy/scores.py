@@ -29,11 +29,14 @@ class TokenScores:
         logp: log-probability of each response token.
         entropy: entropy H of the distribution each token was drawn from.
         num_microbatches: number of microbatches this rank ran.
+        routing: of mixtures of experts, one number for the experts of each token,
+            int64; None of other models.
     """
 
     logp: Tensor
     entropy: Tensor
     num_microbatches: int = 0
+    routing: Tensor | None = None
 
     @classmethod
     def empty(cls, num_tokens: int) -> "TokenScores":
@@ -46,6 +49,12 @@ class TokenScores:
             array = self.array(name)
             # Not value.to(dtype), which leaves float64 alone within `true_float64`.
             array[token] = torch.empty(value.shape, dtype=array.dtype).copy_(value)
+
+    def put_routing(self, token: Tensor, routing: Tensor) -> None:
+        """Put the routing of some of the tokens at its places."""
+        if self.routing is None:
+            self.routing = torch.zeros(len(self.logp), dtype=torch.int64)
+        self.routing[token] = routing
 
     def array(self, name: str) -> Tensor:
         """The flat token array of this name."""
@@ -91,6 +100,8 @@ class DirectionalScores(TokenScores):
         """
         self.fill(tokens, **{name: scores.array(name) for name in DERIVATIVES})
         self.num_microbatches += scores.num_microbatches
+        if scores.routing is not None:
+            self.put_routing(tokens, scores.routing)
 
     def at(self, tokens: Tensor) -> "DirectionalScores":
         """The scores of some of the tokens [m], without features."""

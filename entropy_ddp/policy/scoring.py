@@ -297,7 +297,9 @@ class Passes:
         return self.tokens.sharing if self.tokens.settings.share_prompts else None
 
     def _score_microbatch(self, microbatch: Microbatch, scores: TokenScores) -> None:
-        hidden = self.tokens.hidden_states(microbatch)
+        hidden, routing = self.tokens.hidden_states_and_routing(microbatch)
+        if routing is not None:
+            scores.put_routing(microbatch.token.cpu(), routing)
         directional = isinstance(scores, DirectionalScores)
         with_features = isinstance(scores, DirectionalScores) and scores.features
         if with_features:

@@ -76,6 +76,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
             "forward and reverse mode disagree: an operation of this model loses or "
             "detaches a derivative; try compute.attention: eager",
         ),
+        *_routing_rows(session, measured),
         *_truth_rows(session, measured),
         *_state_rows(session, measured.stepped),
         *_communication_rows(session),
@@ -404,6 +405,29 @@ def _sampler_rows(session: Session, measured: Measured) -> list[AuditRow]:
         if count:
             rows += audit.sampler_checks(split, total / count, largest)
     return rows
+
+
+def _routing_rows(session: Session, measured: Measured) -> list[AuditRow]:
+    """Tokens of E that the step sends to other experts, of mixtures."""
+    if not session.passes.tokens.routes:
+        return []
+    before, after = measured.base.routing, measured.stepped.scores.routing
+    flips = torch.zeros(1, dtype=torch.float64)
+    # A rank without tokens has neither.
+    if before is not None and after is not None:
+        flips += (before != after).sum()
+    flipped = float(session.world.sum(flips, "scalars"))
+    return [
+        audit.check(
+            "tokens of E that the step routes to other experts",
+            flipped / session.batches["E"].num_tokens,
+            "0",
+            flipped == 0,
+            "the truth contains the jumps of their routing, which no derivative sees; "
+            "the prediction holds between jumps",
+            fatal=False,
+        )
+    ]
 
 
 def _on_policy_row(session: Session, measured: Measured) -> AuditRow:
