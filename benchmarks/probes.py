@@ -53,7 +53,7 @@ def probe_row(setting: Setting) -> Iterator[Comparison]:
 
 
 def _probe(order: int, setting: Setting) -> Comparison:
-    sequences = setting.pick(6, 1024, 4096)
+    sequences = setting.pick(6, 2048, 4096)
     with saved_run(setting, sequences) as document:
         document["curvature"] = {"enabled": order == 2}
         config = Config.model_validate(document)

@@ -81,6 +81,8 @@ class LossSettings:
     ratio: str = "on_policy"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
+    kl_coefficient: float = 0.0
+    kl_estimator: str = "k3"
     temperature: float = 1.0
 
 
@@ -840,6 +842,30 @@ def _surrogate(
     return torch.minimum(rho * advantage, clipped * advantage).sum()
 
 
+def _divergence(model: nn.Module, row: Row, settings: LossSettings) -> Tensor:
+    """sum_k (p_ref / p - log(p_ref / p) - 1), p_ref without the adapter; times p / q.
+
+    q is the sampler's probability, or p itself held fixed, with ``k3_weighted``; with
+    ``k3`` there is no such factor.
+
+    Raises:
+        ValueError: If the estimator is unknown.
+    """
+    logp, _ = token_scores(model, row, settings.temperature)
+    with torch.no_grad(), model.disable_adapter():
+        reference, _ = token_scores(model, row, settings.temperature)
+    odds = (reference - logp).exp()
+    terms = odds - odds.log() - 1
+    if settings.kl_estimator == "k3_weighted":
+        sampler = logp.detach()
+        if settings.ratio == "clipped":
+            sampler = torch.tensor(row.sampling_logprobs, dtype=torch.float64)
+        terms = terms * logp.exp() / sampler.exp()
+    elif settings.kl_estimator != "k3":
+        raise ValueError(f"unknown estimator {settings.kl_estimator!r}")
+    return terms.sum()
+
+
 def rl_loss(
     model: nn.Module,
     rows: Sequence[Row],
@@ -850,7 +876,8 @@ def rl_loss(
 
     dr_grpo: -(1/N_b) sum_b (1/G_b) sum_g (1/L_b) S;  grpo: -(1/N) sum_i (1/T_i) S;
     dapo: -sum_i S / sum_i T_i;  nll: dapo with A = 1;  S the row's surrogate.
-    Empty responses count in N and G_b and add 0, whatever they are divided by.
+    Empty responses count in N and G_b and add 0, whatever they are divided by. With
+    ``kl_coefficient`` beta, S is less beta times the row's :func:`_divergence`.
 
     Raises:
         ValueError: If the loss is unknown, or ``nll`` is to be clipped.
@@ -875,7 +902,10 @@ def rl_loss(
             "nll": sum(len(r.response_ids) for r in rows),
         }[loss]
         scale = 1.0 if loss == "nll" else row_advantage
-        total = total - _surrogate(model, row, scale, settings) / divisor
+        value = _surrogate(model, row, scale, settings)
+        if settings.kl_coefficient:
+            value = value - settings.kl_coefficient * _divergence(model, row, settings)
+        total = total - value / divisor
     return total
 
 

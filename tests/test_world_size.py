@@ -275,6 +275,7 @@ def term_scale(place: str, results: Mapping[str, Any], rows: list[Any]) -> float
             "se": size,
             "delta_h2": rate * slope + rate**2 * size,
             "eta_star": curvature["eta_star"] * relative,
+            "step": curvature["step"],
         }[last]
     if last in ("bars_dot", "u_cross", "deltaH1"):
         dot = results["gradient_dot"]

@@ -1,6 +1,7 @@
 """A run's configuration: its schema, and how it is read."""
 
 from entropy_ddp.config.reading import load_config, to_yaml
+from entropy_ddp.config.sampling import Prompts, Reward, Sample
 from entropy_ddp.config.schema import (
     BatchSource,
     Checkpoint,
@@ -12,10 +13,9 @@ from entropy_ddp.config.schema import (
     Loss,
     Normalize,
     Precision,
-    Sample,
-    Section,
     Update,
 )
+from entropy_ddp.config.section import Section
 
 __all__ = [
     "BatchSource",
@@ -28,6 +28,8 @@ __all__ = [
     "Loss",
     "Normalize",
     "Precision",
+    "Prompts",
+    "Reward",
     "Sample",
     "Section",
     "Update",

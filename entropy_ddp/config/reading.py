@@ -6,6 +6,7 @@ Unknown keys are errors, with the nearest known key named. Values on the command
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -109,10 +110,16 @@ def _explain(problem: Any) -> str:
 def _section_at(location: list[str]) -> type[BaseModel]:
     section: type[BaseModel] = Config
     for part in location:
-        annotation = section.model_fields[part].annotation
-        candidates = get_args(annotation) or (annotation,)
-        section = next(c for c in candidates if c is not type(None))
+        section = next(_sections_in(section.model_fields[part].annotation))
     return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key's type is made of: `X`, `X | None`, `list[X] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
 
 
 def to_yaml(config: Config) -> str:

@@ -3,18 +3,15 @@
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from entropy_ddp.config.sampling import Sample
+from entropy_ddp.config.section import Section
 
 Normalize = Literal["per_token", "per_sequence", "per_sequence_token_mean", "sum"]
 Integrand = Literal["rb", "surprisal"]
 ImportanceMode = Literal["snis", "per_decision", "clip"]
 Loss = Literal["dr_grpo", "grpo", "dapo", "nll"]
-
-
-class Section(BaseModel):
-    """A mapping of the file: unknown keys and numbers given as strings are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Checkpoint(Section):
@@ -39,31 +36,6 @@ class Checkpoint(Section):
         if self.path is None and self.base is None and self.adapter is None:
             raise ValueError("give `path`, or `base` and `adapter`")
         return self
-
-
-class Sample(Section):
-    """How to roll a batch out of the checkpoint.
-
-    Attributes:
-        prompts: JSON lines with `prompt` or `prompt_ids`.
-        num_prompts: number of prompt draws (groups).
-        responses_per_prompt: responses G of each group.
-        with_replacement: whether a prompt can be drawn more than once.
-        max_new_tokens: responses are cut off at this many tokens.
-        reward: `module:function` that scores (prompt, response, row).
-        redraw_zero_advantage: how often a group whose rewards are all equal is sampled
-            again, for the same prompt.
-        sequences_per_call: responses generated together.
-    """
-
-    prompts: str
-    num_prompts: int = Field(gt=0)
-    responses_per_prompt: int = Field(default=1, gt=0)
-    with_replacement: bool = False
-    max_new_tokens: int = Field(gt=0)
-    reward: str | None = None
-    redraw_zero_advantage: int = Field(default=0, ge=0)
-    sequences_per_call: int = Field(default=64, gt=0)
 
 
 class BatchSource(Section):
@@ -123,10 +95,14 @@ class Update(Section):
             constant (the maximum completion length).
         ratio: `on_policy` (A log p) or `clipped` (the PPO surrogate).
         epsilon_low, epsilon_high: clipping range of the ratio.
+        kl_coefficient: weight of the divergence from the reference policy, which is the
+            model without its adapter; 0 for none.
+        kl_estimator: `k3`, or `k3_weighted` by the ratio (TRL's bias correction).
         max_grad_norm: the gradient's global norm is clipped to this; 0 turns it off.
         lr_override: learning rate in place of the saved one.
-        from_checkpoint: take loss, length norm, clipping, gradient norm, advantage and
-            temperature from the checkpoint's training_args.bin where not given here.
+        from_checkpoint: take loss, length norm, clipping, KL term, gradient norm,
+            advantage and temperature from the checkpoint's training_args.bin where not
+            given here.
         save_delta: write the parameter change to delta_theta.safetensors.
         delta: a change of the parameters that is probed in place of a step: a
             safetensors file by parameter name, as `save_delta` writes it, or a second
@@ -140,6 +116,8 @@ class Update(Section):
     ratio: Literal["on_policy", "clipped"] = "on_policy"
     epsilon_low: float = Field(default=0.2, ge=0, lt=1)
     epsilon_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    kl_coefficient: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    kl_estimator: Literal["k3", "k3_weighted"] = "k3"
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     lr_override: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     from_checkpoint: bool = False
@@ -350,7 +328,7 @@ class Config(Section):
             if update.reward is None:
                 raise ValueError(
                     f"batches.U.sample.reward: the loss `{self.update.loss}` needs one, "
-                    "as module:function"
+                    "as module:function or as math, exact or regex"
                 )
             single = update.responses_per_prompt == 1
             if single and self.batches.advantage == "standardized":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from entropy_ddp.importers.records import Message, Record
 from entropy_ddp.rollouts.files import decode_prompt, decode_response
 from entropy_ddp.rollouts.jsonlines import make_problem, show
+from entropy_ddp.rollouts.prompts import render_messages
 from entropy_ddp.rollouts.rows import (
     KNOWN_KEYS,
     TokenLimits,
@@ -245,30 +246,14 @@ def _prompt_ids(record: Record, tokenising: Tokenising, tally: Tally) -> list[in
 
 
 def _render(messages: list[Message], where: str, tokenising: Tokenising) -> list[int]:
-    if tokenising.tokenizer.chat_template is None:
-        raise make_problem(
-            where,
-            "a tokenizer with a chat template, as the prompt is a list of messages",
-            "none",
-            "import with the checkpoint that the rollouts were sampled from",
-        )
-    try:
-        encoded = tokenising.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **tokenising.template_options,
-        )
-    # Whatever the template raises, it is these messages that it does not take.
-    except Exception as error:
-        raise make_problem(
-            where,
-            "messages that the chat template takes",
-            f"{type(error).__name__}: {error}",
-            "import with the checkpoint that the rollouts were sampled from",
-        ) from error
-    return list(encoded["input_ids"])
+    advice = "import with the checkpoint that the rollouts were sampled from"
+    return render_messages(
+        messages,
+        where,
+        tokenising.tokenizer,
+        tokenising.template_options,
+        (advice, advice),
+    )
 
 
 def _render_again(text: str, where: str, tokenising: Tokenising) -> list[int]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from entropy_ddp.config import Checkpoint, Compute, Precision
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.implementations import use_exact_experts
 from entropy_ddp.policy.layouts import (
     ADAPTER_CONFIG,
     DEFAULT_ADAPTER,
@@ -294,6 +295,7 @@ def load_policy(
     logging.disable_progress_bar()
     dtype = getattr(torch, precision.model)
     model = load_base(files.base, dtype, attention)
+    use_exact_experts(model, dtype)
     if files.adapter is None:
         model.requires_grad_(True)
     elif files.state is None:

@@ -15,7 +15,7 @@ Nothing is stored for a backward pass, and no module is patched.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+
+from entropy_ddp.policy.normalisation import closed_form_normalisation
 
 # Attention scores of one block of queries: a [batch, heads, length, length] tensor of a
 # long context would otherwise dominate the memory of the pass.
@@ -68,10 +70,59 @@ def dual_parameters(
         try:
             for module, name, parameter in slots:
                 module._parameters[name] = duals[id(parameter)]  # type: ignore[assignment]
-            yield TangentRules()
+            with closed_form_normalisation(model):
+                yield TangentRules()
         finally:
             for module, name, parameter in slots:
                 module._parameters[name] = parameter
+
+
+def weight_norms(model: nn.Module) -> list[nn.Module]:
+    """The layers of DoRA adapters, which treat the norm of a weight as a constant."""
+    holders = (getattr(m, "lora_magnitude_vector", None) for m in model.modules())
+    return [
+        layer
+        for holder in holders
+        if isinstance(holder, nn.ModuleDict)
+        for layer in holder.values()
+    ]
+
+
+@contextmanager
+def undetached(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context, forward passes of these layers detach nothing.
+
+    What is detached is lost to both modes of differentiation alike, so that they agree
+    with each other and not with the change of the layer's values.
+    """
+    handles = []
+    for layer in layers:
+        mode = _Undetached()
+
+        def enter(*_: Any, mode: TorchFunctionMode = mode) -> None:
+            mode.__enter__()
+
+        def leave(*_: Any, mode: TorchFunctionMode = mode) -> None:
+            mode.__exit__(None, None, None)
+
+        handles.append(layer.register_forward_pre_hook(enter))
+        handles.append(layer.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Undetached(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
 
 
 def halves(tensor: Tensor) -> tuple[Tensor, Tensor | None]:

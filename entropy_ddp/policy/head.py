@@ -24,6 +24,7 @@ Shape legend: r rows of one block, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +46,73 @@ _LOWEST = -1e4
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitsMap:
+    """What a model does to each value x of its output layer: z = c tanh(s x / c), or s x.
+
+    Attributes:
+        scale: s.
+        cap: c; None for no cap.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitsMap":
+        """The map that a Hugging Face configuration declares.
+
+        Soft-capping as in Gemma, scales as in Cohere, Falcon-H1 and Granite. Whether
+        the model does this, and nothing else, is for the self-check to find out.
+        """
+        values = {name: getattr(config, name, None) for name in _MAP_SETTINGS}
+        numbers = {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and value
+        }
+        scale = 1.0
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= numbers.get(name, 1.0)
+        caps = (numbers.get(name) for name in _CAPS)
+        return cls(
+            scale=scale / numbers.get("logits_scaling", 1.0),
+            cap=next((cap for cap in caps if cap), None),
+        )
+
+    def over(self, temperature: float) -> "LogitsMap":
+        """The same map followed by a division by the temperature."""
+        cap = None if self.cap is None else self.cap / temperature
+        return LogitsMap(scale=self.scale / temperature, cap=cap)
+
+    def apply_(self, outputs: Tensor) -> Tensor:
+        """z in place of the values of the output layer, [r, V]."""
+        if self.scale != 1:
+            outputs.mul_(self.scale)
+        return (
+            outputs
+            if self.cap is None
+            else outputs.div_(self.cap).tanh_().mul_(self.cap)
+        )
+
+    def derivative_(self, outputs: Tensor) -> Tensor:
+        """dz/dx = s (1 - tanh(s x / c)^2) of a capped map, in place of x, [r, V]."""
+        assert self.cap is not None
+        slope = outputs.mul_(self.scale / self.cap).tanh_().square_().neg_().add_(1)
+        return slope.mul_(self.scale)
+
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_MAP_SETTINGS = (*_CAPS, "logit_scale", "lm_head_multiplier", "logits_scaling")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Softmax:
     """The distributions of r tokens, unnormalised, and what was drawn from them.
 
     Attributes:
         shifted: x = z - max z, not below -1e4, [r, V].
         weights: exp x, [r, V].
+        scratch: memory that anyone may write to, [r, V].
         total: s = sum exp x, [r].
         mean: E[x], [r].
         logp: log-probability of the targets, [r].
@@ -59,6 +121,7 @@ class Softmax:
 
     shifted: Tensor
     weights: Tensor
+    scratch: Tensor
     total: Tensor
     mean: Tensor
     logp: Tensor
@@ -74,24 +137,55 @@ def row_blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, count, size))
 
 
+class Workspace:
+    """Memory for the blocks of one chunk, used again for each of them.
+
+    Fresh megabytes for every operation of every block cost more, in page faults, than
+    the operations.
+
+    Args:
+        dtype: dtype of the sums over the vocabulary.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor) -> Tensor:
+        """Uninitialised, of the shape and on the device of a block [r, V]."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(like):
+            buffer = torch.empty(like.shape, dtype=self.dtype, device=like.device)
+            self._buffers[name] = buffer
+        return buffer[: len(like)]
+
+    def copy(self, name: str, values: Tensor) -> Tensor:
+        """A copy of a block, in the dtype of the sums."""
+        return self.take(name, values).copy_(values)
+
+
 def softmax_of(
     logits: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
-    dtype: torch.dtype = torch.float64,
+    workspace: Workspace | None = None,
+    logits_map: LogitsMap = LogitsMap(),
 ) -> Softmax:
     """The distributions of a block of rows; the logits are left alone.
 
     Args:
-        logits: logits of any floating-point type, not yet over temperature, [r, V].
+        logits: values of the output layer of any floating-point type, neither mapped
+            nor over temperature, [r, V].
         targets: token ids, [r].
         temperature: what they are divided by.
-        dtype: dtype of the sums.
+        workspace: where the result's [r, V] tensors live, until the next block.
+        logits_map: what the model makes of them.
     """
-    shifted = widened(logits, temperature, dtype)
+    workspace = workspace or Workspace()
+    shifted = logits_map.over(temperature).apply_(workspace.copy("shifted", logits))
     shifted -= shifted.amax(-1, keepdim=True)
     target = shifted.gather(-1, targets[:, None]).squeeze(-1)
-    weights = shifted.exp()
+    weights = torch.exp(shifted, out=workspace.take("weights", logits))
     shifted.clamp_(min=_LOWEST)
     total = weights.sum(-1)
     mean = torch.linalg.vecdot(weights, shifted) / total
@@ -99,6 +193,7 @@ def softmax_of(
     return Softmax(
         shifted=shifted,
         weights=weights,
+        scratch=workspace.take("scratch", logits),
         total=total,
         mean=mean,
         logp=target - logarithm,
@@ -106,12 +201,14 @@ def softmax_of(
     )
 
 
-def widened(values: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """A copy over temperature, in the dtype of the sums."""
-    # Not values.to(dtype), which copies nothing where the dtype is the same, or left
-    # alone within `true_float64`.
-    wide = torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
-    return wide if temperature == 1 else wide.div_(temperature)
+def mapped_tangent(
+    logits: Tensor, tangent: Tensor, logits_map: LogitsMap, workspace: Workspace
+) -> Tensor:
+    """Tangent [r, V] of the mapped logits, in the workspace."""
+    wide = workspace.copy("tangent", tangent)
+    if logits_map.cap is not None:
+        return wide.mul_(logits_map.derivative_(workspace.copy("scratch", logits)))
+    return wide if logits_map.scale == 1 else wide.mul_(logits_map.scale)
 
 
 def directional_derivatives(
@@ -128,7 +225,8 @@ def directional_derivatives(
     weights, total = softmax.weights, softmax.total
     tangent -= (torch.linalg.vecdot(weights, tangent) / total)[:, None]
     dlogp = tangent.gather(-1, targets[:, None]).squeeze(-1)
-    dentropy = -torch.linalg.vecdot(weights * softmax.shifted, tangent) / total
+    weighted = torch.mul(weights, softmax.shifted, out=softmax.scratch)
+    dentropy = -torch.linalg.vecdot(weighted, tangent) / total
     return dlogp, dentropy
 
 
@@ -147,17 +245,18 @@ def distribution_features(
         centred_tangent: z' - E[z'], [r, V].
         targets: token ids, [r].
     """
-    weights, total = softmax.weights, softmax.total
+    weights, total, scratch = softmax.weights, softmax.total, softmax.scratch
     top, top_ids = weights.topk(min(2, weights.shape[1]), dim=-1)
     top = top / total[:, None]
-    squares = weights.square()
     # Differences and not E[l^2] - H^2, which would lose digits when H is large.
-    deviation = (softmax.shifted - softmax.mean[:, None]).square_()
+    torch.sub(softmax.shifted, softmax.mean[:, None], out=scratch).square_()
+    log_variance = torch.linalg.vecdot(weights, scratch) / total
+    squares = torch.square(weights, out=scratch)
     top_derivative = centred_tangent.gather(-1, top_ids[:, :1]).squeeze(-1)
     return {
         "top_probability": top[:, 0],
         "margin": top[:, 0] - top[:, -1],
-        "log_variance": torch.linalg.vecdot(weights, deviation) / total,
+        "log_variance": log_variance,
         "collision": squares.sum(-1) / total.square(),
         "dcollision": torch.linalg.vecdot(squares, centred_tangent) / total.square(),
         "dtop": top[:, 0] * top_derivative,

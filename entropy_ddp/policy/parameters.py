@@ -134,3 +134,16 @@ def inner_product(left: Tensor, right: Tensor, block: int = 1 << 22) -> float:
     """
     pairs = zip(left.split(block), right.split(block), strict=True)
     return float(sum(torch.dot(a.double(), b.double()) for a, b in pairs))
+
+
+def differentiate_padding_tokens(model: nn.Module) -> None:
+    """Give the padding token of every embedding its gradient, as any other token.
+
+    Nothing is padded with it here: where it stands, it is part of a prompt or was
+    sampled. torch leaves its row out of the gradient, but not out of derivatives in
+    forward mode; and a checkpoint's configuration names a padding token, as trainers
+    add it, also where the model that they trained was made without.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None

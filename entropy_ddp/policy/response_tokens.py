@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from entropy_ddp.policy.forward_mode import halves
 from entropy_ddp.policy.head import (
+    LogitsMap,
+    Softmax,
+    Workspace,
     directional_derivatives,
     distribution_features,
     logits_gradient,
+    mapped_tangent,
     row_blocks,
     softmax_of,
-    widened,
 )
 from entropy_ddp.policy.scores import NUM_PROJECTIONS
 from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
@@ -73,6 +76,8 @@ class ResponseTokens(nn.Module):
         self.settings = settings
         self.sharing = sharing
         self._directions: Tensor | None = None
+        config = self._unwrapped.config
+        self.logits_map = LogitsMap.of(config.get_text_config())
 
     @property
     def transformer(self) -> nn.Module:
@@ -156,34 +161,25 @@ class ResponseTokens(nn.Module):
     ) -> list[dict[str, Tensor]]:
         # The only holder of a chunk's logits: two of them never exist.
         logits, tangent = halves(self.output_layer(hidden))
-        return [
-            self._block_statistics(
+        workspace = Workspace(self.settings.entropy_dtype)
+        blocks = []
+        for rows in row_blocks(logits):
+            softmax = softmax_of(
                 logits[rows],
-                None if tangent is None else tangent[rows],
                 targets[rows],
-                with_features,
+                self.settings.temperature,
+                workspace,
+                self.logits_map,
             )
-            for rows in row_blocks(logits)
-        ]
-
-    def _block_statistics(
-        self,
-        logits: Tensor,
-        tangent: Tensor | None,
-        targets: Tensor,
-        with_features: bool,
-    ) -> dict[str, Tensor]:
-        temperature, dtype = self.settings.temperature, self.settings.entropy_dtype
-        softmax = softmax_of(logits, targets, temperature, dtype)
-        values = {"logp": softmax.logp, "entropy": softmax.entropy}
-        if tangent is None:
-            return values
-        centred = widened(tangent, temperature, dtype)
-        derivatives = directional_derivatives(softmax, centred, targets)
-        values.update(zip(("dlogp", "dentropy"), derivatives))
-        if with_features:
-            values |= distribution_features(softmax, centred, targets)
-        return values
+            values = {"logp": softmax.logp, "entropy": softmax.entropy}
+            if tangent is not None:
+                tempered = self.logits_map.over(self.settings.temperature)
+                centred = mapped_tangent(
+                    logits[rows], tangent[rows], tempered, workspace
+                )
+                values |= _derivatives(softmax, centred, targets[rows], with_features)
+            blocks.append(values)
+        return blocks
 
     def forward(
         self, microbatch: Microbatch, weights: TokenWeights
@@ -196,6 +192,16 @@ class ResponseTokens(nn.Module):
         hidden = self.hidden_states(microbatch)
         trainable = [p for p in self.output_layer.parameters() if p.requires_grad]
         return _WeightedSum.apply(self, microbatch, weights, hidden, *trainable)
+
+
+def _derivatives(
+    softmax: Softmax, tangent: Tensor, targets: Tensor, with_features: bool
+) -> dict[str, Tensor]:
+    dlogp, dentropy = directional_derivatives(softmax, tangent, targets)
+    values = {"dlogp": dlogp, "dentropy": dentropy}
+    if with_features:
+        values |= distribution_features(softmax, tangent, targets)
+    return values
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -275,17 +281,26 @@ def _chunk_gradients(
     values = []
     # The logits are not read again: their gradient takes their place.
     cotangent = logits.detach()
+    workspace = Workspace(settings.entropy_dtype)
     for rows in row_blocks(cotangent):
         softmax = softmax_of(
-            cotangent[rows], targets[rows], settings.temperature, settings.entropy_dtype
+            cotangent[rows],
+            targets[rows],
+            settings.temperature,
+            workspace,
+            policy.logits_map,
         )
         logp, entropy = softmax.logp, softmax.entropy
         a, b = (w.to(logp) for w in weights(places[rows], logp, entropy))
         total += (a * logp + b * entropy).sum(dtype=torch.float64)
         values.append(torch.stack([logp, entropy]))
         gradient = logits_gradient(softmax, (a, b), targets[rows])
-        if settings.temperature != 1:
-            gradient /= settings.temperature
+        tempered = policy.logits_map.over(settings.temperature)
+        if tempered.cap is not None:
+            outputs = workspace.copy("scratch", cotangent[rows])
+            gradient *= tempered.derivative_(outputs)
+        elif tempered.scale != 1:
+            gradient *= tempered.scale
         cotangent[rows] = gradient
     gradients = torch.autograd.grad(logits, [piece, *trainable], cotangent)
     return total, torch.cat(values, dim=1), *gradients

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.counting import PassCount, counted
-from entropy_ddp.policy.forward_mode import dual_parameters, halves
+from entropy_ddp.policy.forward_mode import (
+    dual_parameters,
+    halves,
+    undetached,
+    weight_norms,
+)
 from entropy_ddp.policy.parameters import ParameterLayout, inner_product, shifted
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, TokenWeights
@@ -76,6 +81,7 @@ class Passes:
         direction: Mapping[str, Tensor],
         *,
         with_features: bool = False,
+        as_trained: bool = False,
     ) -> DirectionalScores: ...
 
     def score(
@@ -84,6 +90,7 @@ class Passes:
         direction: Mapping[str, Tensor] | None = None,
         *,
         with_features: bool = False,
+        as_trained: bool = False,
     ) -> TokenScores:
         """Log p and H of every response token, with a direction also their derivatives.
 
@@ -92,12 +99,16 @@ class Passes:
             direction: tangent of each trainable parameter by name (order 1), or None
                 (order 0).
             with_features: at order 1, also what baselines and control variates need.
+            as_trained: see `differentiated`.
 
         Raises:
             RunError: a value is not finite, or the model returned no tangent.
         """
         order = 0 if direction is None else 1
-        with self._counted(f"score order {order}", shard) as count:
+        with (
+            self.differentiated(as_trained),
+            self._counted(f"score order {order}", shard) as count,
+        ):
             return self._score(shard, direction, with_features, count)
 
     def score_twice(
@@ -124,7 +135,10 @@ class Passes:
             RunError: a value is not finite, or the model returned no tangent.
         """
         second = torch.zeros(2, len(shard.positions), dtype=torch.float64)
-        with self._counted("score order 2", shard) as count:
+        with (
+            self.differentiated(as_trained=False),
+            self._counted("score order 2", shard) as count,
+        ):
             for sign in (1, -1):
                 with shifted(self.parameters, direction, sign * step, snapshot_device):
                     for block in shard.blocks():
@@ -175,13 +189,16 @@ class Passes:
         shard: Shard,
         weights: TokenWeights,
         after_backward: Callable[[], None] = lambda: None,
+        *,
+        as_trained: bool = False,
     ) -> TokenScores:
         """Add the gradient of sum(a log p + b H) to the parameters' `.grad`.
 
         Args:
             shard: this rank's sequences; may be empty.
-            weights: gives a and b of each token; called once per chunk.
+            weights: gives a and b of each token; called for a few rows at a time.
             after_backward: called after the backward pass of every microbatch.
+            as_trained: see `differentiated`.
 
         Returns:
             The log p and H that the pass computed on its way.
@@ -191,7 +208,11 @@ class Passes:
         """
         scores = TokenScores.empty(shard.ragged.num_tokens)
         no_sync = getattr(self.wrapped, "no_sync", nullcontext)
-        with self._counted("pull_back", shard) as count, no_sync():
+        with (
+            self.differentiated(as_trained),
+            self._counted("pull_back", shard) as count,
+            no_sync(),
+        ):
             for microbatch in self._microbatches(shard):
                 with precision_context(self.dtype):
                     total, logp, entropy = self.wrapped(microbatch, weights)
@@ -201,6 +222,16 @@ class Passes:
                 self._performed_one(microbatch, scores, count)
         _require_finite(scores, shard)
         return scores
+
+    def differentiated(self, as_trained: bool) -> AbstractContextManager[None]:
+        """The context of a pass: whose derivative it takes.
+
+        Args:
+            as_trained: the one that the trainer takes for the gradient, where that is
+                not the derivative of the model: DoRA holds the norms of its weights
+                fixed. The derivative itself otherwise.
+        """
+        return undetached([] if as_trained else weight_norms(self.tokens))
 
     def with_settings(self, **settings: Any) -> "Passes":
         """The same passes with some of the scoring settings replaced."""
@@ -217,7 +248,12 @@ class Passes:
         return ParameterLayout.of(self.parameters)
 
     def gradient(
-        self, shard: Shard, weights: TokenWeights, dtype: torch.dtype
+        self,
+        shard: Shard,
+        weights: TokenWeights,
+        dtype: torch.dtype,
+        *,
+        as_trained: bool = False,
     ) -> tuple[Tensor, TokenScores]:
         """This rank's gradient of sum(a log p + b H) as a flat CPU buffer [P].
 
@@ -241,9 +277,9 @@ class Passes:
         narrow = any(p.dtype.itemsize < 4 for p in self.parameters.values())
         try:
             if narrow:
-                scores = self.pull_back(shard, weights, collect)
+                scores = self.pull_back(shard, weights, collect, as_trained=as_trained)
             else:
-                scores = self.pull_back(shard, weights)
+                scores = self.pull_back(shard, weights, as_trained=as_trained)
                 collect()
         finally:
             for parameter in self.parameters.values():

@@ -54,7 +54,7 @@ def check_model(passes: Passes, vocabulary_size: int) -> list[SelfCheck]:
     Raises:
         InputError: the model cannot be measured correctly; says which check failed.
     """
-    shard = _made_up_rows(vocabulary_size)
+    shard = _made_up_rows(passes, vocabulary_size)
     layer, duality, difference = TOLERANCES[passes.dtype]
     direction = _random_direction(passes)
     scores = passes.score(shard, direction)
@@ -107,7 +107,7 @@ def check_sharing(passes: Passes, vocabulary_size: int) -> SharingCheck:
     missing = [n for n in ("position_ids", "attention_mask") if n not in accepted]
     if missing:
         return SharingCheck(None, f"the model takes no {' and no '.join(missing)}")
-    shard = _made_up_rows(vocabulary_size, shared=True)
+    shard = _made_up_rows(passes, vocabulary_size, shared=True)
     direction = _random_direction(passes)
     flat = passes.score(shard, direction)
     before = passes.tokens.sharing
@@ -174,12 +174,15 @@ def _relative(difference: float, scale: float) -> float:
     return abs(difference) / scale if scale else abs(difference)
 
 
-def _made_up_rows(vocabulary_size: int, shared: bool = False) -> Shard:
+def _made_up_rows(passes: Passes, vocabulary_size: int, shared: bool = False) -> Shard:
     """Two rows of arbitrary tokens; `shared`: three responses to one prompt."""
     generator = torch.Generator().manual_seed(0)
+    # The embedding of a padding token has no gradient in reverse mode.
+    usable = torch.ones(vocabulary_size)
+    usable[list(_padding_ids(passes.tokens))] = 0
 
     def ids(count: int) -> Tensor:
-        return torch.randint(vocabulary_size, (count,), generator=generator)
+        return usable.multinomial(count, replacement=True, generator=generator)
 
     lengths = (7, 4, 1) if shared else (7, 4)
     prompts = [ids(3)] * 3 if shared else [ids(2), ids(3)]
@@ -194,6 +197,16 @@ def _made_up_rows(vocabulary_size: int, shared: bool = False) -> Shard:
         for index, (prompt, length) in enumerate(zip(prompts, lengths))
     )
     return Batch(split="self-check", sequences=sequences).shard(0, 1)
+
+
+def _padding_ids(model: torch.nn.Module) -> set[int]:
+    """Tokens whose embedding is left out of gradients."""
+    declared = {
+        getattr(module, "padding_idx", None)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+    }
+    return {index for index in declared if index is not None}
 
 
 def _random_direction(passes: Passes) -> dict[str, Tensor]:

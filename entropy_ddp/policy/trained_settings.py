@@ -4,6 +4,8 @@ training_args.bin                            configuration
 loss_type                                    update.loss
 max_completion_length                        update.length_norm (of dr_grpo)
 epsilon; epsilon_high, or else epsilon       update.epsilon_low; .epsilon_high
+beta                                         update.kl_coefficient
+use_bias_correction_kl                       update.kl_estimator k3_weighted, or else k3
 max_grad_norm                                update.max_grad_norm
 scale_rewards none, group                    batches.advantage centered, standardized
 temperature                                  objective.temperature
@@ -39,6 +41,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "delta": (None,),
     "off_policy_mask_threshold": (None,),
     "router_aux_loss_coef": (None, 0, 0.0),
+    # The reference policy would be one of the run's earlier policies.
+    "sync_ref_model": (False,),
 }
 
 
@@ -74,6 +78,11 @@ def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
         low, high = values["epsilon"], values.get("epsilon_high")
         settings["update.epsilon_low"] = float(low)
         settings["update.epsilon_high"] = float(low if high is None else high)
+    if values.get("beta") is not None:
+        settings["update.kl_coefficient"] = float(values["beta"])
+        # Trainers from before the option take the plain estimate.
+        is_weighted = bool(values.get("use_bias_correction_kl"))
+        settings["update.kl_estimator"] = "k3_weighted" if is_weighted else "k3"
     if "max_grad_norm" in values:
         # To the trainer, none and 0 are no clipping.
         settings["update.max_grad_norm"] = float(values["max_grad_norm"] or 0)
@@ -106,11 +115,6 @@ def contradictions(config: Config, arguments: TrainingArguments) -> list[Contrad
                 key="update.loss", configured=config.update.loss, trained=loss
             )
         )
-    beta = arguments.values.get("beta")
-    if beta:
-        found.append(
-            Contradiction(key="the loss's KL term", configured=0.0, trained=beta)
-        )
     return found
 
 
@@ -125,10 +129,15 @@ def _temperature_contradiction(
 
 
 def _is_read(config: Config, key: str) -> bool:
+    """Whether the configured loss has a use for a key; `nll` has no trainer's KL term."""
     if key in ("update.epsilon_low", "update.epsilon_high"):
         return config.update.ratio == "clipped"
     if key == "update.length_norm":
         return config.update.loss == "dr_grpo"
+    if key == "update.kl_coefficient":
+        return config.update.loss != "nll"
+    if key == "update.kl_estimator":
+        return bool(config.update.kl_coefficient)
     if key == "batches.advantage":
         return config.update.loss != "nll"
     return True
@@ -181,6 +190,8 @@ _SOURCES = {
     "update.length_norm": "max_completion_length",
     "update.epsilon_low": "epsilon",
     "update.epsilon_high": "epsilon",
+    "update.kl_coefficient": "beta",
+    "update.kl_estimator": "beta",
     "update.max_grad_norm": "max_grad_norm",
     "batches.advantage": "scale_rewards",
     "objective.temperature": "temperature",
@@ -198,13 +209,6 @@ def _make_missing(key: str, arguments: TrainingArguments) -> InputError:
 
 def _require_same_loss(arguments: TrainingArguments) -> None:
     """Refuse what would make the trainer's step another one than the loss here gives."""
-    beta = arguments.values.get("beta")
-    if beta:
-        raise InputError(
-            f"{arguments.path}: update.from_checkpoint expected beta 0, found {beta!r}; "
-            "the KL term is not part of the loss here: set update.from_checkpoint: "
-            "false to probe the step without it"
-        )
     for name, neutral in NEUTRAL.items():
         value = arguments.values.get(name, neutral[0])
         if value not in neutral:

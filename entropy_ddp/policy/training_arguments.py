@@ -33,6 +33,7 @@ SHOWN = {
     "loss": (
         "loss_type",
         "beta",
+        "use_bias_correction_kl",
         "epsilon",
         "epsilon_high",
         "scale_rewards",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.implementations import supported_attention
 from entropy_ddp.policy.layouts import (
     ADAPTER_CONFIG,
     SAFE_FILES,
@@ -55,7 +56,7 @@ def load_base(base: str, dtype: torch.dtype, attention: str) -> nn.Module:
         model, report = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=supported_attention(base, attention),
             use_safetensors=not pickled,
             weights_only=True,
             trust_remote_code=False,

@@ -166,8 +166,8 @@ def score_shares(
     batch = session.batches["U"]
     shard = session.shard(batch)
     with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
-        scores = session.passes.score(shard, direction)
-    weights = loss_weights(shard, session.config.update)
+        scores = session.passes.score(shard, direction, as_trained=True)
+    weights = loss_weights(shard, session.config.update, session.reference_logp)
     on_logp, _ = weights(
         torch.arange(shard.ragged.num_tokens), scores.logp, scores.entropy
     )
@@ -300,10 +300,13 @@ def _masked_truth(
     batch = session.batches["U"]
     shard, evaluation = session.shard(batch), session.shard(session.batches["E"])
     weights = _masked(
-        loss_weights(shard, config.update), keep[_token_places(batch, shard)]
+        loss_weights(shard, config.update, session.reference_logp),
+        keep[_token_places(batch, shard)],
     )
     with session.phase("what if: masked step", shard.ragged.num_tokens):
-        gradient, _ = passes.gradient(shard, weights, session.buffer_dtype)
+        gradient, _ = passes.gradient(
+            shard, weights, session.buffer_dtype, as_trained=True
+        )
         world.sum(gradient, "parameter buffers")
         with one_step(
             session.optimizer,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from entropy_ddp import audit
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.forward_mode import weight_norms
+from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.parameters import (
     ParameterLayout,
     frozen_fingerprint,
@@ -467,7 +469,20 @@ def _state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
                 "such a model is refused when it is opened",
             )
         )
-    return [*rows, *_sharing_rows(session)]
+    return [*rows, *_route_rows(session), *_sharing_rows(session)]
+
+
+def _route_rows(session: Session) -> list[AuditRow]:
+    """Parts of the model that take the plain, slower code path."""
+    policy, asked = session.policy, session.config.compute.attention
+    rows = []
+    if weight_norms(policy.model):
+        text = "not the derivative: DoRA holds weight norms fixed"
+        rows.append(audit.fact("the trainer's gradient", text))
+    return rows + [
+        audit.fact(f"{route.part} implementation", f"eager: {route.reason}")
+        for route in slower_routes(policy.model, asked, policy.dtype)
+    ]
 
 
 def _sharing_rows(session: Session) -> list[AuditRow]:

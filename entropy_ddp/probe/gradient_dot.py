@@ -255,7 +255,7 @@ def _forward(session: Session, factors: Factors) -> tuple[Tensor, Tensor]:
             along_y_bar = passes.score(x.shard, passes.layout.views(factors.y_bar))
     with session.phase("gradient dot: U along X", y.shard.ragged.num_tokens):
         direction = passes.layout.views(factors.scale * factors.x_bar)
-        along_x_bar = passes.score(y.shard, direction)
+        along_x_bar = passes.score(y.shard, direction, as_trained=True)
     return (
         factors.per_unit * directional_derivatives(session, x, along_y_bar),
         directional_derivatives(session, y, along_x_bar),

@@ -7,6 +7,7 @@ from typing import Any
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.layouts import DEFAULT_ADAPTER
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.policy.selfcheck import check_model
@@ -20,13 +21,13 @@ from entropy_ddp.probe.session import (
     Session,
     check_batches,
     open_checkpoint,
+    sampling_settings,
     token_limits,
 )
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch
+from entropy_ddp.rollouts.draws import describe_sampling
 from entropy_ddp.rollouts.files import read_batch
-from entropy_ddp.rollouts.prompts import read_prompts
-from entropy_ddp.rollouts.rewards import load_reward
 
 
 def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, Any]:
@@ -74,6 +75,9 @@ def _model(session: Session) -> dict[str, Any]:
             found["adapter name"] = files.adapter_name
     else:
         found["adapter"] = "none: full weights are trained"
+    attention = session.config.compute.attention
+    for route in slower_routes(policy.model, attention, policy.dtype):
+        found[f"{route.part} implementation"] = f"eager: {route.reason}"
     return found | {
         "tokenizer": "none" if policy.tokenizer is None else files.tokenizer,
         "vocabulary": policy.vocabulary_size,
@@ -190,14 +194,10 @@ def _read_batches(session: Session) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for split, source in config.batches.sources.items():
         if source.file is None:
-            assert source.sample is not None
-            prompts = read_prompts(Path(source.sample.prompts))
-            if source.sample.reward is not None:
-                load_reward(source.sample.reward)
-            found[split] = {
-                "sampled from": source.sample.prompts,
-                "prompts": len(prompts),
-            }
+            settings = sampling_settings(config, split, source)
+            found[split] = describe_sampling(
+                session.policy.model, session.policy.tokenizer, settings
+            )
             continue
         batch = read_batch(Path(source.file), split, limits, tokenizer)
         batches[split] = batch

@@ -58,9 +58,11 @@ def loss_gradient(session: Session) -> tuple[Tensor, SequenceSums, TokenScores]:
         The gradient, the sums of U's sequences at theta, and this rank's tokens.
     """
     shard = session.shard(session.batches["U"])
-    weights = loss_weights(shard, session.config.update)
+    weights = loss_weights(shard, session.config.update, session.reference_logp)
     with session.phase("gradient of U", shard.ragged.num_tokens):
-        gradient, scores = session.passes.gradient(shard, weights, session.buffer_dtype)
+        gradient, scores = session.passes.gradient(
+            shard, weights, session.buffer_dtype, as_trained=True
+        )
         session.world.sum(gradient, "parameter buffers")
         logp, entropy = gather_sums(session.world, shard, scores.logp, scores.entropy)
     return gradient, SequenceSums(logp=logp, entropy=entropy), scores

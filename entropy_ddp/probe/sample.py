@@ -20,8 +20,9 @@ def run_sample(
     Writes E.jsonl and U.jsonl into `out`.
 
     Returns:
-        For each batch: split, sizes, mean response length, share finished, mean reward
-        and number of redraws.
+        For each batch: split, sizes, response length, share truncated,
+        mean reward (of each term too, if there are several), groups without signal
+        (their rewards are all equal) and number of redraws.
 
     Raises:
         InputError: nothing is to be sampled, or a file exists and may not be replaced.
@@ -51,14 +52,36 @@ def run_sample(
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every mean is over all sequences."""
     count = len(rows)
-    tokens = sum(len(row["response_ids"]) for row in rows)
-    summary = {
+    lengths = [len(row["response_ids"]) for row in rows]
+    num_truncated = sum(not row["finished"] for row in rows)
+    return {
         "num_groups": len({row["group"] for row in rows}),
         "num_sequences": count,
-        "num_tokens": tokens,
-        "mean_response_length": tokens / count,
-        "finished_share": sum(row["finished"] for row in rows) / count,
+        "num_tokens": sum(lengths),
+        "mean_response_length": sum(lengths) / count,
+        "longest_response": max(lengths),
+        "truncated_share": num_truncated / count,
+    } | _reward_summary(rows)
+
+
+def _reward_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Nothing for rollouts without rewards."""
+    if "reward" not in rows[0]:
+        return {}
+    count = len(rows)
+    rewards_of: dict[int, list[float]] = {}
+    for row in rows:
+        rewards_of.setdefault(row["group"], []).append(row["reward"])
+    summary: dict[str, Any] = {
+        "mean_reward": sum(row["reward"] for row in rows) / count
     }
-    rewards = [row["reward"] for row in rows if "reward" in row]
-    return summary | ({"mean_reward": sum(rewards) / count} if rewards else {})
+    for label in rows[0].get("reward_terms", {}):
+        total = sum(row["reward_terms"][label] for row in rows)
+        summary[f"mean_reward_{label}"] = total / count
+    if len(rows) > len(rewards_of):
+        summary["groups_without_signal"] = sum(
+            len(set(rewards)) == 1 for rewards in rewards_of.values()
+        )
+    return summary

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entropy_ddp.config import BatchSource, Config
 from entropy_ddp.distributed import World
@@ -22,7 +23,9 @@ from entropy_ddp.policy.checkpoint import (
 )
 from entropy_ddp.policy.layouts import why_no_optimizer
 from entropy_ddp.policy.optimizer_state import load_optimizer
+from entropy_ddp.policy.parameters import differentiate_padding_tokens
 from entropy_ddp.policy.precision import precision_context
+from entropy_ddp.policy.reference import adapter_disabled, require_reference
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.policy.selfcheck import (
@@ -34,6 +37,7 @@ from entropy_ddp.policy.selfcheck import (
 from entropy_ddp.policy.trained_settings import with_training_arguments
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.draws import SamplingSettings
 from entropy_ddp.rollouts.files import (
     make_batch,
     read_batch,
@@ -41,7 +45,7 @@ from entropy_ddp.rollouts.files import (
     write_jsonl,
 )
 from entropy_ddp.rollouts.rows import TokenLimits
-from entropy_ddp.rollouts.sampling import SamplingSettings, merge_rows, sample_rollouts
+from entropy_ddp.rollouts.sampling import merge_rows, sample_rollouts
 from entropy_ddp.update.change import read_change
 from entropy_ddp.update.loss import require_sampling_logprobs
 
@@ -61,6 +65,8 @@ class Session:
         optimizer: AdamW in its saved state; None until it is read, or with a change.
         change: Delta theta of `update.delta`, flat, [P]; None for a step.
         batches: E and U, whole, by split.
+        reference_logp: log p of this rank's tokens of U under the reference policy, [t];
+            None if the loss has no KL term.
         progress: told how far the current phase is.
         started: when the run began.
         seconds: wall-clock seconds of each finished phase.
@@ -77,6 +83,7 @@ class Session:
     optimizer: torch.optim.Adam | None = None
     change: torch.Tensor | None = None
     batches: dict[str, Batch] = field(default_factory=dict)
+    reference_logp: Tensor | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
@@ -148,6 +155,8 @@ def open_session(
         update = session.batches["U"]
         advantages = compute_advantages(update, config.batches.advantage)
         session.batches["U"] = update.with_advantages(advantages)
+    if config.update.kl_coefficient and "U" in session.batches:
+        session.reference_logp = _score_reference(session)
     return session
 
 
@@ -183,12 +192,16 @@ def open_policy(
     Its configuration has the settings of the checkpoint in it, if it asks for them.
 
     Raises:
-        InputError: the checkpoint cannot be loaded.
+        InputError: the checkpoint cannot be loaded, or has no reference policy for the
+            loss's KL term.
     """
     config = with_training_arguments(config)
     begin = time.perf_counter()
     device = resolve_device(config.compute, world.local_rank)
     policy = load_policy(files, config.precision, config.compute.attention, device)
+    differentiate_padding_tokens(policy.model)
+    if config.update.kl_coefficient:
+        require_reference(policy)
     return Session(
         config=config,
         world=world,
@@ -294,6 +307,16 @@ def sample_batch(
     return merge_rows(rows for rows, _ in shares)
 
 
+def _score_reference(session: Session) -> Tensor:
+    """Log p of this rank's tokens of U under the reference policy, [t]."""
+    shard, model = session.shard(session.batches["U"]), session.policy.model
+    with (
+        session.phase("reference: U without the adapter", shard.ragged.num_tokens),
+        adapter_disabled(model),
+    ):
+        return session.passes.score(shard).logp
+
+
 def sampling_settings(
     config: Config, split: str, source: BatchSource
 ) -> SamplingSettings:
@@ -301,13 +324,13 @@ def sampling_settings(
     assert source.sample is not None
     sample = source.sample
     return SamplingSettings(
-        prompts=Path(sample.prompts),
+        prompts=sample.prompts,
         num_prompts=sample.num_prompts,
         responses_per_prompt=sample.responses_per_prompt,
         with_replacement=sample.with_replacement,
         max_new_tokens=sample.max_new_tokens,
         temperature=config.objective.temperature,
-        reward=sample.reward,
+        reward=tuple(sample.reward or ()),
         batch_size=sample.sequences_per_call,
         redraw_zero_advantage=sample.redraw_zero_advantage,
         seed=config.seed,

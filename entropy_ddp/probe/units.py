@@ -13,7 +13,7 @@ elements.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,10 +39,12 @@ class Units:
     Attributes:
         shard: this rank's groups; may be empty.
         weights: gives a_t of this rank's tokens, as `pull_back` wants them.
+        as_trained: whether the gradients are those that the trainer takes.
     """
 
     shard: Shard
     weights: TokenWeights
+    as_trained: bool = False
 
     @property
     def group(self) -> Tensor:
@@ -57,7 +59,8 @@ class Units:
     def one_by_one(self) -> Iterator[tuple[int, "Units"]]:
         """Each of this rank's units alone, ascending, with its share of the same mean."""
         for unit, block in self.shard.by_group():
-            yield unit, Units(shard=block.shard, weights=self._weights_of(block))
+            weights = self._weights_of(block)
+            yield unit, replace(self, shard=block.shard, weights=weights)
 
     def _weights_of(self, block: Block) -> TokenWeights:
         return lambda token, *rest: self.weights(block.tokens[token.cpu()], *rest)
@@ -86,7 +89,8 @@ def reward_units(session: Session) -> Units:
         advantages = shard.batch.advantages[shard.positions]
     group, lengths = shard.batch.groups[shard.positions], shard.ragged.lengths
     coefficients = reward_coefficients(advantages, lengths, group)
-    return _sequence_units(shard, coefficients / shard.batch.num_groups)
+    units = _sequence_units(shard, coefficients / shard.batch.num_groups)
+    return replace(units, as_trained=True)
 
 
 def loss_units(session: Session) -> Units:
@@ -98,13 +102,13 @@ def loss_units(session: Session) -> Units:
         InputError: `ratio: clipped` and a sequence has no sampling log-probs.
     """
     shard = session.shard(session.batches["U"])
-    descent = loss_weights(shard, session.config.update)
+    descent = loss_weights(shard, session.config.update, session.reference_logp)
 
     def ascent(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         on_logp, on_entropy = descent(token, logp, entropy)
         return -on_logp, on_entropy
 
-    return Units(shard=shard, weights=ascent)
+    return Units(shard=shard, weights=ascent, as_trained=True)
 
 
 def _sequence_units(shard: Shard, coefficients: Tensor) -> Units:
@@ -119,7 +123,9 @@ def _sequence_units(shard: Shard, coefficients: Tensor) -> Units:
 
 def mean_gradient(session: Session, units: Units) -> Tensor:
     """Mean of the gradients of all units of all ranks, flat, [P]; one collective."""
-    flat, _ = session.passes.gradient(units.shard, units.weights, session.buffer_dtype)
+    flat, _ = session.passes.gradient(
+        units.shard, units.weights, session.buffer_dtype, as_trained=units.as_trained
+    )
     return session.world.sum(flat, "parameter buffers")
 
 
@@ -131,7 +137,10 @@ def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor
     """
     for unit, alone in units.one_by_one():
         flat, _ = session.passes.gradient(
-            alone.shard, alone.weights, session.buffer_dtype
+            alone.shard,
+            alone.weights,
+            session.buffer_dtype,
+            as_trained=units.as_trained,
         )
         yield unit, flat.mul_(units.count)
 

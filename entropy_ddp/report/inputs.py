@@ -10,10 +10,12 @@ from entropy_ddp.report.tables import VERDICT_STYLES, as_text, new_table
 
 def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -> None:
     """What `sample` rolled out."""
-    names = list(dict.fromkeys(name for row in summaries for name in row))
-    table = new_table(f"Rollouts written to {out}", *names)
-    for row in summaries:
-        table.add_row(*(as_text(row[name]) if name in row else "-" for name in names))
+    splits = [summary["split"] for summary in summaries]
+    table = new_table(f"Rollouts written to {out}", "", *splits)
+    for name in dict.fromkeys(name for summary in summaries for name in summary):
+        if name != "split":
+            values = (as_text(s[name]) if name in s else "-" for s in summaries)
+            table.add_row(name.removeprefix("num_").replace("_", " "), *values)
     console.print(table)
 
 

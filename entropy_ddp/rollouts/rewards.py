@@ -1,22 +1,110 @@
-"""How the user's reward function is found and called.
+"""How a response is rewarded: reward = Σ over terms of weight × score.
 
-`module:function` names a function reward(prompt, response, row) -> float: the prompt's
-and the response's text, and the row of the prompt file. A failing reward stops the run;
-it is never counted as 0.
+A term is a function `module:function` of (prompt, response, row), the prompt's and the
+response's text and the row of the prompt source; or it compares the response's answer
+with a gold answer of the row (`math`, `exact`); or it searches the response (`regex`). A
+failing term stops the run; it is never counted as 0.
 """
 
 import importlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from entropy_ddp.config import Reward
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.rollouts.answers import (
+    find_answer,
+    find_gold,
+    is_equal_in_mathematics,
+    require_math_verify,
+)
 
-Reward = Callable[[str, str, dict[str, Any]], float]
+Score = Callable[[str, str, dict[str, Any]], float]
 
 
-def load_reward(name: str) -> Reward:
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of the reward.
+
+    Attributes:
+        label: what it is called, different for every term.
+        weight: its factor in the sum.
+        score: its function of (prompt, response, row).
+    """
+
+    label: str
+    weight: float
+    score: Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A response to be rewarded.
+
+    Attributes:
+        group: number of the prompt draw.
+        prompt: text of the prompt.
+        response: text of the response, without special tokens.
+        row: row of the prompt source; functions get a copy.
+    """
+
+    group: int
+    prompt: str
+    response: str
+    row: dict[str, Any]
+
+    def __str__(self) -> str:
+        return (
+            f"group {self.group}, prompt {self.prompt[:80]!r}, response "
+            f"{self.response[:80]!r}"
+        )
+
+
+def load_rewards(settings: Sequence[Reward]) -> list[Term]:
+    """Find everything that the terms of a reward need.
+
+    Args:
+        settings: the terms.
+
+    Returns:
+        The terms in the same order.
+
+    Raises:
+        InputError: if a function cannot be found or imported, or math-verify is not
+            installed.
+    """
+    return [
+        Term(label=term.label, weight=term.weight, score=_make_score(term))
+        for term in settings
+    ]
+
+
+def _make_score(settings: Reward) -> Score:
+    if settings.function is not None:
+        return load_function(settings.function)
+    if settings.regex is not None:
+        pattern = re.compile(settings.regex, re.DOTALL)
+        return lambda _, response, __: float(pattern.search(response) is not None)
+    if settings.math is not None:
+        require_math_verify()
+
+    def score(prompt: str, response: str, row: dict[str, Any]) -> float:
+        gold = find_gold(settings, row, "row")
+        answer = find_answer(settings, response)
+        if answer is None:
+            return 0.0
+        if settings.math is not None:
+            return float(is_equal_in_mathematics(gold, answer))
+        return float(answer == gold)
+
+    return score
+
+
+def load_function(name: str) -> Score:
     """Import a reward function.
 
     Args:
@@ -57,36 +145,44 @@ def load_reward(name: str) -> Reward:
     return function
 
 
-def score_reward(
-    reward: Reward, prompt: str, response: str, row: dict[str, Any], draw: int
-) -> float:
+def score_rewards(
+    terms: Sequence[Term], sample: Sample
+) -> tuple[float, dict[str, float]]:
     """Reward of one response.
 
     Args:
-        reward: the user's function; a bool counts as 0 or 1.
-        prompt: text of the prompt.
-        response: text of the response, without special tokens.
-        row: row of the prompt file; the function gets a copy.
-        draw: index of the prompt draw, for the message.
+        terms: from `load_rewards`.
+        sample: the response.
 
     Returns:
-        A finite number.
+        The weighted sum of the scores, and each term's score without its weight.
 
     Raises:
-        RunError: if the function fails, or returns anything but a finite number.
+        RunError: if a term fails, or yields anything but a finite number, or the sum
+            is not finite; the message names the sample.
     """
-    sample = f"prompt draw {draw}, prompt {prompt[:80]!r}, response {response[:80]!r}"
+    scores = {term.label: _score_term(term, sample) for term in terms}
+    total = sum(term.weight * scores[term.label] for term in terms)
+    if not math.isfinite(total):
+        raise RunError(
+            f"reward: expected a finite sum for {sample}, found {total} of {scores}; "
+            "correct the reward's terms and weights"
+        )
+    return total, scores
+
+
+def _score_term(term: Term, sample: Sample) -> float:
     try:
-        value = reward(prompt, response, dict(row))
+        value = term.score(sample.prompt, sample.response, dict(sample.row))
         is_finite = isinstance(value, Real) and math.isfinite(value)
     except Exception as error:  # any: this is the user's code
         raise RunError(
-            f"reward: expected a number for {sample}, found {type(error).__name__}: "
-            f"{error}; correct the reward function"
+            f"reward {term.label}: expected a number for {sample}, found "
+            f"{type(error).__name__}: {error}; correct the reward"
         ) from error
     if not is_finite:
         raise RunError(
-            f"reward: expected a finite number for {sample}, found {value!r}; correct "
-            "the reward function"
+            f"reward {term.label}: expected a finite number for {sample}, found "
+            f"{value!r}; correct the reward"
         )
     return float(value)

@@ -1,7 +1,8 @@
 """The policy-gradient loss as a weight of every token's log-probability.
 
-Every loss has the form L = -sum_i q_i sum_k f(log p_{i,k}) with, per sequence i in group
-b of G_b responses (N sequences, N_b groups, lengths T_i, advantages A_i):
+Every loss has the form L = -sum_i q_i sum_k (f(log p_{i,k}) - beta KL_{i,k}) with, per
+sequence i in group b of G_b responses (N sequences, N_b groups, lengths T_i, advantages
+A_i):
 
     dr_grpo   q_i = 1 / (N_b G_b L_b)       f = A log p
     grpo      q_i = 1 / (N T_i)             f = A log p
@@ -11,6 +12,14 @@ b of G_b responses (N sequences, N_b groups, lengths T_i, advantages A_i):
 With the clipped ratio, f is the PPO surrogate min(rho A, clip(rho, 1 - eps_low,
 1 + eps_high) A), rho = p / p_sampler, whose derivative by log p is rho A where the
 unclipped branch is the smaller one, and zero elsewhere.
+
+KL is an estimate of the divergence from a reference policy, r = log p_ref - log p:
+
+    k3            exp(r) - r - 1             derivative by log p: 1 - exp(r)
+    k3_weighted   rho (exp(r) - r - 1)       derivative by log p: -rho r
+
+where on policy rho has the value 1 and the derivative 1 by log p. The expectation of the
+latter's derivative is the gradient of the divergence.
 """
 
 import torch
@@ -41,8 +50,16 @@ def sequence_coefficients(batch: Batch, update: Update) -> Tensor:
     return 1 / (batch.num_groups * batch.group_sizes[batch.groups] * divisor)
 
 
-def loss_weights(shard: Shard, update: Update) -> TokenWeights:
+def loss_weights(
+    shard: Shard, update: Update, reference: Tensor | None = None
+) -> TokenWeights:
     """dL / d log p of every token of this rank's shard, as `pull_back` wants it.
+
+    Args:
+        shard: this rank's sequences of U.
+        update: the loss.
+        reference: log p of the shard's tokens under the reference policy, [t]; needed
+            if the loss has a KL term.
 
     Raises:
         InputError: `ratio: clipped` and a sequence has no sampling log-probs.
@@ -54,24 +71,36 @@ def loss_weights(shard: Shard, update: Update) -> TokenWeights:
     else:
         advantages = shard.batch.advantages[shard.positions]
     sampling = _sampling_logprobs(shard) if update.ratio == "clipped" else None
+    assert reference is not None or not update.kl_coefficient
 
     def weights(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         place = token.cpu()
         sequence = ragged.sequence_at(place)
         advantage = advantages[sequence]
-        slope = advantage
+        own = logp.double().cpu()
+        slope, ratio = advantage, torch.ones_like(advantage)
         if sampling is not None:
-            ratio = (logp.double().cpu() - sampling[place]).exp()
+            ratio = (own - sampling[place]).exp()
             clipped = torch.where(
                 advantage > 0,
                 ratio > 1 + update.epsilon_high,
                 ratio < 1 - update.epsilon_low,
             )
             slope = (ratio * advantage).masked_fill(clipped, 0.0)
+        if reference is not None:
+            divergence = _divergence_slope(reference[place] - own, ratio, update)
+            slope = slope - update.kl_coefficient * divergence
         on_logp = (-coefficients[sequence] * slope).to(logp.device)
         return on_logp, torch.zeros_like(on_logp)
 
     return weights
+
+
+def _divergence_slope(excess: Tensor, ratio: Tensor, update: Update) -> Tensor:
+    """Derivative of the KL estimate by log p, of tokens with r = `excess`, [m]."""
+    if update.kl_estimator == "k3_weighted":
+        return -ratio * excess
+    return -excess.expm1()
 
 
 def require_sampling_logprobs(batch: Batch) -> None:

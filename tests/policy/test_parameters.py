@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from entropy_ddp.policy.parameters import (
     ParameterLayout,
+    differentiate_padding_tokens,
     fingerprint,
     frozen_fingerprint,
     global_norm,
@@ -155,3 +156,15 @@ def test_product_does_not_depend_on_the_blocks() -> None:
     assert inner_product(left[:0], right[:0]) == 0.0
     with pytest.raises(ValueError, match="zip"):
         inner_product(left, right[:500], 100)
+
+
+def test_the_padding_token_has_a_gradient_where_it_is_read() -> None:
+    """As forward mode has one; with values as before."""
+    embedding = nn.Embedding(3, 2, padding_idx=1)
+    embedding.weight.data.fill_(2.0)
+    differentiate_padding_tokens(nn.Sequential(embedding))
+    output = embedding(torch.tensor([1, 1, 2]))
+    assert output.tolist() == [[2.0, 2.0]] * 3
+    output.sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad.tolist() == [[0.0, 0.0], [2.0, 2.0], [1.0, 1.0]]

@@ -181,6 +181,23 @@ def test_the_trainers_settings_are_used_where_none_are_given(
     assert contradictions(config, read_training_arguments(checkpoint / FILE_NAME)) == []
 
 
+@pytest.mark.parametrize(
+    ("values", "estimator"),
+    [
+        ({}, "k3"),  # from before the option
+        ({"use_bias_correction_kl": False}, "k3"),
+        ({"use_bias_correction_kl": True}, "k3_weighted"),
+    ],
+)
+def test_the_kl_term_is_the_trainers(
+    run: TinyRun, checkpoint: Path, values: dict[str, Any], estimator: str
+) -> None:
+    """Coefficient and estimator."""
+    save_settings(checkpoint, beta=0.04, **values)
+    update = resolved(run).update
+    assert (update.kl_coefficient, update.kl_estimator) == (0.04, estimator)
+
+
 def test_a_given_value_wins_and_the_audit_names_both(
     run: TinyRun, checkpoint: Path
 ) -> None:
@@ -206,7 +223,7 @@ def test_without_from_checkpoint_nothing_is_taken_over_but_contradictions_show(
         "batches.advantage": {"configured": "centered", "trained with": "standardized"},
         "objective.temperature": {"configured": 1.0, "trained with": 0.75},
         "update.loss": {"configured": "dr_grpo", "trained with": "cispo"},
-        "the loss's KL term": {"configured": 0.0, "trained with": 0.04},
+        "update.kl_coefficient": {"configured": 0.0, "trained with": 0.04},
     }
     assert found["training arguments"]["loss"]["loss_type"] == "cispo"
 
@@ -241,7 +258,8 @@ def test_of_a_given_change_only_the_temperature_is_held_against_the_trainer(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"beta": 0.04}, "KL term is not part of the loss"),
+        ({"beta": None}, "set update.kl_coefficient in the configuration"),
+        ({"sync_ref_model": True}, "sync_ref_model False"),
         ({"loss_type": "cispo"}, "set update.loss in the configuration"),
         ({"scale_rewards": "batch"}, "set batches.advantage in the configuration"),
         ({"temperature": None}, "set objective.temperature in the configuration"),

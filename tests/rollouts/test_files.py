@@ -334,7 +334,11 @@ GOOD = json.dumps(ROW).encode()
         (b'{"a": ' + b"[" * 10**5, 1, "invalid JSON .*recursion"),
         (b"\xef\xbb\xbf" + GOOD, 1, "invalid JSON .*BOM"),
         (GOOD + b'\n{"a": "\xff"}', 2, "UTF-8 text, found byte 0xff at byte 8; save"),
-        (gzip.compress(GOOD), 1, r"UTF-8 text.*gzip data: name it \.jsonl\.gz"),
+        (
+            gzip.compress(GOOD, mtime=0),
+            1,
+            r"UTF-8 text.*gzip data: name it \.jsonl\.gz",
+        ),
     ],
 )
 def test_a_bad_file_is_named(
@@ -348,7 +352,7 @@ def test_a_bad_file_is_named(
 def test_damaged_gzip_is_named(tmp_path: Path) -> None:
     path = tmp_path / "batch.jsonl.gz"
     rows = "".join(json.dumps(ROW | {"group": i}) + "\n" for i in range(2000)).encode()
-    whole = gzip.compress(rows)
+    whole = gzip.compress(rows, mtime=0)
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     for content in (whole[:-20], whole[: len(whole) // 2], bytes(flipped), GOOD):

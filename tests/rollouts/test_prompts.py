@@ -1,4 +1,4 @@
-"""Are prompt files checked, and prompts drawn as asked?"""
+"""Are prompts checked, made of rows as configured, and drawn as asked?"""
 
 import json
 import re
@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_sampling import make_tokenizer
 
+from entropy_ddp.config import Prompts
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.prompts import draw_prompts, read_prompts
+from entropy_ddp.rollouts.prompts import draw_prompts, encode_prompt, read_prompts
+from entropy_ddp.rollouts.rows import TokenLimits
+
+LIMITS = TokenLimits(vocabulary_size=11, max_positions=None)
+TURNS = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}a{% endif %}{{ tail or '' }}"
 
 
 @pytest.fixture
@@ -27,7 +34,11 @@ def test_rows_are_kept_as_they_are(path: Path) -> None:
         {"prompt": "c", "prompt_ids": [4]},
     ]
     write_rows(path, *rows)
-    assert read_prompts(path) == rows
+    prompts = read_prompts(Prompts(file=str(path)))
+    assert [prompt.row for prompt in prompts] == rows
+    assert [prompt.content for prompt in prompts] == ["a", [1, 2], [4]]
+    assert [prompt.carried for prompt in prompts] == [{"answer": "b"}, {"level": 3}, {}]
+    assert prompts[2].where == f"{path}:3"
 
 
 @pytest.mark.parametrize(
@@ -39,6 +50,17 @@ def test_rows_are_kept_as_they_are(path: Path) -> None:
         ({"prompt_ids": [True]}, "`prompt_ids` to be a list of integers"),
         ({"prompt": "a", "reward": 1}, "that sampling itself writes, found `reward`"),
         ({"prompt": "a", "prompt_index": 1}, "writes, found `prompt_index`; rename"),
+        ({"prompt": "a", "reward_terms": 1}, "writes, found `reward_terms`; rename"),
+        ({"prompt": [{"role": "user"}]}, "messages with `role` and `content` in `pr"),
+        (
+            {"prompt": ["a"]},
+            "messages with `role` and `content` in `prompt`, found 'a'",
+        ),
+        ({"prompt": []}, "end before the assistant's turn in `prompt`, found none"),
+        (
+            {"prompt": [{"role": "assistant", "content": "a"}]},
+            "found an assistant's message at the end",
+        ),
         ([], r"a JSON object, found \[\]"),
     ],
 )
@@ -46,7 +68,87 @@ def test_a_bad_row_is_named(path: Path, row: Any, message: str) -> None:
     write_rows(path, {"prompt": "good"}, row)
     where = "^" + re.escape(f"{path}:2: ")
     with pytest.raises(InputError, match=where + ".*" + message):
-        read_prompts(path)
+        read_prompts(Prompts(file=str(path)))
+
+
+def read_one(path: Path, row: dict[str, Any], **settings: Any) -> Any:
+    """What the prompt of one row consists of."""
+    write_rows(path, row)
+    return read_prompts(Prompts(file=str(path), **settings))[0]
+
+
+def test_a_template_takes_the_row_s_values(path: Path) -> None:
+    row = {"question": "2 {x}?", "level": 3, "share": 0.5}
+    template = "{{Q}} {question} ({level}, {share})\n"
+    prompt = read_one(path, row, template=template, keep=["level"])
+    assert prompt.content == "{Q} 2 {x}? (3, 0.5)\n"
+    assert prompt.carried == {"level": 3}
+    assert prompt.row == row
+    assert read_one(path, row, field="question").content == "2 {x}?"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"field": "text"}, "`text`, found none; the row has 'question', 'n', 'group'"),
+        ({"field": "n"}, "a value of `n`, found none"),
+        ({"template": "{text}"}, "a value of `text`, found none; .*prompts.template"),
+        ({"template": "{n}"}, "a value of `n`, found none"),
+        ({"template": "{tags}"}, "text or a number in `tags` for the template, found "),
+        ({"field": "question"}, "`group`; rename or delete the key, or leave it out"),
+        ({"field": "question", "keep": ["id"]}, "a value of `id`.*`prompts.keep`"),
+    ],
+)
+def test_a_row_without_what_is_configured_is_named(
+    path: Path, settings: dict[str, Any], message: str
+) -> None:
+    row = {"question": "a", "n": None, "group": 1, "tags": ["b"]}
+    with pytest.raises(InputError, match=re.escape(f"{path}:1: ") + ".*" + message):
+        read_one(path, row, **settings)
+
+
+def test_messages_go_through_the_chat_template(path: Path) -> None:
+    """As text, u and a are the user's and the assistant's turns, s the system's."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "m.role[0]", "{'user': 'g', 'system': 'f'}[m.role]"
+    )
+
+    def encode(row: dict[str, Any], **settings: Any) -> str:
+        prompt = read_one(path, row, **settings)
+        source = Prompts(file=str(path), **settings)
+        ids = encode_prompt(prompt, source, LIMITS, tokenizer)
+        return tokenizer.decode(ids)
+
+    turns = [{"role": "user", "content": "bc"}]
+    assert encode({"prompt": turns}) == "gbca"
+    assert encode({"prompt": "bc"}) == "bc"
+    assert encode({"prompt": "bc"}, chat=True) == "gbca"
+    assert encode({"prompt": "bc"}, chat=True, system="d") == "fdgbca"
+    assert encode({"prompt": turns}, chat=True, system="d") == "fdgbca"
+    assert encode({"q": "b"}, template="{q}e", chat=True) == "gbea"
+    tail = {"chat_template_kwargs": {"tail": "cc"}}
+    assert encode({"prompt": turns}, **tail) == "gbcacc"
+
+
+def test_messages_that_cannot_be_rendered_are_named(path: Path) -> None:
+    tokenizer = make_tokenizer()
+    prompt = read_one(path, {"prompt": "a"}, chat=True)
+    source = Prompts(file=str(path), chat=True)
+    with pytest.raises(
+        InputError, match="a tokenizer with a chat template, .*found no"
+    ):
+        encode_prompt(prompt, source, LIMITS, tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    with pytest.raises(InputError, match="jsonl:1: .*TemplateError: no user here"):
+        encode_prompt(prompt, source, LIMITS, tokenizer)
+    with pytest.raises(
+        InputError, match="as `prompts.chat` is true, found `prompt_ids"
+    ):
+        read_one(path, {"prompt_ids": [4]}, chat=True)
+    turns = [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}]
+    with pytest.raises(InputError, match="no system turn, as `prompts.system` gives"):
+        read_one(path, {"prompt": turns}, chat=True, system="c")
 
 
 def test_draws_without_replacement_are_distinct() -> None:

@@ -9,8 +9,16 @@ import numpy
 import pytest
 import torch
 
+from entropy_ddp.config import Reward
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.rollouts.rewards import load_reward, score_reward
+from entropy_ddp.rollouts.rewards import (
+    Sample,
+    Score,
+    Term,
+    load_function,
+    load_rewards,
+    score_rewards,
+)
 
 MODULE = """
 def length(prompt, response, row):
@@ -18,6 +26,14 @@ def length(prompt, response, row):
 
 constant = 3
 """
+
+
+def score_reward(
+    score: Score, prompt: str, response: str, row: dict[str, Any], group: int
+) -> float:
+    """The reward of one term of weight 1."""
+    sample = Sample(group=group, prompt=prompt, response=response, row=row)
+    return score_rewards([Term(label="mine", weight=1.0, score=score)], sample)[0]
 
 
 @pytest.fixture
@@ -31,7 +47,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_reward_is_found_and_called(module: str) -> None:
-    reward = load_reward(f"{module}:length")
+    reward = load_function(f"{module}:length")
     assert score_reward(reward, "p", "abc", {"norm": 2}, 0) == 1.5
 
 
@@ -42,7 +58,7 @@ def test_a_reward_is_found_and_called(module: str) -> None:
 def test_a_malformed_name_is_an_error(name: str) -> None:
     message = "reward: expected module:function, found " + re.escape(repr(name))
     with pytest.raises(InputError, match=message):
-        load_reward(name)
+        load_function(name)
 
 
 @pytest.mark.parametrize(
@@ -58,16 +74,16 @@ def test_a_failed_import_shows_its_cause(
 ) -> None:
     message = f"expected the module '{name}' to be importable, found .*{cause}"
     with pytest.raises(InputError, match=message) as caught:
-        load_reward(f"{name}:reward")
+        load_function(f"{name}:reward")
     assert isinstance(caught.value.__cause__, kind)
 
 
 def test_a_name_that_is_no_function_is_an_error(module: str) -> None:
     message = f"a function 'lenght' in module '{module}', found none; correct the name"
     with pytest.raises(InputError, match=message):
-        load_reward(f"{module}:lenght")
+        load_function(f"{module}:lenght")
     with pytest.raises(InputError, match="a function 'constant'.*found a int"):
-        load_reward(f"{module}:constant")
+        load_function(f"{module}:constant")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +102,7 @@ def test_any_real_number_is_a_reward(value: Any) -> None:
 )
 def test_anything_else_stops_the_run(value: Any) -> None:
     message = (
-        "reward: expected a finite number for prompt draw 4, prompt 'p', response 'r', "
+        "reward mine: expected a finite number for group 4, prompt 'p', response 'r', "
         f"found {re.escape(repr(value))}; correct"
     )
     with pytest.raises(RunError, match=message):
@@ -103,8 +119,8 @@ def test_a_failing_reward_stops_the_run_and_names_the_sample() -> None:
         return row["answer"]
 
     message = (
-        f"prompt draw 7, prompt '{'p' * 80}', response '{'r' * 80}', found "
-        "KeyError: 'answer'; correct the reward function"
+        f"reward mine: .* group 7, prompt '{'p' * 80}', response '{'r' * 80}', found "
+        "KeyError: 'answer'; correct the reward"
     )
     with pytest.raises(RunError, match=message) as caught:
         score_reward(reward, "p" * 100, "r" * 100, {}, 7)
@@ -118,3 +134,33 @@ def test_a_reward_cannot_change_the_row() -> None:
     row = {"answer": 2}
     assert score_reward(reward, "p", "r", row, 0) == 2.0
     assert row == {"answer": 2}
+
+
+def make_sample(response: str, **row: Any) -> Sample:
+    return Sample(group=3, prompt="p", response=response, row=row)
+
+
+def test_terms_are_summed_with_their_weights(module: str) -> None:
+    terms = load_rewards(
+        [
+            Reward(exact="answer", answer_pattern="<(.*?)>"),
+            Reward(regex="^a.*z$", weight=0.5, name="shape"),
+            Reward(function=f"{module}:length", weight=-2.0),
+        ]
+    )
+    total, scores = score_rewards(terms, make_sample("a<1>\nz", answer=1, norm=3))
+    assert scores == {"exact": 1.0, "shape": 1.0, "length": 2.0}
+    assert total == 1.0 + 0.5 - 4.0
+    total, scores = score_rewards(terms, make_sample("a<1>z<2>", answer=1, norm=4))
+    assert scores == {"exact": 0.0, "shape": 0.0, "length": 2.0}
+    assert total == -4.0
+
+
+def test_a_sum_beyond_float64_stops_the_run() -> None:
+    terms = [
+        Term(label=label, weight=1.0, score=lambda *_: 1.7e308) for label in ("a", "b")
+    ]
+    with pytest.raises(
+        RunError, match="a finite sum for group 3, prompt 'p'.*found inf"
+    ):
+        score_rewards(terms, make_sample("r"))

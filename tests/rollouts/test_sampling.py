@@ -25,7 +25,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from entropy_ddp.config import Prompts, Reward
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.rollouts.draws import SamplingSettings
 from entropy_ddp.rollouts.files import TokenLimits, read_batch, write_jsonl
 from entropy_ddp.rollouts.generation import (
     _InverseTransform,
@@ -34,7 +36,6 @@ from entropy_ddp.rollouts.generation import (
 )
 from entropy_ddp.rollouts.sampling import (
     SampledShard,
-    SamplingSettings,
     merge_rows,
     sample_rollouts,
 )
@@ -107,7 +108,15 @@ def settings(tmp_path: Path) -> Callable[..., SamplingSettings]:
         "seed": 1,
         "split": "E",
     }
-    return lambda **changes: SamplingSettings(**base | changes)
+
+    def make(**changes: Any) -> SamplingSettings:
+        chosen = base | changes
+        chosen["prompts"] = Prompts(file=str(chosen["prompts"]))
+        if "reward" in chosen:
+            chosen["reward"] = (Reward(function=chosen["reward"]),)
+        return SamplingSettings(**chosen)
+
+    return make
 
 
 def sample(
@@ -532,7 +541,7 @@ def test_training_flags_are_restored_and_dropout_is_off(
     flags, config = list_flags(model), model.generation_config
     assert sample(settings(), model) == expected
     assert list_flags(model) == flags
-    with pytest.raises(RunError, match=r"prompt draw \d, prompt .*KeyError: 'gold'"):
+    with pytest.raises(RunError, match=r"group \d, prompt .*KeyError: 'gold'"):
         sample(settings(reward=f"{__name__}:fail"), model)
     assert list_flags(model) == flags
     assert model.generation_config is config
@@ -578,7 +587,7 @@ def test_a_lora_model_is_sampled_from(
         ({"redraw_zero_advantage": 1, "reward": "m:f"}, "expected 0 for E, found 1; E"),
         (
             {"redraw_zero_advantage": 1, "split": "U"},
-            "expected a reward and .* found reward None",
+            "expected a reward and .* found 0 rewards",
         ),
         (
             {
@@ -587,7 +596,7 @@ def test_a_lora_model_is_sampled_from(
                 "reward": "m:f",
                 "responses_per_prompt": 1,
             },
-            "responses_per_prompt of at least 2, found reward 'm:f' and 1",
+            "responses_per_prompt of at least 2, found 1 rewards and 1",
         ),
     ],
 )
