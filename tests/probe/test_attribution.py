@@ -526,26 +526,9 @@ def test_what_if_is_not_verified_unless_asked(named_run: RunMaker) -> None:
 # Optimizers with another rule
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (
-            torch.optim.SGD,
-            "expected an AdamW state; its param groups have no betas, eps",
-        ),
-        (
-            torch.optim.RMSprop,
-            "expected an AdamW state; its param groups have no betas",
-        ),
-        (
-            torch.optim.Adamax,
-            "expected an AdamW state; its param groups have no amsgrad",
-        ),
-    ],
-)
-def test_other_optimizers_are_refused(
-    tmp_path: Path, kind: type[torch.optim.Optimizer], message: str
-) -> None:
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adamax"])
+def test_other_optimizers_are_refused(tmp_path: Path, name: str) -> None:
+    kind = getattr(torch.optim, name)
     run = make_run(tmp_path, "gpt2")
     parameters = list(ref.trainable(run.saved.model).values())
     optimizer = kind(parameters, lr=1e-3)
@@ -553,7 +536,7 @@ def test_other_optimizers_are_refused(
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     torch.save(optimizer.state_dict(), run.saved.folder / "optimizer.pt")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"found that of {name} "):
         attribute(run)
 
 
