@@ -10,10 +10,6 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.layouts import DEFAULT_ADAPTER
 from entropy_ddp.policy.parameters import global_norm
-<<<<<<< HEAD
-=======
-from entropy_ddp.policy.selfcheck import check_model
->>>>>>> ckpt
 from entropy_ddp.policy.trained_settings import contradictions
 from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
@@ -44,25 +40,16 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
         InputError: anything is wrong.
     """
     session = open_checkpoint(config, world, progress)
-<<<<<<< HEAD
     verify_model(session)
-=======
-    policy = session.policy
-    checks = check_model(session.passes, policy.vocabulary_size)
->>>>>>> ckpt
     batches = _read_batches(session)
     found = {"model": _model(session)}
     found |= {"optimizer": _optimizer(session)} if session.optimizer else {}
     found |= (
         {"change in place of a step": _change(session)} if config.update.delta else {}
     )
-<<<<<<< HEAD
     found["self-checks"] = {c.name: c.error for c in session.self_checks} | _shared(
         session
     )
-=======
-    found["self-checks"] = {check.name: check.error for check in checks}
->>>>>>> ckpt
     found |= _trained_with(session.config)
     return found | {
         f"batch {split}": description for split, description in batches.items()
@@ -98,14 +85,8 @@ def _model(session: Session) -> dict[str, Any]:
             found["adapter name"] = files.adapter_name
     else:
         found["adapter"] = "none: full weights are trained"
-<<<<<<< HEAD
     routes = slower_routes(policy.model, session.config.compute.attention, policy.dtype)
     found |= {f"{r.part} implementation": f"eager: {r.reason}" for r in routes}
-=======
-    attention = session.config.compute.attention
-    for route in slower_routes(policy.model, attention, policy.dtype):
-        found[f"{route.part} implementation"] = f"eager: {route.reason}"
->>>>>>> ckpt
     return found | {
         "tokenizer": "none" if policy.tokenizer is None else files.tokenizer,
         "vocabulary": policy.vocabulary_size,
