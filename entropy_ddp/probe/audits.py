@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from entropy_ddp import audit
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.forward_mode import weight_norms
-from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.parameters import (
     ParameterLayout,
-    frozen_fingerprint,
     global_norm,
     inner_product,
 )
-from entropy_ddp.policy.scores import TokenScores
-from entropy_ddp.policy.trained_settings import contradictions
-from entropy_ddp.policy.training_arguments import (
-    find_training_arguments,
-    read_training_arguments,
+from entropy_ddp.probe.batch_audits import (
+    batch_rows,
+    on_policy_row,
+    sampler_rows,
+    update_batch_rows,
 )
 from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.measure import Measured
-from entropy_ddp.probe.phases import SteppedScores
+from entropy_ddp.probe.model_audits import (
+    moment_rows,
+    state_rows,
+    stored_rows,
+    training_rows,
+)
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow, GradientDotResult
-from entropy_ddp.rollouts.batch import Batch, Ragged
 from entropy_ddp.rollouts.microbatch import plan_microbatches
 from entropy_ddp.update.step import Step, learning_rate_of
 
@@ -59,16 +59,16 @@ class Extras:
 def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[AuditRow]:
     """All audits of a probe."""
     rows = [
-        *_stored_rows(session),
+        *stored_rows(session),
         *_vector_rows(session, measured),
         *_step_rows(session, measured),
-        *_update_batch_rows(session),
-        *_training_rows(session),
-        *_batch_rows(session),
-        *_moment_rows(session),
+        *update_batch_rows(session),
+        *training_rows(session),
+        *batch_rows(session),
+        *moment_rows(session),
         *_scale_rows(session, measured),
-        *_sampler_rows(session, measured),
-        _on_policy_row(session, measured),
+        *sampler_rows(session, measured),
+        on_policy_row(session, measured),
         audit.close(
             "duality gap",
             measured.duality.gap,
@@ -78,7 +78,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         ),
         *_routing_rows(session, measured),
         *_truth_rows(session, measured),
-        *_state_rows(session, measured.stepped),
+        *state_rows(session, measured.stepped),
         *_communication_rows(session),
     ]
     if session.config.gradient_dot.enabled == "auto":
@@ -105,17 +105,6 @@ def _gradient_dot_row(session: Session) -> list[AuditRow]:
     """Why the gradient-dot form was not computed, where it was not."""
     reason = obstacle(session.batches)
     return [] if reason is None else [audit.fact("gradient-dot form", "no", reason)]
-
-
-def _stored_rows(session: Session) -> list[AuditRow]:
-    """Which weights are used in another dtype than they are stored in."""
-    policy = session.policy
-    used = str(policy.dtype).removeprefix("torch.")
-    return [
-        audit.fact(f"weights of the {part} are stored as", stored, f"used as {used}")
-        for part, stored in policy.stored.items()
-        if stored != used
-    ]
 
 
 def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
@@ -244,128 +233,6 @@ def _size_rows(step: Step) -> list[AuditRow]:
     ]
 
 
-def _update_batch_rows(session: Session) -> list[AuditRow]:
-    if "U" not in session.batches or session.config.update.loss == "nll":
-        return []
-    batch = session.batches["U"]
-    ragged = Ragged(batch.group_sizes)
-    order = batch.groups.argsort(stable=True)
-    advantages = batch.advantages[order]
-    sizes = batch.group_sizes.double()
-    deviations = advantages - ragged.spread(ragged.sum(advantages) / sizes)
-    variances = ragged.sum(deviations.square()) / sizes
-    return audit.advantage_checks(variances.sqrt().tolist())
-
-
-def _batch_rows(session: Session) -> list[AuditRow]:
-    rows = []
-    for split, batch in session.batches.items():
-        truncated = sum(sequence.finished is False for sequence in batch.sequences)
-        empty = int((batch.lengths == 0).sum())
-        rows += [
-            audit.fact(f"{split} mean response length", batch.num_tokens / len(batch)),
-            audit.fact(f"{split} prompt lengths", _prompt_lengths(batch)),
-            audit.check(
-                f"{split} responses without tokens",
-                empty,
-                "0",
-                empty == 0,
-                "they count in N with entropy 0; filter them out if they are artefacts",
-                fatal=False,
-            ),
-            audit.check(
-                f"{split} truncated responses",
-                truncated / len(batch),
-                "< 0.5 of all",
-                truncated < 0.5 * len(batch),
-                "most responses were cut off: raise max_new_tokens",
-                fatal=False,
-            ),
-        ]
-        rows += _ending_rows(session, batch)
-        if split in session.num_redraws:
-            rows.append(audit.fact(f"{split} redraws", session.num_redraws[split]))
-    return rows
-
-
-def _training_rows(session: Session) -> list[AuditRow]:
-    """Where the configuration says another thing than the trainer did."""
-    path = find_training_arguments(session.config.checkpoint)
-    if path is None:
-        return []
-    try:
-        arguments = read_training_arguments(path)
-    except InputError as error:
-        # Nothing is taken from it: the probe does not depend on it.
-        return [audit.fact("training arguments", "not readable", str(error))]
-    update = session.batches.get("U")
-    given = update is None or all(s.advantage is not None for s in update.sequences)
-    return [
-        audit.check(
-            f"trainer's setting: {found.key}",
-            found.configured,
-            str(found.trained),
-            False,
-            f"the step probed is not the one that {path} describes; set "
-            f"{found.key} to what the trainer used if it is to be that one",
-            fatal=False,
-        )
-        for found in contradictions(session.config, arguments)
-        if not (given and found.key == "batches.advantage")
-    ]
-
-
-def _prompt_lengths(batch: Batch) -> str:
-    """Shortest and longest prompt: rows are prompt + response, never padded left."""
-    lengths = [len(sequence.prompt_ids) for sequence in batch.sequences]
-    return f"{min(lengths)} to {max(lengths)}"
-
-
-def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
-    """Whether finished responses still have the token that ended them."""
-    end_ids = session.policy.end_ids
-    finished = [s for s in batch.sequences if s.finished and s.num_tokens]
-    if not finished or not end_ids:
-        return []
-    ended = sum(int(s.response_ids[-1]) in end_ids for s in finished)
-    return [
-        audit.check(
-            f"{batch.split} finished responses that end in an end token",
-            ended / len(finished),
-            "1",
-            ended == len(finished),
-            "the end-of-sequence token was stripped from the file; its log-probability "
-            "and entropy belong to the response",
-            fatal=False,
-        )
-    ]
-
-
-def _moment_rows(session: Session) -> list[AuditRow]:
-    if session.optimizer is None:
-        return []
-    zero = tiny = total = 0
-    with_state = {id(p) for p, state in session.optimizer.state.items() if state}
-    parameters = session.policy.parameters.values()
-    stateless = sum(id(p) not in with_state for p in parameters)
-    for group in session.optimizer.param_groups:
-        for parameter in group["params"]:
-            moment = session.optimizer.state[parameter]["exp_avg_sq"]
-            zero += int((moment == 0).sum())
-            tiny += int((moment < group["eps"] ** 2).sum())
-            total += moment.numel()
-    return [
-        audit.check(
-            "parameters without optimizer state",
-            stateless,
-            "0",
-            stateless == 0,
-            "their step is not the trainer's",
-        ),
-        *audit.moment_checks(tiny / total, zero / total),
-    ]
-
-
 def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
     world, batch, base = session.world, session.batches["E"], measured.base
     size = measured.estimates.original.denominator
@@ -381,30 +248,6 @@ def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
         for block in batch.shard(rank, world.world_size).blocks()
     )
     return audit.scale_checks(scale_sum, planned, size, (int(used), batch.num_tokens))
-
-
-def _sampler_rows(session: Session, measured: Measured) -> list[AuditRow]:
-    rows = []
-    scores_of: dict[str, TokenScores] = {"E": measured.base}
-    if measured.update_scores is not None:
-        scores_of["U"] = measured.update_scores
-    for split, scores in scores_of.items():
-        shard = session.shard(session.batches[split])
-        count, total, largest = 0, 0.0, 0.0
-        starts = shard.ragged.starts.tolist()
-        for start, sequence in zip(starts, shard.sequences):
-            if sequence.sampling_logprobs is not None and sequence.num_tokens:
-                own = scores.logp[start : start + sequence.num_tokens]
-                differences = (own - sequence.sampling_logprobs).abs()
-                count += len(differences)
-                total += float(differences.sum())
-                largest = max(largest, float(differences.max()))
-        sums = torch.tensor([count, total], dtype=torch.float64)
-        count, total = session.world.sum(sums, "scalars").tolist()
-        largest = session.world.max(largest)
-        if count:
-            rows += audit.sampler_checks(split, total / count, largest)
-    return rows
 
 
 def _routing_rows(session: Session, measured: Measured) -> list[AuditRow]:
@@ -430,13 +273,6 @@ def _routing_rows(session: Session, measured: Measured) -> list[AuditRow]:
     ]
 
 
-def _on_policy_row(session: Session, measured: Measured) -> AuditRow:
-    """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
-    local = measured.surprise.clone()
-    total, variance = session.world.sum(local, "scalars").tolist()
-    return audit.on_policy_check("E", total / math.sqrt(variance) if variance else 0.0)
-
-
 def _truth_rows(session: Session, measured: Measured) -> list[AuditRow]:
     truth, change = session.config.truth, measured.change
     eta = measured.step.learning_rate
@@ -449,85 +285,6 @@ def _truth_rows(session: Session, measured: Measured) -> list[AuditRow]:
             change.se,
             measured.noise_floor,
         ),
-    ]
-
-
-def _state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
-    before, after_step, restored = stepped.hashes
-    model = session.policy.model
-    all_hashes = session.world.gather_objects(
-        (before, after_step, restored, frozen_fingerprint(model))
-    )
-    equal = [len(set(hashes)) == 1 for hashes in zip(*all_hashes)]
-    rows = [
-        audit.check(
-            "restored bits: parameters and optimizer state",
-            restored[:16],
-            before[:16],
-            before == restored,
-            "the probe changed the model in memory; the files are untouched",
-        )
-    ]
-    names = (
-        "parameters before the step",
-        "parameters after the step",
-        "parameters after the restore",
-        "frozen parameters",
-    )
-    for name, same in zip(names, equal):
-        rows.append(
-            audit.check(
-                f"equal on all ranks: {name}",
-                same,
-                "true",
-                same,
-                "ranks hold different weights: do all machines read the same files?",
-            )
-        )
-    for item in session.self_checks:
-        rows.append(
-            audit.close(
-                f"self-check: {item.name}",
-                item.error,
-                item.tolerance,
-                "such a model is refused when it is opened",
-            )
-        )
-    return [*rows, *_route_rows(session), *_sharing_rows(session)]
-
-
-def _route_rows(session: Session) -> list[AuditRow]:
-    """Parts of the model that take the plain, slower code path."""
-    policy, asked = session.policy, session.config.compute.attention
-    rows = []
-    if weight_norms(policy.model):
-        text = "not the derivative: DoRA holds weight norms fixed"
-        rows.append(audit.fact("the trainer's gradient", text))
-    return rows + [
-        audit.fact(f"{route.part} implementation", f"eager: {route.reason}")
-        for route in slower_routes(policy.model, asked, policy.dtype)
-    ]
-
-
-def _sharing_rows(session: Session) -> list[AuditRow]:
-    """Whether prompts with several responses were computed once."""
-    sharing = session.sharing
-    if sharing is None:
-        return []
-    repeated = any(
-        len({s.prompt_ids.numpy().tobytes() for s in batch.sequences}) < len(batch)
-        for batch in session.batches.values()
-    )
-    return [
-        audit.check(
-            "responses share their prompt's row",
-            sharing.sharing is not None,
-            "true where a prompt has several responses" if repeated else "",
-            sharing.sharing is not None or not repeated,
-            f"{sharing.reason}; results are the same, but each response's pass computes "
-            "the prompt again; compute.share_prompts: false says that this is known",
-            fatal=False,
-        )
     ]
 
 

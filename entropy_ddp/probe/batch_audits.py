@@ -1,0 +1,116 @@
+"""The audits of the batches: their rows, their advantages, and who sampled them."""
+
+import math
+
+import torch
+
+from entropy_ddp import audit
+from entropy_ddp.policy.scores import TokenScores
+from entropy_ddp.probe.measure import Measured
+from entropy_ddp.probe.session import Session
+from entropy_ddp.results import AuditRow
+from entropy_ddp.rollouts.batch import Batch, Ragged
+
+
+def update_batch_rows(session: Session) -> list[AuditRow]:
+    """Whether the advantages of U say anything: their spread within groups."""
+    if "U" not in session.batches or session.config.update.loss == "nll":
+        return []
+    batch = session.batches["U"]
+    ragged = Ragged(batch.group_sizes)
+    order = batch.groups.argsort(stable=True)
+    advantages = batch.advantages[order]
+    sizes = batch.group_sizes.double()
+    deviations = advantages - ragged.spread(ragged.sum(advantages) / sizes)
+    variances = ragged.sum(deviations.square()) / sizes
+    return audit.advantage_checks(variances.sqrt().tolist())
+
+
+def batch_rows(session: Session) -> list[AuditRow]:
+    """Lengths, truncated and empty responses, and redraws of both batches."""
+    rows = []
+    for split, batch in session.batches.items():
+        truncated = sum(sequence.finished is False for sequence in batch.sequences)
+        empty = int((batch.lengths == 0).sum())
+        rows += [
+            audit.fact(f"{split} mean response length", batch.num_tokens / len(batch)),
+            audit.fact(f"{split} prompt lengths", _prompt_lengths(batch)),
+            audit.check(
+                f"{split} responses without tokens",
+                empty,
+                "0",
+                empty == 0,
+                "they count in N with entropy 0; filter them out if they are artefacts",
+                fatal=False,
+            ),
+            audit.check(
+                f"{split} truncated responses",
+                truncated / len(batch),
+                "< 0.5 of all",
+                truncated < 0.5 * len(batch),
+                "most responses were cut off: raise max_new_tokens",
+                fatal=False,
+            ),
+        ]
+        rows += _ending_rows(session, batch)
+        if split in session.num_redraws:
+            rows.append(audit.fact(f"{split} redraws", session.num_redraws[split]))
+    return rows
+
+
+def _prompt_lengths(batch: Batch) -> str:
+    """Shortest and longest prompt: rows are prompt + response, never padded left."""
+    lengths = [len(sequence.prompt_ids) for sequence in batch.sequences]
+    return f"{min(lengths)} to {max(lengths)}"
+
+
+def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
+    """Whether finished responses still have the token that ended them."""
+    end_ids = session.policy.end_ids
+    finished = [s for s in batch.sequences if s.finished and s.num_tokens]
+    if not finished or not end_ids:
+        return []
+    ended = sum(int(s.response_ids[-1]) in end_ids for s in finished)
+    return [
+        audit.check(
+            f"{batch.split} finished responses that end in an end token",
+            ended / len(finished),
+            "1",
+            ended == len(finished),
+            "the end-of-sequence token was stripped from the file; its log-probability "
+            "and entropy belong to the response",
+            fatal=False,
+        )
+    ]
+
+
+def sampler_rows(session: Session, measured: Measured) -> list[AuditRow]:
+    """Log-probabilities against those that the sampler recorded, where it did."""
+    rows = []
+    scores_of: dict[str, TokenScores] = {"E": measured.base}
+    if measured.update_scores is not None:
+        scores_of["U"] = measured.update_scores
+    for split, scores in scores_of.items():
+        shard = session.shard(session.batches[split])
+        count, total, largest = 0, 0.0, 0.0
+        starts = shard.ragged.starts.tolist()
+        for start, sequence in zip(starts, shard.sequences):
+            if sequence.sampling_logprobs is not None and sequence.num_tokens:
+                own = scores.logp[start : start + sequence.num_tokens]
+                differences = (own - sequence.sampling_logprobs).abs()
+                count += len(differences)
+                total += float(differences.sum())
+                largest = max(largest, float(differences.max()))
+        sums = torch.tensor([count, total], dtype=torch.float64)
+        count, total = session.world.sum(sums, "scalars").tolist()
+        largest = session.world.max(largest)
+        if count:
+            rows += audit.sampler_checks(split, total / count, largest)
+    return rows
+
+
+def on_policy_row(session: Session, measured: Measured) -> AuditRow:
+    """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
+    local = measured.surprise.clone()
+    total, variance = session.world.sum(local, "scalars").tolist()
+    return audit.on_policy_check("E", total / math.sqrt(variance) if variance else 0.0)

@@ -1,0 +1,159 @@
+"""The audits of the opened model: files, settings, moments, restored bits, its passes."""
+
+from entropy_ddp import audit
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.forward_mode import weight_norms
+from entropy_ddp.policy.implementations import slower_routes
+from entropy_ddp.policy.parameters import frozen_fingerprint
+from entropy_ddp.policy.trained_settings import contradictions
+from entropy_ddp.policy.training_arguments import (
+    find_training_arguments,
+    read_training_arguments,
+)
+from entropy_ddp.probe.phases import SteppedScores
+from entropy_ddp.probe.session import Session
+from entropy_ddp.results import AuditRow
+
+
+def stored_rows(session: Session) -> list[AuditRow]:
+    """Which weights are used in another dtype than they are stored in."""
+    policy = session.policy
+    used = str(policy.dtype).removeprefix("torch.")
+    return [
+        audit.fact(f"weights of the {part} are stored as", stored, f"used as {used}")
+        for part, stored in policy.stored.items()
+        if stored != used
+    ]
+
+
+def training_rows(session: Session) -> list[AuditRow]:
+    """Where the configuration says another thing than the trainer did."""
+    path = find_training_arguments(session.config.checkpoint)
+    if path is None:
+        return []
+    try:
+        arguments = read_training_arguments(path)
+    except InputError as error:
+        # Nothing is taken from it: the probe does not depend on it.
+        return [audit.fact("training arguments", "not readable", str(error))]
+    update = session.batches.get("U")
+    given = update is None or all(s.advantage is not None for s in update.sequences)
+    return [
+        audit.check(
+            f"trainer's setting: {found.key}",
+            found.configured,
+            str(found.trained),
+            False,
+            f"the step probed is not the one that {path} describes; set "
+            f"{found.key} to what the trainer used if it is to be that one",
+            fatal=False,
+        )
+        for found in contradictions(session.config, arguments)
+        if not (given and found.key == "batches.advantage")
+    ]
+
+
+def moment_rows(session: Session) -> list[AuditRow]:
+    """Parameters without optimizer state, and second moments that are tiny or zero."""
+    if session.optimizer is None:
+        return []
+    zero = tiny = total = 0
+    with_state = {id(p) for p, state in session.optimizer.state.items() if state}
+    parameters = session.policy.parameters.values()
+    stateless = sum(id(p) not in with_state for p in parameters)
+    for group in session.optimizer.param_groups:
+        for parameter in group["params"]:
+            moment = session.optimizer.state[parameter]["exp_avg_sq"]
+            zero += int((moment == 0).sum())
+            tiny += int((moment < group["eps"] ** 2).sum())
+            total += moment.numel()
+    return [
+        audit.check(
+            "parameters without optimizer state",
+            stateless,
+            "0",
+            stateless == 0,
+            "their step is not the trainer's",
+        ),
+        *audit.moment_checks(tiny / total, zero / total),
+    ]
+
+
+def state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
+    """Restored bits, equality of ranks, and what was verified of the model."""
+    before, after_step, restored = stepped.hashes
+    model = session.policy.model
+    all_hashes = session.world.gather_objects(
+        (before, after_step, restored, frozen_fingerprint(model))
+    )
+    equal = [len(set(hashes)) == 1 for hashes in zip(*all_hashes)]
+    rows = [
+        audit.check(
+            "restored bits: parameters and optimizer state",
+            restored[:16],
+            before[:16],
+            before == restored,
+            "the probe changed the model in memory; the files are untouched",
+        )
+    ]
+    names = (
+        "parameters before the step",
+        "parameters after the step",
+        "parameters after the restore",
+        "frozen parameters",
+    )
+    for name, same in zip(names, equal):
+        rows.append(
+            audit.check(
+                f"equal on all ranks: {name}",
+                same,
+                "true",
+                same,
+                "ranks hold different weights: do all machines read the same files?",
+            )
+        )
+    for item in session.self_checks:
+        rows.append(
+            audit.close(
+                f"self-check: {item.name}",
+                item.error,
+                item.tolerance,
+                "such a model is refused when it is opened",
+            )
+        )
+    return [*rows, *_route_rows(session), *_sharing_rows(session)]
+
+
+def _route_rows(session: Session) -> list[AuditRow]:
+    """Parts of the model that take the plain, slower code path."""
+    policy, asked = session.policy, session.config.compute.attention
+    rows = []
+    if weight_norms(policy.model):
+        text = "not the derivative: DoRA holds weight norms fixed"
+        rows.append(audit.fact("the trainer's gradient", text))
+    return rows + [
+        audit.fact(f"{route.part} implementation", f"eager: {route.reason}")
+        for route in slower_routes(policy.model, asked, policy.dtype)
+    ]
+
+
+def _sharing_rows(session: Session) -> list[AuditRow]:
+    """Whether prompts with several responses were computed once."""
+    sharing = session.sharing
+    if sharing is None:
+        return []
+    repeated = any(
+        len({s.prompt_ids.numpy().tobytes() for s in batch.sequences}) < len(batch)
+        for batch in session.batches.values()
+    )
+    return [
+        audit.check(
+            "responses share their prompt's row",
+            sharing.sharing is not None,
+            "true where a prompt has several responses" if repeated else "",
+            sharing.sharing is not None or not repeated,
+            f"{sharing.reason}; results are the same, but each response's pass computes "
+            "the prompt again; compute.share_prompts: false says that this is known",
+            fatal=False,
+        )
+    ]
