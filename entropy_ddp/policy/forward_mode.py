@@ -282,30 +282,33 @@ def _attention(
         for pair, n in zip(operands, (1, repeats, repeats))
     )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    rows, width = query.shape[-2:]
-    per_row = query.numel() // (rows * width) * key.shape[-2]
-    block = max(1, ATTENTION_BLOCK_ELEMENTS // per_row)
-    # Causal from the start of the keys; a cache in front of them would not be.
-    causal = is_causal and rows == key.shape[-2]
-    if causal:
-        block = min(block, CAUSAL_BLOCK_ROWS)
     primals, tangents = [], []
-    for start in range(0, rows, block):
-        stop = min(start + block, rows)
-        keys = stop if causal else key.shape[-2]
-        mask = _attention_mask(attn_mask, is_causal, slice(start, stop), keys, query)
+    for rows, keys in _attention_blocks(query, key.shape[-2], is_causal):
+        mask = _attention_mask(attn_mask, is_causal, rows, keys, query)
         primal, tangent = _attention_block(
-            _rows(q, slice(start, stop)),
-            _rows(k, slice(keys)),
-            _rows(v, slice(keys)),
-            mask,
-            scale,
+            _rows(q, rows), _rows(k, slice(keys)), _rows(v, slice(keys)), mask, scale
         )
         if not is_causal and mask is not None:
             _clear_unseeing_rows(mask, primal, tangent)
         primals.append(primal)
         tangents.append(tangent)
     return forward_ad.make_dual(torch.cat(primals, -2), torch.cat(tangents, -2))
+
+
+def _attention_blocks(
+    query: Tensor, num_keys: int, is_causal: bool
+) -> Iterator[tuple[slice, int]]:
+    """Blocks of query rows, and how many of the keys each of them can see."""
+    rows, width = query.shape[-2:]
+    per_row = query.numel() // (rows * width) * num_keys
+    block = max(1, ATTENTION_BLOCK_ELEMENTS // per_row)
+    # Causal from the start of the keys; a cache in front of them would not be.
+    causal = is_causal and rows == num_keys
+    if causal:
+        block = min(block, CAUSAL_BLOCK_ROWS)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        yield slice(start, stop), stop if causal else num_keys
 
 
 def _repeat_heads(tensor: Tensor, repeats: int) -> Tensor:

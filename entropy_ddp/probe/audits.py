@@ -122,17 +122,6 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
         )
     }
     largest = sorted(products, key=lambda name: -abs(products[name]))[:10]
-    loss_rows = []
-    if gradient is not None:
-        loss_rows = [
-            audit.coverage_check(
-                "gradient coverage: loss (Y)",
-                _num_nonzero(layout, gradient),
-                total,
-                has_signal=_has_signal(session),
-            ),
-            audit.fact("norm of the loss gradient", global_norm(gradient)),
-        ]
     return [
         audit.check(
             "trainable tensors",
@@ -147,7 +136,7 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
             _num_nonzero(layout, duality.gradient),
             total,
         ),
-        *loss_rows,
+        *_loss_gradient_rows(session, gradient),
         audit.fact("sequences in audits with a pass", duality.num_sequences),
         audit.fact("norm of the entropy gradient", norm / duality.denominator),
         audit.fact("norm of v", norm_of_v),
@@ -160,6 +149,22 @@ def _vector_rows(session: Session, measured: Measured) -> list[AuditRow]:
             "entropy gradient . v, ten largest",
             {name: products[name] for name in largest},
         ),
+    ]
+
+
+def _loss_gradient_rows(session: Session, gradient: Tensor | None) -> list[AuditRow]:
+    """Coverage and norm of the loss's gradient; none where a change was given."""
+    if gradient is None:
+        return []
+    layout = session.passes.layout
+    return [
+        audit.coverage_check(
+            "gradient coverage: loss (Y)",
+            _num_nonzero(layout, gradient),
+            len(layout.shapes),
+            has_signal=_has_signal(session),
+        ),
+        audit.fact("norm of the loss gradient", global_norm(gradient)),
     ]
 
 
