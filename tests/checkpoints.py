@@ -50,9 +50,13 @@ def save_checkpoint(
     targets: Sequence[str] | None = None,
     full: bool = False,
     weight_decay: float = 0.1,
+    model: nn.Module | None = None,
 ) -> Saved:
-    """Write base, adapter (or full weights) and a warm optimizer state under `root`."""
-    model = FAMILIES[family](11)
+    """Write base, adapter (or full weights) and a warm optimizer state under `root`.
+
+    `model` is taken in place of the family's own.
+    """
+    model = FAMILIES[family](11) if model is None else model
     base, folder = root / "base", root / "checkpoint-3"
     if not full:
         model.save_pretrained(base)

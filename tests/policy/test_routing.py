@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from families import plain_model
 from reference import random_direction
-from test_families import plain_model
 from test_prompt_sharing import ALWAYS, SHARD
 from tiny_runs import make_passes
 from torch import Tensor, nn

@@ -1,0 +1,117 @@
+"""Is the whole probe exact for other families of models: the step, and both matched pairs?
+
+The families whose passes are tested in tests/policy/test_families.py, from a checkpoint
+on disk to the results, in float64.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import save_checkpoint
+from families import VOCABULARY, plain_model
+from reference import LossSettings, random_rows
+from tiny_runs import E_RESPONSES, U_RESPONSES, TinyRun
+
+from entropy_ddp.distributed import World
+from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.results import Probed
+
+STEP_RTOL = 1e-10  # of the largest change
+PAIR_RTOL = 1e-7  # of the largest term of the slope
+DUALITY = 1e-10
+RATE = 1e-3
+# Coarse steps of the differences; a mixture's must not change the routing.
+ETAS = (4e-4, 2e-4)
+CASES: dict[str, tuple[str, list[str] | None]] = {
+    "mistral, v": ("mistral", ["v_proj"]),
+    "qwen3, full": ("qwen3", None),
+    "gemma2, q and v": ("gemma2", ["q_proj", "v_proj"]),
+    "gemma3, v": ("gemma3", ["v_proj"]),
+    "phi3, qkv": ("phi3", ["qkv_proj"]),
+    "olmo2, full": ("olmo2", None),
+    "gpt-neox, qkv": ("gpt-neox", ["query_key_value"]),
+    "gpt-neox, full": ("gpt-neox", None),
+    "cohere, q and v": ("cohere", ["q_proj", "v_proj"]),
+    "granite, full": ("granite", None),
+    "mixtral, v": ("mixtral", ["v_proj"]),
+    "qwen3-moe, q and v": ("qwen3-moe", ["q_proj", "v_proj"]),
+}
+PAIRS: dict[str, dict[str, Any]] = {
+    "snis": {"linear": {"score": "full", "baseline": "none"}},
+    "per_decision": {
+        "truth": {"is_mode": "per_decision"},
+        "linear": {"score": "to_go", "baseline": "hk"},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    family, targets = CASES[request.param]
+    root = tmp_path_factory.mktemp("run")
+    model = plain_model(family)
+    # The rows hold every token: none of them is padding, whose embedding is not trained.
+    model.config.pad_token_id = None
+    model.get_input_embeddings().padding_idx = None
+    saved = save_checkpoint(
+        root, family, targets=targets, full=targets is None, model=model
+    )
+    evaluation, update = (
+        random_rows(
+            seed,
+            responses=responses,
+            groups=len(responses),
+            vocabulary=VOCABULARY,
+            with_empty=True,
+        )
+        for seed, responses in ((3, E_RESPONSES), (4, U_RESPONSES))
+    )
+    return TinyRun(saved=saved, E=evaluation, U=update, folder=root)
+
+
+def probed(run: TinyRun, **sections: Any) -> Probed:
+    update = {"max_grad_norm": 0.5, "lr_override": RATE, "save_delta": True}
+    return run.probe(**{"update": update, "curvature": {"enabled": False}} | sections)
+
+
+def test_the_step_is_that_of_torch(run: TinyRun) -> None:
+    """By a training loop of torch on the brute-force loss."""
+    found = probed(run)
+    assert found.delta is not None
+    expected = run.torch_step(LossSettings(), max_grad_norm=0.5, learning_rate=RATE)
+    largest = max(float(change.abs().max()) for change in expected.values())
+    assert found.delta.keys() == expected.keys()
+    for name, change in expected.items():
+        error = float((found.delta[name] - change).abs().max())
+        assert error <= STEP_RTOL * largest, name
+    assert found.results.linear.duality_gap <= DUALITY
+
+
+@pytest.mark.parametrize("mode", PAIRS)
+def test_the_slope_is_the_derivative_of_its_truth(
+    run: TinyRun, tmp_path: Path, mode: str
+) -> None:
+    """Central differences of the measured change, extrapolated to step size zero."""
+    config = run.config(
+        update={"max_grad_norm": 0.5, "lr_override": RATE},
+        curvature={"enabled": False},
+        sweep={"etas": list(ETAS), "symmetric": True},
+        **PAIRS[mode],
+    )
+    results = run_sweep(config, World(), tmp_path, lambda *_: None).results
+    change = {point.eta: point.delta_h_true for point in results.sweep or []}
+    coarse, fine = ((change[eta] - change[-eta]) / (2 * eta) for eta in ETAS)
+    terms = max(map(abs, results.linear.terms.values()))
+    difference = (4 * fine - coarse) / 3
+    assert abs(results.linear.slope - difference) <= PAIR_RTOL * terms
+
+
+def test_a_mixture_counts_its_flips(run: TinyRun) -> None:
+    """The audit is there for mixtures, and only for them."""
+    rows = [row.name for row in probed(run).results.audit]
+    is_mixture = run.saved.model.config.model_type in ("mixtral", "qwen3_moe")
+    name = "tokens of E that the step routes to other experts"
+    assert (name in rows) == is_mixture
