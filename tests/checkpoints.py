@@ -51,16 +51,17 @@ def save_checkpoint(
     full: bool = False,
     weight_decay: float = 0.1,
     model: nn.Module | None = None,
+    **options: Any,
 ) -> Saved:
     """Write base, adapter (or full weights) and a warm optimizer state under `root`.
 
-    `model` is taken in place of the family's own.
+    `model` is taken in place of the family's own; `options` are PEFT's, of the adapter.
     """
     model = FAMILIES[family](11) if model is None else model
     base, folder = root / "base", root / "checkpoint-3"
     if not full:
         model.save_pretrained(base)
-        model = reference.with_lora(model, 12, targets or TARGETS[family])
+        model = reference.with_lora(model, 12, targets or TARGETS[family], **options)
     parameters = reference.trainable(model)
     optimizer = _warm_optimizer(model, parameters, weight_decay)
     model.save_pretrained(folder)

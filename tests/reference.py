@@ -189,7 +189,12 @@ def tiny_llama(
 
 
 def with_lora(
-    model: nn.Module, seed: int, targets: Sequence[str], *, rank: int = 2
+    model: nn.Module,
+    seed: int,
+    targets: Sequence[str],
+    *,
+    rank: int = 2,
+    **options: Any,
 ) -> nn.Module:
     """Model (changed in place) under a PEFT LoRA adapter with random A and B != 0."""
     config = LoraConfig(
@@ -199,6 +204,7 @@ def with_lora(
         target_modules=list(targets),
         fan_in_fan_out=model.config.model_type == "gpt2",
         task_type="CAUSAL_LM",
+        **options,
     )
     with torch.random.fork_rng(devices=[]):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False).double()

@@ -23,6 +23,7 @@ DUALITY = 1e-10
 RATE = 1e-3
 # Coarse steps of the differences; a mixture's must not change the routing.
 ETAS = (4e-4, 2e-4)
+DORA = "llama, DoRA"
 CASES: dict[str, tuple[str, list[str] | None]] = {
     "mistral, v": ("mistral", ["v_proj"]),
     "qwen3, full": ("qwen3", None),
@@ -36,6 +37,8 @@ CASES: dict[str, tuple[str, list[str] | None]] = {
     "granite, full": ("granite", None),
     "mixtral, v": ("mixtral", ["v_proj"]),
     "qwen3-moe, q and v": ("qwen3-moe", ["q_proj", "v_proj"]),
+    # The step by PEFT's gradient, the slope by the true derivative.
+    DORA: ("llama", ["q_proj", "down_proj"]),
 }
 PAIRS: dict[str, dict[str, Any]] = {
     "snis": {"linear": {"score": "full", "baseline": "none"}},
@@ -57,7 +60,12 @@ def run(
     model.config.pad_token_id = None
     model.get_input_embeddings().padding_idx = None
     saved = save_checkpoint(
-        root, family, targets=targets, full=targets is None, model=model
+        root,
+        family,
+        targets=targets,
+        full=targets is None,
+        model=model,
+        **({"use_dora": True} if request.param == DORA else {}),
     )
     evaluation, update = (
         random_rows(
