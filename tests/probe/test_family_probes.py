@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import save_checkpoint
 from families import VOCABULARY, plain_model
-from reference import LossSettings, random_rows
+from reference import LossSettings, Objective, delta_h_true, random_rows, scores_along
 from tiny_runs import E_RESPONSES, U_RESPONSES, TinyRun
 
 from entropy_ddp.distributed import World
@@ -18,9 +18,11 @@ from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
 
 STEP_RTOL = 1e-10  # of the largest change
+TRUTH_RTOL = 1e-12  # of the entropy
 PAIR_RTOL = 1e-7  # of the largest term of the slope
 DUALITY = 1e-10
 RATE = 1e-3
+CLIP_C = 1.002  # clips some weights and not others
 # Coarse steps of the differences; a mixture's must not change the routing.
 ETAS = (4e-4, 2e-4)
 DORA = "llama, DoRA"
@@ -36,6 +38,9 @@ CASES: dict[str, tuple[str, list[str] | None]] = {
     "cohere, q and v": ("cohere", ["q_proj", "v_proj"]),
     "granite, full": ("granite", None),
     "mixtral, v": ("mixtral", ["v_proj"]),
+    "mixtral, full": ("mixtral", None),
+    "mamba, in and x": ("mamba", ["in_proj", "x_proj"]),
+    "gemma2, full": ("gemma2", None),
     "qwen3-moe, q and v": ("qwen3-moe", ["q_proj", "v_proj"]),
     # The step by PEFT's gradient, the slope by the true derivative.
     DORA: ("llama", ["q_proj", "down_proj"]),
@@ -82,7 +87,12 @@ def run(
 
 def probed(run: TinyRun, **sections: Any) -> Probed:
     update = {"max_grad_norm": 0.5, "lr_override": RATE, "save_delta": True}
-    return run.probe(**{"update": update, "curvature": {"enabled": False}} | sections)
+    defaults = {
+        "update": update,
+        "curvature": {"enabled": False},
+        "truth": {"clip_c": CLIP_C},
+    }
+    return run.probe(**defaults | sections)
 
 
 def test_the_step_is_that_of_torch(run: TinyRun) -> None:
@@ -96,6 +106,21 @@ def test_the_step_is_that_of_torch(run: TinyRun) -> None:
         error = float((found.delta[name] - change).abs().max())
         assert error <= STEP_RTOL * largest, name
     assert found.results.linear.duality_gap <= DUALITY
+
+
+def test_the_truth_is_that_of_the_reference(run: TinyRun) -> None:
+    """In every mode of weights, after the step by torch's AdamW."""
+    step = run.torch_step(LossSettings(), max_grad_norm=0.5, learning_rate=RATE)
+    scores_at = scores_along(run.saved.model, run.E, step, 1.0)
+    results = probed(run).results
+    assert {row["is_mode"] for row in results.truth_all} >= PAIRS.keys()
+    for row in results.truth_all:
+        objective = Objective(is_mode=row["is_mode"], clip_c=CLIP_C)
+        expected = delta_h_true(run.E, scores_at(0.0), scores_at(1.0), objective)
+        size = expected.H_orig
+        assert abs(results.truth.H_orig - size) <= TRUTH_RTOL * size
+        error = abs(row["delta_h_true"] - expected.delta_h_true)
+        assert error <= TRUTH_RTOL * size, row["is_mode"]
 
 
 @pytest.mark.parametrize("mode", PAIRS)
