@@ -184,9 +184,9 @@ def _matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tenso
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias_primal, bias_tangent = (None, None) if bias is None else halves(bias)
     primal = F.linear(_primal(input), _primal(weight), bias_primal)
-    if bias_tangent is not None:
-        bias_tangent = _own(bias_tangent, primal)
     tangent = _product_tangent(F.linear, input, weight)
+    if tangent is None and bias_tangent is not None:
+        return _dual(primal, _own(bias_tangent, primal))
     return _dual(primal, _sum_present(tangent, bias_tangent))
 
 

@@ -201,9 +201,10 @@ def score_twice_along_step(
     """Second derivatives of l_i and H_i along v of every sequence of E."""
     shard, passes = session.shard(session.batches["E"]), session.passes
     device = snapshot_device(session.config.compute)
-    square, count = base.dlogp.square().sum(), torch.tensor(len(base.dlogp))
-    session.world.sum(sums := torch.stack([square, count.double()]), "scalars")
-    typical = math.sqrt(sums[0] / sums[1])
+    sums = [float(base.dlogp.square().sum()), float(len(base.dlogp))]
+    local = torch.tensor(sums, dtype=torch.float64)
+    squares, count = session.world.sum(local, "scalars").tolist()
+    typical = math.sqrt(squares / count)
     with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
         direction = step.direction(passes.parameters)
         distance = passes.difference_step(direction, typical)

@@ -148,15 +148,20 @@ def test_csv_and_json_lines_give_the_same(
     assert [row["tag"] for row in from_csv] == ["one", "two", "three"]
 
 
+def write_messages(folder: Path) -> Path:
+    """A table of one response whose prompt is a list of messages."""
+    prompt = [{"role": "user", "content": "1+1="}]
+    return write_lines(
+        folder / "t.jsonl",
+        [{"prompt": prompt, "response": "2", "reward": 1, "finished": True}],
+    )
+
+
 def test_messages_go_through_the_chat_template(
     tmp_path: Path, chat: Path, output: Path
 ) -> None:
     """With the generation prompt at the end."""
-    prompt = [{"role": "user", "content": "1+1="}]
-    dump = write_lines(
-        tmp_path / "t.jsonl",
-        [{"prompt": prompt, "response": "2", "reward": 1, "finished": True}],
-    )
+    dump = write_messages(tmp_path)
     rows, summary = imported("table", dump, checkpoint=chat, output=output)
     text = "<turn>user\n1+1=</turn>\n<turn>assistant\n"
     assert rows[0]["prompt_ids"] == ids_of(text)
@@ -167,11 +172,7 @@ def test_messages_without_a_template_are_refused(
     tmp_path: Path, checkpoint: Path, output: Path
 ) -> None:
     """They are not joined to some text."""
-    prompt = [{"role": "user", "content": "1+1="}]
-    dump = write_lines(
-        tmp_path / "t.jsonl",
-        [{"prompt": prompt, "response": "2", "reward": 1, "finished": True}],
-    )
+    dump = write_messages(tmp_path)
     result = run_import("table", dump, checkpoint=checkpoint, output=output)
     assert result.exit_code == 2
     assert "chat template" in result.stderr

@@ -4,9 +4,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
 import transformers
+from families import HEAD, SHAPE, VOCABULARY
 from reference import random_direction
 from tiny_runs import make_passes
 from torch import Tensor, nn
@@ -16,34 +18,13 @@ from entropy_ddp.policy.selfcheck import check_sharing
 from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
 from entropy_ddp.rollouts.microbatch import PromptSharing
 
-VOCABULARY = 23
 RTOL = 1e-12  # float64, of the largest value
 FLOAT32_RTOL = 1e-5
 ALWAYS = PromptSharing(0.0)
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 64,
-}
-HEAD = {"head_dim": 4}
 WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", GPT2),
+    "gpt2": families.FAMILIES["gpt2"],
     "llama": ("Llama", SHAPE),
     "mistral, window": ("Mistral", SHAPE | {"sliding_window": 16}),
     "qwen2": ("Qwen2", SHAPE),
