@@ -141,7 +141,10 @@ def plan_microbatches(
             if waiting:
                 count, longest = len(waiting) + 1, waiting[0].length
                 full = count * longest > tokens_per_microbatch
-                if full or (kind and count * longest**2 > MASK_ELEMENTS):
+                # Trees differ in length by more than flat rows: padding would cost
+                # what sharing saves.
+                unlike = 2 * row.length < longest or count * longest**2 > MASK_ELEMENTS
+                if full or (kind and unlike):
                     microbatches.append(waiting)
                     waiting = []
             waiting.append(row)
