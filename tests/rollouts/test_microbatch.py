@@ -323,3 +323,8 @@ def test_a_tree_fits_the_budget() -> None:
             assert len(rows) * rows[0].length <= budget
     assert shapes(shard, 34, ALWAYS) == [[6]]
     assert shapes(shard, 25, ALWAYS) == [[3], [3]]
+
+
+def test_trees_of_very_different_lengths_are_not_padded_to_one_another() -> None:
+    shard = make_groups((30, [9, 9]), (4, [3, 3]), (25, [8, 8]))
+    assert shapes(shard, 10_000, ALWAYS) == [[2, 2], [2]]
