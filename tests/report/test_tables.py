@@ -16,7 +16,8 @@ import reference as ref
 from rich.console import Console
 from tiny_runs import make_run
 
-from entropy_ddp import cli
+from entropy_ddp.cli.console import table_console
+from entropy_ddp.cli.options import Options
 from entropy_ddp.distributed import World
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_probe
@@ -338,7 +339,7 @@ def test_a_pipe_gets_plain_text_of_100_columns(
 ) -> None:
     """The console of the command line, whose standard output is no terminal here."""
     results = with_complaints(measured)
-    options = cli.Options(
+    options = Options(
         config=None,
         assignments=(),
         out=None,
@@ -346,7 +347,7 @@ def test_a_pipe_gets_plain_text_of_100_columns(
         quiet=False,
         as_json=False,
     )
-    console = cli._console(World(), options)
+    console = table_console(World(), options)
     assert console is not None
     printer(console, results, "runs/x")
     text = capsys.readouterr().out
