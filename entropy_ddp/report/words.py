@@ -1,0 +1,111 @@
+"""Numbers and names as a reader sees them: a true minus, sensible digits, units."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+FIXED = "\N{NO-BREAK SPACE}"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Below this a decimal number is mostly zeros.
+SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-4, 1e6
+
+UNITS = {
+    "per_token": "nats per token",
+    "per_sequence": "nats per sequence",
+    "per_sequence_token_mean": "nats per token (mean over sequences)",
+    "sum": "nats in all",
+}
+LOSSES = {"dr_grpo": "Dr. GRPO", "grpo": "GRPO", "dapo": "DAPO", "nll": "NLL"}
+
+
+def true_minus(text: str) -> str:
+    """A number's hyphens as minus signs."""
+    return text.replace("-", MINUS)
+
+
+def power_of_ten(exponent: int) -> str:
+    """10 to this power, in one line of text."""
+    return "10" + str(exponent).translate(SUPERSCRIPTS)
+
+
+def is_decimal(value: float) -> bool:
+    """Whether a number is written out, rather than with a power of ten."""
+    return value == 0 or SMALLEST_DECIMAL <= abs(value) < LARGEST_DECIMAL
+
+
+def number(value: float, digits: int = 4, *, signed: bool = False) -> str:
+    """A number with this many significant digits; only 0 reads as 0."""
+    sign = "+" if signed and value > 0 else ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return sign + true_minus(f"{value:,}")
+    if value == 0:
+        return "0"
+    if is_decimal(value):
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return sign + true_minus(f"{value:,.{places}f}")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return sign + true_minus(mantissa) + f"{FIXED}×{FIXED}{power_of_ten(int(exponent))}"
+
+
+def with_error(value: float, error: float, *, signed: bool = True) -> str:
+    """`value ± error`, both to the second digit of the error."""
+    if error <= 0 or not math.isfinite(error):
+        return f"{number(value, signed=signed)} ± {number(error)}"
+    last = math.floor(math.log10(error)) - 1
+    sign = "+" if signed and value > 0 else ""
+    largest = max(abs(value), error)
+    if is_decimal(largest) and last >= -7:
+        places = max(0, -last)
+        pair = f"{value:,.{places}f}{FIXED}± {error:,.{places}f}"
+        return sign + true_minus(pair)
+    exponent = math.floor(math.log10(largest))
+    scale, places = 10.0**exponent, max(0, exponent - last)
+    pair = f"{value / scale:.{places}f}{FIXED}± {error / scale:.{places}f}"
+    power = power_of_ten(exponent)
+    return f"({sign}{true_minus(pair)}){FIXED}×{FIXED}{power}"
+
+
+def percent(share: float, digits: int = 2, *, signed: bool = False) -> str:
+    """A share as a percentage with this many significant digits."""
+    value = 100 * share
+    if value and abs(value) < 1e-2:
+        return number(value, digits, signed=signed) + FIXED + "%"
+    places = 0
+    if value:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:+.{places}f}" if signed and value else f"{value:.{places}f}"
+    return true_minus(text) + FIXED + "%"
+
+
+def exact(value: Any) -> str:
+    """A number with all its digits, for whoever wants them."""
+    return str(value) if isinstance(value, (int, str)) else repr(value)
+
+
+def count(value: int, noun: str) -> str:
+    """`1 check`, `58 checks`."""
+    return f"{value:,} {noun}" + ("" if value == 1 else "s")
+
+
+def listed(items: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *head, last = items
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def visible(text: str) -> str:
+    """A token's text with its white space shown; a line feed stays one."""
+    if text == "":
+        return "∅"
+    shown = text.replace(" ", "·").replace("\t", "→")
+    shown = shown.replace("\r", "␍").replace("\n", "↵")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def short_name(parameter: str) -> str:
+    """A parameter's name without what PEFT wraps around every one of them."""
+    for wrapping in ("base_model.model.", "model.", "transformer."):
+        parameter = parameter.removeprefix(wrapping)
+    return parameter.removesuffix(".weight").removesuffix(".default")
