@@ -26,7 +26,9 @@ from entropy_ddp.errors import InputError, RunError
     is_flag=True,
     help="Print what was written as JSON on standard output, and nothing else there.",
 )
-def report(runs: tuple[Path, ...], out: Path | None, quiet: bool, as_json: bool) -> None:
+def report(
+    runs: tuple[Path, ...], out: Path | None, quiet: bool, as_json: bool
+) -> None:
     """Make a page of a run directory, or of several.
 
     RUN is what probe, sweep, attribute or audit wrote. Runs of the same checkpoint,

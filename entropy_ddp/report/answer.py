@@ -13,8 +13,10 @@ from entropy_ddp.report.words import (
     exact,
     number,
     percent,
+    percent_with_error,
     short_name,
     true_minus,
+    typeset,
     visible,
     with_error,
 )
@@ -35,6 +37,14 @@ def is_resolved(truth: dict[str, Any]) -> bool:
     """Whether the measured change stands out of its error."""
     change = abs(truth["delta_h_true"])
     return change > 0 and change >= RESOLVED * truth["se"]
+
+
+def sign(document: Document) -> str:
+    """`cold` for a fall, `warm` for a rise, empty for what may be neither."""
+    truth = document["truth"]
+    if not is_resolved(truth) or document["status"] != "ok":
+        return ""
+    return "cold" if truth["delta_h_true"] < 0 else "warm"
 
 
 def headline(document: Document) -> tuple[str, str, str]:
@@ -61,16 +71,14 @@ def lead(document: Document) -> str:
     sentences = []
     if before > 0:
         one_in = f"{number(before)} to {number(after)}"
-        error = percent(truth["se"] / before)
+        share, error = change / before, truth["se"] / before
         if is_resolved(truth):
             verb = "falls" if change < 0 else "rises"
-            share = percent(abs(change) / before)
-            sentences.append(f"It {verb} by {share} ± {error} of itself, from {one_in}.")
+            pair = percent_with_error(abs(share), error, signed=False)
+            sentences.append(f"It {verb} by {pair} of itself, from {one_in}.")
         else:
-            sentences.append(
-                f"That is {percent(change / before, signed=True)} ± {error} of it "
-                f"({one_in})."
-            )
+            pair = percent_with_error(share, error)
+            sentences.append(f"That is {pair} of it ({one_in}).")
     sentences.append(f"First order predicts {predicted}.")
     return " ".join(sentences)
 
@@ -111,12 +119,16 @@ def _how_sure(document: Document) -> Glance:
     if not is_resolved(truth):
         answer, tone = f"Only {number(errors, 2)} standard errors", "doubtful"
         detail += " More responses in E would tell a fall from a rise."
+    if document["status"] != "ok":
+        tone = ""
+        detail += " In an untrusted run that error is not to be trusted either."
     missed = change - linear["delta_h1"]
     if change and is_resolved(truth):
-        detail += f" First order is off by {percent(abs(missed / change))}"
+        detail += f" First order misses {percent(abs(missed / change))} of it"
         paired = linear["difference_se"]
         if paired and abs(missed) > RESOLVED * paired:
-            detail += f", {number(abs(missed) / paired, 2)} errors of their difference"
+            errors_missed = number(abs(missed) / paired, 2)
+            detail += f", {errors_missed} standard errors of the difference: not noise"
         detail += "."
     return Glance(question="How sure?", answer=answer, detail=detail, tone=tone)
 
@@ -184,8 +196,8 @@ def complaints(rows: list[dict[str, Any]]) -> list[Complaint]:
             verdict=row["verdict"],
             name=row["name"],
             value=as_text(row["value"]),
-            expected=row["expected"],
-            hint=row["hint"],
+            expected=typeset(row["expected"]),
+            hint=row["hint"][:1].upper() + row["hint"][1:],
         )
         for row in sorted(found, key=lambda row: row["verdict"])
     ]

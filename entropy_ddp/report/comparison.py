@@ -7,9 +7,24 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.report import answer
 from entropy_ddp.report.figures.progress import Stage, change_by_step, entropy_by_step
 from entropy_ddp.report.subjects import Subject
-from entropy_ddp.report.view import Cell, Complaint, Glance, Page, Section, Table, digits
+from entropy_ddp.report.view import (
+    Cell,
+    Complaint,
+    Glance,
+    Page,
+    Section,
+    Table,
+    digits,
+)
 from entropy_ddp.report.view import words as text_cell
-from entropy_ddp.report.words import UNITS, count, number, percent, with_error
+from entropy_ddp.report.words import (
+    AXIS_UNITS,
+    UNITS,
+    count,
+    number,
+    percent,
+    with_error,
+)
 
 
 def comparison_page(subjects: Sequence[Subject]) -> Page:
@@ -53,7 +68,9 @@ def _require_one_unit(subjects: Sequence[Subject]) -> None:
         kind = (objective.integrand, objective.normalize)
         kinds.setdefault(kind, str(subject.main.folder))
     if len(kinds) > 1:
-        found = "; ".join(f"{place}: {', '.join(kind)}" for kind, place in kinds.items())
+        found = "; ".join(
+            f"{place}: {', '.join(kind)}" for kind, place in kinds.items()
+        )
         raise InputError(
             "report: expected runs with one objective.integrand and objective.normalize, "
             f"found {found}; entropies in different units cannot stand on one axis"
@@ -61,8 +78,7 @@ def _require_one_unit(subjects: Sequence[Subject]) -> None:
 
 
 def _label(subject: Subject, step: int | None, by_step: bool) -> str:
-    name = subject.main.folder.resolve().name
-    return f"step {step:,} ({name})" if by_step else name
+    return f"step {step:,}" if by_step else subject.main.folder.resolve().name
 
 
 def _stage(subject: Subject, place: float, label: str) -> Stage:
@@ -81,21 +97,24 @@ def _stage(subject: Subject, place: float, label: str) -> Stage:
 
 
 def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -> Page:
-    unit = UNITS[subjects[0].document["truth"]["normalize"]]
+    normalize = subjects[0].document["truth"]["normalize"]
+    unit = UNITS[normalize]
     things = "checkpoint" if by_step else "run"
     bad = [s for s in subjects if s.document["status"] != "ok"]
     alarm = ""
     if bad:
         names = ", ".join(subject.main.folder.resolve().name for subject in bad)
-        alarm = f"{len(bad)} of {count(len(subjects), things)} not to be trusted: {names}."
+        alarm = (
+            f"{len(bad)} of {count(len(subjects), things)} not to be trusted: {names}."
+        )
     checks = sum(len(subject.document["audit"]) for subject in subjects)
     complaints = _complaints(subjects)
     checked = f"All {count(checks, 'check')} passed."
     if complaints:
         checked = f"{len(complaints)} of {count(checks, 'check')} complain."
     figures = (
-        entropy_by_step(stages, by_step, unit),
-        change_by_step(stages, by_step, unit),
+        entropy_by_step(stages, by_step, AXIS_UNITS[normalize]),
+        change_by_step(stages, by_step, AXIS_UNITS[normalize]),
     )
     return Page(
         title=f"Entropy change at {count(len(subjects), things)}",
@@ -113,7 +132,9 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
                 figures=figures,
                 tables=[_table(subjects, stages, unit)],
             ),
-            Section(id="runs", title="The runs", tables=[_differences(subjects, stages)]),
+            Section(
+                id="runs", title="The runs", tables=[_differences(subjects, stages)]
+            ),
         ],
     )
 
@@ -124,7 +145,11 @@ def _headline(stages: Sequence[Stage], things: str) -> tuple[str, str, str]:
     rises = len(resolved) - falls
     total = count(len(stages), things)
     if not resolved:
-        return "One step changes the entropy at ", "none", f" of {total} beyond its error."
+        return (
+            "One step changes the entropy at ",
+            "none",
+            f" of {total} beyond its error.",
+        )
     if falls >= rises:
         return "One step lowers the entropy at ", f"{falls} of {total}", "."
     return "One step raises the entropy at ", f"{rises} of {total}", "."
@@ -144,11 +169,15 @@ def _lead(stages: Sequence[Stage], unit: str) -> str:
 
 def _glances(stages: Sequence[Stage]) -> list[Glance]:
     steepest = min(stages, key=lambda stage: stage.truth)
-    share = f" ({percent(steepest.truth / steepest.entropy)})" if steepest.entropy else ""
+    share = (
+        f" ({percent(steepest.truth / steepest.entropy)})" if steepest.entropy else ""
+    )
     pairs = [stage for stage in stages if _is_resolved(stage)]
     found = [
         Glance(
-            question="Where does it fall most?" if steepest.truth < 0 else "Lowest rise?",
+            question="Where does it fall most?"
+            if steepest.truth < 0
+            else "Lowest rise?",
             answer=steepest.label,
             detail=with_error(steepest.truth, steepest.truth_error) + share + ".",
         )

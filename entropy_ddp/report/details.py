@@ -5,7 +5,7 @@ from typing import Any
 from entropy_ddp.report.answer import as_text
 from entropy_ddp.report.figures.change import estimator_rows
 from entropy_ddp.report.view import Cell, Table, digits, words
-from entropy_ddp.report.words import UNITS, percent, short_name, with_error
+from entropy_ddp.report.words import UNITS, percent, short_name, typeset, with_error
 
 Document = dict[str, Any]
 AUDITS_ID = "audits"
@@ -27,7 +27,9 @@ def estimators(document: Document) -> Table:
     rows = []
     for row in estimator_rows(document):
         label = row.label + (" (configured)" if row.strong else "")
-        rows.append([words(label), digits(row.value, signed=True), digits(row.error, 3)])
+        rows.append(
+            [words(label), digits(row.value, signed=True), digits(row.error, 3)]
+        )
     unit = UNITS[document["truth"]["normalize"]]
     return Table(
         title="All estimators as numbers",
@@ -145,7 +147,11 @@ def top_tokens(document: Document) -> Table:
         rows.append(
             [
                 digits(row["share"], 3, signed=True),
-                Cell(text="", marked=(before, token, after)),
+                Cell(
+                    text="",
+                    marked=(before, token, after),
+                    sign="cold" if row["share"] < 0 else "warm",
+                ),
                 digits(row["logp"]),
                 digits(row["entropy"], 3),
                 digits(row["advantage"], 3, signed=True),
@@ -228,7 +234,7 @@ def audits(document: Document) -> Table:
             [
                 words(row["name"]),
                 Cell(text=as_text(value), title=title),
-                words(row["expected"]),
+                words(typeset(row["expected"])),
                 verdict,
             ]
         )

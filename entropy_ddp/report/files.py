@@ -109,6 +109,7 @@ def _what_it_is(folder: Path) -> str:
     if (folder / "sweep.jsonl").exists():
         return expected + "an unfinished sweep; run the same sweep again, it continues"
     return (
-        expected + "a folder without results.json, which a run writes last; wait for the "
+        expected
+        + "a folder without results.json, which a run writes last; wait for the "
         "run to end, or run it again"
     )

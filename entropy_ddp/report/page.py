@@ -22,13 +22,17 @@ def render_page(page: Page) -> str:
     """The HTML document of a page."""
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _environment().get_template("page.html.j2").render(
-        page=page,
-        version=__version__,
-        # Both are files of this package.
-        style=Markup(_asset("style.css")),
-        script=Markup(script),
-        script_digest=f"sha256-{digest}",
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            version=__version__,
+            # Both are files of this package.
+            style=Markup(_asset("style.css")),
+            script=Markup(script),
+            script_digest=f"sha256-{digest}",
+        )
     )
 
 

@@ -37,6 +37,7 @@ def run_page(subject: Subject) -> Page:
         kicker=_kicker(subject),
         alarm=answer.alarm(document),
         headline=answer.headline(document),
+        sign=answer.sign(document),
         lead=answer.lead(document),
         glances=answer.glances(subject),
         complaints=answer.complaints(document["audit"]),
@@ -48,7 +49,9 @@ def run_page(subject: Subject) -> Page:
 
 def _kicker(subject: Subject) -> str:
     config, started = subject.main.config, subject.document["run"]["started"]
-    place = config.checkpoint.path or config.checkpoint.adapter or config.checkpoint.base
+    place = (
+        config.checkpoint.path or config.checkpoint.adapter or config.checkpoint.base
+    )
     commands = " + ".join(run.command for run in subject.runs)
     return f"{place} · {commands} · {started[:10]}"
 
@@ -92,14 +95,15 @@ def _sweep(subject: Subject) -> Section:
             f"{number(pair['eta'], 3)} is {number(pair['delta_h'], 4, signed=True)}."
         )
     truth = run.config.truth
+    figures = [sweep.sweep_change(document)]
+    if any(point["delta_h1"] for point in document["sweep"]):
+        figures.append(sweep.sweep_missed(document))
+    figures.append(sweep.sweep_weights(document, truth.ess_warn, truth.ess_abort))
     return Section(
         id="sweep",
         title="How far the first order reaches",
         lead=" ".join(sentences),
-        figures=(
-            sweep.sweep_change(document),
-            sweep.sweep_weights(document, truth.ess_warn, truth.ess_abort),
-        ),
+        figures=figures,
         tables=(details.sweep(document),),
     )
 
@@ -107,7 +111,9 @@ def _sweep(subject: Subject) -> Section:
 def _responses(columns: Columns, document: Document) -> Section:
     normalize = document["truth"]["normalize"]
     keys = [
-        key for key in ("num_tokens", "reward", "log_weight") if _is_varied(columns, key)
+        key
+        for key in ("num_tokens", "reward", "log_weight")
+        if _is_varied(columns, key)
     ]
     figures = [
         sequences.contributions(columns, normalize),

@@ -19,6 +19,8 @@ NUM_RESPONSES = 12
 # Of a long response so many tokens around the strongest one are open, and so many on
 # either side of them can be unfolded; the rest is left out.
 OPEN_TOKENS, FOLDED_TOKENS = 300, 400
+# Responses that are no longer fit side by side.
+SHORT_TOKENS = 40
 DIGITS = 4
 COLUMNS = ("share", "logp", "covariance")
 
@@ -74,12 +76,13 @@ def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenT
     return TokenTexts(
         caption=(
             f"The {len(texts)} responses of U whose tokens move the entropy most. The "
-            "darker a token, the larger its share: blue lowers the entropy, orange "
-            "raises it. Point at a token, tap it, or walk with the arrow keys."
+            "stronger a token's ground, the larger its share: blue lowers the entropy, "
+            "orange raises it. Point at a token, tap it, or walk with the arrow keys."
         ),
         texts=texts,
         largest=number(largest, 2),
         unit=unit,
+        short=all(len(rows[index]) <= SHORT_TOKENS for index in chosen),
     )
 
 

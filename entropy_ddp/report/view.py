@@ -16,7 +16,8 @@ class Cell:
         text: what is shown.
         title: what hovering shows, such as all digits of a number; may be empty.
         is_number: set to the right.
-        marked: the part of the text to be marked as (before, marked, after).
+        marked: text with a part to be marked: (before, marked, after).
+        sign: `cold` or `warm`, the ground of the marked part.
         verdict: ok, warn or fail, which is shown in its colour.
     """
 
@@ -24,6 +25,7 @@ class Cell:
     title: str = ""
     is_number: bool = False
     marked: tuple[str, str, str] | None = None
+    sign: str = ""
     verdict: str = ""
 
 
@@ -37,7 +39,9 @@ def digits(value: Any, significant: int = 4, *, signed: bool = False) -> Cell:
     if value is None:
         return Cell(text="–", is_number=True)
     return Cell(
-        text=number(value, significant, signed=signed), title=exact(value), is_number=True
+        text=number(value, significant, signed=signed),
+        title=exact(value),
+        is_number=True,
     )
 
 
@@ -124,12 +128,14 @@ class TokenTexts:
         texts: one for each response.
         largest: the share of the darkest token, for the legend.
         unit: unit of shares.
+        short: whether all fit into half the width.
     """
 
     caption: str
     texts: Sequence[TokenText]
     largest: str
     unit: str
+    short: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +190,7 @@ class Page:
         alarm: why nothing below may be trusted; empty if it may.
         headline: the answer in one sentence: text before the value, the value, text
             after it.
+        sign: `cold` if the value is a fall, `warm` if it is a rise, or empty.
         lead: the sentence under it.
         glances: questions and short answers.
         complaints: checks that are not ok, the worst first.
@@ -196,6 +203,7 @@ class Page:
     kicker: str
     alarm: str = ""
     headline: tuple[str, str, str]
+    sign: str = ""
     lead: str
     glances: Sequence[Glance] = ()
     complaints: Sequence[Complaint] = ()

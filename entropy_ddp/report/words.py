@@ -1,6 +1,7 @@
 """Numbers and names as a reader sees them: a true minus, sensible digits, units."""
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ NARROW = "\N{NARROW NO-BREAK SPACE}"
 FIXED = "\N{NO-BREAK SPACE}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Below this a decimal number is mostly zeros.
-SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-4, 1e6
+SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-3, 1e6
 
 UNITS = {
     "per_token": "nats per token",
@@ -17,12 +18,25 @@ UNITS = {
     "per_sequence_token_mean": "nats per token (mean over sequences)",
     "sum": "nats in all",
 }
+# The same where there is little room.
+AXIS_UNITS = {
+    "per_token": "nats/token",
+    "per_sequence": "nats/sequence",
+    "per_sequence_token_mean": "nats/token, mean",
+    "sum": "nats",
+}
 LOSSES = {"dr_grpo": "Dr. GRPO", "grpo": "GRPO", "dapo": "DAPO", "nll": "NLL"}
 
 
 def true_minus(text: str) -> str:
     """A number's hyphens as minus signs."""
     return text.replace("-", MINUS)
+
+
+def typeset(text: str) -> str:
+    """Comparisons and negative numbers in their own signs."""
+    text = text.replace(">=", "≥").replace("<=", "≤")
+    return re.sub(r"(?<![\w-])-(?=\d)|(?<=\de)-(?=\d)", MINUS, text)
 
 
 def power_of_ten(exponent: int) -> str:
@@ -36,12 +50,11 @@ def is_decimal(value: float) -> bool:
 
 
 def number(value: float, digits: int = 4, *, signed: bool = False) -> str:
-    """A number with this many significant digits; only 0 reads as 0."""
+    """A number with at most this many significant digits; only 0 reads as 0."""
     sign = "+" if signed and value > 0 else ""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return sign + true_minus(f"{value:,}")
-    if value == 0:
-        return "0"
+    if value == round(value) and abs(value) < LARGEST_DECIMAL:
+        return sign + true_minus(f"{value:,.0f}") if value else "0"
+    digits = _digits_needed(value, digits)
     if is_decimal(value):
         places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
         return sign + true_minus(f"{value:,.{places}f}")
@@ -49,22 +62,34 @@ def number(value: float, digits: int = 4, *, signed: bool = False) -> str:
     return sign + true_minus(mantissa) + f"{FIXED}×{FIXED}{power_of_ten(int(exponent))}"
 
 
+def _digits_needed(value: float, most: int) -> int:
+    """The fewest digits that are the value itself, as in a learning rate of 0.001."""
+    candidates = range(1, most)
+    return next((n for n in candidates if float(f"{value:.{n - 1}e}") == value), most)
+
+
 def with_error(value: float, error: float, *, signed: bool = True) -> str:
     """`value ± error`, both to the second digit of the error."""
     if error <= 0 or not math.isfinite(error):
-        return f"{number(value, signed=signed)} ± {number(error)}"
+        return f"{number(value, signed=signed)}{FIXED}±{FIXED}{number(error)}"
     last = math.floor(math.log10(error)) - 1
     sign = "+" if signed and value > 0 else ""
     largest = max(abs(value), error)
     if is_decimal(largest) and last >= -7:
         places = max(0, -last)
-        pair = f"{value:,.{places}f}{FIXED}± {error:,.{places}f}"
+        pair = f"{value:,.{places}f}{FIXED}±{FIXED}{error:,.{places}f}"
         return sign + true_minus(pair)
     exponent = math.floor(math.log10(largest))
     scale, places = 10.0**exponent, max(0, exponent - last)
-    pair = f"{value / scale:.{places}f}{FIXED}± {error / scale:.{places}f}"
+    pair = f"{value / scale:.{places}f}{FIXED}±{FIXED}{error / scale:.{places}f}"
     power = power_of_ten(exponent)
     return f"({sign}{true_minus(pair)}){FIXED}×{FIXED}{power}"
+
+
+def percent_with_error(share: float, error: float, *, signed: bool = True) -> str:
+    """A share and its error, as percentages."""
+    pair = with_error(100 * share, 100 * error, signed=signed)
+    return f"{pair}{FIXED}%" if pair[0] != "(" else f"({pair}){FIXED}%"
 
 
 def percent(share: float, digits: int = 2, *, signed: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Which part of the step and which tokens of U make the predicted change."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from entropy_ddp.report.figures.forest import (
     forest_height,
 )
 from entropy_ddp.report.figures.scatter import Axis, binned_note, scatter
-from entropy_ddp.report.words import UNITS, percent
+from entropy_ddp.report.words import AXIS_UNITS, percent
 
 Document = dict[str, Any]
 Bar = tuple[str, float]
@@ -49,7 +50,7 @@ def parts(document: Document) -> Figure:
             "AdamW's step is a sum: what earlier batches left as momentum, weight decay, "
             "and this batch's gradient. The three add up to the first-order change."
         ),
-        draw=_bars([("", bars)], UNITS[document["linear"]["normalize"]]),
+        draw=_bars([("", bars)], AXIS_UNITS[document["linear"]["normalize"]]),
         height=FRAME_PIXELS + ROW_PIXELS * len(bars),
     )
 
@@ -68,7 +69,7 @@ def kinds(document: Document) -> Figure:
             "Shares of U's tokens summed by kind; every block of bars adds up to the "
             "gradient's part. Blue lowers the entropy, orange raises it."
         ),
-        draw=_bars(groups, UNITS[document["linear"]["normalize"]]),
+        draw=_bars(groups, AXIS_UNITS[document["linear"]["normalize"]]),
         height=FRAME_PIXELS + 18 * rows,
     )
 
@@ -78,7 +79,8 @@ def _bars(groups: Sequence[tuple[str, list[Bar]]], unit: str) -> Any:
     labels: list[tuple[str, float | None]] = []
     for name, bars in groups:
         labels += [(name, None)] if name else []
-        labels += bars
+        # Ranges such as 10-20 % with the dash of a range.
+        labels += [(re.sub(r"(?<=\d)-(?=\d)", "–", text), v) for text, v in bars]
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
@@ -122,10 +124,12 @@ def shares_against(tokens: dict[str, np.ndarray], key: str, normalize: str) -> F
     return Figure(
         name=f"shares-by-{key}",
         title=title,
-        caption="Each dot is a token of U. " + reading + binned_note(len(share), "tokens"),
+        caption="Each dot is a token of U. "
+        + reading
+        + binned_note(len(share), "tokens"),
         draw=scatter(
             Axis(values=tokens[key], label=label),
-            Axis(values=share, label="share", unit=UNITS[normalize]),
+            Axis(values=share, label="share", unit=AXIS_UNITS[normalize]),
         ),
     )
 
@@ -142,7 +146,7 @@ def shares_by_reward(columns: dict[str, list[Any]], normalize: str) -> Figure:
         ),
         draw=scatter(
             Axis(values=columns["reward"], label="reward"),
-            Axis(values=share, label="share", unit=UNITS[normalize]),
+            Axis(values=share, label="share", unit=AXIS_UNITS[normalize]),
         ),
     )
 
@@ -166,26 +170,25 @@ def what_if(document: Document) -> Figure:
             verified = True
             rows.append(
                 Estimate(
-                    label="step taken", value=row["delta_h_true"], error=row["se"],
-                    strong=False,
+                    label="", value=row["delta_h_true"], error=row["se"], strong=False
                 )
-            )  # fmt: skip
+            )
     best = min(document["attribution"]["what_if"], key=lambda row: abs(row["delta_h1"]))
     share = ""
     if whole.value:
         share = f" leaves {percent(best['delta_h1'] / whole.value)} of the change"
-    unit = UNITS[document["linear"]["normalize"]]
+    unit = AXIS_UNITS[document["linear"]["normalize"]]
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         draw_forest(figure.subplots(), palette, rows, "entropy change", unit)
 
     caption = "Violet: predicted by first order, had these tokens been left out of U."
     if verified:
-        caption += " Black: the step without them really taken, with its errors."
+        caption += " With bars: the step without them really taken, measured."
     return Figure(
         name="what-if",
         title=f"Leaving out “{best['rule']}”{share}" if share else "What if",
         caption=caption,
         draw=draw,
-        height=forest_height(len(rows)),
+        height=forest_height(sum(row.label != "" for row in rows)),
     )

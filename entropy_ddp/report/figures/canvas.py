@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from entropy_ddp.report.words import MINUS, number, power_of_ten
 
-WIDTH = 480  # CSS pixels at natural size, which the page scales
+WIDTH = 440  # CSS pixels at natural size, which the page scales
 PNG_PIXELS_PER_POINT = 3
 # Beyond this many points a scatter becomes a two-dimensional histogram.
 LARGEST_SCATTER = 3000

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from entropy_ddp.report.figures.canvas import Figure, Palette
 from entropy_ddp.report.figures.forest import Estimate, draw_forest, forest_height
-from entropy_ddp.report.words import UNITS, number, percent
+from entropy_ddp.report.words import AXIS_UNITS, number, percent
 
 Document = dict[str, Any]
 
@@ -14,7 +14,7 @@ Document = dict[str, Any]
 def prediction_against_truth(document: Document) -> Figure:
     """Truth, first and second order on one axis; what first order misses on another."""
     truth, linear = document["truth"], document["linear"]
-    eta, unit = document["update"]["learning_rate_used"], UNITS[truth["normalize"]]
+    eta, unit = document["update"]["learning_rate_used"], AXIS_UNITS[truth["normalize"]]
     error = abs(eta) * linear["se"]
     rows = [
         Estimate(label="measured", value=truth["delta_h_true"], error=truth["se"]),
@@ -46,6 +46,7 @@ def prediction_against_truth(document: Document) -> Figure:
             "Bars are one (thick) and two (thin) standard errors. Measured and predicted "
             "come from the same responses and share most of their error; their "
             "difference, below on a scale of its own, has a much smaller one."
+            + (" Second order adds the curvature of the step." if len(rows) > 2 else "")
         ),
         draw=draw,
         height=forest_height(len(rows)) + forest_height(1),
@@ -65,12 +66,12 @@ def all_estimators(document: Document) -> Figure:
     """Every estimator of the change, with its error."""
     rows = estimator_rows(document)
     smallest = min(rows, key=lambda row: row.error or 0)
-    unit = UNITS[document["truth"]["normalize"]]
+    unit = AXIS_UNITS[document["truth"]["normalize"]]
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         draw_forest(figure.subplots(), palette, rows, "entropy change", unit)
 
-    title = "All estimators of this run"
+    title = "All estimators"
     if smallest.error and rows[0].error:
         title += f": the smallest error is ±{number(smallest.error, 2)}"
     return Figure(
@@ -78,8 +79,8 @@ def all_estimators(document: Document) -> Figure:
         title=title,
         caption=(
             "The same change by every estimator that comes from the same passes; large "
-            "dots are the configured ones. Black is measured, violet predicted by first "
-            "order; bars are one and two standard errors."
+            "dots are the configured ones. Violet is predicted by first order, the others "
+            "are measured; bars are one and two standard errors."
         ),
         draw=draw,
         height=forest_height(len(rows)),
@@ -134,7 +135,7 @@ def linear_label(row: dict[str, Any]) -> str:
 def gradient_dot(document: Document) -> Figure:
     """The gradient-dot form beside the slope, and where its variance comes from."""
     dot, linear = document["gradient_dot"], document["linear"]
-    eta, unit = document["update"]["learning_rate_used"], UNITS["per_token"]
+    eta, unit = document["update"]["learning_rate_used"], AXIS_UNITS["per_token"]
     rows = [
         Estimate(
             label="gradient-dot form", value=dot["deltaH1"], error=dot["se_deltaH1"]

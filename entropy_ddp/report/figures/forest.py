@@ -20,7 +20,7 @@ class Estimate:
     """One row of a forest plot.
 
     Attributes:
-        label: what it is.
+        label: what it is; if empty, the same as the row before, and drawn under it.
         value: the estimate.
         error: its standard error; None if it has none.
         colour: name of its colour in the palette.
@@ -43,7 +43,13 @@ def draw_forest(
     axes: Axes, palette: Palette, rows: list[Estimate], label: str, unit: str
 ) -> None:
     """Values with bars of one (thick) and two (thin) standard errors, and zero."""
-    for place, row in enumerate(rows):
+    places: list[float] = []
+    labelled: dict[float, str] = {}
+    for row in rows:
+        places.append(float(len(labelled)) if row.label else places[-1] + 0.36)
+        if row.label:
+            labelled[places[-1]] = row.label
+    for place, row in zip(places, rows, strict=True):
         colour = getattr(palette, row.colour)
         if row.error:
             for errors, width in ((2, 1.2), (1, 3.2 if row.strong else 2.2)):
@@ -55,8 +61,8 @@ def draw_forest(
         size = 7.5 if row.strong else 5
         axes.plot(row.value, place, "o", color=colour, markersize=size)
     axes.axvline(0, color=palette.muted, linewidth=1)
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(list(labelled), list(labelled.values()))
+    axes.set_ylim(len(labelled) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=palette.ink)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)

@@ -15,6 +15,8 @@ from entropy_ddp.report.figures.canvas import (
     unit_label,
 )
 
+MOST_TICKS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -89,7 +91,7 @@ def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
             )  # fmt: skip
         axes.legend(labelcolor=palette.ink)
         scale_ticks(axes, "y", exponent)
-        axes.set_ylabel(unit_label("entropy change of one step", unit, exponent))
+        axes.set_ylabel(unit_label("entropy change", unit, exponent))
         _label_stages(axes, stages, by_step)
 
     return Figure(
@@ -106,9 +108,11 @@ def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
 
 def _label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
     if by_step:
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("training step of the checkpoint")
-        return
+    else:
+        axes.set_xlabel("run, in the given order")
     places = [stage.place for stage in stages]
-    axes.set_xticks(places, [f"{place:g}" for place in places])
-    axes.set_xlabel("run, in the given order")
+    if len(places) <= MOST_TICKS:
+        axes.set_xticks(places, [f"{place:,g}" for place in places])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))

@@ -43,8 +43,8 @@ def binned_note(count: int, things: str) -> str:
     if count <= LARGEST_SCATTER:
         return ""
     return (
-        f" The {count:,} {things} are counted in hexagons: the darker, the more, on a "
-        "logarithmic scale."
+        f" The {count:,} {things} are counted in hexagons: the stronger the colour, the "
+        "more, on a logarithmic scale."
     )
 
 

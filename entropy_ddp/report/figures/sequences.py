@@ -4,14 +4,14 @@ from typing import Any
 
 from entropy_ddp.report.figures.canvas import Figure
 from entropy_ddp.report.figures.scatter import Axis, binned_note, histogram, scatter
-from entropy_ddp.report.words import UNITS, number, percent
+from entropy_ddp.report.words import AXIS_UNITS, number, percent
 
 Columns = dict[str, list[Any]]
 
 
 def contributions(columns: Columns, normalize: str) -> Figure:
     """How contributions to the change are spread, measured and predicted."""
-    unit = UNITS[normalize]
+    unit = AXIS_UNITS[normalize]
     true, linear = columns["contribution_true"], columns["contribution_linear"]
     falls = sum(value < 0 for value in true)
     return Figure(
@@ -63,7 +63,7 @@ def against(columns: Columns, normalize: str, key: str) -> Figure:
         caption=captions[key] + binned_note(len(true), "responses"),
         draw=scatter(
             Axis(values=columns[key], label=label, whole=whole),
-            Axis(values=true, label="contribution", unit=UNITS[normalize]),
+            Axis(values=true, label="contribution", unit=AXIS_UNITS[normalize]),
         ),
     )
 

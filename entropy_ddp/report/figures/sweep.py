@@ -5,8 +5,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from entropy_ddp.report.figures.canvas import Figure, Palette, log_ticks, sign_colour
-from entropy_ddp.report.words import UNITS, number
+from entropy_ddp.report.figures.canvas import (
+    Figure,
+    Palette,
+    log_ticks,
+    scale_ticks,
+    sign_colour,
+)
+from entropy_ddp.report.words import AXIS_UNITS, number, percent
 
 Document = dict[str, Any]
 
@@ -23,7 +29,7 @@ def sweep_change(document: Document) -> Figure:
         "Dots are measured, with two standard errors: blue where the entropy falls, "
         "orange where it rises. The violet line is the first order, the dashed one the "
         "second. The violet band is where first order and truth agree within two "
-        "standard errors; changes below the grey line are noise."
+        "standard errors; changes below the noise floor are rounding."
     )
     if mirrored:
         caption += " Hollow dots are steps of the opposite direction."
@@ -37,7 +43,7 @@ def sweep_change(document: Document) -> Figure:
         for point in points:
             _draw_point(axes, palette, point)
         axes.set_xlabel("learning rate (size of the step)")
-        unit = UNITS[document["truth"]["normalize"]]
+        unit = AXIS_UNITS[document["truth"]["normalize"]]
         axes.set_ylabel(f"|entropy change| [{unit}]")
         log_ticks(axes, "x")
         log_ticks(axes, "y")
@@ -74,7 +80,7 @@ def _draw_reach(axes: Axes, palette: Palette, document: Document) -> None:
     summary = document["sweep_summary"]
     if summary["noise_floor"] > 0:
         axes.axhline(summary["noise_floor"], color=palette.muted, linewidth=1)
-        _note(axes, palette, "noise floor", (0.99, summary["noise_floor"]), "y")
+        _note(axes, palette, "noise floor", (0.02, summary["noise_floor"]), "y")
     if "agreement" in summary:
         low, high = summary["agreement"]
         axes.axvspan(low, high, color=palette.accent, alpha=0.09, linewidth=0)
@@ -88,7 +94,7 @@ def _draw_reach(axes: Axes, palette: Palette, document: Document) -> None:
         # A mark far outside would squeeze the points into a corner.
         if smallest / 10 <= eta <= 30 * largest:
             axes.axvline(eta, color=palette.muted, linewidth=1, linestyle=":")
-            _note(axes, palette, label, (eta, 0.02), "x")
+            _note(axes, palette, label, (eta, 0.12), "x")
 
 
 def _note(
@@ -98,11 +104,67 @@ def _note(
     if along == "x":
         transform, offset, align = axes.get_xaxis_transform(), (3, 0), "left"
     else:
-        transform, offset, align = axes.get_yaxis_transform(), (0, 3), "right"
+        transform, offset = axes.get_yaxis_transform(), (0, 3)
+        align = "right" if place[0] > 0.5 else "left"
     axes.annotate(
         text, place, xycoords=transform, xytext=offset, textcoords="offset points",
         color=palette.muted, fontsize=11, horizontalalignment=align,
     )  # fmt: skip
+
+
+def sweep_missed(document: Document) -> Figure:
+    """What first order misses in percent of it against step size."""
+    points = [point for point in document["sweep"] if point["delta_h1"]]
+    points.sort(key=lambda point: abs(point["eta"]))
+    largest = points[-1]
+    missed = abs(largest["delta_h_true"] / largest["delta_h1"] - 1)
+
+    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        axes.axhline(0, color=palette.accent, linewidth=1.4)
+        for sign in (1, -1):
+            side = [point for point in points if sign * point["eta"] > 0]
+            face = palette.ink if sign > 0 else "none"
+            etas = [abs(point["eta"]) for point in side]
+            for point, eta in zip(side, etas, strict=True):
+                value, error = _missed(point, "delta_h_true")
+                ends = value - 2 * error, value + 2 * error
+                axes.plot((eta, eta), ends, color=palette.ink, linewidth=1.6)
+                axes.plot(
+                    eta,
+                    value,
+                    "o",
+                    color=palette.ink,
+                    markerfacecolor=face,
+                    markersize=6,
+                )
+            if all("delta_h2" in point for point in side):
+                second = [_missed(point, "delta_h2")[0] for point in side]
+                axes.plot(etas, second, "--", color=palette.accent, linewidth=1.4)
+        axes.set_xlabel("learning rate (size of the step)")
+        axes.set_ylabel("off first order [%]")
+        scale_ticks(axes, "y", 0)
+        log_ticks(axes, "x")
+
+    return Figure(
+        name="sweep-missed",
+        title=f"At the largest step first order is off by {percent(missed)}",
+        caption=(
+            "How far the measured change lies from first order, in percent of it, with "
+            "two standard errors of the difference. The dashed line is the second order: "
+            "where dots follow it, curvature explains what first order misses."
+        ),
+        draw=draw,
+        height=340,
+    )
+
+
+def _missed(point: dict[str, Any], key: str) -> tuple[float, float]:
+    """A change's distance from first order and its error, percent of first order."""
+    first = point["delta_h1"]
+    distance = 100 * (point[key] - first) / abs(first)
+    return distance, 100 * point["difference_se"] / abs(first)
 
 
 def sweep_weights(document: Document, warn: float, abort: float) -> Figure:
