@@ -383,7 +383,8 @@ def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
         stream.write(config_yaml.encode())
     write_jsonl(out / "per_sequence.jsonl", probed.sequences)
     # What an earlier run left here and this one does not make is not this run's.
-    names = {"tokens.jsonl.gz", "delta_theta.safetensors"}
+    names = {"tokens.jsonl.gz", "delta_theta.safetensors", "report.html"}
+    names |= {str(path.relative_to(out)) for path in out.glob("plots/*.[ps][nv]g")}
     names |= {f"rollouts/{s}.jsonl" for s in ("E", "U") if s not in probed.sampled}
     for name in names:
         (out / name).unlink(missing_ok=True)

@@ -10,14 +10,20 @@ import click
 
 from entropy_ddp.cli.console import stdout_kept, table_console
 from entropy_ddp.cli.options import Options, configured, output_folder
-from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
+from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, require_report, run_ranks
 
 if TYPE_CHECKING:
     from entropy_ddp.config import Config
     from entropy_ddp.distributed import World
 
 
+with_report = click.option(
+    "--report", is_flag=True, help="Make report.html too, as the command report does."
+)
+
+
 @click.command()
+@with_report
 @configured
 def probe(options: Options) -> None:
     """Measure what one optimizer step does to the entropy, predicted and true."""
@@ -25,6 +31,7 @@ def probe(options: Options) -> None:
 
 
 @click.command()
+@with_report
 @configured
 def sweep(options: Options) -> None:
     """Truth and both predictions over a grid of step sizes; continues if interrupted."""
@@ -32,6 +39,7 @@ def sweep(options: Options) -> None:
 
 
 @click.command()
+@with_report
 @configured
 @click.option("--verify", is_flag=True, help="Take every what-if step for real.")
 def attribute(options: Options, verify: bool) -> None:
@@ -42,6 +50,7 @@ def attribute(options: Options, verify: bool) -> None:
 
 
 @click.command()
+@with_report
 @configured
 def audit(options: Options) -> None:
     """Why is the predicted change zero, noisy or wrong? Every check on all of E."""
@@ -51,6 +60,8 @@ def audit(options: Options) -> None:
 def _run_job(name: str, options: Options) -> None:
     """Run a job that leaves a run directory, and exit with its code."""
     config = load(options)
+    if options.report:
+        require_report()
     out = output_folder(options, config, name)
     sys.exit(run_ranks(lambda world: _job(name, config, world, out, options)))
 
@@ -64,6 +75,7 @@ def _job(
     from entropy_ddp.probe.sweep import run_sweep
     from entropy_ddp.report import attribution, tables
     from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.report.writing import write_report
     from entropy_ddp.results import prepare_folder, write_results
 
     job, show = {
@@ -84,6 +96,10 @@ def _job(
         show(console, probed.results, str(out))
         if name == "probe" and probed.results.attribution is not None:
             attribution.print_shares(console, probed.results)
+    if options.report:
+        written = write_report([out], None)
+        if console is not None:
+            console.print(f"page: {written.page}", soft_wrap=True)
     if options.as_json:
         click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
     # Only this rank says so: a launcher stops the others at the first non-zero code.

@@ -23,6 +23,7 @@ class Options:
     overwrite: bool
     quiet: bool
     as_json: bool
+    report: bool = False
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,7 +57,7 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapper(**arguments: Any) -> None:
         names = Options.__dataclass_fields__
-        options = {name: arguments.pop(name) for name in names}
+        options = {name: arguments.pop(name) for name in names if name in arguments}
         command(Options(**options), **arguments)
 
     return wrapper

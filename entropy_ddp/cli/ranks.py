@@ -53,6 +53,18 @@ def print_failure(error: Exception, world: "World | None") -> None:
     console.print(str(error), markup=False, highlight=False, soft_wrap=True)
 
 
+def require_report() -> None:
+    """Exit before anything expensive if a page is asked for and cannot be made."""
+    from entropy_ddp.report.writing import require_report_extra
+
+    try:
+        require_report_extra()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print_failure(error, None)
+        sys.exit(EXIT_INPUT)
+
+
 def load(options: Options) -> "Config":
     """The configuration; on a mistake, rank 0 says so and every rank exits."""
     from entropy_ddp.config import load_config

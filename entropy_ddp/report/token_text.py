@@ -70,7 +70,7 @@ def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenT
     for row in run.tokens():
         if row["index"] in rows:
             rows[row["index"]].append(row)
-    largest = max((abs(row["share"]) for found in rows.values() for row in found))
+    largest = max(abs(row["share"]) for found in rows.values() for row in found)
     unit = UNITS[run.document["linear"]["normalize"]]
     texts = [_text(index, rows[index], update, largest) for index in chosen]
     return TokenTexts(

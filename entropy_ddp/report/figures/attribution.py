@@ -94,7 +94,7 @@ def _bars(groups: Sequence[tuple[str, list[Bar]]], unit: str) -> Any:
         for tick, (_, value) in zip(axes.get_yticklabels(), labels, strict=True):
             if value is None:
                 tick.set_color(palette.muted)
-                tick.set_style("italic")
+                tick.set_fontstyle("italic")
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         exponent = common_exponent([value or 0 for _, value in labels])
@@ -110,14 +110,18 @@ def shares_against(tokens: dict[str, np.ndarray], key: str, normalize: str) -> F
         "logp": (
             "log p of the token [nats]",
             "Shares by probability of the token",
-            "Tokens on the left were improbable when drawn: one of them moves the "
-            "policy far more than a token it was sure of.",
+            (
+                "Tokens on the left were improbable when drawn: one of them moves the "
+                "policy far more than a token it was sure of."
+            ),
         ),
         "covariance": (
             "(log p − mean)(A − mean)",
             "Shares by covariance score",
-            "The covariance score is a cheap stand-in for the share: a good one would "
-            "put blue on the right and orange on the left.",
+            (
+                "The covariance score is a cheap stand-in for the share: a good one would "
+                "put blue on the right and orange on the left."
+            ),
         ),
     }[key]
     share = tokens["share"]

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -107,11 +108,10 @@ class Figure:
         return figure
 
 
-def _settings(palette: Palette, name: str) -> dict[str, object]:
+def _settings(palette: Palette, name: str) -> dict[Any, Any]:
     """matplotlib's settings for one figure, whatever a matplotlibrc says."""
     inside = palette is NAMED
-    return {
-        **matplotlib.rcParamsDefault,
+    own = {
         "backend": "agg",
         "svg.hashsalt": name,
         "svg.fonttype": "none",
@@ -140,6 +140,7 @@ def _settings(palette: Palette, name: str) -> dict[str, object]:
         "savefig.facecolor": "none" if inside else palette.paper,
         "axes.unicode_minus": True,
     }
+    return dict(matplotlib.rcParamsDefault) | own
 
 
 def _for_page(svg: str, name: str) -> str:

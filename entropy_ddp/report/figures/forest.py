@@ -66,8 +66,7 @@ def draw_forest(
     axes.tick_params(axis="y", length=0, labelcolor=palette.ink)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
-    ends = [row.value + 2 * (row.error or 0) for row in rows]
-    ends += [row.value - 2 * (row.error or 0) for row in rows]
-    exponent = common_exponent(ends)
+    furthest = max(abs(row.value) + 2 * (row.error or 0) for row in rows)
+    exponent = common_exponent([furthest])
     scale_ticks(axes, "x", exponent)
     axes.set_xlabel(unit_label(label, unit, exponent))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
@@ -70,7 +71,7 @@ def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
     falls = sum(stage.truth < 0 for stage in stages)
     values = [stage.truth for stage in stages] + [stage.linear for stage in stages]
     exponent = common_exponent(values)
-    gaps = [b.place - a.place for a, b in zip(stages, stages[1:])]
+    gaps = [b.place - a.place for a, b in pairwise(stages)]
     shift = 0.06 * min(gaps)
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
