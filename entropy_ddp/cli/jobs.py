@@ -62,15 +62,15 @@ def _job(
     from entropy_ddp.probe.attribution import run_attribution
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
-    from entropy_ddp.report import attribution, tables
+    from entropy_ddp.report import attribution, runs
     from entropy_ddp.report.progress import phase_progress
     from entropy_ddp.results import prepare_folder, write_results
 
     job, show = {
-        "probe": (run_probe, tables.print_results),
-        "sweep": (run_sweep, tables.print_sweep),
+        "probe": (run_probe, runs.print_results),
+        "sweep": (run_sweep, runs.print_sweep),
         "attribute": (run_attribution, attribution.print_attribution),
-        "audit": (run_audit, tables.print_diagnosis),
+        "audit": (run_audit, runs.print_diagnosis),
     }[name]
     if world.is_main:
         prepare_folder(out, options.overwrite)
