@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import error_console, stdout_kept, table_console
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import load, run_ranks
 
@@ -31,7 +36,10 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
     from entropy_ddp.report.progress import phase_progress
 
     console = table_console(world, options)
-    with phase_progress(console) as progress, stdout_kept(options):
+    with (
+        phase_progress(progress_console(world, options)) as progress,
+        stdout_kept(options),
+    ):
         summaries = run_sample(config, world, out, options.overwrite, progress)
     if console is not None:
         print_samples(console, summaries, str(out))
@@ -57,7 +65,7 @@ def _check(config: "Config", world: "World", options: Options) -> int:
     from entropy_ddp.report.progress import phase_progress
 
     console = table_console(world, options)
-    with phase_progress(console) as progress:
+    with phase_progress(progress_console(world, options)) as progress:
         found = inspect_run(config, world, progress)
     if console is not None:
         print_inspection(console, found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import stdout_kept, table_console
+from entropy_ddp.cli.console import progress_console, stdout_kept, table_console
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
 
@@ -85,7 +85,10 @@ def _job(
     if world.is_main:
         prepare_folder(out, options.overwrite)
     console = table_console(world, options)
-    with phase_progress(console) as progress, stdout_kept(options):
+    with (
+        phase_progress(progress_console(world, options)) as progress,
+        stdout_kept(options),
+    ):
         probed = job(config, world, out, progress)
     if not world.is_main:
         return 0
