@@ -32,8 +32,8 @@ def sample(options: Options) -> None:
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
     from entropy_ddp.probe.sample import run_sample
-    from entropy_ddp.report.inputs import print_samples
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.inputs import print_samples
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)
     with (
@@ -61,8 +61,8 @@ def check(options: Options) -> None:
 
 def _check(config: "Config", world: "World", options: Options) -> int:
     from entropy_ddp.probe.inspect import inspect_run
-    from entropy_ddp.report.inputs import print_inspection
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.inputs import print_inspection
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)
     with phase_progress(progress_console(world, options)) as progress:
@@ -90,7 +90,7 @@ def demo(out: Path, seed: int, quiet: bool) -> None:
 
 def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
     from entropy_ddp.probe.demonstration import make_demo
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = None if quiet else error_console()
     with phase_progress(console) as progress:

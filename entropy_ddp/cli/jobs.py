@@ -72,9 +72,9 @@ def _job(
     from entropy_ddp.probe.attribution import run_attribution
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
-    from entropy_ddp.report import attribution, runs
-    from entropy_ddp.report.progress import phase_progress
     from entropy_ddp.results import prepare_folder, write_results
+    from entropy_ddp.terminal import attribution, runs
+    from entropy_ddp.terminal.progress import phase_progress
 
     job, show = {
         "probe": (run_probe, runs.print_results),

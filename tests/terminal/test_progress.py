@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from entropy_ddp.report.progress import (
+from entropy_ddp.terminal.progress import (
     SECONDS_BETWEEN_LINES,
     Lines,
     phase_progress,
