@@ -215,7 +215,9 @@ def write_run(
     rows: list[dict[str, Any]] = []
     folder.mkdir(parents=True)
     if texts is not None:
-        document |= attribution_part(texts, [prompt, texts[0][0], "".join(texts[0][1:])])
+        document |= attribution_part(
+            texts, [prompt, texts[0][0], "".join(texts[0][1:])]
+        )
         rows = update_rows(texts, [prompt] * len(texts))
         with gzip.open(folder / "tokens.jsonl.gz", "wt") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in token_rows(texts))

@@ -11,6 +11,7 @@ from entropy_ddp.report.words import (
     UNITS,
     count,
     exact,
+    in_line,
     number,
     percent,
     percent_with_error,
@@ -183,7 +184,7 @@ def _strongest(tokens: list[dict[str, Any]]) -> str:
         return ""
     before, token, after = tokens[0]["context"]
     verb = "lowers" if tokens[0]["share"] < 0 else "raises"
-    context = f"{visible(before)}[{visible(token)}]{visible(after)}"
+    context = f"{in_line(before)}[{visible(token)}]{in_line(after)}"
     line = tokens[0]["index"] + 1
     return f"The strongest token {verb} it: {context}, line{FIXED}{line} of U."
 

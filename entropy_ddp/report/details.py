@@ -40,6 +40,33 @@ def estimators(document: Document) -> Table:
     )
 
 
+def change(document: Document) -> Table:
+    """The headline's numbers."""
+    truth, linear = document["truth"], document["linear"]
+    eta = document["update"]["learning_rate_used"]
+    numbers = {
+        "entropy before": truth["H_orig"],
+        "entropy after": truth["H_upd"],
+        "measured change": truth["delta_h_true"],
+        "its standard error": truth["se"],
+        "first-order change": linear["delta_h1"],
+        "its standard error, given the step": abs(eta) * linear["se"],
+        "standard error of their difference": linear["difference_se"],
+        "effective sample size, responses": truth["ess"],
+        "effective sample size over N": truth["ess_fraction"],
+        "responses with a clipped weight, share": truth["clip_fraction"],
+    }
+    rows = [[words(name), digits(value, 5)] for name, value in numbers.items()]
+    unit = UNITS[truth["normalize"]]
+    return Table(
+        title="The change as numbers",
+        columns=("quantity", "value"),
+        rows=rows,
+        caption=f"Entropies in {unit}; importance weights: {truth['is_mode']}.",
+        folded=True,
+    )
+
+
 def step(document: Document) -> Table:
     """The step and the terms of the slope."""
     update, linear = document["update"], document["linear"]

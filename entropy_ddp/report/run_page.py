@@ -64,7 +64,11 @@ def _prediction(document: Document) -> Section:
             change.prediction_against_truth(document),
             change.all_estimators(document),
         ),
-        tables=(details.estimators(document), details.step(document)),
+        tables=(
+            details.change(document),
+            details.estimators(document),
+            details.step(document),
+        ),
     )
 
 

@@ -131,7 +131,7 @@ def _token(row: Row, largest: float) -> Token:
     text = row.get("text", f"⟨{row['token_id']}⟩")
     sign = "cold" if share < 0 else "warm"
     return Token(
-        text=text if text.strip() and text.isprintable() else visible(text),
+        text=visible(text),
         sign=sign if strength >= 0.05 else "",
         strength=f"{strength:.2f}".removeprefix("0"),
         numbers="|".join([str(row["k"]), *values]),

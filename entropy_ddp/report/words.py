@@ -120,13 +120,17 @@ def listed(items: Iterable[str]) -> str:
     return f"{', '.join(head)} and {last}" if head else last
 
 
-def visible(text: str) -> str:
-    """A token's text with its white space shown; a line feed stays one."""
-    if text == "":
-        return "∅"
-    shown = text.replace(" ", "·").replace("\t", "→")
-    shown = shown.replace("\r", "␍").replace("\n", "↵")
+def in_line(text: str) -> str:
+    """Text on one line: line feeds, tabs and what cannot be printed are shown."""
+    shown = text.replace("\t", "→").replace("\r", "␍").replace("\n", "↵")
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def visible(token: str) -> str:
+    """A token's text on one line; one of white space only is shown too."""
+    if token == "":
+        return "∅"
+    return in_line(token if token.strip(" ") else token.replace(" ", "·"))
 
 
 def short_name(parameter: str) -> str:

@@ -51,7 +51,11 @@ def test_probe_sweep_and_attribution_make_one_page(tmp_path: Path) -> None:
 def test_a_part_that_no_run_has_is_left_out(tmp_path: Path) -> None:
     """No empty boxes."""
     page = run_page(subjects_of(write_run(tmp_path / "probe"))[0])
-    assert [section.id for section in page.sections] == ["prediction", "responses", "run"]
+    assert [section.id for section in page.sections] == [
+        "prediction",
+        "responses",
+        "run",
+    ]
     assert [glance.question for glance in page.glances] == [
         "How much?", "How sure?", "To be trusted?",
     ]  # fmt: skip
@@ -131,7 +135,9 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
     assert [row[1].title for row in rows] == ["0.25", "0.2", "0.1"]
     assert [row[-1].text for row in rows] == ["ok", "untrusted", "ok"]
     assert page.alarm == "1 of 3 checkpoints not to be trusted: step40."
-    assert "".join(page.headline) == "One step lowers the entropy at 3 of 3 checkpoints."
+    assert (
+        "".join(page.headline) == "One step lowers the entropy at 3 of 3 checkpoints."
+    )
     assert page.figures[0].title == "The entropy falls from 0.25 to 0.1"
 
 

@@ -67,7 +67,8 @@ def test_signs_are_typeset() -> None:
 
 def test_white_space_is_visible() -> None:
     """As tokens of white space matter as much as others."""
-    assert visible(" a\n\t\r") == "·a↵→␍"
+    assert visible("  ") == "··"
+    assert visible(" a\n\t\r") == " a↵→␍"
     assert visible("") == "∅"
     assert visible("\x1b") == "\\x1b"
 

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import matplotlib
@@ -38,15 +39,17 @@ class Palette:
     paper: str
 
 
-PRINTED = Palette(
-    ink="#1c2128", muted="#59636e", grid="#e2e6ea", accent="#6b4fb0",
-    cold="#1f6fb4", warm="#c2570c", paper="#ffffff",
-)  # fmt: skip
-# Colours that stand for the page's variables of the same names until they are replaced.
-NAMED = Palette(
-    ink="#010203", muted="#010204", grid="#010205", accent="#010206",
-    cold="#010207", warm="#010208", paper="#010209",
-)  # fmt: skip
+# The light colours of style.css. No two are equal: in the page each becomes the variable
+# of its name.
+PALETTE = Palette(
+    ink="#1c2128",
+    muted="#59636e",
+    grid="#e2e6ea",
+    accent="#6b4fb0",
+    cold="#1f6fb4",
+    warm="#c2570c",
+    paper="#ffffff",
+)
 
 Draw = Callable[[MatplotlibFigure, Palette], None]
 
@@ -71,46 +74,51 @@ class Figure:
 
     def inline_svg(self) -> str:
         """The <svg> element for the page."""
-        text = _for_page(self._svg(NAMED), self.name)
+        text = _for_page(self._svg, self.name)
         label = f'role="img" aria-labelledby="{self.name}-title {self.name}-caption"'
         return text.replace("<svg ", f"<svg {label} ", 1)
 
     def svg_file(self) -> bytes:
         """The content of the SVG file."""
-        return self._svg(PRINTED).encode()
+        return self._svg.encode()
 
     def png_file(self) -> bytes:
         """The content of the PNG file."""
-        with matplotlib.rc_context(_settings(PRINTED, self.name)):
-            stream = io.BytesIO()
-            self._drawn(PRINTED).savefig(
+        stream = io.BytesIO()
+        with matplotlib.rc_context(_settings(self.name)):
+            self._drawn.savefig(
                 stream,
                 format="png",
                 dpi=72 * PNG_PIXELS_PER_POINT,
-                facecolor=PRINTED.paper,
                 metadata={"Software": None},
             )
         return stream.getvalue()
 
-    def _svg(self, palette: Palette) -> str:
-        with matplotlib.rc_context(_settings(palette, self.name)):
-            stream = io.StringIO()
-            canvas = FigureCanvasSVG(self._drawn(palette))
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            canvas.print_svg(stream, metadata=nothing)
+    @cached_property
+    def _svg(self) -> str:
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with matplotlib.rc_context(_settings(self.name)):
+            FigureCanvasSVG(self._drawn).print_svg(stream, metadata=nothing)
         return stream.getvalue()
 
-    def _drawn(self, palette: Palette) -> MatplotlibFigure:
-        figure = MatplotlibFigure(
-            figsize=(WIDTH / 72, self.height / 72), dpi=72, layout="constrained"
-        )
-        self.draw(figure, palette)
+    @cached_property
+    def _drawn(self) -> MatplotlibFigure:
+        with matplotlib.rc_context(_settings(self.name)):
+            size = (WIDTH / 72, self.height / 72)
+            figure = MatplotlibFigure(figsize=size, dpi=72, layout="constrained")
+            self.draw(figure, PALETTE)
+            # Both files are drawn in the same layout, which costs more than drawing.
+            engine = figure.get_layout_engine()
+            assert engine is not None
+            engine.execute(figure)
+            figure.set_layout_engine("none")
         return figure
 
 
-def _settings(palette: Palette, name: str) -> dict[Any, Any]:
+def _settings(name: str) -> dict[Any, Any]:
     """matplotlib's settings for one figure, whatever a matplotlibrc says."""
-    inside = palette is NAMED
+    palette = PALETTE
     own = {
         "backend": "agg",
         "svg.hashsalt": name,
@@ -136,8 +144,8 @@ def _settings(palette: Palette, name: str) -> dict[Any, Any]:
         "legend.frameon": False,
         "legend.fontsize": 11,
         "legend.handlelength": 1.6,
-        "figure.facecolor": "none" if inside else palette.paper,
-        "savefig.facecolor": "none" if inside else palette.paper,
+        "figure.facecolor": palette.paper,
+        "savefig.facecolor": palette.paper,
         "axes.unicode_minus": True,
     }
     return dict(matplotlib.rcParamsDefault) | own
@@ -163,7 +171,7 @@ def _for_page(svg: str, name: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
     svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", svg)
     for field in fields(Palette):
-        svg = svg.replace(getattr(NAMED, field.name), f"var(--{field.name})")
+        svg = svg.replace(getattr(PALETTE, field.name), f"var(--{field.name})")
     return re.sub(r">\s+<", "><", svg).strip()
 
 

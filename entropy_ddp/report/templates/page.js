@@ -2,6 +2,7 @@
   "use strict";
   const tip = document.getElementById("tip");
   const names = ["position", "share", "log p", "entropy", "covariance score"];
+  let active = null;
   const isToken = (node) => node instanceof Element && node.matches("[data-n]");
 
   function rows(token) {
@@ -27,8 +28,14 @@
     }
     tip.replaceChildren(table);
     tip.hidden = false;
-    token.setAttribute("aria-describedby", "tip");
-    const place = token.getBoundingClientRect();
+    active = token;
+    active.setAttribute("aria-describedby", "tip");
+    stayBeside();
+  }
+
+  function stayBeside() {
+    if (!active) return;
+    const place = active.getBoundingClientRect();
     const left = Math.min(place.left, innerWidth - tip.offsetWidth - 8);
     const above = place.top - tip.offsetHeight - 8;
     tip.style.left = Math.max(8, left) + "px";
@@ -37,9 +44,8 @@
 
   function hide() {
     tip.hidden = true;
-    for (const token of document.querySelectorAll("[aria-describedby=tip]")) {
-      token.removeAttribute("aria-describedby");
-    }
+    if (active) active.removeAttribute("aria-describedby");
+    active = null;
   }
 
   function onEnter(event) {
@@ -65,13 +71,22 @@
     });
   }
 
-  for (const kind of ["mouseover", "focusin", "click"]) {
-    document.addEventListener(kind, onEnter);
-  }
+  // When the page scrolls under a pointer at rest, the pointer asks for nothing.
+  let pointer = "";
+  const placeOf = (event) => `${event.screenX} ${event.screenY}`;
+  document.addEventListener("mouseover", (event) => {
+    if (placeOf(event) !== pointer) onEnter(event);
+  });
+  document.addEventListener("mousemove", (event) => {
+    pointer = placeOf(event);
+  });
+  for (const kind of ["focusin", "click"]) document.addEventListener(kind, onEnter);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hide();
   });
-  addEventListener("scroll", hide, { passive: true });
+  for (const kind of ["scroll", "resize"]) {
+    addEventListener(kind, stayBeside, { passive: true });
+  }
 
   // A link to something folded opens it.
   addEventListener("hashchange", () => {
