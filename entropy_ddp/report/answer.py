@@ -9,9 +9,9 @@ from entropy_ddp.report.words import (
     FIXED,
     LOSSES,
     UNITS,
+    around,
     count,
     exact,
-    in_line,
     number,
     percent,
     percent_with_error,
@@ -25,6 +25,8 @@ from entropy_ddp.report.words import (
 Document = dict[str, Any]
 # Changes smaller than this many standard errors are not called falls or rises.
 RESOLVED = 2.0
+# Characters on both sides of the strongest token.
+CONTEXT = 24
 
 
 def subject_of(update: dict[str, Any]) -> str:
@@ -168,6 +170,9 @@ def _what_did_it(document: Document) -> Glance:
     same_sign = all(part * total >= 0 for part in named.values())
     answer = f"{name}, {percent(value / total)}" if same_sign else name
     gradient = found["gradient"]
+    if not gradient:
+        detail = "The gradient of U is zero."
+        return Glance(question="What did it?", answer=answer, detail=detail)
     own = percent(gradient / total) if same_sign else number(gradient, 3, signed=True)
     detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
     half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
@@ -183,8 +188,9 @@ def _strongest(tokens: list[dict[str, Any]]) -> str:
     if not tokens or "context" not in tokens[0]:
         return ""
     before, token, after = tokens[0]["context"]
+    before, after = around(before, after, CONTEXT)
     verb = "lowers" if tokens[0]["share"] < 0 else "raises"
-    context = f"{in_line(before)}[{visible(token)}]{in_line(after)}"
+    context = f"{before}[{visible(token)}]{after}"
     line = tokens[0]["index"] + 1
     return f"The strongest token {verb} it: {context}, line{FIXED}{line} of U."
 

@@ -44,9 +44,10 @@ def comparison_page(subjects: Sequence[Subject]) -> Page:
         subjects = [subjects[place] for place in order]
         steps = [steps[place] for place in order]
     places = steps if by_step else range(1, len(subjects) + 1)
+    labels = [f"step {step:,}" for step in steps] if by_step else _names(subjects)
     stages = [
-        _stage(subject, place or 0, _label(subject, steps[number], by_step))
-        for number, (subject, place) in enumerate(zip(subjects, places, strict=True))
+        _stage(subject, place or 0, label)
+        for subject, place, label in zip(subjects, places, labels, strict=True)
     ]
     return _page(subjects, stages, by_step)
 
@@ -77,8 +78,11 @@ def _require_one_unit(subjects: Sequence[Subject]) -> None:
         )
 
 
-def _label(subject: Subject, step: int | None, by_step: bool) -> str:
-    return f"step {step:,}" if by_step else subject.main.folder.resolve().name
+def _names(subjects: Sequence[Subject]) -> list[str]:
+    """Names of the run directories, or their whole paths if two are equal."""
+    folders = [subject.main.folder for subject in subjects]
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def _stage(subject: Subject, place: float, label: str) -> Stage:
@@ -100,15 +104,14 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
     normalize = subjects[0].document["truth"]["normalize"]
     unit = UNITS[normalize]
     things = "checkpoint" if by_step else "run"
-    bad = [s for s in subjects if s.document["status"] != "ok"]
+    named = list(zip((stage.label for stage in stages), subjects, strict=True))
+    bad = [label for label, s in named if s.document["status"] != "ok"]
     alarm = ""
     if bad:
-        names = ", ".join(subject.main.folder.resolve().name for subject in bad)
-        alarm = (
-            f"{len(bad)} of {count(len(subjects), things)} not to be trusted: {names}."
-        )
+        of_all = f"{len(bad)} of {count(len(subjects), things)}"
+        alarm = f"{of_all} not to be trusted: {', '.join(bad)}."
     checks = sum(len(subject.document["audit"]) for subject in subjects)
-    complaints = _complaints(subjects)
+    complaints = _complaints(named)
     checked = f"All {count(checks, 'check')} passed."
     if complaints:
         checked = f"{len(complaints)} of {count(checks, 'check')} complain."
@@ -196,16 +199,16 @@ def _glances(stages: Sequence[Stage]) -> list[Glance]:
     return found
 
 
-def _complaints(subjects: Sequence[Subject]) -> list[Complaint]:
+def _complaints(named: Sequence[tuple[str, Subject]]) -> list[Complaint]:
     found = [
         Complaint(
             verdict=complaint.verdict,
-            name=f"{subject.main.folder.resolve().name}: {complaint.name}",
+            name=f"{label}: {complaint.name}",
             value=complaint.value,
             expected=complaint.expected,
             hint=complaint.hint,
         )
-        for subject in subjects
+        for label, subject in named
         for complaint in answer.complaints(subject.document["audit"])
     ]
     return sorted(found, key=lambda complaint: complaint.verdict)

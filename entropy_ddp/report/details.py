@@ -5,10 +5,20 @@ from typing import Any
 from entropy_ddp.report.answer import as_text
 from entropy_ddp.report.figures.change import estimator_rows
 from entropy_ddp.report.view import Cell, Table, digits, words
-from entropy_ddp.report.words import UNITS, percent, short_name, typeset, with_error
+from entropy_ddp.report.words import (
+    UNITS,
+    around,
+    percent,
+    short_name,
+    typeset,
+    visible,
+    with_error,
+)
 
 Document = dict[str, Any]
 AUDITS_ID = "audits"
+# Characters on both sides of a token.
+CONTEXT = 60
 
 
 def _share(value: float | None) -> Cell:
@@ -170,13 +180,14 @@ def top_tokens(document: Document) -> Table:
     """The tokens with the largest shares, in their context."""
     rows = []
     for row in document["attribution"]["top_tokens"]:
-        before, token, after = row.get("context", ("", f"⟨{row.get('token_id')}⟩", ""))
+        before, token, after = row.get("context", ("", "–", ""))
+        before, after = around(before, after, CONTEXT)
         rows.append(
             [
                 digits(row["share"], 3, signed=True),
                 Cell(
                     text="",
-                    marked=(before, token, after),
+                    marked=(before, visible(token), after),
                     sign="cold" if row["share"] < 0 else "warm",
                 ),
                 digits(row["logp"]),
@@ -188,7 +199,7 @@ def top_tokens(document: Document) -> Table:
         )
     unit = UNITS[document["linear"]["normalize"]]
     return Table(
-        title=f"The {len(rows)} tokens that matter most",
+        title="The tokens that matter most",
         columns=(
             f"share, {unit}", "token in its context", "log p", "entropy", "advantage",
             "line of U", "position",

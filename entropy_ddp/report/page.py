@@ -15,7 +15,6 @@ from markupsafe import Markup
 from entropy_ddp import __version__
 from entropy_ddp.report.figures.canvas import Figure
 from entropy_ddp.report.view import Page
-from entropy_ddp.report.words import in_line, visible
 
 
 def render_page(page: Page) -> str:
@@ -46,7 +45,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"svg": _svg, "visible": visible, "in_line": in_line}
+    environment.globals["svg"] = _svg
     return environment
 
 

@@ -93,7 +93,7 @@ def _sweep(subject: Subject) -> Section:
     sentences.append(
         f"Changes below {number(summary['noise_floor'], 2)} are rounding noise."
     )
-    for pair in summary.get("odd", [])[:1]:
+    for pair in summary.get("odd", [])[-1:]:
         sentences.append(
             "Steps to both sides were measured; half their difference at "
             f"{number(pair['eta'], 3)} is {number(pair['delta_h'], 4, signed=True)}."

@@ -94,7 +94,7 @@ def percent_with_error(share: float, error: float, *, signed: bool = True) -> st
 
 def percent(share: float, digits: int = 2, *, signed: bool = False) -> str:
     """A share as a percentage with this many significant digits."""
-    value = 100 * share
+    value = 100 * share + 0.0  # a share of nothing has no sign
     if value and abs(value) < 1e-2:
         return number(value, digits, signed=signed) + FIXED + "%"
     places = 0
@@ -124,6 +124,14 @@ def in_line(text: str) -> str:
     """Text on one line: line feeds, tabs and what cannot be printed are shown."""
     shown = text.replace("\t", "→").replace("\r", "␍").replace("\n", "↵")
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def around(before: str, after: str, most: int) -> tuple[str, str]:
+    """What stands directly before and after a token, this many characters of each."""
+    before, after = in_line(before), in_line(after)
+    head = before if len(before) <= most else "…" + before[-most:]
+    tail = after if len(after) <= most else after[:most] + "…"
+    return head, tail
 
 
 def visible(token: str) -> str:

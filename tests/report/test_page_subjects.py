@@ -134,7 +134,7 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
     assert [row[0].text for row in rows] == ["step 20", "step 40", "step 100"]
     assert [row[1].title for row in rows] == ["0.25", "0.2", "0.1"]
     assert [row[-1].text for row in rows] == ["ok", "untrusted", "ok"]
-    assert page.alarm == "1 of 3 checkpoints not to be trusted: step40."
+    assert page.alarm == "1 of 3 checkpoints not to be trusted: step 40."
     assert (
         "".join(page.headline) == "One step lowers the entropy at 3 of 3 checkpoints."
     )
@@ -150,6 +150,9 @@ def test_runs_without_steps_keep_their_order(tmp_path: Path) -> None:
     page = compare(*runs)
     rows = page.sections[0].tables[0].rows
     assert [row[0].text for row in rows] == ["second", "first"]
+    same = write_run(tmp_path / "other" / "first", config={"update.loss": "nll"})
+    rows = compare(runs[1], same).sections[0].tables[0].rows
+    assert [row[0].text for row in rows] == [str(runs[1]), str(same)]
 
 
 def test_different_units_are_not_compared(tmp_path: Path) -> None:

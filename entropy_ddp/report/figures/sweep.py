@@ -116,8 +116,9 @@ def sweep_missed(document: Document) -> Figure:
     """What first order misses in percent of it against step size."""
     points = [point for point in document["sweep"] if point["delta_h1"]]
     points.sort(key=lambda point: abs(point["eta"]))
-    largest = points[-1]
+    largest = max(points, key=lambda point: point["eta"])
     missed = abs(largest["delta_h_true"] / largest["delta_h1"] - 1)
+    mirrored = any(point["eta"] < 0 for point in points)
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
@@ -125,8 +126,9 @@ def sweep_missed(document: Document) -> Figure:
         axes.axhline(0, color=palette.accent, linewidth=1.4)
         for sign in (1, -1):
             side = [point for point in points if sign * point["eta"] > 0]
-            face = palette.ink if sign > 0 else "none"
-            etas = [abs(point["eta"]) for point in side]
+            face = palette.ink if sign > 0 else palette.paper
+            # Beside each other, so that the bars of one side do not hide the other's.
+            etas = [abs(point["eta"]) * (1 if sign > 0 else 1.12) for point in side]
             for point, eta in zip(side, etas, strict=True):
                 value, error = _missed(point, "delta_h_true")
                 ends = value - 2 * error, value + 2 * error
@@ -154,6 +156,7 @@ def sweep_missed(document: Document) -> Figure:
             "How far the measured change lies from first order, in percent of it, with "
             "two standard errors of the difference. The dashed line is the second order: "
             "where dots follow it, curvature explains what first order misses."
+            + (" Hollow dots are steps of the opposite direction." if mirrored else "")
         ),
         draw=draw,
         height=340,
