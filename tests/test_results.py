@@ -130,7 +130,11 @@ def test_replacing_results_removes_the_files_of_the_run_before(
     write_results(tmp_path, replace(probed, delta={"w": torch.ones(2)}), "seed: 0\n")
     plots = tmp_path / "plots"
     plots.mkdir()
-    for path in (tmp_path / "report.html", plots / "weights.png", plots / "weights.svg"):
+    for path in (
+        tmp_path / "report.html",
+        plots / "weights.png",
+        plots / "weights.svg",
+    ):
         path.write_text("of the run before")
     write_results(tmp_path, probed, "seed: 1\n")
     assert not listing(plots)

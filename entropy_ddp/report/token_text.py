@@ -21,6 +21,8 @@ NUM_RESPONSES = 12
 OPEN_TOKENS, FOLDED_TOKENS = 300, 400
 # Responses that are no longer fit side by side.
 SHORT_TOKENS = 40
+# Of a long prompt so many characters are shown, its last ones.
+PROMPT_END = 300
 DIGITS = 4
 COLUMNS = ("share", "logp", "covariance")
 
@@ -87,20 +89,23 @@ def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenT
 
 
 def _text(index: int, rows: list[Row], update: Columns, largest: float) -> TokenText:
-    title = f"Line {index + 1}"
     place = update["index"].index(index)
-    for name, column in (("group", "group"), ("reward", "reward")):
-        if column in update:
-            value = update[column][place]
+    title = f"Line {index + 1}"
+    for name in ("group", "reward"):
+        if name in update:
+            value = update[name][place]
             shown = number(value) if isinstance(value, float) else value
             title += f" · {name} {shown}"
     title += f" · share {number(update['share'][place], 3, signed=True)}"
     prompt = update["prompt"][place] if "prompt" in update else ""
+    prompt = prompt if isinstance(prompt, str) else ""
+    if len(prompt) > PROMPT_END:
+        prompt = "…" + prompt[-PROMPT_END:]
     start, end = _window([abs(row["share"]) for row in rows])
     first, last = max(0, start - FOLDED_TOKENS), min(len(rows), end + FOLDED_TOKENS)
     return TokenText(
         title=title,
-        prompt=prompt if isinstance(prompt, str) else "",
+        prompt=prompt,
         advantage=number(rows[0]["advantage"], DIGITS, signed=True),
         before=_tokens(rows[first:start], largest),
         shown=_tokens(rows[start:end], largest),

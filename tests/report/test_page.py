@@ -137,8 +137,11 @@ def test_text_from_files_stays_text(outline: Outline, html: str) -> None:
     assert sum(tag == "script" for tag, _ in outline.tags) == 1
     assert not any(tag == "img" for tag, _ in outline.tags)
     assert not any(name.startswith("on") for _, f in outline.tags for name in f)
-    # Two prompts, a token, and twice the context on both sides of the strongest one.
-    assert outline.text.count(HOSTILE) == 7
+    # Two prompts and a token, and the context of the strongest one in two lengths.
+    assert outline.text.count(HOSTILE) == 3
+    for most in (24, 60):
+        assert f"…{HOSTILE[-most:]}" in outline.text
+        assert f"{HOSTILE[:most]}…" in outline.text
     assert "alert(1)" not in re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
 
 
@@ -195,8 +198,10 @@ def test_an_untrusted_run_says_so_first(tmp_path: Path) -> None:
 
 def test_long_responses_fold(tmp_path: Path) -> None:
     """What surrounds the strongest token is open, more can be opened, the rest named."""
-    run = write_run(tmp_path / "run", texts=[["ab "] * 900, ["3"]])
+    texts = [["ab "] * 900, ["3"]]
+    run = write_run(tmp_path / "run", texts=texts, prompt="p" * 5000 + "end")
     html = render_page(page_of(run))
+    assert "…" + "p" * 297 + "end" in html and "p" * 298 not in html
     assert html.count("data-n=") == 300 + 400 + 1
     assert "400 tokens after, and 200 more that are not on this page" in html
 
@@ -210,11 +215,11 @@ def test_many_sequences_stay_small(tmp_path: Path) -> None:
         "contribution_true": draw.normal(size=count).tolist(),
     }
     figure = against(columns, "per_token", "num_tokens")
-    assert "100,000 responses are counted in hexagons" in figure.caption
+    assert figure.caption.startswith("100,000 responses of E, counted in hexagons")
     assert len(figure.inline_svg()) < 600_000
     few = {key: values[:LARGEST_SCATTER] for key, values in columns.items()}
     dots = against(few, "per_token", "num_tokens")
-    assert "hexagons" not in dots.caption
+    assert dots.caption.startswith("Each dot is a response of E.")
     assert dots.inline_svg().count("<use") > LARGEST_SCATTER
 
 
@@ -235,3 +240,51 @@ def test_contributions_shown_are_all_of_them(tmp_path: Path) -> None:
     titles = [figure.title for figure in page_of(run).figures]
     shown = f"{100 * falls / len(rows):.0f}\N{NO-BREAK SPACE}%"
     assert f"{shown} of the responses lower the entropy" in titles
+
+
+UNUSUAL: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a given change": (
+        {"update.delta": "delta.safetensors", "update.loss": None, "U": None},
+        {"batches": {"E": {"file": "E.jsonl"}}, "update.delta": "delta.safetensors"},
+        "The given change of the parameters lowers the entropy",
+    ),
+    "no change": (
+        {
+            **{f"truth.{key}": 0.0 for key in ("delta_h_true", "se")},
+            **{f"linear.{key}": 0.0 for key in ("delta_h1", "se", "difference_se")},
+        },
+        {},
+        "leaves the entropy as it is",
+    ),
+    "no entropy": ({"truth.H_orig": 0.0, "truth.H_upd": 1e-9}, {}, "lowers"),
+    "a sweep that finds nothing": (
+        {
+            "sweep": [
+                {
+                    "eta": 1e-3, "delta_h_true": 0.0, "se": 0.0, "ess_fraction": 1.0,
+                    "delta_h1": 0.0, "delta_h1_se": 0.0, "difference_se": 0.0,
+                }
+            ],
+            "sweep_summary": {"noise_floor": 0.0},
+        },
+        {},
+        "agree at no step size",
+    ),
+    "all in all": (
+        {"truth.normalize": "sum", "linear.normalize": "sum"}, {}, "nats in all",
+    ),
+    "one response": ({"E.num_sequences": 1, "E.num_groups": 1}, {}, "1 prompt draw"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_runs_have_pages(tmp_path: Path, name: str) -> None:
+    """Nothing divides by what may be zero, or needs a part that may be absent."""
+    changes, config, said = UNUSUAL[name]
+    run = write_run(tmp_path / "run", changes, config)
+    document = json.loads((run / "results.json").read_text())
+    for place in (document, document["update"]):
+        for key in [key for key, value in place.items() if value is None]:
+            del place[key]
+    (run / "results.json").write_text(json.dumps(document))
+    assert said in Outline(render_page(page_of(run))).text

@@ -22,7 +22,7 @@ from entropy_ddp.report.figures.forest import (
     draw_forest,
     forest_height,
 )
-from entropy_ddp.report.figures.scatter import Axis, binned_note, scatter
+from entropy_ddp.report.figures.scatter import Axis, scatter, what_is_drawn
 from entropy_ddp.report.words import AXIS_UNITS, percent
 
 Document = dict[str, Any]
@@ -128,9 +128,7 @@ def shares_against(tokens: dict[str, np.ndarray], key: str, normalize: str) -> F
     return Figure(
         name=f"shares-by-{key}",
         title=title,
-        caption="Each dot is a token of U. "
-        + reading
-        + binned_note(len(share), "tokens"),
+        caption=what_is_drawn(len(share), "token of U") + " " + reading,
         draw=scatter(
             Axis(values=tokens[key], label=label),
             Axis(values=share, label="share", unit=AXIS_UNITS[normalize]),
@@ -145,8 +143,8 @@ def shares_by_reward(columns: dict[str, list[Any]], normalize: str) -> Figure:
         name="shares-by-reward",
         title="Shares of the responses in U by reward",
         caption=(
-            "Each dot is a response of U: the sum of its tokens' shares."
-            + binned_note(len(share), "responses")
+            what_is_drawn(len(share), "response of U")
+            + " Its share is the sum of its tokens' shares."
         ),
         draw=scatter(
             Axis(values=columns["reward"], label="reward"),

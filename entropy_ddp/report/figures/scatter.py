@@ -38,12 +38,13 @@ class Axis:
     whole: bool = False
 
 
-def binned_note(count: int, things: str) -> str:
-    """What a caption says of a scatter plot with so many points."""
+def what_is_drawn(count: int, thing: str) -> str:
+    """How a caption begins for so many points, `thing` as in `response of E`."""
     if count <= LARGEST_SCATTER:
-        return ""
+        return f"Each dot is a {thing}."
+    noun, _, rest = thing.partition(" ")
     return (
-        f" The {count:,} {things} are counted in hexagons: the stronger the colour, the "
+        f"{count:,} {noun}s {rest}, counted in hexagons: the stronger the colour, the "
         "more, on a logarithmic scale."
     )
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from entropy_ddp.report.figures.canvas import Figure
-from entropy_ddp.report.figures.scatter import Axis, binned_note, histogram, scatter
+from entropy_ddp.report.figures.scatter import Axis, histogram, scatter, what_is_drawn
 from entropy_ddp.report.words import AXIS_UNITS, number, percent
 
 Columns = dict[str, list[Any]]
@@ -43,15 +43,15 @@ def against(columns: Columns, normalize: str, key: str) -> Figure:
     }[key]  # fmt: skip
     captions = {
         "num_tokens": (
-            "Each dot is a response of E. If the long ones lie on one side of zero, the "
+            "If the long ones lie on one side of zero, the "
             "step changes how long responses are as well as how sure they are."
         ),
         "reward": (
-            "Each dot is a response of E. If one reward lies on one side of zero, the "
+            "If one reward lies on one side of zero, the "
             "step changes the entropy where the policy succeeds, or where it fails."
         ),
         "log_weight": (
-            "Each dot is a response of E. Those on the right become likelier by the "
+            "Those on the right become likelier by the "
             "step, those on the left less likely; a slope says that the change comes "
             "from which responses are drawn."
         ),
@@ -60,7 +60,7 @@ def against(columns: Columns, normalize: str, key: str) -> Figure:
     return Figure(
         name=f"contributions-by-{key.replace('_', '-')}",
         title=title,
-        caption=captions[key] + binned_note(len(true), "responses"),
+        caption=what_is_drawn(len(true), "response of E") + " " + captions[key],
         draw=scatter(
             Axis(values=columns[key], label=label, whole=whole),
             Axis(values=true, label="contribution", unit=AXIS_UNITS[normalize]),
