@@ -10,7 +10,6 @@ import torch
 
 from entropy_ddp.distributed import (
     LAUNCHER_VARIABLES,
-    World,
     process_group,
     single_process_warning,
 )
@@ -46,7 +45,6 @@ with process_group() as world:
             wrapped(torch.ones(1, 2)).sum().backward()
     found["weight"] = linear.weight.detach().tolist()
     found["gradient"] = [] if linear.weight.grad is None else linear.weight.grad.tolist()
-    found["first to fail"] = world.claim_failure("the same message")
     Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(found))
 """
 
@@ -67,7 +65,6 @@ def test_without_a_launcher_every_function_works_on_the_local_value(
         assert gathered.tolist() == [[2.0, 3.0], [4.0, 5.0], [0.0, 1.0]]
         assert world.gather_objects("mine") == ["mine"]
         assert world.wrap(module) is module
-        assert world.claim_failure("anything")
         assert world.collectives == {
             "parameter buffers": (1, 16),
             "scalars": (2, 8 + 48),
@@ -111,11 +108,6 @@ def test_collectives_and_their_bytes_are_counted(ranks: list[dict[str, Any]]) ->
         "objects": [1, 0],
     }
     assert all(own["collectives"] == expected for own in ranks)
-
-
-def test_one_rank_only_is_the_first_to_fail(ranks: list[dict[str, Any]]) -> None:
-    """Ranks that fail at the same time with the same message print it once."""
-    assert sum(own["first to fail"] for own in ranks) == 1
 
 
 def test_a_wrapped_module_keeps_its_own_parameters(ranks: list[dict[str, Any]]) -> None:
@@ -201,14 +193,3 @@ def test_running_alone_when_several_were_asked_for_is_said(
     assert (warning is not None) == warns
     if warning is not None:
         assert "this process runs alone; start with torchrun" in warning
-
-
-def test_a_rank_whose_store_is_gone_stays_silent() -> None:
-    """The store lives on rank 0; if that has failed, it has said so itself."""
-
-    class GoneStore:
-        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-            raise RuntimeError("Connection was likely closed")
-
-    world = World(rank=1, world_size=2, store=GoneStore())
-    assert not world.claim_failure("collective failed")

@@ -52,7 +52,12 @@ def _run_job(name: str, options: Options) -> None:
     """Run a job that leaves a run directory, and exit with its code."""
     config = load(options)
     out = output_folder(options, config, name)
-    sys.exit(run_ranks(lambda world: _job(name, config, world, out, options)))
+    sys.exit(
+        run_ranks(
+            lambda world: _job(name, config, world, out, options),
+            config.compute.rank_timeout_seconds,
+        )
+    )
 
 
 def _job(
