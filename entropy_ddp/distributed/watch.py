@@ -81,7 +81,7 @@ class Watch:
         now = time.monotonic()
         others = (other for other in range(world_size) if other != rank)
         self._seen = {other: _Seen(Sign(), now) for other in others}
-        self._answered = now
+        self._answered = self._exchanged = now
         self._failure: Failure | None = None
         self._is_store_gone = False
         self._is_finishing = False
@@ -134,6 +134,9 @@ class Watch:
             is_suspect: whether the failure may be due to a rank that is gone.
         """
         ignore_signals()
+        if self._is_store_gone:
+            # The guard may be in the middle of its message: this waits for it.
+            _leave(self._lose_store(f"{self._holder()} is gone").code)
         self._code = code
         self._leave_at = (
             time.monotonic() + _GONE_SECONDS + _TELL_SECONDS + _GRACE_SECONDS
@@ -219,12 +222,12 @@ class Watch:
         ledger.sign(self._rank, sign)
         signs = ledger.signs(list(self._seen))
         now = time.monotonic()
-        was_absent = now - self._answered > _ABSENT_SECONDS
+        was_absent = now - self._exchanged > _ABSENT_SECONDS
         for rank, seen in self._seen.items():
             found = signs.get(rank, seen.sign)
             if found != seen.sign or was_absent:
                 self._seen[rank] = _Seen(found, now)
-        self._answered = now
+        self._answered = self._exchanged = now
         if self._failure is not None:
             return
         first = ledger.first_failure()
@@ -289,6 +292,7 @@ class Watch:
     def _lose_store(self, message: str) -> Failure:
         """The failure of a run that has no store; told by its lowest rank."""
         with self._losing:
+            self._is_store_gone = True
             if self._failure is None:
                 self._failure = Failure(
                     rank=self._rank, code=_CODE_FAILED, message=message
