@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import error_console, stdout_kept, table_console
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import load, run_ranks
 
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @configured
 def sample(options: Options) -> None:
-    """Roll E and U out of the checkpoint and write them as rollout files."""
+    """Roll E and U out of the checkpoint into rollout files."""
     config = load(options)
     out = output_folder(options, config, "sample")
     sys.exit(
@@ -32,11 +37,14 @@ def sample(options: Options) -> None:
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
     from entropy_ddp.probe.sample import run_sample
-    from entropy_ddp.report.inputs import print_samples
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.inputs import print_samples
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)
-    with phase_progress(console) as progress, stdout_kept(options):
+    with (
+        phase_progress(progress_console(world, options)) as progress,
+        stdout_kept(options),
+    ):
         summaries = run_sample(config, world, out, options.overwrite, progress)
     if console is not None:
         print_samples(console, summaries, str(out))
@@ -48,7 +56,10 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
 @click.command()
 @configured
 def check(options: Options) -> None:
-    """Validate configuration, checkpoint and batches; run nothing expensive."""
+    """Validate a configuration, its checkpoint and its batches.
+
+    Runs nothing expensive.
+    """
     config = load(options)
     sys.exit(
         run_ranks(
@@ -60,11 +71,11 @@ def check(options: Options) -> None:
 
 def _check(config: "Config", world: "World", options: Options) -> int:
     from entropy_ddp.probe.inspect import inspect_run
-    from entropy_ddp.report.inputs import print_inspection
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.inputs import print_inspection
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)
-    with phase_progress(console) as progress:
+    with phase_progress(progress_console(world, options)) as progress:
         found = inspect_run(config, world, progress)
     if console is not None:
         print_inspection(console, found)
@@ -89,7 +100,7 @@ def demo(out: Path, seed: int, quiet: bool) -> None:
 
 def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
     from entropy_ddp.probe.demonstration import make_demo
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = None if quiet else error_console()
     with phase_progress(console) as progress:
