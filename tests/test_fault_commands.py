@@ -145,7 +145,9 @@ def test_untrusted_results_of_two_ranks_end_with_3(
 ) -> None:
     """The rank that writes them says so; its tables begin with the reason."""
     probe = ("probe", "--config", config, "--out", tmp_path / "out")
-    options = ("--set", "truth.ess_abort=0.9999", "--set", "truth.ess_warn=1")
+    # Of 6 sequences, one always counts as an effective size of 1/6.
+    values = ("update.lr_override=5.0", "truth.ess_abort=0.99", "truth.ess_warn=1")
+    options = [option for value in values for option in ("--set", value)]
     command = launching.python(*launching.PACKAGE, *probe, *options)
     first, second = launching.run_ranks(2, command)
     assert (first.returncode, second.returncode) == (3, 0)
