@@ -1,9 +1,8 @@
 """What the ranks tell each other beside the collectives, in the launcher's store."""
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -52,9 +51,7 @@ class Ledger:
 
     def __init__(self, store: Any) -> None:
         self._store = store.clone()
-        self._lock = threading.Lock()
         self._known: set[int] = set()
-        self._has_ended = False
 
     def claim(self, failure: Failure) -> Failure:
         """The first failure of the run, which is this one if there was none before."""
@@ -71,20 +68,18 @@ class Ledger:
 
     def set_told(self) -> None:
         """Let the other ranks know that the message of the failure is out."""
-        with _answering():
+        with suppress(StoreGone), _answering():
             self._store.set(_TOLD, "1")
 
     def wait_told(self, seconds: float) -> None:
         """Wait until the message of the failure is out, or for this long."""
-        with _answering():
+        with suppress(StoreGone), _answering():
             self._store.wait([_TOLD], timedelta(seconds=seconds))
 
     def sign(self, rank: int, sign: Sign) -> None:
-        """Leave a sign of life of this rank; after one that ended, none counts."""
-        with self._lock, _answering():
-            if not self._has_ended:
-                self._has_ended = sign.ended
-                self._store.set(f"{_SIGN}/{rank}", json.dumps(asdict(sign)))
+        """Leave a sign of life of this rank."""
+        with _answering():
+            self._store.set(f"{_SIGN}/{rank}", json.dumps(asdict(sign)))
 
     def signs(self, ranks: Sequence[int]) -> dict[int, Sign]:
         """The last sign of life of those ranks that ever gave one."""

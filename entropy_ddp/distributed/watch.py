@@ -87,7 +87,8 @@ class Watch:
         self._is_finishing = False
         self._leave_at: float | None = None
         self._code = _CODE_FAILED
-        self._losing = threading.Lock()
+        self._has_ended = False
+        self._losing, self._signing = threading.Lock(), threading.Lock()
         self._stop, self._hurry = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=target, daemon=True)
@@ -104,15 +105,15 @@ class Watch:
         self._is_finishing = self._rank != 0
         self._hurry.set()
         try:
-            self._ledger.sign(self._rank, Sign(ended=True))
+            self._sign(self._ledger, Sign(ended=True))
             while self._rank == 0 and self._remaining():
                 time.sleep(0.01)
         except StoreGone:
-            # Rank 0 had to wait for this rank; the guard sees to the other case.
+            # All that this rank had to do is done.
             pass
         self._stop.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(_GRACE_SECONDS)
 
     def behind(self) -> list[int]:
         """The ranks that have come to fewer collectives than this one."""
@@ -137,7 +138,7 @@ class Watch:
         if self._is_store_gone:
             # The guard may be in the middle of its message: this waits for it.
             _leave(self._lose_store(f"{self._holder()} is gone").code)
-        self._code = code
+        self._code = code if self._failure is None else self._failure.code
         self._leave_at = (
             time.monotonic() + _GONE_SECONDS + _TELL_SECONDS + _GRACE_SECONDS
         )
@@ -163,6 +164,7 @@ class Watch:
             mine = Failure(rank=mine.rank, code=_CODE_FAILED, message=message)
             tell = partial(self._tell, silence)
         first = self._failure or self._ledger.claim(mine)
+        self._code = first.code
         if first == mine:
             if not gone:
                 _leave_for_launcher(mine)
@@ -188,13 +190,20 @@ class Watch:
             time.sleep(_GUARD_SECONDS)
         return []
 
+    def _sign(self, ledger: Ledger, sign: Sign) -> None:
+        """Leave a sign; none of the other thread's comes after the one that ends."""
+        with self._signing:
+            if not self._has_ended:
+                self._has_ended = sign.ended
+                ledger.sign(self._rank, sign)
+
     def _remaining(self) -> list[int]:
         return [rank for rank, seen in self._seen.items() if not seen.sign.ended]
 
     def _end_together(self) -> None:
         """The rank that holds the store is the last to go."""
         self._hurry.set()
-        self._ledger.sign(self._rank, Sign(ended=True))
+        self._sign(self._ledger, Sign(ended=True))
         if self._rank != self._store_rank:
             return
         give_up = time.monotonic() + _GRACE_SECONDS + 1
@@ -219,7 +228,7 @@ class Watch:
 
     def _exchange(self, sign: Sign) -> None:
         ledger = self._threads_ledger
-        ledger.sign(self._rank, sign)
+        self._sign(ledger, sign)
         signs = ledger.signs(list(self._seen))
         now = time.monotonic()
         was_absent = now - self._exchanged > _ABSENT_SECONDS
@@ -267,11 +276,13 @@ class Watch:
                 if now > self._leave_at:
                     # No flush: the main thread may hold the streams.
                     os._exit(self._code)
-            elif not self._is_finishing and self._failure is None:
+            elif self._failure is None:
                 self._guard_store(now)
 
     def _guard_store(self, now: float) -> None:
         silent_for = now - self._answered
+        if self._is_store_gone and self._is_finishing:
+            return
         if self._is_store_gone:
             self._lose_store(f"{self._holder()} is gone: it was killed or has crashed")
         elif silent_for > self._silence_seconds:
