@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from typing import Any
 
 import launching
@@ -13,6 +14,7 @@ from entropy_ddp.distributed import (
     process_group,
     single_process_warning,
 )
+from entropy_ddp.distributed.watch import Watch
 from entropy_ddp.errors import InputError
 
 RANKS = """
@@ -193,3 +195,22 @@ def test_running_alone_when_several_were_asked_for_is_said(
     assert (warning is not None) == warns
     if warning is not None:
         assert "this process runs alone; start with torchrun" in warning
+
+
+def test_a_rank_that_has_ended_keeps_nobody_waiting() -> None:
+    """Its last sign stays its last, though another thread gives signs as well."""
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", launching.free_port(), is_master=True, wait_for_workers=False
+    )
+    told: list[str] = []
+    for number in range(20):
+        pair = torch.distributed.PrefixStore(str(number), store)
+        watches = [Watch(pair, rank, 2, 60.0, told.append) for rank in (0, 1)]
+        for watch in watches:
+            watch.start()
+        time.sleep(0.01 * number)
+        watches[1].finish()
+        begin = time.monotonic()
+        watches[0].finish()
+        assert time.monotonic() - begin < 5
+    assert not told
