@@ -14,6 +14,7 @@ from entropy_ddp.distributed import (
     process_group,
     single_process_warning,
 )
+from entropy_ddp.distributed.ledger import Sign
 from entropy_ddp.distributed.watch import Watch
 from entropy_ddp.errors import InputError
 
@@ -210,6 +211,8 @@ def test_a_rank_that_has_ended_keeps_nobody_waiting() -> None:
             watch.start()
         time.sleep(0.01 * number)
         watches[1].finish()
+        # As the other thread would, had it been about to.
+        watches[1]._exchange(Sign(number=1000))
         begin = time.monotonic()
         watches[0].finish()
         assert time.monotonic() - begin < 5
