@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import progress_console, stdout_kept, table_console
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, require_report, run_ranks
 
@@ -73,7 +78,12 @@ def _run_job(name: str, options: Options) -> None:
     if options.report:
         require_report()
     out = output_folder(options, config, name)
-    sys.exit(run_ranks(lambda world: _job(name, config, world, out, options)))
+    sys.exit(
+        run_ranks(
+            lambda world: _job(name, config, world, out, options),
+            config.compute.rank_timeout_seconds,
+        )
+    )
 
 
 def _job(
@@ -86,6 +96,7 @@ def _job(
     from entropy_ddp.report.writing import write_report
     from entropy_ddp.results import prepare_folder, write_results
     from entropy_ddp.terminal import attribution, runs
+    from entropy_ddp.terminal.heading import print_distrust
     from entropy_ddp.terminal.progress import phase_progress
 
     job, show = {
@@ -109,6 +120,9 @@ def _job(
         show(console, probed.results, str(out))
         if name == "probe" and probed.results.attribution is not None:
             attribution.print_shares(console, probed.results)
+    else:
+        # Quiet is no reason to leave with exit code 3 and without a word.
+        print_distrust(error_console(), probed.results)
     if options.report:
         written = write_report([out], None)
         if console is not None:
