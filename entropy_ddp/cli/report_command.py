@@ -17,7 +17,8 @@ from entropy_ddp.errors import InputError, RunError
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="HTML file to write; default: report.html in the first RUN.",
+    help="HTML file to write; default: report.html in the first RUN, and of runs that "
+    "are compared in the folder that holds them.",
 )
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option(

@@ -1,5 +1,6 @@
 """From run directories to a page and its plots on disk."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -51,7 +52,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Written:
     """Write the page of one run, of several about one step, or a comparison.
 
     Runs about the same step make one page, beside the first of them; runs about
-    different ones are compared, and then `out` must be given.
+    different ones are compared on a page in the folder that holds them all.
 
     Args:
         folders: run directories.
@@ -67,17 +68,21 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Written:
     from entropy_ddp.report.run_page import run_page
 
     subjects = group_runs([read_run(folder) for folder in folders])
-    if len(subjects) > 1 and out is None:
-        raise InputError(
-            "report: these runs differ in checkpoint, batches or settings and are "
-            "compared on a page of their own; name it with --out FILE.html"
-        )
-    page = run_page(subjects[0]) if len(subjects) == 1 else comparison_page(subjects)
-    if out is None:
-        return _write(page, folders[0] / PAGE_NAME, folders[0] / PLOTS_NAME)
+    if len(subjects) == 1:
+        page = run_page(subjects[0])
+        if out is None:
+            return _write(page, folders[0] / PAGE_NAME, folders[0] / PLOTS_NAME)
+    else:
+        page = comparison_page(subjects)
+        out = out or _folder_of_all(folders) / PAGE_NAME
     if out.is_dir():
         raise InputError(f"--out {out}: expected a file to write, found a folder")
     return _write(page, out, out.with_name(f"{out.stem}-{PLOTS_NAME}"))
+
+
+def _folder_of_all(folders: Sequence[Path]) -> Path:
+    """The innermost folder that holds all these."""
+    return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
 def _write(page: "Page", path: Path, plots: Path) -> Written:

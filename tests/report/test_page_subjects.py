@@ -109,13 +109,23 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_runs_that_differ_are_never_joined(tmp_path: Path, name: str) -> None:
-    """In whatever the numbers depend on; they are compared, under a name of its own."""
+    """In whatever the numbers depend on."""
     changes, config = OTHERS[name]
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", {**changes, **sweep_part()}, config)
     assert len(subjects_of(one, two)) == 2
-    with pytest.raises(InputError, match="--out FILE"):
-        write_report([one, two], None)
+
+
+def test_a_comparison_lies_beside_its_runs(tmp_path: Path) -> None:
+    """Not in one of them, whose own page it would replace."""
+    one = write_run(tmp_path / "runs" / "one")
+    two = write_run(tmp_path / "runs" / "two", config={"seed": 1})
+    written = write_report([one, two], None)
+    assert written.page == tmp_path / "runs" / "report.html"
+    assert written.plots == tmp_path / "runs" / "report-plots"
+    assert {path.name for path in one.iterdir()} == {
+        "config.yaml", "per_sequence.jsonl", "results.json",
+    }  # fmt: skip
 
 
 def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
