@@ -24,6 +24,13 @@ import torch
 from torch import nn
 
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.optimizer_values import (
+    require_group_values,
+    require_moment,
+    require_step_count,
+    require_structure,
+)
+from entropy_ddp.policy.stored import load_plain
 
 # The Trainer's own patterns for parameters without weight decay.
 NO_DECAY_PATTERNS = [
@@ -98,25 +105,8 @@ def load_optimizer(
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Whatever torch raises, it is this file that it cannot read.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path}: not a readable optimizer state (tensors and plain values only; "
-            f"no code is run from it): {reason}"
-        ) from error
-    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
-        found = list(saved) if isinstance(saved, dict) else type(saved).__name__
-        raise InputError(
-            f"{path}: expected an optimizer state with `state` and `param_groups`, "
-            f"found {found}"
-        )
-    for group in saved["param_groups"]:
-        if not isinstance(group, dict):
-            found = type(group).__name__
-            raise InputError(f"{path}: expected param groups, found a {found} in place")
+    saved = load_plain(path, "optimizer state")
+    require_structure(path, saved)
     _refuse_other_optimizers(path, saved)
     for group in saved["param_groups"]:
         missing = [key for key in GROUP_KEYS if key not in group]
@@ -131,6 +121,7 @@ def _read_state(path: Path) -> dict[str, Any]:
                 f"{path}: expected an AdamW state, found one with {foreign[0]} in its "
                 "param groups; other optimizers are not supported"
             )
+    require_group_values(path, saved["param_groups"])
     decoupled = {g.get("decoupled_weight_decay", True) for g in saved["param_groups"]}
     if len(decoupled) > 1:
         raise InputError(f"{path}: its param groups mix Adam and AdamW")
@@ -260,19 +251,6 @@ def _verify_state(
                     f"{path}: expected AdamW's {key} for {name}, found "
                     f"{', '.join(sorted(entry))}; other optimizers are not supported"
                 )
+        require_step_count(path, name, entry["step"])
         for key in moments:
-            _verify_moment(path, name, key, entry[key], parameters[name])
-
-
-def _verify_moment(
-    path: Path, name: str, key: str, moment: Any, parameter: nn.Parameter
-) -> None:
-    shape = getattr(moment, "shape", None)
-    if shape != parameter.shape:
-        found = type(moment).__name__ if shape is None else tuple(shape)
-        raise InputError(
-            f"{path}: {key} of {name} should be {tuple(parameter.shape)}, found "
-            f"{found}; it is the state of other parameters"
-        )
-    if not bool(moment.isfinite().all()):
-        raise InputError(f"{path}: {key} of {name} has NaN or infinite values")
+            require_moment(path, name, key, entry[key], parameters[name].shape)
