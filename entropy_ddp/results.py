@@ -350,12 +350,17 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
     Raises:
         InputError: it holds results and may not be overwritten, or cannot be written.
     """
-    if (out / "results.json").exists() and not overwrite:
-        raise InputError(
-            f"{out}: holds the results of an earlier run; give --overwrite or another "
-            "--out"
-        )
     try:
+        if (out / "results.json").is_dir():
+            raise InputError(
+                f"{out / 'results.json'}: expected a file or none, found a folder; give "
+                "another --out"
+            )
+        if (out / "results.json").exists() and not overwrite:
+            raise InputError(
+                f"{out}: holds the results of an earlier run; give --overwrite or "
+                "another --out"
+            )
         out.mkdir(parents=True, exist_ok=True)
         if (out / "results.json").exists():
             # The points of a finished sweep; those of an interrupted one are kept.
@@ -363,7 +368,9 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
         with tempfile.NamedTemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+        raise InputError(
+            f"{out}: cannot be written: {error.strerror}; give another --out"
+        ) from error
 
 
 def write_results(out: Path, probed: Probed, config_yaml: str) -> None:

@@ -265,7 +265,11 @@ def test_missing_sections_are_all_named(tmp_path: Path) -> None:
         load_config(path, ())
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
-    for part in ("checkpoint: required, found none", "batches: required", "update.loss: "):
+    for part in (
+        "checkpoint: required, found none",
+        "batches: required",
+        "update.loss: ",
+    ):
         assert part in text
 
 

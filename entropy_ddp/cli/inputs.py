@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from entropy_ddp.atomic import no_empty_folder
 from entropy_ddp.cli.console import error_console, stdout_kept, table_console
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import load, run_ranks
@@ -31,7 +32,11 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
     from entropy_ddp.report.progress import phase_progress
 
     console = table_console(world, options)
-    with phase_progress(console) as progress, stdout_kept(options):
+    with (
+        no_empty_folder(out),
+        phase_progress(console) as progress,
+        stdout_kept(options),
+    ):
         summaries = run_sample(config, world, out, options.overwrite, progress)
     if console is not None:
         print_samples(console, summaries, str(out))

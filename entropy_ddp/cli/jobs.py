@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from entropy_ddp.atomic import no_empty_folder
 from entropy_ddp.cli.console import stdout_kept, table_console
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
@@ -72,10 +73,14 @@ def _job(
         "attribute": (run_attribution, attribution.print_attribution),
         "audit": (run_audit, tables.print_diagnosis),
     }[name]
-    if world.is_main:
-        prepare_folder(out, options.overwrite)
     console = table_console(world, options)
-    with phase_progress(console) as progress, stdout_kept(options):
+    with (
+        no_empty_folder(out),
+        phase_progress(console) as progress,
+        stdout_kept(options),
+    ):
+        if world.is_main:
+            prepare_folder(out, options.overwrite)
         probed = job(config, world, out, progress)
     if not world.is_main:
         return 0

@@ -94,6 +94,8 @@ def load_config(path: Path | None, assignments: tuple[str, ...]) -> Config:
             key is unknown, or a value has the wrong type or range.
     """
     document = {} if path is None else _read_yaml(path)
+    if path is not None:
+        _require_no_trust(document, path, assignments)
     for assignment in assignments:
         _assign(document, assignment)
     _require_text(document, "" if path is None else f"{path}: ")
@@ -125,17 +127,35 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
+def _require_no_trust(
+    document: dict[str, Any], path: Path, assignments: tuple[str, ...]
+) -> None:
+    """A file that somebody sent must not say that code which came with it may run."""
+    keys = {assignment.partition("=")[0] for assignment in assignments}
+    checkpoint = document.get("checkpoint")
+    trusted = isinstance(checkpoint, dict) and checkpoint.get("trust_remote_code")
+    if trusted and not keys & {"checkpoint", "checkpoint.trust_remote_code"}:
+        raise InputError(
+            f"{path}: checkpoint.trust_remote_code: expected false or nothing in a "
+            "file, found true; give --trust-remote-code on the command line"
+        )
+
+
 def _one_line(error: BaseException) -> str:
     if not isinstance(error, yaml.YAMLError):
         return reason_of(error)
-    text = " ".join(str(error).split()).replace(' in "<unicode string>", line', " in line")
+    text = " ".join(str(error).split()).replace(
+        ' in "<unicode string>", line', " in line"
+    )
     return text if len(text) <= 400 else text[:397] + "..."
 
 
 def _require_text(value: Any, where: str) -> None:
     """Refuse text that no path and no file can hold, wherever it stands."""
     if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        if "\0" in value or any(
+            "\ud800" <= character <= "\udfff" for character in value
+        ):
             raise InputError(
                 f"{where}expected text without NUL characters and half surrogates, "
                 f"found {reprlib.repr(value)}; correct it"

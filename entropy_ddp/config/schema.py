@@ -24,12 +24,15 @@ class Checkpoint(Section):
             default what adapter_config.json names.
         adapter: adapter folder, or the name of one of several adapters in `path`.
         optimizer: optimizer.pt or optimizer.bin.
+        trust_remote_code: run Python code that comes with the model or its tokenizer.
+            Given on the command line only: no file may grant itself this.
     """
 
     path: str | None = None
     base: str | None = None
     adapter: str | None = None
     optimizer: str | None = None
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _some_model(self) -> "Checkpoint":

@@ -73,7 +73,9 @@ def _unreadable(path: Path) -> AbstractContextManager[None]:
     require_regular_file(path)
     return fault_of_file(
         str(path),
-        lambda reason: f"{path}: not a readable file of weights: {reason}; copy it again",
+        lambda reason: (
+            f"{path}: not a readable file of weights: {reason}; copy it again"
+        ),
     )
 
 

@@ -140,6 +140,8 @@ def read_training_arguments(path: Path) -> TrainingArguments:
         values = _plain_state(stub)
     # Whatever damaged or hostile bytes make the unpickler raise, the file is at fault.
     except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
         raise InputError(
             f"{path}: expected the pickled settings of a trainer, found a damaged "
             f"pickle ({type(error).__name__}: {error}); copy the file again"
