@@ -49,7 +49,7 @@ def no_empty_folder(out: Path) -> Iterator[None]:
     Args:
         out: a folder that is made within the context, or before.
     """
-    above = [path for path in (out, *out.parents) if not path.exists()]
+    above = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:
         yield
     except BaseException:
