@@ -101,10 +101,22 @@ def load_config(path: Path | None, assignments: tuple[str, ...]) -> Config:
     _require_text(document, "" if path is None else f"{path}: ")
     # A section with nothing in it is all defaults.
     document = {key: value for key, value in document.items() if value is not None}
+    return validated(document, "configuration" if path is None else str(path))
+
+
+def validated(document: dict[str, Any], source: str) -> Config:
+    """The configuration of a document.
+
+    Args:
+        document: sections by name.
+        source: where it is from, for the message.
+
+    Raises:
+        InputError: a key is unknown, or a value has the wrong type or range.
+    """
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        source = "configuration" if path is None else str(path)
         lines = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
         if len(lines) > MAX_PROBLEMS:
             lines[MAX_PROBLEMS:] = [f"and {len(lines) - MAX_PROBLEMS} more"]

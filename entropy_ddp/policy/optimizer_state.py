@@ -158,7 +158,7 @@ def _numbered(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
     if not names or not all(isinstance(name, str) for name in names):
         return saved
     number_of = {name: number for number, name in enumerate(names)}
-    foreign = sorted(set(state) - set(names))
+    foreign = sorted(set(state) - set(names), key=str)
     if foreign:
         raise InputError(f"{path}: state for {foreign[0]}, which is in no group")
     numbered = [
@@ -232,7 +232,7 @@ def _verify_state(
 ) -> None:
     """Every parameter has both moments, of its shape, and a step count; no others."""
     ids = [(number, group) for group in groups for number in group["params"]]
-    surplus = sorted(set(state) - {number for number, _ in ids})
+    surplus = sorted(set(state) - {number for number, _ in ids}, key=str)
     if surplus:
         raise InputError(f"{path}: state for id {surplus[0]}, which is in no group")
     flat_names = [name for group in names for name in group]
@@ -249,7 +249,7 @@ def _verify_state(
             if key not in entry:
                 raise InputError(
                     f"{path}: expected AdamW's {key} for {name}, found "
-                    f"{', '.join(sorted(entry))}; other optimizers are not supported"
+                    f"{', '.join(sorted(map(str, entry)))}; other optimizers are not supported"
                 )
         require_step_count(path, name, entry["step"])
         for key in moments:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.jsonlines import show
+from entropy_ddp.rollouts import jsonlines
+
+
+def show(value: Any) -> str:
+    """The value on one line, of a tensor its shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return " ".join(jsonlines.show(value).split())
 
 
 def _number(value: Any) -> float:
@@ -98,6 +105,14 @@ def require_group_values(path: Path, groups: list[dict[str, Any]]) -> None:
     Raises:
         InputError: one is not what AdamW takes.
     """
+    kinds = {
+        type(n) for g in groups if isinstance(g["params"], list) for n in g["params"]
+    }
+    if len(kinds) > 1:
+        raise InputError(
+            f"{path}: expected numbers or names as params of all groups, found both; is "
+            "the file damaged?"
+        )
     for number, group in enumerate(groups):
         for key, (is_right, expected) in _GROUP_VALUES.items():
             if key in group and not is_right(group[key]):
