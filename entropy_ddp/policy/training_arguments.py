@@ -177,7 +177,8 @@ def _read_pickle_bytes(path: Path) -> bytes:
 def _require_small_memo(data: bytes) -> None:
     """Refuse places in the memo beyond the file's length: all before are allocated."""
     for opcode, argument, position in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+        is_place = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if is_place and (argument or 0) > len(data):
             raise ValueError(f"place {argument} in its memo at byte {position}")
 
 

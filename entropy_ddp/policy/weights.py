@@ -118,15 +118,18 @@ def own_code_refused(source: str) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within the context, transformers prints no reports of its own: errors only."""
+    """Within the context, the libraries print no reports of their own: errors only."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before = logging.get_verbosity(), hub.get_verbosity()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(before[0])
+        hub.set_verbosity(before[1])
 
 
 def _base_hint(folder: Path, base: str, pickled: bool) -> str:
