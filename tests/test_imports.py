@@ -24,7 +24,7 @@ ROOMS = (
     "estimators",
     "results",
     "audit",
-    "report",
+    "terminal",
     "demo",
     "probe",
     "cli",
@@ -35,7 +35,7 @@ RESERVED = {
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
     "click": {"cli"},
-    "rich": {"cli", "report"},
+    "rich": {"cli", "terminal"},
     "pydantic": {"config"},
     "yaml": {"config"},
 }

@@ -59,7 +59,7 @@ OWN_PHASES = {
     "probe": {"gradient dot: groups of U", "curvature"},
     "audit": {"gradient dot: gradient of E", "curvature"},
     "sweep": {"curvature", "sweep: eta = -0.02", "sweep: eta = 0.02"},
-    "attribute": {"what if: masked step", "what if: E after the masked step"},
+    "attribute": {"what if: masked step", "shares: U"},
 }
 
 

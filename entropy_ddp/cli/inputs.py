@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from entropy_ddp.atomic import no_empty_folder
-from entropy_ddp.cli.console import error_console, stdout_kept, table_console
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import load, run_ranks
 
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 @click.command()
 @configured
 def sample(options: Options) -> None:
-    """Roll E and U out of the checkpoint and write them as rollout files."""
+    """Roll E and U out of the checkpoint into rollout files."""
     config = load(options)
     out = output_folder(options, config, "sample")
     sys.exit(run_ranks(lambda world: _sample(config, world, out, options)))
@@ -28,13 +33,13 @@ def sample(options: Options) -> None:
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
     from entropy_ddp.probe.sample import run_sample
-    from entropy_ddp.report.inputs import print_samples
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.inputs import print_samples
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)
     with (
         no_empty_folder(out),
-        phase_progress(console) as progress,
+        phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):
         summaries = run_sample(config, world, out, options.overwrite, progress)
@@ -48,18 +53,21 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
 @click.command()
 @configured
 def check(options: Options) -> None:
-    """Validate configuration, checkpoint and batches; run nothing expensive."""
+    """Validate a configuration, its checkpoint and its batches.
+
+    Runs nothing expensive.
+    """
     config = load(options)
     sys.exit(run_ranks(lambda world: _check(config, world, options)))
 
 
 def _check(config: "Config", world: "World", options: Options) -> int:
     from entropy_ddp.probe.inspect import inspect_run
-    from entropy_ddp.report.inputs import print_inspection
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.inputs import print_inspection
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)
-    with phase_progress(console) as progress:
+    with phase_progress(progress_console(world, options)) as progress:
         found = inspect_run(config, world, progress)
     if console is not None:
         print_inspection(console, found)
@@ -84,7 +92,7 @@ def demo(out: Path, seed: int, quiet: bool) -> None:
 
 def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
     from entropy_ddp.probe.demonstration import make_demo
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = None if quiet else error_console()
     with phase_progress(console) as progress:
