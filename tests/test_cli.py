@@ -817,7 +817,9 @@ def test_a_reward_that_fails_on_one_rank_stops_all(
     path = {"PYTHONPATH": str(sampled_config.parent)}
     finished = launching.run(command, path, timeout_seconds=60)
     assert finished.returncode != 0
-    message = "error: rank 1: reward fails_on_rank_1: expected a number for group 1"
+    message = (
+        "error: rank 1: sample U: reward fails_on_rank_1: expected a number for group 1"
+    )
     assert finished.stderr.count(message) == 1
     assert finished.stderr.count("no reward on this rank") == 1
     assert finished.stderr.count("error: rank") == 1

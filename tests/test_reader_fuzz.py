@@ -86,7 +86,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"ab|.|\n"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<turn>", "</turn>"],
     )
     wrapped.chat_template = TEMPLATE
     files = find_checkpoint(Checkpoint(**saved.section))
