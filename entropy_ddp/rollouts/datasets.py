@@ -88,6 +88,8 @@ def _load_dataset(source: Prompts) -> Iterator[dict[str, Any]]:
                 revision=source.revision,
             )
         )
+    except MemoryError:
+        raise
     except Exception as error:  # any: hub, network, cache and builders each have theirs
         reason = " ".join(str(error).split())[:300]
         raise make_problem(

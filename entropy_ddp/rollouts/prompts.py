@@ -306,6 +306,8 @@ def render_messages(
             return_dict=True,
             **options,
         )
+    except MemoryError:
+        raise
     except Exception as error:  # any: the template is a program of its own
         raise make_problem(
             where,

@@ -129,6 +129,8 @@ def load_function(name: str) -> Score:
         )
     try:
         module = importlib.import_module(module_name)
+    except MemoryError:
+        raise
     except Exception as error:  # any: importing runs the user's code
         raise InputError(
             f"reward: expected the module {module_name!r} to be importable, found "
