@@ -13,6 +13,7 @@ PACKAGE = Path(entropy_ddp.__file__).parent
 ROOMS = (
     "__init__",
     "errors",
+    "interruption",
     "atomic",
     "inputs",
     "config",
@@ -45,6 +46,7 @@ LIGHT_FILES = (
     "__init__.py",
     "__main__.py",
     "errors.py",
+    "interruption.py",
     "atomic.py",
     "inputs.py",
     "config/__init__.py",
