@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from entropy_ddp.atomic import no_empty_folder
-from entropy_ddp.cli.console import progress_console, stdout_kept, table_console
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
 

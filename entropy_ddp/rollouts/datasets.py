@@ -88,8 +88,6 @@ def _load_dataset(source: Prompts) -> Iterator[dict[str, Any]]:
                 revision=source.revision,
             )
         )
-    except MemoryError:
-        raise
     except Exception as error:  # any: hub, network, cache and builders each have theirs
         raise_if_out_of_memory(error)
         reason = " ".join(str(error).split())[:300]

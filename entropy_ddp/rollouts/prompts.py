@@ -306,8 +306,6 @@ def render_messages(
             return_dict=True,
             **options,
         )
-    except MemoryError:
-        raise
     except Exception as error:  # any: the template is a program of its own
         raise_if_out_of_memory(error)
         raise make_problem(
