@@ -364,10 +364,7 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
         with tempfile.NamedTemporaryFile(dir=out):
             pass
     except OSError as error:
-        advice = "give another --out"
-        raise InputError(
-            f"{out}: cannot be written: {error.strerror}; {advice}"
-        ) from error
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
 
 
 def write_results(out: Path, probed: Probed, config_yaml: str) -> None:

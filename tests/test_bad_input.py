@@ -772,7 +772,7 @@ def folder_as_results(tmp_path: Path) -> Path:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a file": (file_in_the_way, "out: cannot be written: File exists; give another"),
+    "a file": (file_in_the_way, "out: cannot be written: File exists"),
     "below a file": (lambda path: file_in_the_way(path) / "x", "Not a directory"),
     "not writable": (
         lambda path: Path("/proc/no/out"),
