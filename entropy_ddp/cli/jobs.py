@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from entropy_ddp.atomic import no_empty_folder
 from entropy_ddp.cli.console import (
     error_console,
     progress_console,
@@ -105,13 +106,14 @@ def _job(
         "attribute": (run_attribution, attribution.print_attribution),
         "audit": (run_audit, runs.print_diagnosis),
     }[name]
-    if world.is_main:
-        prepare_folder(out, options.overwrite)
     console = table_console(world, options)
     with (
+        no_empty_folder(out),
         phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):
+        if world.is_main:
+            prepare_folder(out, options.overwrite)
         probed = job(config, world, out, progress)
     if not world.is_main:
         return 0
