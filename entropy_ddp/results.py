@@ -41,6 +41,9 @@ class RunFacts:
         passes: what each kind of pass over E and over U cost, all ranks together:
             {pass, batch, sequences, tokens, positions, microbatches} and, if counted,
             {operations}.
+        tokens_per_microbatch: the budget at the end of the run, the smallest over ranks.
+        out_of_memory_retries: calls of the model that were made again with less in them,
+            all ranks together.
     """
 
     versions: dict[str, str]
@@ -51,6 +54,8 @@ class RunFacts:
     started: str
     seconds: dict[str, float]
     passes: list[dict[str, Any]]
+    tokens_per_microbatch: int
+    out_of_memory_retries: int
 
 
 @dataclass(frozen=True, kw_only=True)

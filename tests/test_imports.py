@@ -14,6 +14,7 @@ ROOMS = (
     "__init__",
     "errors",
     "atomic",
+    "memory",
     "config",
     "distributed",
     "rollouts",

@@ -29,6 +29,7 @@ class TokenScores:
         logp: log-probability of each response token.
         entropy: entropy H of the distribution each token was drawn from.
         num_microbatches: number of microbatches this rank ran.
+        num_extra_microbatches: how many of them there are because memory ran out.
         routing: of mixtures of experts, one number for the experts of each token,
             int64; None of other models.
     """
@@ -36,6 +37,7 @@ class TokenScores:
     logp: Tensor
     entropy: Tensor
     num_microbatches: int = 0
+    num_extra_microbatches: int = 0
     routing: Tensor | None = None
 
     @classmethod
@@ -100,6 +102,7 @@ class DirectionalScores(TokenScores):
         """
         self.fill(tokens, **{name: scores.array(name) for name in DERIVATIVES})
         self.num_microbatches += scores.num_microbatches
+        self.num_extra_microbatches += scores.num_extra_microbatches
         if scores.routing is not None:
             self.put_routing(tokens, scores.routing)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_ddp.config import BatchSource, Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.memory import Allowance
 from entropy_ddp.policy.checkpoint import (
     CheckpointFiles,
     Policy,
@@ -73,6 +74,7 @@ class Session:
         self_checks: what was verified of the model.
         sharing: whether responses to one prompt may share a row; None if not asked.
         num_redraws: groups of U or E that were sampled again, by split.
+        responses: how many responses of one call fit into memory, as far as is known.
     """
 
     config: Config
@@ -89,6 +91,7 @@ class Session:
     self_checks: list[SelfCheck] = field(default_factory=list)
     sharing: SharingCheck | None = None
     num_redraws: dict[str, int] = field(default_factory=dict)
+    responses: Allowance = field(default_factory=Allowance)
 
     def shard(self, batch: Batch) -> Shard:
         """This rank's share of a batch."""
@@ -303,15 +306,19 @@ def sample_batch(
 ) -> list[dict[str, Any]]:
     """Roll a batch out of the policy, each rank its prompts; all rows on every rank."""
     name = f"sample {split}"
+    settings = sampling_settings(session.config, split, source)
+    size = session.responses.of(settings.batch_size)
     with session.phase(name), precision_context(session.policy.dtype):
         sampled = sample_rollouts(
             session.policy.model,
             session.policy.tokenizer,
-            sampling_settings(session.config, split, source),
+            replace(settings, batch_size=size),
             session.world.rank,
             session.world.world_size,
             lambda done, total: session.progress(name, done, total),
         )
+        session.responses.limit = sampled.allowance.of(size)
+        session.responses.num_retries += sampled.allowance.num_retries
         shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
     session.num_redraws[split] = sum(redraws for _, redraws in shares)
     return merge_rows(rows for rows, _ in shares)

@@ -118,6 +118,8 @@ def _header(results: Results) -> Panel:
     run = results.run
     ranks = f"{run.world_size} rank{'s' if run.world_size > 1 else ''}"
     lines.append(f"{ranks} on {run.device}, {run.dtype}, seed {run.seed}")
+    if run.out_of_memory_retries:
+        lines.append(f"{run.tokens_per_microbatch:,} tokens a microbatch fitted")
     return Panel("\n".join(lines), title="entropy_ddp", expand=False)
 
 
