@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @configured
 def sample(options: Options) -> None:
-    """Roll E and U out of the checkpoint and write them as rollout files."""
+    """Roll E and U out of the checkpoint into rollout files."""
     config = load(options)
     out = output_folder(options, config, "sample")
     sys.exit(run_ranks(lambda world: _sample(config, world, out, options)))
@@ -43,7 +43,10 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
 @click.command()
 @configured
 def check(options: Options) -> None:
-    """Validate configuration, checkpoint and batches; run nothing expensive."""
+    """Validate a configuration, its checkpoint and its batches.
+
+    Runs nothing expensive.
+    """
     config = load(options)
     sys.exit(run_ranks(lambda world: _check(config, world, options)))
 

@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 @click.command()
 @configured
 def probe(options: Options) -> None:
-    """Measure what one optimizer step does to the entropy, predicted and true."""
+    """Measure what one optimizer step does to the entropy.
+
+    Takes the step, re-scores E, importance-weights, undoes the step (the truth); the
+    derivative along the step (the prediction); both with a standard error, and audits.
+    """
     _run_job("probe", options)
 
 
 @click.command()
 @configured
 def sweep(options: Options) -> None:
-    """Truth and both predictions over a grid of step sizes; continues if interrupted."""
+    """Truth and both predictions over a grid of step sizes."""
     _run_job("sweep", options)
 
 
@@ -35,7 +39,10 @@ def sweep(options: Options) -> None:
 @configured
 @click.option("--verify", is_flag=True, help="Take every what-if step for real.")
 def attribute(options: Options, verify: bool) -> None:
-    """Which sequences and tokens of U cause the change, and what if they were out."""
+    """Which sequences and tokens of U cause the change.
+
+    Every token's exact share, and what the change had been without some of them.
+    """
     assignment = ("attribution.verify=true",) if verify else ()
     assignments = (*options.assignments, *assignment)
     _run_job("attribute", replace(options, assignments=assignments))
@@ -44,7 +51,10 @@ def attribute(options: Options, verify: bool) -> None:
 @click.command()
 @configured
 def audit(options: Options) -> None:
-    """Why is the predicted change zero, noisy or wrong? Every check on all of E."""
+    """Why is the predicted change zero, noisy or wrong?
+
+    A probe with every check on all of E, and those that cost a pass or a step more.
+    """
     _run_job("audit", options)
 
 
@@ -62,15 +72,15 @@ def _job(
     from entropy_ddp.probe.attribution import run_attribution
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
-    from entropy_ddp.report import attribution, tables
+    from entropy_ddp.report import attribution, runs
     from entropy_ddp.report.progress import phase_progress
     from entropy_ddp.results import prepare_folder, write_results
 
     job, show = {
-        "probe": (run_probe, tables.print_results),
-        "sweep": (run_sweep, tables.print_sweep),
+        "probe": (run_probe, runs.print_results),
+        "sweep": (run_sweep, runs.print_sweep),
         "attribute": (run_attribution, attribution.print_attribution),
-        "audit": (run_audit, tables.print_diagnosis),
+        "audit": (run_audit, runs.print_diagnosis),
     }[name]
     if world.is_main:
         prepare_folder(out, options.overwrite)

@@ -415,7 +415,7 @@ def test_one_of_two_ranks_runs_short(run: TinyRun, tmp_path: Path) -> None:
     command = launching.torchrun(2, script, config, tmp_path / "results.json")
     launching.run(command, {"PYTHONPATH": tests}).require_success()
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["run"]["out_of_memory_retries"] > 1
+    assert found["run"]["out_of_memory_retries"] > 0
     assert found["run"]["tokens_per_microbatch"] <= 10
     for section in NUMBERS:
         close(found[section], expected[section], section)
