@@ -15,6 +15,7 @@ ROOMS = (
     "errors",
     "atomic",
     "memory",
+    "tensors",
     "config",
     "distributed",
     "rollouts",

@@ -83,7 +83,7 @@ def _job(
         "audit": (run_audit, runs.print_diagnosis),
     }[name]
     if world.is_main:
-        prepare_folder(out, options.overwrite)
+        prepare_folder(out, options.overwrite, options.resume)
     console = table_console(world, options)
     with phase_progress(console) as progress, stdout_kept(options):
         probed = job(config, world, out, progress)

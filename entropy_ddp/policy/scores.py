@@ -62,6 +62,12 @@ class TokenScores:
         """The flat token array of this name."""
         return getattr(self, name)
 
+    def arrays(self) -> dict[str, Tensor]:
+        """The flat token arrays that are there, without features, by name."""
+        names = ("logp", "entropy", "dlogp", "dentropy", "routing")
+        found = {name: getattr(self, name, None) for name in names}
+        return {name: array for name, array in found.items() if array is not None}
+
     def first(self, count: int) -> "TokenScores":
         """The first tokens; their arrays share memory with these."""
         return TokenScores(logp=self.logp[:count], entropy=self.entropy[:count])

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -64,7 +65,7 @@ class Walk:
         while waiting:
             rows = waiting[0]
             microbatch, shortage = unless_out_of_memory(
-                lambda rows=rows: self._attempted(rows, attempt)
+                partial(self._attempted, rows, attempt)
             )
             if microbatch is not None:
                 done.append(waiting.popleft())

@@ -247,11 +247,11 @@ def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
         dtype=torch.float64,
     )
     scale_sum, extra, used = world.sum(local, "scalars").tolist()
-    budget = session.config.compute.tokens_per_microbatch
+    ranks, budget = measured.cut
     planned = sum(
         len(plan_microbatches(block.shard, budget, session.passes.sharing))
-        for rank in range(world.world_size)
-        for block in batch.shard(rank, world.world_size).blocks()
+        for rank in range(ranks)
+        for block in batch.shard(rank, ranks).blocks()
     )
     expected = planned / size + extra
     return audit.scale_checks(scale_sum, expected, (int(used), batch.num_tokens))

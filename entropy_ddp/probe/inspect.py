@@ -15,12 +15,12 @@ from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.probe.keeping import sampling_settings
 from entropy_ddp.probe.session import (
     Progress,
     Session,
     check_batches,
     open_checkpoint,
-    sampling_settings,
     token_limits,
     verify_model,
 )

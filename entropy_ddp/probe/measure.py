@@ -50,6 +50,7 @@ class Measured:
         curvature_step: eta between theta and the slopes whose difference it is.
         duality: forward against reverse mode.
         noise_floor: |Delta H| of a sample that is only scored again.
+        cut: number of ranks and budget of a microbatch of the slope's pass.
         surprise: sum over this rank's tokens of E of -log p - H, and of its variance
             given what comes before, [2].
     """
@@ -66,6 +67,7 @@ class Measured:
     curvature_step: float | None
     duality: Duality
     noise_floor: float
+    cut: tuple[int, int]
     surprise: Tensor
 
     @property
@@ -107,7 +109,7 @@ def measure(
         gradient, update_sums, update_scores = loss_gradient(session)
     stepped = score_after_step(session, gradient)
     along = score_along_step(session, stepped.step, duality_sequences)
-    base, surprise = along.scores, along.features.surprise
+    base, surprise, cut = along.scores, along.features.surprise, along.cut
     predictions = predict(session, along, duality_sequences)
     estimates = estimate(session, along, stepped.scores, predictions)
     # The features kept for the sample are used up.
@@ -140,5 +142,6 @@ def measure(
             duality_sequences,
         ),
         noise_floor=measure_noise_floor(session, base, noise_sequences),
+        cut=cut,
         surprise=surprise,
     )

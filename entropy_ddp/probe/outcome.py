@@ -100,6 +100,7 @@ def _run_facts(session: Session) -> RunFacts:
         passes=_passes(session, (performed for performed, *_ in ranks)),
         tokens_per_microbatch=min(budget for _, budget, _ in ranks),
         out_of_memory_retries=sum(retries for *_, retries in ranks),
+        resumed=(session.unfinished and session.unfinished.used) or None,
     )
 
 

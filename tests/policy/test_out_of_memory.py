@@ -182,9 +182,11 @@ def test_a_single_sequence_that_does_not_fit_ends_the_run(name: str) -> None:
         rf"after \d+ smaller microbatches \(configured: {BUDGET} tokens\): "
         r"CUDA out of memory\. .*; free memory on this device.*precision\.model"
     )
-    with planted(passes.tokens.causal_lm, Shortage(2, when)):
-        with pytest.raises(RunError, match=expected) as caught:
-            compute(passes)
+    with (
+        planted(passes.tokens.causal_lm, Shortage(2, when)),
+        pytest.raises(RunError, match=expected) as caught,
+    ):
+        compute(passes)
     assert "\n" not in str(caught.value)
     assert all(p.grad is None for p in passes.parameters.values())
     after = passes.tokens.state_dict()

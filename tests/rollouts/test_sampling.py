@@ -506,7 +506,9 @@ def test_a_single_response_that_does_not_fit_ends_the_run(
         raise MemoryError
 
     model.model.layers[0].register_forward_hook(fail)
-    with pytest.raises(RunError, match=r"single response of batch E \(.*: MemoryError;"):
+    with pytest.raises(
+        RunError, match=r"single response of batch E \(.*: MemoryError;"
+    ):
         sample_rollouts(model, make_tokenizer(), settings(), 0, 1, lambda *_: None)
 
 
