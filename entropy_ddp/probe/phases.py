@@ -26,7 +26,7 @@ from entropy_ddp.policy.parameters import fingerprint
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import FeatureSums
 from entropy_ddp.probe.session import Session
-from entropy_ddp.probe.unfinished import Record
+from entropy_ddp.probe.unfinished import Costs, Record
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import Step, given_change, one_step, optimizer_tensors
@@ -153,6 +153,10 @@ def _step_or_change(
     return one_step(session.optimizer, parameters, gradient, update, device)
 
 
+# The part of the slope's record that is of the audits' sample.
+_SAMPLE = "slope-sample"
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlongStep:
     """What the pass along the step gave.
@@ -193,9 +197,9 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
         session.shard(session.batches["E"]),
         session.config.objective.integrand,
     )
-    kept = 0
-    if session.config.linear.baseline == "ridge":
-        kept = first_sequences(session, sample_size).ragged.num_tokens
+    sample = first_sequences(session, sample_size)
+    ridge = session.config.linear.baseline == "ridge"
+    kept = sample.ragged.num_tokens if ridge else 0
     scores = DirectionalScores.empty(shard.ragged.num_tokens)
     features = FeatureSums.empty(shard, kept)
 
@@ -206,6 +210,10 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
                 piece = session.passes.score(block.shard, direction, with_features=True)
                 scores.put(block.tokens, piece)
                 features.add(block, piece, integrand)
+        if kept and session.unfinished is not None:
+            # Before the rest: the phase is finished only with this.
+            part = Record(tokens=features.sample)
+            session.unfinished.write(_SAMPLE, sample, part, Costs())
         counts = [scores.num_microbatches, scores.num_extra_microbatches]
         return Record(
             tokens=scores.arrays(),
@@ -220,8 +228,9 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
         **record.tokens, num_microbatches=run, num_extra_microbatches=extra
     )
     features = replace(features, **record.sequences, **record.sums)
-    if kept:
-        features.sample = _sample_features(session, features, sample_size)
+    if kept and not features.sample:
+        assert session.unfinished is not None
+        features.sample = session.unfinished.read(_SAMPLE, sample)[0].tokens
     ranks, budget = record.shared["cut"].tolist()
     return AlongStep(scores=scores, features=features, cut=(ranks, budget))
 
@@ -230,17 +239,6 @@ def _cut(session: Session) -> tuple[int, int]:
     """How the work is cut: the number of ranks and the budget of a microbatch."""
     budget = session.config.compute.tokens_per_microbatch
     return session.world.world_size, budget
-
-
-def _sample_features(
-    session: Session, features: FeatureSums, sample_size: int
-) -> dict[str, Tensor]:
-    """Features of the tokens of the audits' sample, by name, [s, ...]."""
-    sample = first_sequences(session, sample_size)
-    record = session.kept(
-        "slope-sample", sample, lambda: Record(tokens=features.sample)
-    )
-    return record.tokens
 
 
 @dataclass(frozen=True, kw_only=True)

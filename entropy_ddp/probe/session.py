@@ -135,6 +135,7 @@ class Session:
         if unfinished is None:
             return make()
         if phase in unfinished.finished:
+            unfinished.used.append(phase)
             record, costs = unfinished.read(phase, shard)
             self._add(costs)
             return record

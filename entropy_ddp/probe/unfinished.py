@@ -167,7 +167,6 @@ class Unfinished:
             InputError: a file of it is damaged.
         """
         count = self.finished[phase]
-        self.used.append(phase)
         files = [self._path(phase, rank, count) for rank in range(count)]
         costs = self._costs(files)
         if count == self.world_size:
