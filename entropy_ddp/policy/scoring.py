@@ -62,6 +62,8 @@ class Passes:
         advance: called with the number of tokens after every microbatch.
         count_operations: whether floating-point operations are counted.
         allowance: how many tokens of a microbatch fit into memory, as far as is known.
+        saved_per_position: bytes that a backward pass keeps of each position of a
+            microbatch; 0 as long as it was not measured.
         performed: what this rank has run so far, by kind of pass and batch.
     """
 
@@ -73,6 +75,7 @@ class Passes:
     advance: Callable[[int], None] = lambda count: None
     count_operations: bool = False
     allowance: Allowance = field(default_factory=Allowance)
+    saved_per_position: float = 0.0
     performed: dict[tuple[str, str], PassCount] = field(default_factory=dict)
 
     @overload

@@ -16,6 +16,7 @@ from entropy_ddp.policy.training_arguments import (
     read_training_arguments,
 )
 from entropy_ddp.probe.keeping import sampling_settings
+from entropy_ddp.probe.memory import described, estimate_memory
 from entropy_ddp.probe.session import (
     Progress,
     Session,
@@ -25,7 +26,6 @@ from entropy_ddp.probe.session import (
     verify_model,
 )
 from entropy_ddp.rollouts.advantages import compute_advantages
-from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.rollouts.draws import describe_sampling
 from entropy_ddp.rollouts.files import read_batch
 
@@ -42,6 +42,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     session = open_checkpoint(config, world, progress)
     verify_model(session)
     batches = _read_batches(session)
+    estimate = estimate_memory(session)
     found = {"model": _model(session)}
     found |= {"optimizer": _optimizer(session)} if session.optimizer else {}
     found |= (
@@ -51,6 +52,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
         session
     )
     found |= _trained_with(session.config)
+    found["memory"] = {"at the peak of a run": estimate.line} | described(estimate)
     return found | {
         f"batch {split}": description for split, description in batches.items()
     }
@@ -199,7 +201,7 @@ def _trained_with(config: Config) -> dict[str, Any]:
 def _read_batches(session: Session) -> dict[str, Any]:
     config = session.config
     limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
-    batches: dict[str, Batch] = {}
+    batches = session.batches
     found: dict[str, Any] = {}
     for split, source in config.batches.sources.items():
         if source.file is None:

@@ -20,6 +20,7 @@ from entropy_ddp.probe.estimation import (
     estimate_curvature,
     predict,
 )
+from entropy_ddp.probe.memory import announce_memory
 from entropy_ddp.probe.phases import (
     SequenceSums,
     SteppedScores,
@@ -103,6 +104,7 @@ def measure(
         InputError: the learning rate is 0, or something the loss needs is missing.
         RunError: a number is not finite.
     """
+    announce_memory(session)
     config = session.config
     gradient = update_sums = update_scores = None
     if session.change is None:

@@ -14,6 +14,7 @@ from entropy_ddp.audit import memory_checks, worst_verdict
 from entropy_ddp.estimators.control_variates import adjusted_change
 from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import Baseline, Score
+from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.probe.measure import Measured
@@ -87,6 +88,7 @@ def _run_facts(session: Session) -> RunFacts:
             session.passes.performed,
             allowance.of(session.config.compute.tokens_per_microbatch),
             allowance.num_retries + session.responses.num_retries,
+            peak_host_bytes(),
         )
     )
     return RunFacts(
@@ -98,8 +100,15 @@ def _run_facts(session: Session) -> RunFacts:
         started=session.started.isoformat(timespec="seconds"),
         seconds=session.seconds,
         passes=_passes(session, (performed for performed, *_ in ranks)),
-        tokens_per_microbatch=min(budget for _, budget, _ in ranks),
-        out_of_memory_retries=sum(retries for *_, retries in ranks),
+        tokens_per_microbatch=min(budget for _, budget, *_ in ranks),
+        out_of_memory_retries=sum(retries for _, _, retries, _ in ranks),
+        memory=None
+        if session.memory is None
+        else {
+            "estimated_bytes": session.memory.host_now + session.memory.host_more,
+            "peak_bytes": max(peak for *_, peak in ranks),
+            "free_bytes": session.memory.host_free,
+        },
         resumed=(session.unfinished and session.unfinished.used) or None,
     )
 

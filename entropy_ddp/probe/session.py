@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.memory import Allowance
+from entropy_ddp.memory import Allowance, MemoryEstimate
 from entropy_ddp.policy.checkpoint import (
     CheckpointFiles,
     Policy,
@@ -74,6 +74,7 @@ class Session:
         sharing: whether responses to one prompt may share a row; None if not asked.
         num_redraws: groups of U or E that were sampled again, by split.
         responses: how many responses of one call fit into memory, as far as is known.
+        memory: what the run was estimated to need; None until then.
         unfinished: what finished phases leave; None where nothing is kept.
     """
 
@@ -92,6 +93,7 @@ class Session:
     sharing: SharingCheck | None = None
     num_redraws: dict[str, int] = field(default_factory=dict)
     responses: Allowance = field(default_factory=Allowance)
+    memory: MemoryEstimate | None = None
     unfinished: Unfinished | None = None
 
     def shard(self, batch: Batch) -> Shard:

@@ -29,9 +29,15 @@ class _Speed(TextColumn):
 class PhaseProgress:
     """Shows one phase at a time; a phase of a new name replaces the last one."""
 
-    def __init__(self, bars: Progress | None) -> None:
+    def __init__(self, bars: Progress | None, lines: Console | None = None) -> None:
         self._bars = bars
+        self._lines = lines
         self._name: str | None = None
+
+    def tell(self, line: str) -> None:
+        """Print a line on standard error, which stays."""
+        if self._lines is not None:
+            self._lines.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """Tell how far a phase is.
@@ -55,8 +61,11 @@ class PhaseProgress:
 @contextmanager
 def phase_progress(console: Console | None) -> Iterator[PhaseProgress]:
     """Progress bars on this console; None, or a console that is no terminal: none."""
-    if console is None or not console.is_terminal:
+    if console is None:
         yield PhaseProgress(None)
+        return
+    if not console.is_terminal:
+        yield PhaseProgress(None, Console(stderr=True))
         return
     columns = (
         SpinnerColumn(),
@@ -67,4 +76,4 @@ def phase_progress(console: Console | None) -> Iterator[PhaseProgress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bars:
-        yield PhaseProgress(bars)
+        yield PhaseProgress(bars, bars.console)

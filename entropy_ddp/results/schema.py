@@ -39,6 +39,8 @@ class RunFacts:
         tokens_per_microbatch: the budget at the end of the run, the smallest over ranks.
         out_of_memory_retries: calls of the model that were made again with less in them,
             all ranks together.
+        memory: of the host, for the rank that needs most: estimated_bytes at the peak,
+            free_bytes beside what was in use at the estimate, peak_bytes as it was.
         resumed: phases that an earlier, interrupted start of this run had finished;
             absent if there was none. Their seconds and passes are counted.
     """
@@ -53,6 +55,7 @@ class RunFacts:
     passes: list[dict[str, Any]]
     tokens_per_microbatch: int
     out_of_memory_retries: int
+    memory: dict[str, int] | None = None
     resumed: list[str] | None = None
 
 
