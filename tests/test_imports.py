@@ -25,7 +25,7 @@ ROOMS = (
     "estimators",
     "results",
     "audit",
-    "report",
+    "terminal",
     "demo",
     "probe",
     "cli",
@@ -36,7 +36,7 @@ RESERVED = {
     "torch.distributed": {"distributed"},
     "torch.nn.parallel": {"distributed"},
     "click": {"cli"},
-    "rich": {"cli", "report"},
+    "rich": {"cli", "terminal"},
     "pydantic": {"config"},
     "yaml": {"config"},
 }

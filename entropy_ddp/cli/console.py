@@ -24,6 +24,11 @@ def table_console(world: "World", options: Options) -> "Console | None":
     return error_console() if options.as_json else output_console()
 
 
+def progress_console(world: "World", options: Options) -> "Console | None":
+    """Where progress goes: standard error of the first rank."""
+    return None if options.quiet or not world.is_main else error_console()
+
+
 def output_console() -> "Console":
     from rich.console import Console
 

@@ -79,7 +79,7 @@ def _import(
     from entropy_ddp.importers.records import Source
     from entropy_ddp.importers.run import ImportOptions, import_rollouts
     from entropy_ddp.importers.table import parse_columns
-    from entropy_ddp.report.inputs import print_import
+    from entropy_ddp.terminal.inputs import print_import
 
     rewards, columns = arguments.pop("rewards"), arguments.pop("columns")
     source = Source(rewards=rewards, columns=parse_columns(columns))

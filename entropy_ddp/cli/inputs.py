@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import error_console, stdout_kept, table_console
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import load, run_ranks
 
@@ -27,16 +32,19 @@ def sample(options: Options) -> None:
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
     from entropy_ddp.probe.sample import run_sample, sampled_files
-    from entropy_ddp.report.inputs import print_samples
-    from entropy_ddp.report.progress import phase_progress
     from entropy_ddp.results import prepare_folder
+    from entropy_ddp.terminal.inputs import print_samples
+    from entropy_ddp.terminal.progress import phase_progress
 
     files = sampled_files(config, out)
     if world.is_main:
         names = [path.name for path in files.values()]
         prepare_folder(out, options.overwrite, options.resume, names)
     console = table_console(world, options)
-    with phase_progress(console) as progress, stdout_kept(options):
+    with (
+        phase_progress(progress_console(world, options)) as progress,
+        stdout_kept(options),
+    ):
         summaries = run_sample(config, world, out, progress)
     if console is not None:
         print_samples(console, summaries, str(out))
@@ -58,11 +66,11 @@ def check(options: Options) -> None:
 
 def _check(config: "Config", world: "World", options: Options) -> int:
     from entropy_ddp.probe.inspect import inspect_run
-    from entropy_ddp.report.inputs import print_inspection
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.inputs import print_inspection
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)
-    with phase_progress(console) as progress:
+    with phase_progress(progress_console(world, options)) as progress:
         found = inspect_run(config, world, progress)
     if console is not None:
         print_inspection(console, found)
@@ -87,7 +95,7 @@ def demo(out: Path, seed: int, quiet: bool) -> None:
 
 def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
     from entropy_ddp.probe.demonstration import make_demo
-    from entropy_ddp.report.progress import phase_progress
+    from entropy_ddp.terminal.progress import phase_progress
 
     console = None if quiet else error_console()
     with phase_progress(console) as progress:

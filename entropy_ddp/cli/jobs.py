@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import stdout_kept, table_console
+from entropy_ddp.cli.console import progress_console, stdout_kept, table_console
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
 
@@ -72,9 +72,9 @@ def _job(
     from entropy_ddp.probe.attribution import run_attribution
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
-    from entropy_ddp.report import attribution, runs
-    from entropy_ddp.report.progress import phase_progress
     from entropy_ddp.results import prepare_folder, write_results
+    from entropy_ddp.terminal import attribution, runs
+    from entropy_ddp.terminal.progress import phase_progress
 
     job, show = {
         "probe": (run_probe, runs.print_results),
@@ -85,7 +85,10 @@ def _job(
     if world.is_main:
         prepare_folder(out, options.overwrite, options.resume)
     console = table_console(world, options)
-    with phase_progress(console) as progress, stdout_kept(options):
+    with (
+        phase_progress(progress_console(world, options)) as progress,
+        stdout_kept(options),
+    ):
         probed = job(config, world, out, progress)
     if not world.is_main:
         return 0

@@ -187,7 +187,7 @@ if sys.argv[2] == "make":
     saved = save_checkpoint(root, "qwen2", full=True, model=model)
     files = [
         write_rows(root / f"{split}.jsonl", ref.random_rows(
-            seed, groups=12, responses=2, vocabulary=20_000, max_response=120))
+            seed, groups=4, responses=2, vocabulary=20_000, max_response=60))
         for seed, split in enumerate("EU")
     ]
     sections = {"precision": {"model": "float32"}, "curvature": {"enabled": False},

@@ -27,9 +27,9 @@ from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
-from entropy_ddp.report import runs
-from entropy_ddp.report.inputs import print_inspection
 from entropy_ddp.results import Probed, write_results
+from entropy_ddp.terminal import runs
+from entropy_ddp.terminal.inputs import print_inspection
 from entropy_ddp.update.change import read_change
 
 Tensors = dict[str, Tensor]

@@ -7,7 +7,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.report.tables import (
+from entropy_ddp.results import AuditRow, Results, UpdateResult
+from entropy_ddp.terminal.tables import (
     UNITS,
     VERDICT_STYLES,
     as_text,
@@ -15,7 +16,6 @@ from entropy_ddp.report.tables import (
     new_table,
     plus_minus,
 )
-from entropy_ddp.results import AuditRow, Results, UpdateResult
 
 
 def print_heading(console: Console, results: Results) -> None:

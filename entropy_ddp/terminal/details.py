@@ -7,7 +7,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.report.tables import (
+from entropy_ddp.results import AuditRow, GradientDotResult, Results
+from entropy_ddp.terminal.tables import (
     VERDICT_STYLES,
     as_text,
     let_pairs_break,
@@ -16,7 +17,6 @@ from entropy_ddp.report.tables import (
     plus_minus,
     short_name,
 )
-from entropy_ddp.results import AuditRow, GradientDotResult, Results
 
 # Both halves of the table of the step beside each other.
 WIDTH_OF_TWO_HALVES = 96

@@ -2,22 +2,22 @@
 
 from rich.console import Console
 
-from entropy_ddp.report.details import (
+from entropy_ddp.results import Results
+from entropy_ddp.terminal.details import (
     audit_table,
     central_audits,
     estimators_table,
     gradient_dot_table,
     step_table,
 )
-from entropy_ddp.report.heading import print_complaints, print_heading, verdict_line
-from entropy_ddp.report.tables import (
+from entropy_ddp.terminal.heading import print_complaints, print_heading, verdict_line
+from entropy_ddp.terminal.tables import (
     UNITS,
     let_pairs_break,
     new_table,
     number,
     plus_minus,
 )
-from entropy_ddp.results import Results
 
 
 def print_results(console: Console, results: Results, out: str | None) -> None:

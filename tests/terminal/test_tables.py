@@ -22,10 +22,10 @@ from entropy_ddp.distributed import World
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.sweep import run_sweep
-from entropy_ddp.report import runs
-from entropy_ddp.report.attribution import print_attribution
-from entropy_ddp.report.inputs import print_inspection, print_samples
 from entropy_ddp.results import AuditRow, Results
+from entropy_ddp.terminal import runs
+from entropy_ddp.terminal.attribution import print_attribution
+from entropy_ddp.terminal.inputs import print_inspection, print_samples
 
 WIDTHS = (80, 100, 120)
 WITHOUT_AN_EDGE = 1000
