@@ -147,6 +147,20 @@ def test_results_are_written_all_or_not(
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_a_rename_at_the_very_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probed: Probed
+) -> None:
+    """No results then, rather than new ones beside old files; and no temporary ones."""
+    write_results(tmp_path, probed, "seed: 0\n")
+    with (
+        full_at(monkeypatch, "replace", 6),
+        pytest.raises(RunError, match=r"put in their place \(No space.*--resume"),
+    ):
+        write_results(tmp_path, probed, "seed: 1\n")
+    assert not (tmp_path / "results.json").exists()
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_a_full_disk_on_the_way_leaves_a_run_that_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: TinyRun, probed: Probed
 ) -> None:

@@ -29,7 +29,6 @@ _LEFT_OUT = (
     "update.save_delta",
     "compute.tokens_per_microbatch",
     "compute.snapshot_device",
-    "compute.count_operations",
     "batches.E.sample.sequences_per_call",
     "batches.U.sample.sequences_per_call",
 )

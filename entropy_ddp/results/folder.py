@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from entropy_ddp.atomic import written_whole
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.results.schema import Probed
 from entropy_ddp.rollouts.files import write_jsonl
 from entropy_ddp.tensors import write_tensors
@@ -121,8 +121,14 @@ def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
             write_jsonl(new / "sweep.jsonl", map(asdict, probed.results.sweep))
         with written_whole(new / RESULTS) as stream:
             stream.write(document.encode() + b"\n")
-        (out / RESULTS).unlink(missing_ok=True)
-        _put_in_place(new, out, probed.sampled)
+        try:
+            (out / RESULTS).unlink(missing_ok=True)
+            _put_in_place(new, out, probed.sampled)
+        except OSError as error:
+            raise RunError(
+                f"{out}: the results are complete but cannot be put in their place "
+                f"({error.strerror or error}); make room, and start again with --resume"
+            ) from error
     discard_unfinished(out)
 
 
