@@ -103,7 +103,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
 def comparable(document: Document) -> Document:
     """Without times, and what says that the run was resumed."""
     document = json.loads(json.dumps(document))
-    for key in ("started", "seconds", "resumed"):
+    for key in ("started", "seconds", "memory", "resumed"):
         document["run"].pop(key, None)
     document["audit"] = {row["name"]: row for row in document["audit"]}
     # Reading takes collectives of its own.
