@@ -84,12 +84,12 @@ def _run_facts(session: Session) -> RunFacts:
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     allowance = session.passes.allowance
     ranks = session.world.gather_objects(
-        (
-            session.passes.performed,
-            allowance.of(session.config.compute.tokens_per_microbatch),
-            allowance.num_retries + session.responses.num_retries,
-            peak_host_bytes(),
-        )
+        {
+            "performed": session.passes.performed,
+            "budget": allowance.of(session.config.compute.tokens_per_microbatch),
+            "retries": allowance.num_retries + session.responses.num_retries,
+            "peak": peak_host_bytes(),
+        }
     )
     return RunFacts(
         versions=versions,
@@ -99,14 +99,14 @@ def _run_facts(session: Session) -> RunFacts:
         dtype=session.config.precision.model,
         started=session.started.isoformat(timespec="seconds"),
         seconds=session.seconds,
-        passes=_passes(session, (performed for performed, *_ in ranks)),
-        tokens_per_microbatch=min(budget for _, budget, *_ in ranks),
-        out_of_memory_retries=sum(retries for _, _, retries, _ in ranks),
+        passes=_passes(session, (rank["performed"] for rank in ranks)),
+        tokens_per_microbatch=min(rank["budget"] for rank in ranks),
+        out_of_memory_retries=sum(rank["retries"] for rank in ranks),
         memory=None
         if session.memory is None
         else {
             "estimated_bytes": session.memory.host_now + session.memory.host_more,
-            "peak_bytes": max(peak for *_, peak in ranks),
+            "peak_bytes": max(rank["peak"] for rank in ranks),
             "free_bytes": session.memory.host_free,
         },
         resumed=(session.unfinished and session.unfinished.used) or None,
