@@ -27,7 +27,7 @@ from torch import Tensor
 
 from entropy_ddp.atomic import written_whole
 from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.probe.identity import differences
 from entropy_ddp.rollouts.batch import Ragged, Shard
@@ -245,6 +245,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the library raises, it is this file that it cannot read.
         raise InputError(
             f"{path}: expected what a finished phase left, found a damaged file "
