@@ -21,7 +21,7 @@ class Options:
     assignments: tuple[str, ...]
     out: Path | None
     overwrite: bool
-    resume: bool
+    resume: bool = False
     quiet: bool
     as_json: bool
 
