@@ -30,12 +30,14 @@ from entropy_ddp.estimators.attribution import (
 from entropy_ddp.estimators.errors import relative_difference
 from entropy_ddp.policy.parameters import inner_product
 from entropy_ddp.policy.response_tokens import TokenWeights
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.audits import Extras, audit_rows, tolerance_of
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
 from entropy_ddp.probe.phases import snapshot_device
 from entropy_ddp.probe.session import Progress, Session, open_session
+from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.results import AttributionResult, AuditRow, Probed, Rows
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.decomposition import step_parts
@@ -74,7 +76,7 @@ def run_attribution(
             "update.delta: attribution is of the optimizer's step on U; a change that is "
             "given does not say what it was made of; leave update.delta out"
         )
-    session = open_session(config, world, out, progress)
+    session = open_session(config, world, out, progress, "attribute")
     measured = measure(session, len(session.batches["E"]), with_curvature=False)
     return attributed(session, measured, audit_rows(session, measured, Extras()))
 
@@ -165,8 +167,13 @@ def score_shares(
     """Share, log p and entropy of every token of U, all ranks' in file order."""
     batch = session.batches["U"]
     shard = session.shard(batch)
-    with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
-        scores = session.passes.score(shard, direction, as_trained=True)
+
+    def score() -> Record:
+        with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
+            scores = session.passes.score(shard, direction, as_trained=True)
+            return Record(tokens=scores.arrays())
+
+    scores = DirectionalScores(**session.kept("shares", shard, score).tokens)
     weights = loss_weights(shard, session.config.update, session.reference_logp)
     on_logp, _ = weights(
         torch.arange(shard.ragged.num_tokens), scores.logp, scores.entropy
@@ -279,26 +286,39 @@ def _what_if(
     """delta_h1 without the tokens that each rule chooses; with `verify`, the truth too."""
     settings = session.config.attribution
     rows = []
-    for rule in rules(table, settings.fraction):
+    for number, rule in enumerate(rules(table, settings.fraction), start=1):
         row: dict[str, Any] = {
             "rule": rule.name,
             "num_tokens": int(rule.mask.sum()),
             "delta_h1": total - float(table.share[rule.mask].sum()),
         }
         if settings.verify:
-            row |= _masked_truth(session, measured, ~rule.mask)
+            row |= _masked_truth(session, measured, ~rule.mask, f"what-if-{number}")
         rows.append(row)
     return rows
 
 
 def _masked_truth(
-    session: Session, measured: Measured, keep: Tensor
+    session: Session, measured: Measured, keep: Tensor, name: str
 ) -> dict[str, float]:
     """Take the step on the kept tokens only, score E, undo; keep [T] of all of U."""
+    evaluation = session.shard(session.batches["E"])
+    record = session.kept(
+        name,
+        evaluation,
+        lambda: Record(tokens=_score_after_masked_step(session, keep).arrays()),
+    )
+    scores = TokenScores(**record.tokens)
+    truth = session.config.truth
+    change = changes_at(session, measured.base, scores)[truth.is_mode]
+    return {"delta_h_true": change.value, "se": change.se}
+
+
+def _score_after_masked_step(session: Session, keep: Tensor) -> TokenScores:
     world, passes, config = session.world, session.passes, session.config
     assert session.optimizer is not None
     batch = session.batches["U"]
-    shard, evaluation = session.shard(batch), session.shard(session.batches["E"])
+    shard = session.shard(batch)
     weights = _masked(
         loss_weights(shard, config.update, session.reference_logp),
         keep[_token_places(batch, shard)],
@@ -315,9 +335,7 @@ def _masked_truth(
             config.update,
             snapshot_device(config.compute),
         ):
-            scores = passes.score(evaluation)
-    change = changes_at(session, measured.base, scores)[config.truth.is_mode]
-    return {"delta_h_true": change.value, "se": change.se}
+            return passes.score(session.shard(session.batches["E"]))
 
 
 def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
