@@ -27,10 +27,11 @@ ROOMS = (
     "estimators",
     "results",
     "audit",
-    "terminal",
     "report",
+    "terminal",
     "demo",
     "probe",
+    "api",
     "cli",
     "__main__",
 )

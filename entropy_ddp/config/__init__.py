@@ -1,6 +1,6 @@
 """A run's configuration: its schema, and how it is read."""
 
-from entropy_ddp.config.reading import load_config, to_yaml, validated
+from entropy_ddp.config.reading import load_config, to_yaml, validated, with_sections
 from entropy_ddp.config.sampling import Prompts, Reward, Sample
 from entropy_ddp.config.schema import (
     BatchSource,
@@ -36,4 +36,5 @@ __all__ = [
     "load_config",
     "to_yaml",
     "validated",
+    "with_sections",
 ]

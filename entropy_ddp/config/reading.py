@@ -7,7 +7,7 @@ Unknown keys are errors, with the nearest known key named. Values on the command
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -102,6 +102,18 @@ def load_config(path: Path | None, assignments: tuple[str, ...]) -> Config:
     # A section with nothing in it is all defaults.
     document = {key: value for key, value in document.items() if value is not None}
     return validated(document, "configuration" if path is None else str(path))
+
+
+def with_sections(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """A configuration with some keys set anew, as `{section: {key: value}}`.
+
+    Raises:
+        InputError: a key is unknown, or a value has the wrong type or range.
+    """
+    document = config.model_dump()
+    for name, keys in sections.items():
+        document[name] = document[name] | dict(keys)
+    return validated(document, "configuration")
 
 
 def validated(document: dict[str, Any], source: str) -> Config:

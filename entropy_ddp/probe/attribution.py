@@ -70,15 +70,29 @@ def run_attribution(
         InputError: the configuration, the checkpoint or a batch is wrong.
         RunError: a number is not finite.
     """
+    require_attributable(config)
+    return attribute_session(open_session(config, world, out, progress, "attribute"))
+
+
+def attribute_session(session: Session) -> Probed:
+    """The attribution of what is open already; errors as of `run_attribution`."""
+    require_attributable(session.config)
+    measured = measure(session, len(session.batches["E"]), with_curvature=False)
+    return attributed(session, measured, audit_rows(session, measured, Extras()))
+
+
+def require_attributable(config: Config) -> None:
+    """Check that the change can be attributed to U.
+
+    Raises:
+        InputError: it is not an optimizer's step, or control variates are to be removed.
+    """
     require_plain_slope(config)
     if config.update.delta is not None:
         raise InputError(
             "update.delta: attribution is of the optimizer's step on U; a change that is "
             "given does not say what it was made of; leave update.delta out"
         )
-    session = open_session(config, world, out, progress, "attribute")
-    measured = measure(session, len(session.batches["E"]), with_curvature=False)
-    return attributed(session, measured, audit_rows(session, measured, Extras()))
 
 
 def require_plain_slope(config: Config) -> None:

@@ -35,10 +35,17 @@ def run_probe(
         InputError: the configuration, the checkpoint or a batch is wrong.
         RunError: a number is not finite.
     """
+    if config.attribution.enabled:
+        require_plain_slope(config)
+    return probe_session(open_session(config, world, out, progress))
+
+
+def probe_session(session: Session) -> Probed:
+    """A probe of what is open already; errors as of `run_probe`."""
+    config = session.config
     attribute = config.attribution.enabled
     if attribute:
         require_plain_slope(config)
-    session = open_session(config, world, out, progress)
     # Asked for but impossible: said before the first pass.
     is_wanted(config.gradient_dot, session.batches)
     everything = len(session.batches["E"])
@@ -67,7 +74,12 @@ def run_audit(
 
     Arguments and errors as of `run_probe`.
     """
-    session = open_session(config, world, out, progress, "audit")
+    return audit_session(open_session(config, world, out, progress, "audit"))
+
+
+def audit_session(session: Session) -> Probed:
+    """An audit of what is open already; errors as of `run_probe`."""
+    config = session.config
     is_wanted(config.gradient_dot, session.batches)
     everything = len(session.batches["E"])
     measured = measure(session, everything, noise_sequences=everything)

@@ -29,13 +29,15 @@ from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.results import Probed
 
 
-def run_sweep(config: Config, world: World, out: Path, progress: Progress) -> Probed:
+def run_sweep(
+    config: Config, world: World, out: Path | None, progress: Progress
+) -> Probed:
     """A probe, then E scored at theta + eta v for every eta of the grid.
 
     Args:
         config: the run's configuration.
         world: the ranks.
-        out: run directory, where finished phases and points are kept.
+        out: run directory, where finished phases and points are kept; None keeps none.
         progress: told how far the current phase is.
 
     Raises:
@@ -43,10 +45,14 @@ def run_sweep(config: Config, world: World, out: Path, progress: Progress) -> Pr
             unfinished run in the folder is another one.
         RunError: a number is not finite.
     """
-    session = open_session(config, world, out, progress, "sweep")
+    return sweep_session(open_session(config, world, out, progress, "sweep"))
+
+
+def sweep_session(session: Session) -> Probed:
+    """A sweep of what is open already; errors as of `run_sweep`."""
     measured = measure(session, SAMPLE_SEQUENCES)
     points = [_point(session, measured, eta) for eta in _grid(session, measured)]
-    summary = summarise(points, measured.noise_floor, config.truth.ess_abort)
+    summary = summarise(points, measured.noise_floor, session.config.truth.ess_abort)
     rows = audit_rows(session, measured, Extras())
     return make_results(session, measured, rows, sweep=points, sweep_summary=summary)
 

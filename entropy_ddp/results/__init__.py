@@ -6,6 +6,7 @@ from entropy_ddp.results.folder import (
     prepare_folder,
     write_results,
 )
+from entropy_ddp.results.reading import read_results
 from entropy_ddp.results.schema import (
     SCHEMA_VERSION,
     AttributionResult,
@@ -43,5 +44,6 @@ __all__ = [
     "Verdict",
     "discard_unfinished",
     "prepare_folder",
+    "read_results",
     "write_results",
 ]

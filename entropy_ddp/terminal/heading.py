@@ -7,6 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from entropy_ddp.report.answer import headline
 from entropy_ddp.results import AuditRow, Results, UpdateResult
 from entropy_ddp.terminal.tables import (
     UNITS,
@@ -21,6 +22,8 @@ from entropy_ddp.terminal.tables import (
 def print_heading(console: Console, results: Results) -> None:
     """What was probed, what is wrong with it, and the answer."""
     print_complaints(console, results)
+    sentence = "".join(headline(results.to_dict()))
+    console.print(Text(sentence, style="bold"))
     console.print(_answer(results))
 
 
