@@ -38,7 +38,9 @@ class World:
         rank: number of this rank.
         world_size: number of ranks.
         local_rank: number of this rank on its machine; selects the GPU.
-        store: the key-value store shared by the ranks; None without a group.
+        store: the key-value store shared by the ranks; None without a group, and in
+            a group that somebody else has started.
+        group: the group of the collectives; None for the default one.
         collectives: number of collectives and bytes handed to them, by purpose.
     """
 
@@ -46,6 +48,7 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     store: Any = None
+    group: Any = None
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -53,19 +56,24 @@ class World:
         """Whether this rank prints and writes files."""
         return self.rank == 0
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there is a process group."""
+        return self.store is not None or self.group is not None
+
     def sum(self, tensor: Tensor, purpose: str) -> Tensor:
         """Sum of a CPU tensor over ranks, in place."""
         self._count(purpose, tensor)
-        if self.store is not None:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        if self.is_grouped:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
 
     def max(self, value: float) -> float:
         """Largest of a scalar over ranks."""
         tensor = torch.tensor([value], dtype=torch.float64)
         self._count("scalars", tensor)
-        if self.store is not None:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        if self.is_grouped:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return float(tensor)
 
     def gather_rows(self, rows: Tensor, positions: Tensor, count: int) -> Tensor:
@@ -88,10 +96,10 @@ class World:
     def gather_objects(self, value: Any) -> list[Any]:
         """A small picklable value from every rank, in rank order, on every rank."""
         self._count("objects", None)
-        if self.store is None:
+        if not self.is_grouped:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -135,6 +143,22 @@ class World:
         number, size = self.collectives.get(purpose, (0, 0))
         added = 0 if tensor is None else tensor.numel() * tensor.element_size()
         self.collectives[purpose] = (number + 1, size + added)
+
+
+def joined_world() -> World:
+    """The ranks of a process group that is there already, a trainer's for example.
+
+    With a gloo group of its own: tensors on the CPU can then be reduced whatever the
+    trainer's backend is, and its collectives are not mixed with these.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return World()
+    return World(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", dist.get_rank())),
+        group=dist.new_group(backend="gloo"),
+    )
 
 
 def single_process_warning(environment: Mapping[str, str]) -> str | None:

@@ -59,6 +59,9 @@ class Passes:
         device: the model's device.
         advance: called with the number of tokens after every microbatch.
         count_operations: whether floating-point operations are counted.
+        runs_hooks: whether a backward pass runs the hooks on the parameters' gradients.
+            False where they are a trainer's, which must not see passes that are not
+            its own.
         performed: what this rank has run so far, by kind of pass and batch.
     """
 
@@ -69,6 +72,7 @@ class Passes:
     device: torch.device
     advance: Callable[[int], None] = lambda count: None
     count_operations: bool = False
+    runs_hooks: bool = True
     performed: dict[tuple[str, str], PassCount] = field(default_factory=dict)
 
     @overload
@@ -216,12 +220,25 @@ class Passes:
             for microbatch in self._microbatches(shard):
                 with precision_context(self.dtype):
                     total, logp, entropy = self.wrapped(microbatch, weights)
-                    total.backward()
+                    self._differentiate(total)
                 after_backward()
                 scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
                 self._performed_one(microbatch, scores, count)
         _require_finite(scores, shard)
         return scores
+
+    def _differentiate(self, total: Tensor) -> None:
+        """Add the gradient of a scalar to the parameters' `.grad`."""
+        if self.runs_hooks:
+            total.backward()
+            return
+        held = list(self.parameters.values())
+        for parameter, gradient in zip(
+            held, torch.autograd.grad(total, held, allow_unused=True)
+        ):
+            if gradient is not None:
+                sum_so_far = parameter.grad
+                parameter.grad = gradient if sum_so_far is None else sum_so_far + gradient
 
     def differentiated(self, as_trained: bool) -> AbstractContextManager[None]:
         """The context of a pass: whose derivative it takes.

@@ -40,7 +40,7 @@ from entropy_ddp.results import AttributionResult, AuditRow, Probed, Rows
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.loss import loss_weights
-from entropy_ddp.update.step import one_step
+from entropy_ddp.update.step import Step, one_step
 
 # Tokens shown on either side of a token in its context.
 CONTEXT_TOKENS = 16
@@ -103,8 +103,13 @@ def attributed(
         rows: the audits.
         parts: other parts of the results.
     """
-    split = split_step(session, measured)
-    table = score_shares(session, measured, split.direction)
+    assert measured.gradient is not None
+    size = measured.estimates.original.denominator
+    slope = measured.duality.gradient / size
+    split = split_step(session, measured.gradient, measured.step, slope)
+    shard = session.shard(session.batches["U"])
+    weights = loss_weights(shard, session.config.update, session.reference_logp)
+    table = score_shares(session, weights, split.direction)
     # Used up: not to be held while the what-if steps are taken.
     split.direction.clear()
     shares = table.share.new_zeros(len(session.batches["U"]))
@@ -134,24 +139,27 @@ class SplitStep:
     direction: dict[str, Tensor]
 
 
-def split_step(session: Session, measured: Measured) -> SplitStep:
-    """Momentum and decay parts of delta_h1, and the direction z of the gradient part."""
-    assert session.optimizer is not None and measured.gradient is not None
+def split_step(
+    session: Session, gradient: Tensor, step: Step, slope: Tensor
+) -> SplitStep:
+    """Momentum and decay parts of delta_h1, and the direction z of the gradient part.
+
+    Args:
+        session: the run.
+        gradient: gradient of the loss, summed over ranks, flat, [P].
+        step: the step that was taken with it.
+        slope: grad H, gradient of the entropy estimator on all of E, flat, [P].
+    """
+    assert session.optimizer is not None
     passes = session.passes
-    size = measured.estimates.original.denominator
-    slopes, direction = passes.layout.views(measured.duality.gradient), {}
+    slopes, direction = passes.layout.views(slope), {}
     momentum = decay = 0.0
     for name, parts in step_parts(
-        session.optimizer,
-        passes.parameters,
-        measured.gradient,
-        measured.step,
-        session.config.update,
+        session.optimizer, passes.parameters, gradient, step, session.config.update
     ):
-        slope = slopes[name] / size
-        momentum += _dot(slope, parts.momentum)
-        decay += _dot(slope, parts.decay)
-        direction[name] = parts.gain.to(slope) * slope
+        momentum += _dot(slopes[name], parts.momentum)
+        decay += _dot(slopes[name], parts.decay)
+        direction[name] = parts.gain.to(slopes[name]) * slopes[name]
     return SplitStep(momentum=momentum, decay=decay, direction=direction)
 
 
@@ -160,20 +168,25 @@ def _dot(slope: Tensor, part: Tensor) -> float:
 
 
 def score_shares(
-    session: Session, measured: Measured, direction: dict[str, Tensor]
+    session: Session, weights: TokenWeights, direction: dict[str, Tensor]
 ) -> TokenTable:
-    """Share, log p and entropy of every token of U, all ranks' in file order."""
+    """Share, log p and entropy of every token of U, all ranks' in file order.
+
+    Args:
+        session: the run.
+        weights: dL / d log p and dL / dH of every token of this rank's shard of U.
+        direction: z, as `split_step` gives it.
+    """
     batch = session.batches["U"]
     shard = session.shard(batch)
     with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
         scores = session.passes.score(shard, direction, as_trained=True)
-    weights = loss_weights(shard, session.config.update, session.reference_logp)
-    on_logp, _ = weights(
-        torch.arange(shard.ragged.num_tokens), scores.logp, scores.entropy
-    )
-    columns = [-on_logp * scores.dlogp, scores.logp, scores.entropy]
+    tokens = torch.arange(shard.ragged.num_tokens)
+    on_logp, on_entropy = weights(tokens, scores.logp, scores.entropy)
+    share = -(on_logp * scores.dlogp + on_entropy * scores.dentropy)
+    columns = [share, scores.logp, scores.entropy]
     rows = session.world.gather_rows(
-        torch.stack(columns, dim=1), _token_places(batch, shard), batch.num_tokens
+        torch.stack(columns, dim=1), token_places(batch, shard), batch.num_tokens
     )
     share, logp, entropy = rows.unbind(1)
     ragged = batch.ragged
@@ -187,7 +200,7 @@ def score_shares(
     )
 
 
-def _token_places(batch: Batch, shard: Shard) -> Tensor:
+def token_places(batch: Batch, shard: Shard) -> Tensor:
     """Places of this rank's tokens in the flat token arrays of the whole batch, [t]."""
     starts = batch.ragged.starts[shard.positions]
     return shard.ragged.spread(starts) + shard.ragged.position
@@ -221,9 +234,9 @@ def _attribution_result(
         covariance=judged.pop("covariance"),
         proxies=judged,
         concentration=concentration(table.share),
-        summaries=_summaries(session, table),
+        summaries=summaries(session, table),
         what_if=_what_if(session, measured, table, total),
-        top_tokens=_top_tokens(session, table),
+        top_tokens=top_tokens(session, table),
     )
 
 
@@ -237,7 +250,7 @@ def _gap_row(session: Session, result: AttributionResult) -> AuditRow:
     )
 
 
-def _summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
+def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
     """Shares by sign of advantage, probability, position, reward and pass rate."""
     batch, share = session.batches["U"], table.share
     sign = (table.advantage.sign() + 1).long()
@@ -248,7 +261,7 @@ def _summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
         f"{low}" if high == low + 1 else f"{low}-{high - 1}"
         for low, high in pairwise(edges.tolist())
     ]
-    summaries = {
+    found = {
         "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, share),
         "probability decile": share_by(
             [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, share
@@ -264,13 +277,13 @@ def _summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
         rate /= batch.group_sizes
         quarter = (rate * 4).long().clamp(max=3)[batch.groups]
         ragged = batch.ragged
-        summaries["largest reward"] = share_by(
+        found["largest reward"] = share_by(
             ["not reached", "reached"], ragged.spread(passed.long()), share
         )
-        summaries["pass rate of the group"] = share_by(
+        found["pass rate of the group"] = share_by(
             ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), share
         )
-    return summaries
+    return found
 
 
 def _what_if(
@@ -301,7 +314,7 @@ def _masked_truth(
     shard, evaluation = session.shard(batch), session.shard(session.batches["E"])
     weights = _masked(
         loss_weights(shard, config.update, session.reference_logp),
-        keep[_token_places(batch, shard)],
+        keep[token_places(batch, shard)],
     )
     with session.phase("what if: masked step", shard.ragged.num_tokens):
         gradient, _ = passes.gradient(
@@ -350,7 +363,7 @@ def token_rows(session: Session, table: TokenTable) -> Iterator[dict[str, Any]]:
             yield row | dict(zip(columns, numbers))
 
 
-def _top_tokens(session: Session, table: TokenTable) -> list[dict[str, Any]]:
+def top_tokens(session: Session, table: TokenTable) -> list[dict[str, Any]]:
     """The tokens with the largest shares by absolute value, in their context."""
     batch, tokenizer = session.batches["U"], session.policy.tokenizer
     count = min(session.config.attribution.top, len(table.share))
