@@ -34,6 +34,7 @@ from entropy_ddp.training.entries import (
 from entropy_ddp.training.lines import append_line, require_new
 from entropy_ddp.training.live import open_live_session
 from entropy_ddp.training.neutral import untouched
+from entropy_ddp.training.padding import padding_rows
 from entropy_ddp.training.requirements import require_probable, torch_optimizer
 from entropy_ddp.training.settings import ProbeSettings
 from entropy_ddp.training.step_probe import (
@@ -46,8 +47,8 @@ from entropy_ddp.training.step_probe import (
 
 logger = logging.getLogger(__name__)
 
-# Of the identity gradient part = clipped shares of tokens, and of the step.
-IDENTITY_TOLERANCE = 2e-2
+# Of |unattributed| relative to the sum of |share|, and of the foreseen step.
+IDENTITY_TOLERANCE = 1e-5
 STEP_TOLERANCE = 1e-3
 
 
@@ -139,6 +140,7 @@ class EntropyProbeCallback(TrainerCallback):
             trained=self._gathered(capture),
             optimizer=AdamState.of(torch_optimizer(optimizer)),
             gradient=gradient,
+            padding=padding_rows(model),
             grad_norm=norm,
             clip_coefficient=clip_coefficient(args.max_grad_norm, norm),
         )
@@ -268,11 +270,11 @@ class EntropyProbeCallback(TrainerCallback):
     def _check(self, entry: dict[str, Any]) -> None:
         """Warn, once for each reason, where a number is not what it should be."""
         checks = entry["checks"]
-        identity = checks.get("identity", 1.0)
-        if abs(identity - 1) > IDENTITY_TOLERANCE:
+        if checks.get("identity_gap", 0.0) > IDENTITY_TOLERANCE:
             self._warn(
                 "identity",
-                f"step {entry['step']}: the gradient's part is {identity:.3g} times the "
+                f"step {entry['step']}: the gradient's part is {checks['identity']:.5g} "
+                "times the "
                 "sum of the tokens' shares, expected 1: dropout, mixed precision or a part of the loss that is "
                 "not of the tokens; the difference is listed as `unattributed`",
             )

@@ -23,13 +23,20 @@ Every line is a JSON object with a `kind`:
   | covariance | mean over U's tokens of (log p - mean)(A - mean) |
   | top_tokens | the tokens with the largest shares, in their context |
   | by_token, by_prompt | sums of shares by token id and by prompt, the largest |
-  | checks | identity (gradient part over shares of tokens, clipped: 1 expected),
-    step_gap, duality_gap, logp_gap |
+  | checks | see below |
   | seconds | wall-clock seconds that the probe took |
 
 - `end`: `step`, `entropy` {value, se} at the weights that the training ended with.
 
-A key that was not asked for is absent.
+A key that was not asked for is absent. The checks:
+
+- identity: the gradient part from the trainer's own gradient over the sum of its tokens'
+  shares, which are of another pass and of the weights that the hooks saw: 1 expected.
+  identity_gap is |unattributed| over the sum of |share|, the scale of its rounding: where
+  shares cancel, the ratio alone says little.
+- step_gap: ||(theta' - theta) - delta|| / ||delta|| of the step that was foreseen.
+- duality_gap: forward against reverse mode on E.
+- logp_gap: largest difference of log p on U from what the trainer computed, nats.
 """
 
 from typing import Any
@@ -136,6 +143,8 @@ def _attribution(session: Session, probe: StepProbe, top: int) -> dict[str, Any]
     }
     if attributed:
         checks["identity"] = probe.gradient / attributed
+        unattributed = by_sign["unattributed"]
+        checks["identity_gap"] = abs(unattributed) / float(share.abs().sum())
     covariance = covariance_score(table.logp, table.advantage).mean()
     clipped = TokenTable(**(vars(table) | {"share": share}))
     return {

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from entropy_ddp.policy.parameters import differentiate_padding_tokens
+from entropy_ddp.training.padding import padding_rows
 
 
 @contextmanager
@@ -73,16 +74,12 @@ def _gradients_aside(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _padding_differentiated(model: nn.Module) -> Iterator[None]:
-    embeddings = {
-        module: module.padding_idx
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    }
+    rows = padding_rows(model)
     differentiate_padding_tokens(model)
     try:
         yield
     finally:
-        for embedding, index in embeddings.items():
+        for embedding, index in rows.items():
             embedding.padding_idx = index
 
 

@@ -13,7 +13,7 @@ and held against theta' - theta afterwards.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entropy_ddp.estimators.attribution import TokenTable
 from entropy_ddp.estimators.entropy import Ratio, as_ratio
@@ -30,6 +30,7 @@ from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.training.adam import AdamState, change_of, gradient_of
 from entropy_ddp.training.capture import TrainedBatch
 from entropy_ddp.training.live import sample_evaluation
+from entropy_ddp.training.padding import lookups_cut
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.step import Step
 
@@ -96,12 +97,14 @@ class PendingStep:
         gradient: the clipped gradient, flat, [P].
         grad_norm: norm of the gradient before clipping.
         clip_coefficient: what clipping multiplied it by.
+        padding: rows of embeddings that the trainer's gradient leaves out.
     """
 
     number: int
     trained: TrainedBatch
     optimizer: AdamState
     gradient: Tensor
+    padding: dict[nn.Embedding, int]
     grad_norm: float
     clip_coefficient: float
 
@@ -221,7 +224,8 @@ def _shares(
     def weights(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         return on_logp[token.cpu()], on_entropy[token.cpu()]
 
-    table = score_shares(session, weights, direction)
+    with lookups_cut(pending.padding):
+        table = score_shares(session, weights, direction)
     everything = trained.batch.shard(0, 1)
     theirs = trained.token_values(everything, "logp")
     ours = table.logp[token_places(trained.batch, everything)]
