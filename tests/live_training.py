@@ -24,9 +24,9 @@ PROBE = {"every": 1, "num_prompts": 8, "responses_per_prompt": 1}
 TIMES = ("runtime", "per_second", "time")
 
 
-def half_are_right(completions: list[str], **_: object) -> list[float]:
+def arbitrary_reward(completions: list[str], **_: object) -> list[float]:
     """A reward with signal at a policy that knows nothing."""
-    return [float(sum(map(ord, text)) % 2) for text in completions]
+    return [sum(map(ord, text)) % 5 / 4 for text in completions]
 
 
 class Records(TrainerCallback):
@@ -38,7 +38,14 @@ class Records(TrainerCallback):
         self.seen: list[dict[str, Any]] = []
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        model: Any,
+        optimizer: Any,
+        **_: Any,
     ) -> None:
         """Hash everything that a probe might have touched."""
         flags = [(n, m.training) for n, m in model.named_modules()]
@@ -135,7 +142,7 @@ def make_trainer(
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        reward_funcs=half_are_right,
+        reward_funcs=arbitrary_reward,
         args=GRPOConfig(**arguments | settings),
         train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS]),
         peft_config=None

@@ -26,6 +26,7 @@ ROOMS = (
     "report",
     "demo",
     "probe",
+    "training",
     "cli",
     "__main__",
 )

@@ -238,7 +238,9 @@ class Passes:
         ):
             if gradient is not None:
                 sum_so_far = parameter.grad
-                parameter.grad = gradient if sum_so_far is None else sum_so_far + gradient
+                parameter.grad = (
+                    gradient if sum_so_far is None else sum_so_far + gradient
+                )
 
     def differentiated(self, as_trained: bool) -> AbstractContextManager[None]:
         """The context of a pass: whose derivative it takes.

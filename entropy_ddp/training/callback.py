@@ -118,7 +118,14 @@ class EntropyProbeCallback(TrainerCallback):
             self._capture.arm()
 
     def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        model: Any,
+        optimizer: Any,
+        **_: Any,
     ) -> None:
         """The first half of the probe, at the weights before the step.
 

@@ -216,7 +216,10 @@ def _read_off(batch: _Microbatch, logits: Tensor, slope: Tensor | None) -> None:
     rest = whole = 0.0
     row, column = batch.counted.nonzero(as_tuple=True)
     for part in range(0, len(row), CHUNK_POSITIONS):
-        here = (row[part : part + CHUNK_POSITIONS], column[part : part + CHUNK_POSITIONS])
+        here = (
+            row[part : part + CHUNK_POSITIONS],
+            column[part : part + CHUNK_POSITIONS],
+        )
         logp = logits[here].double().log_softmax(-1)
         target = batch.input_ids[here[0], here[1] + 1][:, None]
         basis = (-logp.exp()).scatter_add_(

@@ -34,7 +34,8 @@ A key that was not asked for is absent. The checks:
   shares, which are of another pass and of the weights that the hooks saw: 1 expected.
   identity_gap is |unattributed| over the sum of |share|, the scale of its rounding: where
   shares cancel, the ratio alone says little.
-- step_gap: ||(theta' - theta) - delta|| / ||delta|| of the step that was foreseen.
+- step_gap: ||(theta' - theta) - delta|| / ||delta|| of the step that was foreseen, less
+  what the rounding of theta' can make.
 - duality_gap: forward against reverse mode on E.
 - logp_gap: largest difference of log p on U from what the trainer computed, nats.
 """

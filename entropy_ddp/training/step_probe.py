@@ -10,6 +10,7 @@ trainer's: it is known beforehand from its gradient and optimizer state,
 and held against theta' - theta afterwards.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,7 @@ from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import AlongStep, gather_sums, score_along_step
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Batch, Shard
-from entropy_ddp.training.adam import AdamState, change_of, gradient_of
+from entropy_ddp.training.adam import AdamState, change_of
 from entropy_ddp.training.capture import TrainedBatch
 from entropy_ddp.training.live import sample_evaluation
 from entropy_ddp.training.padding import lookups_cut
@@ -234,15 +235,18 @@ def _shares(
 
 
 def _step_gap(session: Session, probe: StepProbe) -> float:
-    """||(theta' - theta) - delta|| / ||delta||; 0 for a step of nothing."""
-    expected = probe.step.delta
-    layout = session.passes.layout
-    taken = torch.zeros_like(expected)
+    """||(theta' - theta) - delta|| / ||delta||, less what rounding of theta' can make."""
+    layout, parameters = session.passes.layout, session.passes.parameters
+    taken = torch.zeros_like(probe.step.delta)
+    rounding = 0.0
     for name, view in layout.views(taken).items():
-        after = session.passes.parameters[name].detach()
+        after = parameters[name].detach()
         view.copy_(after.double() - probe.before[name].double())
-    size = global_norm(expected)
-    gap = global_norm(taken - expected)
+        # Decay and step are rounded one after the other, each to half a unit.
+        unit = torch.finfo(after.dtype).eps * global_norm(after)
+        rounding = math.hypot(rounding, unit)
+    size = global_norm(probe.step.delta)
+    gap = max(0.0, global_norm(taken - probe.step.delta) - rounding)
     return gap / size if size else gap
 
 
