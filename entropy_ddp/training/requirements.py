@@ -6,6 +6,34 @@ import torch
 
 from entropy_ddp.errors import InputError
 
+DEEPSPEED = (
+    "DeepSpeed keeps gradients and optimizer state in shards of its own, which cannot be "
+    "read at the optimizer step"
+)
+FSDP = (
+    "FSDP shards parameters and gradients, so that no rank can take the derivative along "
+    "the whole step"
+)
+COMPILED = (
+    "torch.compile hides the model's outputs from the hooks that read the token weights"
+)
+REPLICATED = (
+    "DataParallel replicates the model at every step; start one process per GPU with "
+    "torchrun instead"
+)
+SCALED = "fp16 scales the gradients by a factor that the optimizer removes"
+LIGER = (
+    "Liger's kernels have no forward-mode derivatives, and their fused losses return no "
+    "log-probabilities"
+)
+QUANTIZED = "quantized weights have no forward-mode derivatives"
+PACKED = "packed rows hold several sequences; turn packing and padding_free off"
+PROMPT_LEARNING = "prompt learning puts trained vectors in place of tokens"
+NO_TOKENIZER = (
+    "processing_class is no tokenizer with an end-of-sequence token, which sampling "
+    "fresh responses needs"
+)
+
 
 def require_probable(trainer: Any) -> None:
     """Check that gradients, weights and batch of this training can be read.
@@ -23,57 +51,23 @@ def require_probable(trainer: Any) -> None:
 
 def _obstacle(trainer: Any) -> str | None:
     args, model = trainer.args, trainer.model
-    for is_there, sentence in (
-        (
-            getattr(trainer, "is_deepspeed_enabled", False),
-            "DeepSpeed keeps gradients and optimizer state in shards of its own, which "
-            "cannot be read at the optimizer step",
-        ),
-        (
-            getattr(trainer, "is_fsdp_enabled", False),
-            "FSDP shards parameters and gradients, so that no rank can take the "
-            "derivative along the whole step",
-        ),
-        (
-            args.torch_compile or isinstance(model, torch._dynamo.OptimizedModule),
-            "torch.compile hides the model's outputs from the hooks that read the "
-            "token weights",
-        ),
-        (
-            args.n_gpu > 1,
-            "DataParallel replicates the model at every step; start one process per "
-            "GPU with torchrun instead",
-        ),
-        (args.fp16, "fp16 scales the gradients by a factor that the optimizer removes"),
-        (
-            args.use_liger_kernel,
-            "Liger's kernels have no forward-mode derivatives, and their fused losses "
-            "return no log-probabilities",
-        ),
-        (
-            getattr(model, "is_quantized", False),
-            "quantized weights have no forward-mode derivatives",
-        ),
-        (
-            getattr(args, "packing", False) or getattr(args, "padding_free", False),
-            "packed rows hold several sequences; turn packing and padding_free off",
-        ),
-        (
-            any(
-                getattr(adapter, "is_prompt_learning", False)
-                for adapter in getattr(model, "peft_config", {}).values()
-            ),
-            "prompt learning puts trained vectors in place of tokens",
-        ),
-        (
-            getattr(trainer.processing_class, "eos_token_id", None) is None,
-            "processing_class is no tokenizer with an end-of-sequence token, which "
-            "sampling fresh responses needs",
-        ),
-    ):
-        if is_there:
-            return sentence
-    return _optimizer_obstacle(trainer.optimizer)
+    adapters = getattr(model, "peft_config", {}).values()
+    tokenizer = trainer.processing_class
+    found = {
+        DEEPSPEED: getattr(trainer, "is_deepspeed_enabled", False),
+        FSDP: getattr(trainer, "is_fsdp_enabled", False),
+        COMPILED: args.torch_compile
+        or isinstance(model, torch._dynamo.OptimizedModule),
+        REPLICATED: args.n_gpu > 1,
+        SCALED: args.fp16,
+        LIGER: args.use_liger_kernel,
+        QUANTIZED: getattr(model, "is_quantized", False),
+        PACKED: getattr(args, "packing", False) or getattr(args, "padding_free", False),
+        PROMPT_LEARNING: any(getattr(a, "is_prompt_learning", False) for a in adapters),
+        NO_TOKENIZER: getattr(tokenizer, "eos_token_id", None) is None,
+    }
+    sentences = [sentence for sentence, is_there in found.items() if is_there]
+    return sentences[0] if sentences else _optimizer_obstacle(trainer.optimizer)
 
 
 def _optimizer_obstacle(optimizer: Any) -> str | None:

@@ -21,6 +21,7 @@ from entropy_ddp.estimators.entropy import Ratio, as_ratio
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
 from entropy_ddp.policy.parameters import global_norm, inner_product, shifted
+from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.probe.attribution import score_shares, split_step, token_places
 from entropy_ddp.probe.diagnosis import Duality, check_duality
 from entropy_ddp.probe.estimation import EntropyEstimates, estimate, predict
@@ -165,7 +166,7 @@ def probe_after(
     """
     shard = session.shard(probe.evaluation)
     probe.step_gap = _step_gap(session, probe)
-    stepped = probe.along.scores
+    stepped: TokenScores = probe.along.scores
     if truth:
         with session.phase("truth: E after the step", shard.ragged.num_tokens):
             stepped = session.passes.score(shard)

@@ -22,7 +22,7 @@ adds weight_decay theta to k g before both moments; its part of the step is then
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,6 @@ from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.parameters import ParameterLayout
 from entropy_ddp.update.step import Step, learning_rate_of
-
-
-class AdamLike(Protocol):
-    """What is read of an optimizer."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The param groups."""
-
-    @property
-    def state(self) -> Mapping[Any, dict[str, Any]]:
-        """The state of each parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +51,7 @@ class StepParts:
 
 
 def step_parts(
-    optimizer: AdamLike,
+    optimizer: torch.optim.Adam,
     parameters: Mapping[str, nn.Parameter],
     gradient: Tensor,
     step: Step,
@@ -116,7 +104,7 @@ def _parts(
 
 
 def gradient_gain(
-    optimizer: AdamLike,
+    optimizer: torch.optim.Adam,
     parameters: Mapping[str, nn.Parameter],
     gradient: Tensor,
     step: Step,
@@ -146,7 +134,7 @@ def gradient_gain(
 
 
 def preconditioner(
-    optimizer: AdamLike,
+    optimizer: torch.optim.Adam,
     parameters: Mapping[str, nn.Parameter],
     dtype: torch.dtype,
 ) -> Tensor:
@@ -183,7 +171,7 @@ def preconditioner(
 
 
 def _entries(
-    optimizer: AdamLike, parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Adam, parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(name, param group, state) of every parameter of the optimizer."""
     name_of = {id(parameter): name for name, parameter in parameters.items()}
