@@ -12,13 +12,13 @@ from benchmarks.comparison import Comparison, Setting, time_in_turns
 from benchmarks.models import TINY, Lengths, Shape, make_direction
 from benchmarks.passes import difference_step
 from benchmarks.processes import run_module
-from benchmarks.worker import UNDIVIDED_PHASES, quiet
+from benchmarks.worker import UNDIVIDED_PHASES
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.probe.phases import loss_gradient
 from entropy_ddp.probe.run import run_probe
-from entropy_ddp.probe.session import Session, open_session
+from entropy_ddp.probe.session import Session, no_progress, open_session
 
 SMALL = Shape(
     hidden=128, intermediate=352, layers=2, heads=4, kv_heads=2, vocabulary=512
@@ -57,9 +57,9 @@ def _probe(order: int, setting: Setting) -> Comparison:
     with saved_run(setting, sequences) as document:
         document["curvature"] = {"enabled": order == 2}
         config = Config.model_validate(document)
-        session = open_session(config, World(), None, quiet)
+        session = open_session(config, World(), None, no_progress)
         timings = time_in_turns(
-            lambda: run_probe(config, World(), None, quiet),
+            lambda: run_probe(config, World(), None, no_progress),
             _passes_alone(session, order),
             setting,
         )

@@ -180,7 +180,7 @@ def test_a_probe_prints_tables_on_standard_output(
     tables, _, out = printed
     assert tables.exit_code == 0, tables.stderr
     assert tables.stderr == ""
-    for part in ("ΔH true", "ΔH first order", "±", "Audits", "written to"):
+    for part in ("ΔH true", "ΔH first order", "±", "audits", "written to"):
         assert part in tables.stdout
     assert str(out) in tables.stdout.replace("\n", "")
 

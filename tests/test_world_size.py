@@ -47,7 +47,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from entropy_ddp.cli import run_ranks
+from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import load_config, to_yaml
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import prepare_folder, write_results

@@ -31,7 +31,11 @@ def make_demo(out: Path, seed: int, world: World, progress: Progress) -> DemoChe
             f"demo: runs in one process, found {world.world_size}; start it without a "
             "launcher"
         )
-    made = train_demo(out, seed=seed, on_step=progress)
+
+    def on_step(phase: str, done: int, total: int) -> None:
+        progress(phase, done, total, "steps")
+
+    made = train_demo(out, seed=seed, on_step=on_step)
     sampled = {
         "prompts": str(made.prompts),
         "max_new_tokens": MAX_COMPLETION_LENGTH,

@@ -1,12 +1,12 @@
 """Everything a run needs, opened and checked before the first expensive pass."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,8 +49,23 @@ from entropy_ddp.rollouts.sampling import merge_rows, sample_rollouts
 from entropy_ddp.update.change import read_change
 from entropy_ddp.update.loss import require_sampling_logprobs
 
-# (name of the phase, units done by this rank, units this rank has to do)
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """What is told how far a phase is."""
+
+    def __call__(self, name: str, done: int, total: int, unit: str = ..., /) -> None:
+        """Take notice.
+
+        Args:
+            name: the phase.
+            done: units done by this rank.
+            total: units that this rank has to do; 0 if not known.
+            unit: what is counted; response tokens, if it is not said.
+        """
+
+
+def no_progress(name: str, done: int, total: int, unit: str = "tokens", /) -> None:
+    """Tells nobody how far a phase is."""
 
 
 @dataclass(kw_only=True)
@@ -310,7 +325,7 @@ def sample_batch(
             sampling_settings(session.config, split, source),
             session.world.rank,
             session.world.world_size,
-            lambda done, total: session.progress(name, done, total),
+            lambda done, total: session.progress(name, done, total, "responses"),
         )
         shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
     session.num_redraws[split] = sum(redraws for _, redraws in shares)

@@ -33,7 +33,7 @@ from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.session import require_optimizer
-from entropy_ddp.report.inputs import print_inspection
+from entropy_ddp.terminal.inputs import print_inspection
 
 CPU = torch.device("cpu")
 

@@ -30,8 +30,9 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.probe import session
-from entropy_ddp.report.tables import print_diagnosis, print_results, short_name
 from entropy_ddp.results import AuditRow, Probed, Results
+from entropy_ddp.terminal.runs import print_diagnosis, print_results
+from entropy_ddp.terminal.tables import short_name
 from entropy_ddp.update import step
 
 RTOL = 1e-10  # the contract's bar for float64
@@ -651,7 +652,7 @@ def test_failures_are_shown_first(
         words.index(f"warning: {warning}"),
         words.index(find(probed, warning).hint),
         words.index("Entropy change of one dr_grpo step"),
-        words.index("Audits"),
+        words.index("┃ check ┃"),
     ]
     assert places == sorted(places)
 

@@ -485,7 +485,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from entropy_ddp.cli import run_ranks
+from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import load_config
 from entropy_ddp.probe.sweep import run_sweep
 

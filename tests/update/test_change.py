@@ -27,9 +27,9 @@ from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
-from entropy_ddp.report import tables
-from entropy_ddp.report.inputs import print_inspection
 from entropy_ddp.results import Probed, write_results
+from entropy_ddp.terminal import runs
+from entropy_ddp.terminal.inputs import print_inspection
 from entropy_ddp.update.change import read_change
 
 Tensors = dict[str, Tensor]
@@ -118,7 +118,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from entropy_ddp.cli import run_ranks
+from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import load_config, to_yaml
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import prepare_folder, write_results
@@ -252,7 +252,7 @@ def test_tables_and_results_say_that_it_is_a_change(
     config = with_delta(lora, path)
     results = run_probe(config, World(), None, quiet).results
     console = Console(file=io.StringIO(), width=200)
-    tables.print_results(console, results, "runs/x")
+    runs.print_results(console, results, "runs/x")
     print_inspection(console, inspect_run(config, World(), quiet))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from entropy_ddp.report.tables import VERDICT_STYLES, as_text, new_table
+from entropy_ddp.terminal.tables import VERDICT_STYLES, as_text, new_table
 
 
 def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -> None:

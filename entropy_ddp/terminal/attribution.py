@@ -5,14 +5,9 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_ddp.estimators.attribution import TOP_SHARES
-from entropy_ddp.report.tables import (
-    new_table,
-    number,
-    plus_minus,
-    print_heading,
-    verdict_line,
-)
 from entropy_ddp.results import AttributionResult, Results
+from entropy_ddp.terminal.heading import print_heading, verdict_line
+from entropy_ddp.terminal.tables import new_table, number, plus_minus
 
 
 def print_attribution(console: Console, results: Results, out: str | None) -> None:

@@ -16,15 +16,16 @@ import reference as ref
 from rich.console import Console
 from tiny_runs import make_run
 
-from entropy_ddp import cli
+from entropy_ddp.cli.console import table_console
+from entropy_ddp.cli.options import Options
 from entropy_ddp.distributed import World
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.sweep import run_sweep
-from entropy_ddp.report import tables
-from entropy_ddp.report.attribution import print_attribution
-from entropy_ddp.report.inputs import print_inspection, print_samples
 from entropy_ddp.results import AuditRow, Results
+from entropy_ddp.terminal import runs
+from entropy_ddp.terminal.attribution import print_attribution
+from entropy_ddp.terminal.inputs import print_inspection, print_samples
 
 WIDTHS = (80, 100, 120)
 WITHOUT_AN_EDGE = 1000
@@ -34,9 +35,9 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?%?")
 
 Printer = Callable[[Console, Results, str | None], None]
 PRINTERS: dict[str, Printer] = {
-    "probe": tables.print_results,
-    "audit": tables.print_diagnosis,
-    "sweep": tables.print_sweep,
+    "probe": runs.print_results,
+    "audit": runs.print_diagnosis,
+    "sweep": runs.print_sweep,
     "attribution": print_attribution,
 }
 
@@ -187,8 +188,8 @@ def test_prediction_truth_and_difference_share_a_row(
         (truth.delta_h_true - linear.delta_h1, linear.difference_se),
     )
     for printer in (
-        tables.print_results,
-        tables.print_diagnosis,
+        runs.print_results,
+        runs.print_diagnosis,
         print_attribution,
     ):
         lines = shown(printer, measured, width).splitlines()
@@ -209,7 +210,7 @@ def test_no_value_that_is_not_a_number(case: Shown) -> None:
 def test_no_infinity_where_the_error_is_zero(measured: Results) -> None:
     """Truth and prediction of which no group says anything else have no error."""
     linear = replace(measured.linear, difference_se=0.0)
-    text = shown(tables.print_results, replace(measured, linear=linear))
+    text = shown(runs.print_results, replace(measured, linear=linear))
     assert not re.search(r"\b(nan|inf)\b", text)
 
 
@@ -289,7 +290,7 @@ def test_no_small_number_reads_as_zero(
     measured: Results, change: Callable[[Results], Results]
 ) -> None:
     results = replace(change(measured), audit=[])
-    assert zeros(shown(tables.print_results, results)) == []
+    assert zeros(shown(runs.print_results, results)) == []
 
 
 # Colours
@@ -338,7 +339,7 @@ def test_a_pipe_gets_plain_text_of_100_columns(
 ) -> None:
     """The console of the command line, whose standard output is no terminal here."""
     results = with_complaints(measured)
-    options = cli.Options(
+    options = Options(
         config=None,
         assignments=(),
         out=None,
@@ -346,7 +347,7 @@ def test_a_pipe_gets_plain_text_of_100_columns(
         quiet=False,
         as_json=False,
     )
-    console = cli._console(World(), options)
+    console = table_console(World(), options)
     assert console is not None
     printer(console, results, "runs/x")
     text = capsys.readouterr().out
@@ -373,7 +374,7 @@ def test_values_of_an_audit_of_every_kind(measured: Results) -> None:
         for name, value in values.items()
     ]
     for width in WIDTHS:
-        text = shown(tables.print_diagnosis, replace(measured, audit=rows), width)
+        text = shown(runs.print_diagnosis, replace(measured, audit=rows), width)
         for number in ("123,456,789,012", "-1.2345678901e-38", "6.02214076e-23"):
             assert number in text
         assert "  a.lora_A " in text

@@ -1,0 +1,104 @@
+"""Commands that make inputs or look at them: sample, check, demo."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
+from entropy_ddp.cli.options import Options, configured, output_folder
+from entropy_ddp.cli.ranks import load, run_ranks
+
+if TYPE_CHECKING:
+    from entropy_ddp.config import Config
+    from entropy_ddp.distributed import World
+
+
+@click.command()
+@configured
+def sample(options: Options) -> None:
+    """Roll E and U out of the checkpoint into rollout files."""
+    config = load(options)
+    out = output_folder(options, config, "sample")
+    sys.exit(run_ranks(lambda world: _sample(config, world, out, options)))
+
+
+def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
+    from entropy_ddp.probe.sample import run_sample
+    from entropy_ddp.terminal.inputs import print_samples
+    from entropy_ddp.terminal.progress import phase_progress
+
+    console = table_console(world, options)
+    with (
+        phase_progress(progress_console(world, options)) as progress,
+        stdout_kept(options),
+    ):
+        summaries = run_sample(config, world, out, options.overwrite, progress)
+    if console is not None:
+        print_samples(console, summaries, str(out))
+    if options.as_json and world.is_main:
+        click.echo(json.dumps(summaries, allow_nan=False))
+    return 0
+
+
+@click.command()
+@configured
+def check(options: Options) -> None:
+    """Validate a configuration, its checkpoint and its batches.
+
+    Runs nothing expensive.
+    """
+    config = load(options)
+    sys.exit(run_ranks(lambda world: _check(config, world, options)))
+
+
+def _check(config: "Config", world: "World", options: Options) -> int:
+    from entropy_ddp.probe.inspect import inspect_run
+    from entropy_ddp.terminal.inputs import print_inspection
+    from entropy_ddp.terminal.progress import phase_progress
+
+    console = table_console(world, options)
+    with phase_progress(progress_console(world, options)) as progress:
+        found = inspect_run(config, world, progress)
+    if console is not None:
+        print_inspection(console, found)
+    if options.as_json and world.is_main:
+        click.echo(json.dumps(found, allow_nan=False))
+    return 0
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to make; must not exist.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def demo(out: Path, seed: int, quiet: bool) -> None:
+    """Make the demo checkpoint with TRL, and roll E and U out of it."""
+    sys.exit(run_ranks(lambda world: _demo(out, seed, quiet, world)))
+
+
+def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
+    from entropy_ddp.probe.demonstration import make_demo
+    from entropy_ddp.terminal.progress import phase_progress
+
+    console = None if quiet else error_console()
+    with phase_progress(console) as progress:
+        made = make_demo(out, seed, world, progress)
+    if console is not None:
+        console.print(
+            f"made {out / made.checkpoint.name} (TRL checkpoint), {out / made.base.name} "
+            f"(its base model), {out / 'E.jsonl'} and {out / 'U.jsonl'} (rollouts)",
+            soft_wrap=True,
+        )
+    return 0

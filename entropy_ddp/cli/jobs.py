@@ -1,0 +1,103 @@
+"""Commands that leave a run directory: probe, sweep, attribute, audit."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from entropy_ddp.cli.console import progress_console, stdout_kept, table_console
+from entropy_ddp.cli.options import Options, configured, output_folder
+from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
+
+if TYPE_CHECKING:
+    from entropy_ddp.config import Config
+    from entropy_ddp.distributed import World
+
+
+@click.command()
+@configured
+def probe(options: Options) -> None:
+    """Measure what one optimizer step does to the entropy.
+
+    Takes the step, re-scores E, importance-weights, undoes the step (the truth); the
+    derivative along the step (the prediction); both with a standard error, and audits.
+    """
+    _run_job("probe", options)
+
+
+@click.command()
+@configured
+def sweep(options: Options) -> None:
+    """Truth and both predictions over a grid of step sizes."""
+    _run_job("sweep", options)
+
+
+@click.command()
+@configured
+@click.option("--verify", is_flag=True, help="Take every what-if step for real.")
+def attribute(options: Options, verify: bool) -> None:
+    """Which sequences and tokens of U cause the change.
+
+    Every token's exact share, and what the change had been without some of them.
+    """
+    assignment = ("attribution.verify=true",) if verify else ()
+    assignments = (*options.assignments, *assignment)
+    _run_job("attribute", replace(options, assignments=assignments))
+
+
+@click.command()
+@configured
+def audit(options: Options) -> None:
+    """Why is the predicted change zero, noisy or wrong?
+
+    A probe with every check on all of E, and those that cost a pass or a step more.
+    """
+    _run_job("audit", options)
+
+
+def _run_job(name: str, options: Options) -> None:
+    """Run a job that leaves a run directory, and exit with its code."""
+    config = load(options)
+    out = output_folder(options, config, name)
+    sys.exit(run_ranks(lambda world: _job(name, config, world, out, options)))
+
+
+def _job(
+    name: str, config: "Config", world: "World", out: Path, options: Options
+) -> int:
+    from entropy_ddp.config import to_yaml
+    from entropy_ddp.probe.attribution import run_attribution
+    from entropy_ddp.probe.run import run_audit, run_probe
+    from entropy_ddp.probe.sweep import run_sweep
+    from entropy_ddp.results import prepare_folder, write_results
+    from entropy_ddp.terminal import attribution, runs
+    from entropy_ddp.terminal.progress import phase_progress
+
+    job, show = {
+        "probe": (run_probe, runs.print_results),
+        "sweep": (run_sweep, runs.print_sweep),
+        "attribute": (run_attribution, attribution.print_attribution),
+        "audit": (run_audit, runs.print_diagnosis),
+    }[name]
+    if world.is_main:
+        prepare_folder(out, options.overwrite)
+    console = table_console(world, options)
+    with (
+        phase_progress(progress_console(world, options)) as progress,
+        stdout_kept(options),
+    ):
+        probed = job(config, world, out, progress)
+    if not world.is_main:
+        return 0
+    write_results(out, probed, to_yaml(config))
+    if console is not None:
+        show(console, probed.results, str(out))
+        if name == "probe" and probed.results.attribution is not None:
+            attribution.print_shares(console, probed.results)
+    if options.as_json:
+        click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
+    # Only this rank says so: a launcher stops the others at the first non-zero code.
+    return EXIT_UNTRUSTED if probed.results.status == "untrusted" else 0

@@ -1,0 +1,69 @@
+"""What every command that reads a configuration takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from entropy_ddp.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command that reads a configuration takes."""
+
+    config: Path | None
+    assignments: tuple[str, ...]
+    out: Path | None
+    overwrite: bool
+    quiet: bool
+    as_json: bool
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a configured run, bundled."""
+
+    @click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        help="YAML file of the run; see configs/.",
+    )
+    @click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY.SUB=VALUE",
+        help="Set one key of the configuration; wins over the file. Repeatable.",
+    )
+    @click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Folder for what is written; default: a new one under runs/.",
+    )
+    @click.option("--overwrite", is_flag=True, help="Replace earlier results in --out.")
+    @click.option("--quiet", is_flag=True, help="Print errors only.")
+    @click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print results as JSON on standard output, and nothing else there.",
+    )
+    @wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        names = Options.__dataclass_fields__
+        options = {name: arguments.pop(name) for name in names}
+        command(Options(**options), **arguments)
+
+    return wrapper
+
+
+def output_folder(options: Options, config: "Config", command: str) -> Path:
+    if options.out is not None or config.out is not None:
+        return options.out or Path(config.out or "")
+    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{command}-{started}"

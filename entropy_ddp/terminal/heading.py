@@ -1,0 +1,113 @@
+"""What a person reads first: what was probed, what is wrong with it, the answer."""
+
+import math
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from entropy_ddp.results import AuditRow, Results, UpdateResult
+from entropy_ddp.terminal.tables import (
+    UNITS,
+    VERDICT_STYLES,
+    as_text,
+    let_pairs_break,
+    new_table,
+    plus_minus,
+)
+
+
+def print_heading(console: Console, results: Results) -> None:
+    """What was probed, what is wrong with it, and the answer."""
+    print_complaints(console, results)
+    console.print(_answer(results))
+
+
+def print_complaints(console: Console, results: Results) -> None:
+    """What was probed, then what is wrong: what fails before what only warns."""
+    console.print(_header(results))
+    complaints = [row for row in results.audit if row.verdict != "ok"]
+    for row in sorted(complaints, key=lambda row: row.verdict):
+        console.print(_complaint(row))
+
+
+def _header(results: Results) -> Panel:
+    lines = [
+        f"{name}: {batch.num_sequences:,} sequences in {batch.num_groups:,} groups, "
+        f"{batch.num_tokens:,} response tokens"
+        for name, batch in (("E", results.E), ("U", results.U))
+        if batch is not None
+    ]
+    if results.update.delta is not None:
+        lines.append(f"in place of a step: {results.update.delta}")
+    run = results.run
+    ranks = f"{run.world_size} rank{'s' if run.world_size > 1 else ''}"
+    lines.append(f"{ranks} on {run.device}, {run.dtype}, seed {run.seed}")
+    return Panel("\n".join(lines), title="entropy_ddp", expand=False)
+
+
+def _complaint(row: AuditRow) -> Text:
+    label = {"warn": "warning", "fail": "FAILED"}[row.verdict]
+    text = Text(f"{label}: ", style=VERDICT_STYLES[row.verdict])
+    text.append(f"{row.name} is {as_text(row.value)}, expected {row.expected}; ")
+    text.append(row.hint)
+    return text
+
+
+def _answer(results: Results) -> Table:
+    """Truth, prediction and their difference in standard errors, on one row."""
+    truth, linear = results.truth, results.linear
+    eta = results.update.learning_rate_used
+    difference = truth.delta_h_true - linear.delta_h1
+    in_errors = "-"
+    if linear.difference_se:
+        in_errors = f"{difference / linear.difference_se:+.2g}"
+    unit = UNITS[truth.normalize]
+    bits = truth.H_orig / math.log(2)
+    notes = [
+        f"{truth.H_orig:.6g} {unit} = {bits:.6g} bits; ± is one standard error.",
+        "The difference has a (paired) error of its own: it is what first order misses.",
+    ]
+    if results.curvature is not None:
+        second = results.curvature.delta_h2
+        notes.append(
+            f"With the curvature of the step the prediction is {second:+.4e}, and the "
+            f"difference {truth.delta_h_true - second:+.1e}."
+        )
+    table = new_table(
+        f"Entropy change of {_subject(results.update)}, {unit}",
+        "H before",
+        "ΔH true",
+        "ΔH first order",
+        "true - first order",
+        "in SE",
+        caption="\n".join(notes),
+    )
+    table.add_row(
+        f"{truth.H_orig:.6g}",
+        plus_minus(truth.delta_h_true, truth.se),
+        plus_minus(linear.delta_h1, abs(eta) * linear.se),
+        plus_minus(difference, linear.difference_se),
+        in_errors,
+    )
+    let_pairs_break(table, 1, 2, 3)
+    return table
+
+
+def _subject(update: UpdateResult) -> str:
+    """What the entropy change is of."""
+    given = update.delta is not None
+    return "the given change" if given else f"one {update.loss} step"
+
+
+def verdict_line(results: Results, out: str | None) -> Text:
+    verdicts: list[str] = [row.verdict for row in results.audit]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICT_STYLES)
+    style = "green" if results.status == "ok" else "bold red"
+    seconds = sum(results.run.seconds.values())
+    text = Text(f"{results.status}", style=style)
+    text.append(f" ({counts}; {seconds:.1f} s)", style="default")
+    if out is not None:
+        text.append(f", written to {out}", style="default")
+    return text
