@@ -11,6 +11,7 @@ from entropy_ddp import __version__
 from entropy_ddp.cli.import_command import import_
 from entropy_ddp.cli.inputs import check, demo, sample
 from entropy_ddp.cli.jobs import attribute, audit, probe, sweep
+from entropy_ddp.cli.ledger_command import ledger
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (probe, sweep, attribute, audit, sample, import_, check, demo):
+for command in (probe, sweep, attribute, audit, sample, import_, ledger, check, demo):
     main.add_command(command)

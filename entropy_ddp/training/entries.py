@@ -191,13 +191,16 @@ def _by_prompt(
     """Sums of shares by prompt, the largest by absolute value."""
     batch = probe.trained.batch
     totals = share.new_zeros(batch.num_groups)
-    totals.index_add_(0, batch.groups[probe.table.sequence], share)
+    group = batch.groups[probe.table.sequence]
+    totals.index_add_(0, group, share)
+    counts = torch.bincount(group, minlength=batch.num_groups)
     prompts = {s.group: s.prompt_ids for s in batch.sequences}
     tokenizer = session.policy.tokenizer
     return [
         {
             "prompt": decode_prompt(prompts[i].tolist(), tokenizer),
             "share": float(totals[i]),
+            "num_tokens": int(counts[i]),
         }
         for i in _largest(totals, top)
     ]

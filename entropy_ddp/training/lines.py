@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp.errors import InputError, RunError
-
-LEDGER_FILE = "ledger.jsonl"
+from entropy_ddp.ledger.reading import LEDGER_FILE
 
 
 def require_new(folder: Path) -> None:

@@ -77,7 +77,7 @@ def open_live_session(trainer: Any, settings: ProbeSettings, world: World) -> Se
         world=world,
         policy=policy,
         passes=passes,
-        progress=lambda name, done, total: None,
+        progress=lambda *_: None,
     )
     with untouched(model):
         verify_model(session)
