@@ -40,6 +40,7 @@ A key that was not asked for is absent. The checks:
 - logp_gap: largest difference of log p on U from what the trainer computed, nats.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,13 +54,51 @@ from entropy_ddp.estimators.attribution import (
 )
 from entropy_ddp.estimators.entropy import Ratio
 from entropy_ddp.estimators.errors import delta_method_error
+from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.probe.attribution import top_tokens
+from entropy_ddp.probe.estimation import EntropyEstimates
 from entropy_ddp.probe.session import Session
 from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.rollouts.files import decode_prompt
 from entropy_ddp.training.step_probe import StepProbe
 
 PREFIX = "entropy_ddp/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What was measured of a change of the parameters.
+
+    Attributes:
+        evaluation: E.
+        entropy: the entropy on E at theta.
+        estimates: truth and prediction.
+        midpoint: prediction from the middle; None if not asked for.
+        truth: whether E was scored after the change.
+    """
+
+    evaluation: Batch
+    entropy: Ratio
+    estimates: EntropyEstimates
+    midpoint: Slope | None
+    truth: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attributed:
+    """A first-order change split into its parts.
+
+    Attributes:
+        batch: U.
+        table: every token of U with its share in the gradient part.
+        momentum, decay, gradient: the parts, nats.
+    """
+
+    batch: Batch
+    table: TokenTable
+    momentum: float
+    decay: float
+    gradient: float
 
 
 def step_entry(
@@ -74,31 +113,59 @@ def step_entry(
         top: number of tokens and prompts listed by name.
     """
     assert probe.estimates is not None
-    first, change = probe.predicted, probe.estimates.changes["per_decision"]
-    entry: dict[str, Any] = {
+    changes = Changes(
+        evaluation=probe.evaluation,
+        entropy=probe.entropy,
+        estimates=probe.estimates,
+        midpoint=probe.midpoint,
+        truth=truth,
+    )
+    share = probe.clip_coefficient * probe.table.share
+    attributed = Attributed(
+        batch=probe.trained.batch,
+        table=replace(probe.table, share=share),
+        momentum=probe.momentum,
+        decay=probe.decay,
+        gradient=probe.gradient,
+    )
+    entry = {
         "kind": "step",
         "step": probe.number,
         "learning_rate": probe.learning_rate,
         "grad_norm": probe.grad_norm,
         "clip_coefficient": probe.clip_coefficient,
-        "E": sizes_of(probe.evaluation),
-        "U": sizes_of(probe.trained.batch),
-        "entropy": entropy_entry(probe.entropy, probe.evaluation.groups),
+        **change_entry(changes),
+        **attribution_entry(session, attributed, top),
+    }
+    entry["checks"] |= {
+        "step_gap": probe.step_gap,
+        "duality_gap": probe.duality.gap,
+        "logp_gap": probe.logp_gap,
+    }
+    return entry
+
+
+def change_entry(changes: Changes) -> dict[str, Any]:
+    """Entropy, predictions and truth."""
+    first = changes.estimates.slopes["to_go", "hk", False]
+    change, middle = changes.estimates.changes["per_decision"], changes.midpoint
+    entry: dict[str, Any] = {
+        "E": sizes_of(changes.evaluation),
+        "entropy": entropy_entry(changes.entropy, changes.evaluation.groups),
         "first_order": {"value": first.value, "se": first.se},
     }
-    if probe.midpoint is not None:
-        second = probe.midpoint
-        entry["second_order"] = {"value": second.value, "se": second.se}
-    if truth:
+    if middle is not None:
+        entry["second_order"] = {"value": middle.value, "se": middle.se}
+    if changes.truth:
         entry["truth"] = {
             "value": change.value,
             "se": change.se,
             "ess_fraction": change.ess_fraction,
         }
         entry["truth_minus_first"] = _difference(change, first)
-        if probe.midpoint is not None:
-            entry["truth_minus_second"] = _difference(change, probe.midpoint)
-    return entry | _attribution(session, probe, top)
+        if middle is not None:
+            entry["truth_minus_second"] = _difference(change, middle)
+    return entry
 
 
 def sizes_of(batch: Batch) -> dict[str, int]:
@@ -125,51 +192,46 @@ def _difference(change: Any, slope: Any) -> dict[str, float]:
     }
 
 
-def _attribution(session: Session, probe: StepProbe, top: int) -> dict[str, Any]:
-    table, clip = probe.table, probe.clip_coefficient
-    share = clip * table.share
-    attributed = float(share.sum())
-    by_sign = {
-        "positive": float(share[table.advantage > 0].sum()),
-        "negative": float(share[table.advantage < 0].sum()),
-        "zero": float(share[table.advantage == 0].sum()),
-        "unattributed": probe.gradient - attributed,
-    }
+def attribution_entry(
+    session: Session, attributed: Attributed, top: int
+) -> dict[str, Any]:
+    """The parts of a first-order change, and who made the gradient's."""
+    batch, table = attributed.batch, attributed.table
+    share, total = table.share, float(table.share.sum())
     deciles = share.new_zeros(NUM_DECILES)
     deciles.index_add_(0, probability_deciles(table.logp), share)
-    checks = {
-        "step_gap": probe.step_gap,
-        "duality_gap": probe.duality.gap,
-        "logp_gap": probe.logp_gap,
-    }
-    if attributed:
-        checks["identity"] = probe.gradient / attributed
-        unattributed = by_sign["unattributed"]
+    unattributed = attributed.gradient - total
+    checks = {}
+    if total:
+        checks["identity"] = attributed.gradient / total
         checks["identity_gap"] = abs(unattributed) / float(share.abs().sum())
-    covariance = covariance_score(table.logp, table.advantage).mean()
-    clipped = TokenTable(**(vars(table) | {"share": share}))
     return {
+        "U": sizes_of(batch),
         "parts": {
-            "momentum": probe.momentum,
-            "decay": probe.decay,
-            "gradient": probe.gradient,
+            "momentum": attributed.momentum,
+            "decay": attributed.decay,
+            "gradient": attributed.gradient,
         },
-        "tokens": by_sign,
+        "tokens": {
+            "positive": float(share[table.advantage > 0].sum()),
+            "negative": float(share[table.advantage < 0].sum()),
+            "zero": float(share[table.advantage == 0].sum()),
+            "unattributed": unattributed,
+        },
         "deciles": deciles.tolist(),
-        "covariance": float(covariance),
-        "top_tokens": top_tokens(session, clipped)[:top],
-        "by_token": _by_token(session, probe, share, top),
-        "by_prompt": _by_prompt(session, probe, share, top),
+        "covariance": float(covariance_score(table.logp, table.advantage).mean()),
+        "top_tokens": top_tokens(session, table)[:top],
+        "by_token": _by_token(session, batch, share, top),
+        "by_prompt": _by_prompt(session, attributed, top),
         "checks": checks,
     }
 
 
 def _by_token(
-    session: Session, probe: StepProbe, share: Tensor, top: int
+    session: Session, batch: Batch, share: Tensor, top: int
 ) -> list[dict[str, Any]]:
     """Sums of shares by token id, the largest by absolute value."""
-    sequences = probe.trained.batch.sequences
-    ids = torch.cat([sequence.response_ids for sequence in sequences])
+    ids = torch.cat([sequence.response_ids for sequence in batch.sequences])
     kinds, place = ids.unique(return_inverse=True)
     totals = share.new_zeros(len(kinds)).index_add_(0, place, share)
     counts = torch.bincount(place, minlength=len(kinds))
@@ -186,13 +248,12 @@ def _by_token(
 
 
 def _by_prompt(
-    session: Session, probe: StepProbe, share: Tensor, top: int
+    session: Session, attributed: Attributed, top: int
 ) -> list[dict[str, Any]]:
     """Sums of shares by prompt, the largest by absolute value."""
-    batch = probe.trained.batch
-    totals = share.new_zeros(batch.num_groups)
-    group = batch.groups[probe.table.sequence]
-    totals.index_add_(0, group, share)
+    batch, table = attributed.batch, attributed.table
+    group = batch.groups[table.sequence]
+    totals = table.share.new_zeros(batch.num_groups).index_add_(0, group, table.share)
     counts = torch.bincount(group, minlength=batch.num_groups)
     prompts = {s.group: s.prompt_ids for s in batch.sequences}
     tokenizer = session.policy.tokenizer

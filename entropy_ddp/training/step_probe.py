@@ -28,7 +28,7 @@ from entropy_ddp.probe.estimation import EntropyEstimates, estimate, predict
 from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import AlongStep, gather_sums, score_along_step
 from entropy_ddp.probe.session import Session
-from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.training.adam import AdamState, change_of
 from entropy_ddp.training.capture import TrainedBatch
 from entropy_ddp.training.live import sample_evaluation
@@ -80,12 +80,6 @@ class StepProbe:
     estimates: EntropyEstimates | None = None
     midpoint: Slope | None = None
     step_gap: float | None = None
-
-    @property
-    def predicted(self) -> Slope:
-        """The first-order change."""
-        assert self.estimates is not None
-        return self.estimates.slopes["to_go", "hk", False]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +167,9 @@ def probe_after(
     predictions = predict(session, probe.along, 0)
     probe.estimates = estimate(session, probe.along, stepped, predictions)
     if second_order:
-        probe.midpoint = _midpoint(session, probe, shard)
+        probe.midpoint = middle_slope(
+            session, probe.step, probe.along, probe.entropy.value, place=1.0
+        )
     probe.before.clear()
 
 
@@ -251,21 +247,31 @@ def _step_gap(session: Session, probe: StepProbe) -> float:
     return gap / size if size else gap
 
 
-def _midpoint(session: Session, probe: StepProbe, shard: Shard) -> Slope:
-    """Delta H by the slope at theta + delta / 2, reached from theta'."""
-    passes, mean = session.passes, probe.entropy.value
-    direction = probe.step.direction(passes.parameters)
+def middle_slope(
+    session: Session, step: Step, along: AlongStep, mean_entropy: float, place: float
+) -> Slope:
+    """Delta H by the slope at theta + delta / 2.
+
+    Args:
+        session: the run.
+        step: the step, of learning rate 1.
+        along: E at theta.
+        mean_entropy: the entropy on E at theta.
+        place: where the parameters are: 0 at theta, 1 at theta'.
+    """
+    passes, shard = session.passes, session.shard(session.batches["E"])
+    direction = step.direction(passes.parameters)
     with (
         session.phase("second order: E at the middle", shard.ragged.num_tokens),
-        shifted(passes.parameters, direction, -0.5),
+        shifted(passes.parameters, direction, 0.5 - place),
     ):
         scores = passes.score(shard, direction)
     columns = torch.zeros(len(shard.positions), 6, dtype=torch.float64)
     for block in shard.blocks():
         there = scores.at(block.tokens)
-        ratio = there.logp - probe.along.scores.logp[block.tokens]
+        ratio = there.logp - along.scores.logp[block.tokens]
         columns[block.sequences] = midpoint_columns(
-            derivatives_of(there), ratio, block.ragged, mean
+            derivatives_of(there), ratio, block.ragged, mean_entropy
         )
     rows = session.world.gather_rows(columns, shard.positions, len(shard.batch))
-    return midpoint_slope(rows, mean, shard.batch.groups)
+    return midpoint_slope(rows, mean_entropy, shard.batch.groups)
