@@ -114,6 +114,7 @@ def make_trainer(
     *,
     lora: Mapping[str, Any] | None = None,
     callbacks: list[Any] | None = None,
+    base: Path | None = None,
     **settings: Any,
 ) -> Any:
     """TRL's trainer on the tiny policy.
@@ -122,14 +123,18 @@ def make_trainer(
         folder: its output folder.
         lora: settings of a LoRA adapter; None trains all weights.
         callbacks: further callbacks.
+        base: a model and its tokenizer in place of the tiny policy.
         settings: further settings of GRPOConfig; the batch size is per rank.
     """
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import PrinterCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
     model, tokenizer = tiny_policy()
+    if base is not None:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base)
     arguments = {
         "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8,
         "num_generations": 4, "max_completion_length": 6, "loss_type": "dr_grpo",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import error_console, output_console
+from entropy_ddp.cli.console import progress_console, table_console
+from entropy_ddp.cli.options import Options, configured
 from entropy_ddp.cli.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -17,43 +18,59 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--quiet", is_flag=True, help="Print errors only.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print the ledger as JSON on standard output, and nothing else there.",
-)
-def ledger(run: Path, quiet: bool, as_json: bool) -> None:
+@configured
+def ledger(options: Options, run: Path) -> None:
     """Add up the entropy changes of a whole training.
 
-    RUN: the folder of `ledger.jsonl`, the callback's `out`. Writes ledger.json and
-    ledger.html there.
+    RUN: the folder of `ledger.jsonl`, the callback's `out`. With --config (or --set) a
+    trainer's output folder instead, whose checkpoints and completions are probed one
+    after the other. Writes ledger.json and ledger.html into --out, by default the
+    ledger's folder.
     """
-
-    def body(world: "World") -> int:
-        if world.is_main:
-            _ledger(run, quiet, as_json)
-        return 0
-
-    sys.exit(run_ranks(body))
+    sys.exit(run_ranks(lambda world: _ledger(world, run, options)))
 
 
-def _ledger(run: Path, quiet: bool, as_json: bool) -> None:
+def _ledger(world: "World", run: Path, options: Options) -> int:
+    folder = run
+    if options.config is not None or options.assignments:
+        folder = options.out or run / "ledger"
+        _probe(world, run, folder, options)
+    if world.is_main:
+        _add_up(world, folder, options.out or folder, options)
+    return 0
+
+
+def _probe(world: "World", run: Path, out: Path, options: Options) -> None:
+    """Write the ledger of a run that has checkpoints."""
+    from entropy_ddp.terminal.progress import phase_progress
+    from entropy_ddp.training.checkpoints import CheckpointRun, probe_checkpoints
+
+    checkpoints = CheckpointRun(
+        folder=run, out=out, config=options.config, assignments=options.assignments
+    )
+    if options.overwrite and world.is_main:
+        (out / "ledger.jsonl").unlink(missing_ok=True)
+    world.gather_objects(None)
+    with phase_progress(progress_console(world, options)) as progress:
+        probe_checkpoints(checkpoints, world, progress)
+
+
+def _add_up(world: "World", folder: Path, out: Path, options: Options) -> None:
     from entropy_ddp.atomic import written_whole
     from entropy_ddp.ledger.accumulate import accumulate
     from entropy_ddp.ledger.reading import read_ledger
     from entropy_ddp.report.ledger_page import ledger_page
     from entropy_ddp.terminal.ledger import print_ledger
 
-    found = accumulate(read_ledger(run))
+    found = accumulate(read_ledger(folder))
     text = json.dumps(asdict(found), allow_nan=False, indent=1)
-    page = ledger_page(found, run.resolve().name)
+    page = ledger_page(found, folder.resolve().name)
+    out.mkdir(parents=True, exist_ok=True)
     for name, content in (("ledger.json", text + "\n"), ("ledger.html", page)):
-        with written_whole(run / name) as stream:
+        with written_whole(out / name) as stream:
             stream.write(content.encode())
-    if not quiet:
-        console = error_console() if as_json else output_console()
-        print_ledger(console, found, str(run / "ledger.html"))
-    if as_json:
+    console = table_console(world, options)
+    if console is not None:
+        print_ledger(console, found, str(out / "ledger.html"))
+    if options.as_json:
         click.echo(text)

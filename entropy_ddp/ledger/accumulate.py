@@ -8,7 +8,8 @@ independent and a sum's error is the root of the sum of squares. Up to and with 
     second_order(s)  = sum of slopes at the middle of the steps
 
 so that the truth is momentum + decay + gradient + curvature + rest, with curvature =
-second_order - first_order and rest = truth - second_order. The curve is the entropy on
+second_order - first_order; the rest is of third order, and what a step that was taken
+again from a dump of its batch differs from the trainer's. The curve is the entropy on
 fresh responses before each probed step and at the end: nothing of it enters the sums.
 
 Sums are of the probed steps. Where those are not all, `scaled` lets each stand for the
@@ -148,18 +149,15 @@ def _change(curve: list[Entry]) -> dict[str, Entry]:
 def _parts(attributed: list[Entry]) -> dict[str, float]:
     """Of the attributed steps alone."""
     parts = _summed(attributed, "parts")
-    for name, upper, lower in (
-        ("curvature", "second_order", "first_order"),
-        ("rest", "truth", "second_order"),
-    ):
-        # Several steps between two checkpoints: the parts are of the first of them.
-        if attributed and all(
-            {upper, lower} <= entry.keys() and _num_steps(entry) == 1
-            for entry in attributed
-        ):
-            parts[name] = sum(
-                entry[upper]["value"] - entry[lower]["value"] for entry in attributed
-            )
+    # Several steps between two checkpoints: the parts are of the first of them.
+    if not attributed or any(_num_steps(entry) > 1 for entry in attributed):
+        return parts
+    known = [s for s in SERIES if all(s in entry for entry in attributed)]
+    total = {s: sum(entry[s]["value"] for entry in attributed) for s in known}
+    if "second_order" in total:
+        parts["curvature"] = total["second_order"] - total["first_order"]
+        if "truth" in total:
+            parts["rest"] = total["truth"] - sum(parts.values())
     return parts
 
 

@@ -18,7 +18,7 @@ PART_NAMES = {
     "decay": "weight decay",
     "gradient": "gradient of the step's batch",
     "curvature": "curvature (second order - first)",
-    "rest": "rest (true - second order)",
+    "rest": "rest",
 }
 
 

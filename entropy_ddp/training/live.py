@@ -87,16 +87,19 @@ def open_live_session(trainer: Any, settings: ProbeSettings, world: World) -> Se
 def sample_evaluation(session: Session, step: int) -> Batch:
     """Fresh responses of the policy as it is now, from streams of this step alone."""
     config = session.config
-    # An unsigned number: every step has streams of its own.
-    drawn = random_bytes(f"{config.seed} step {step}", 4)
-    seed = int.from_bytes(drawn, "big")
-    session.config = config.model_copy(update={"seed": seed})
+    session.config = seeded(config, step)
     try:
         rows = sample_batch(session, "E", config.batches.E)
     finally:
         session.config = config
     limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
     return make_batch(rows, f"E of step {step}", "E", limits, tokenizer)
+
+
+def seeded(config: Config, step: int) -> Config:
+    """The configuration with a seed of its own for each step."""
+    drawn = random_bytes(f"{config.seed} step {step}", 4)
+    return config.model_copy(update={"seed": int.from_bytes(drawn, "big")})
 
 
 def _config(trainer: Any, settings: ProbeSettings, world: World) -> Config:

@@ -21,6 +21,7 @@ from live_training import (
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
+from entropy_ddp.ledger.reading import read_ledger
 from entropy_ddp.training import EntropyProbeCallback, callback
 from entropy_ddp.training.capture import TrainedBatch
 
@@ -294,6 +295,51 @@ def test_a_plain_trainer_is_read_by_its_logits(tmp_path: Path) -> None:
         assert entry["tokens"]["positive"] == pytest.approx(
             entry["parts"]["gradient"], rel=1e-2
         )
+
+
+def test_prompts_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
+    """A training set without a column of that name."""
+    trainer = supervised(tmp_path / "trainer")
+    without = {k: v for k, v in SUPERVISED.items() if k != "prompts"}
+    EntropyProbeCallback(out=tmp_path, **without).attach(trainer)
+    with pytest.raises(InputError, match="give the callback `prompts`"):
+        trainer.train()
+
+
+def test_a_resumed_training_goes_on_with_its_ledger(tmp_path: Path) -> None:
+    """From the checkpoint of step 2: step 3 is trained twice and counted once."""
+    saving = {"lora": {}, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path, probe={}, max_steps=3, **saving)
+    resumed = Records()
+    trainer = make_trainer(
+        tmp_path / "trainer", callbacks=[resumed], max_steps=3, **saving
+    )
+    EntropyProbeCallback(out=tmp_path, **PROBE).attach(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    assert resumed.steps[-1]["weights"] == whole.steps[-1]["weights"]
+    lines = ledger_of(tmp_path)
+    assert [x.get("step", x["kind"]) for x in lines] == ["run", 1, 2, 3, 3, "run", 3, 3]
+    log = read_ledger(tmp_path)
+    assert [entry["step"] for entry in log.entries] == [1, 2, 3]
+    assert log.notes == [
+        "restarted at step 3: 1 lines of steps that were taken back are left out"
+    ]
+    # The same weights and streams: the same responses.
+    assert lines[3]["truth"]["value"] == pytest.approx(lines[6]["truth"]["value"])
+
+
+def test_mixed_precision_is_measured_in_the_weights_precision(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trainer's gradient is of bfloat16 activations: said, and unattributed."""
+    plain = train(tmp_path / "plain", lora={}, bf16=True)
+    probed = train(tmp_path / "probed", probe={}, lora={}, bf16=True)
+    assert plain.steps == probed.steps and plain.logs == probed.logs
+    for entry in steps_of(tmp_path / "probed"):
+        assert entry["checks"]["duality_gap"] < 1e-4
+        assert entry["checks"]["step_gap"] < 1e-5
+        assert 1e-5 < entry["checks"]["identity_gap"] < 0.1
+    assert "mixed precision" in caplog.text
 
 
 def test_a_loss_that_is_not_of_the_labels_is_refused(tmp_path: Path) -> None:
