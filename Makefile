@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute bench test test-fast lint clean
+.PHONY: help install demo probe sweep attribute ledger bench test test-fast lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -76,6 +76,11 @@ sweep: $(RUN_STAMP) $(DEMO_COMPLETE) ## measure the change over a grid of step s
 attribute: $(RUN_STAMP) $(DEMO_COMPLETE) ## name the tokens of the update that move the entropy
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
 	    -m entropy_ddp attribute --verify --config $(CONFIG) --out $(OUT)-attribute --overwrite
+
+ledger: $(TEST_STAMP) $(DEMO_COMPLETE) ## train the demo with a probe at every step and add them up
+	rm -rf $(OUT)-ledger
+	$(BIN)/python examples/train_with_probe.py --out $(OUT)-ledger
+	$(BIN)/python -m entropy_ddp ledger $(OUT)-ledger
 
 bench: $(RUN_STAMP) ## time every part against what it is made of, some 12 minutes
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

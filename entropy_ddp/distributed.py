@@ -117,6 +117,12 @@ class World:
         option = renamed if renamed in known else "broadcast_buffers"
         return DistributedDataParallel(module, init_sync=False, **{option: False})
 
+    def close(self) -> None:
+        """Leave a group of `joined_world`; the one it was joined from goes on."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
     def claim_failure(self, message: str) -> bool:
         """Whether this rank is the first to fail, and so the one to print."""
         if self.store is None:

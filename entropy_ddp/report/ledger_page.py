@@ -77,7 +77,9 @@ def _curves(axes: Any, ledger: Ledger) -> None:
             continue
         points = [{"step": begin["step"], "value": 0.0, "se": 0.0}]
         points += [{"step": row["step"], **row[name]} for row in ledger.cumulative]
-        _band(axes, points, colour, NAMES[name], begin["value"])
+        line = _band(axes, points, colour, NAMES[name], begin["value"])
+        # It lies on the truth, where all is well.
+        line.set_linestyle("--" if name == "second_order" else "-")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("nats per token")
     axes.legend(frameon=False, fontsize=8)
@@ -85,15 +87,15 @@ def _curves(axes: Any, ledger: Ledger) -> None:
 
 def _band(
     axes: Any, points: list[dict[str, float]], colour: str, label: str, offset: float
-) -> None:
+) -> Any:
     steps = [point["step"] for point in points]
     values = [offset + point["value"] for point in points]
     low, high = (
         [value + sign * point["se"] for value, point in zip(values, points)]
         for sign in (-1, 1)
     )
-    axes.plot(steps, values, color=colour, linewidth=1.3, label=label)
     axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    return axes.plot(steps, values, color=colour, linewidth=1.3, label=label)[0]
 
 
 def _parts(axes: Any, ledger: Ledger) -> None:

@@ -47,10 +47,10 @@ def _fresh(parameter: nn.Parameter) -> dict[str, Any]:
     return {"step": 0.0, **moments}
 
 
-def gradient_of(parameters: Mapping[str, nn.Parameter]) -> Tensor:
+def gradient_of(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
     """The gradients as one flat CPU buffer, zero where there is none, [P]."""
     layout = ParameterLayout.of(parameters)
-    flat = torch.zeros(layout.numel)
+    flat = torch.zeros(layout.numel, dtype=dtype)
     for name, view in layout.views(flat).items():
         gradient = parameters[name].grad
         if gradient is not None:

@@ -24,7 +24,7 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.adam import AdamState, gradient_of
-from entropy_ddp.training.capture import BatchCapture, TrainedBatch
+from entropy_ddp.training.capture import BatchCapture, TrainedBatch, TrainedRow
 from entropy_ddp.training.entries import (
     PREFIX,
     entropy_entry,
@@ -140,7 +140,7 @@ class EntropyProbeCallback(TrainerCallback):
             return
         begin = time.perf_counter()
         capture.disarm()
-        gradient = gradient_of(session.passes.parameters)
+        gradient = gradient_of(session.passes.parameters, session.buffer_dtype)
         norm = global_norm(gradient) if self._grad_norm is None else self._grad_norm
         pending = PendingStep(
             number=number,
@@ -201,6 +201,7 @@ class EntropyProbeCallback(TrainerCallback):
         entry = entropy_entry(entropy, session.batches["E"].groups)
         self._write({"kind": "end", "step": state.global_step, "entropy": entry})
         self._unwatch()
+        self._world.close()
         self._session = None
 
     def _watch(self, trainer: Any) -> None:
@@ -240,9 +241,18 @@ class EntropyProbeCallback(TrainerCallback):
         self._originals = []
 
     def _gathered(self, capture: BatchCapture) -> TrainedBatch:
-        """The batch of all ranks, on every rank."""
-        of_ranks = self._world.gather_objects(capture.rows())
-        return TrainedBatch.of([row for rows in of_ranks for row in rows])
+        """The batch of all ranks, on every rank; what one refuses, all refuse."""
+        found: list[TrainedRow] | str
+        try:
+            found = capture.rows()
+        except InputError as refusal:
+            found = str(refusal)
+        rows: list[TrainedRow] = []
+        for of_rank in self._world.gather_objects(found):
+            if isinstance(of_rank, str):
+                raise InputError(of_rank)
+            rows += of_rank
+        return TrainedBatch.of(rows)
 
     def _run_entry(self, args: Any, state: Any) -> dict[str, Any]:
         session = self._session

@@ -14,6 +14,10 @@ FSDP = (
     "FSDP shards parameters and gradients, so that no rank can take the derivative along "
     "the whole step"
 )
+PARALLEL = (
+    "parallelism_config splits the model or its sequences over ranks, so that no rank has "
+    "the whole step"
+)
 COMPILED = (
     "torch.compile hides the model's outputs from the hooks that read the token weights"
 )
@@ -56,6 +60,7 @@ def _obstacle(trainer: Any) -> str | None:
     found = {
         DEEPSPEED: getattr(trainer, "is_deepspeed_enabled", False),
         FSDP: getattr(trainer, "is_fsdp_enabled", False),
+        PARALLEL: getattr(args, "parallelism_config", None) is not None,
         COMPILED: args.torch_compile
         or isinstance(model, torch._dynamo.OptimizedModule),
         REPLICATED: args.n_gpu > 1,

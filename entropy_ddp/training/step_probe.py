@@ -187,7 +187,7 @@ def _coming_step(session: Session, pending: PendingStep) -> Step:
     """The step by the parts of AdamW; the gradient is clipped already."""
     layout, gradient = session.passes.layout, pending.gradient
     step = Step(
-        delta=torch.zeros(layout.numel),
+        delta=torch.zeros_like(gradient),
         learning_rate=1.0,
         grad_norm=pending.grad_norm,
         clip_coef=1.0,

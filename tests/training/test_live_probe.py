@@ -20,10 +20,11 @@ from live_training import (
 )
 from torch import Tensor
 
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.ledger.reading import read_ledger
 from entropy_ddp.training import EntropyProbeCallback, callback
 from entropy_ddp.training.capture import TrainedBatch
+from entropy_ddp.training.lines import append_line
 
 pytest.importorskip("trl")
 
@@ -237,6 +238,14 @@ def test_a_callback_needs_its_trainer(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A number that is not finite is an error and leaves the file as it was."""
+    append_line(tmp_path, {"kind": "end", "step": 1})
+    with pytest.raises(RunError, match=r"ledger\.jsonl: step 2"):
+        append_line(tmp_path, {"kind": "end", "step": 2, "value": math.nan})
+    assert (tmp_path / "ledger.jsonl").read_text() == '{"kind": "end", "step": 1}\n'
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"every": 0}, "every: expected a whole number of at least 1, found 0"),
@@ -295,6 +304,42 @@ def test_a_plain_trainer_is_read_by_its_logits(tmp_path: Path) -> None:
         assert entry["tokens"]["positive"] == pytest.approx(
             entry["parts"]["gradient"], rel=1e-2
         )
+
+
+def test_trl_s_supervised_trainer_is_read_by_its_log_probabilities(
+    tmp_path: Path,
+) -> None:
+    """Its fused head returns no logits."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = tiny_policy()
+    rows = [{"prompt": f"{a}+2=", "completion": "12"} for a in range(1, 9)]
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "trainer"),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.5,
+            learning_rate=1e-3,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+    )
+    EntropyProbeCallback(out=tmp_path, **SUPERVISED).attach(trainer)
+    trainer.train()
+    for entry in steps_of(tmp_path):
+        assert entry["clip_coefficient"] < 0.9
+        assert entry["checks"]["identity_gap"] < 1e-5
+        # Two digits and the end of the sequence.
+        assert entry["U"] == {"num_groups": 8, "num_sequences": 8, "num_tokens": 24}
 
 
 def test_prompts_are_asked_for_where_there_are_none(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def trainer_with(**changes: Any) -> Any:
         "n_gpu": 1,
         "fp16": False,
         "use_liger_kernel": False,
+        "parallelism_config": None,
     }
     found = SimpleNamespace(
         args=SimpleNamespace(**args),
@@ -50,6 +51,7 @@ def test_a_plain_trainer_is_accepted() -> None:
 REFUSED = {
     "DeepSpeed": {"is_deepspeed_enabled": True},
     "FSDP": {"is_fsdp_enabled": True},
+    "parallelism_config": {"parallelism_config": object()},
     "torch.compile": {"torch_compile": True},
     "one process per GPU": {"n_gpu": 2},
     "fp16": {"fp16": True},
