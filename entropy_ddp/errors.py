@@ -14,3 +14,18 @@ class RunError(RuntimeError):
 
     The command line turns it into one line and exit code 1.
     """
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raise an error that says that memory ran out; anything else passes.
+
+    For handlers of "whatever a library raises about this file": a machine that is too
+    small is no fault of the file.
+    """
+    is_shortage = (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+    if is_shortage:
+        raise error

@@ -115,19 +115,28 @@ def run_ranks(
     timeout_seconds: float = 120.0,
 ) -> list[Finished]:
     """Run a command once per rank, without a launcher that stops or restarts any."""
-    shared = {
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    given = shared | dict(environment or {})
-    processes = [start(command, given | {"RANK": str(r)}) for r in range(num_ranks)]
+    processes = start_ranks(num_ranks, command, environment)
     try:
         return [finish(process, timeout_seconds) for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
                 _stop(process)
+
+
+def start_ranks(
+    num_ranks: int,
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Start a command once per rank."""
+    shared = {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    given = shared | dict(environment or {})
+    return [start(command, given | {"RANK": str(r)}) for r in range(num_ranks)]
 
 
 def free_port() -> int:

@@ -455,8 +455,23 @@ def test_untrusted_results_are_written_and_end_with_3(run: Run, tmp_path: Path) 
     (row,) = [row for row in document["audit"] if row["verdict"] == "fail"]
     assert row["name"] == "ESS / N"
     assert "lr_override" in row["hint"]
-    assert "FAILED: ESS / N" in result.stderr
+    first, second = result.stderr.splitlines()[:2]
+    assert first == "NOT TO BE TRUSTED: failed the check ESS / N; what to do:"
+    assert second.startswith("FAILED: ESS / N is ")
     assert len(rows_of(out)) == document["E"]["num_sequences"] + 7
+
+
+@pytest.mark.parametrize("command", ["probe", "sweep", "attribute", "audit"])
+def test_quiet_commands_say_why_they_end_with_3(
+    run: Run, tmp_path: Path, command: str
+) -> None:
+    """On standard error, as an error."""
+    step = ("--set", "update.lr_override=5.0", "--set", "sweep.etas=[5.0]")
+    out = ("--out", tmp_path / "out", "--quiet")
+    result = invoke(command, "--config", run.config, *out, *step)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.startswith("NOT TO BE TRUSTED: failed the check ESS / N; ")
+    assert document_of(tmp_path / "out")["status"] == "untrusted"
 
 
 def test_a_low_ess_above_the_limit_is_a_warning(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from typing import Any
 
 import launching
@@ -10,10 +11,11 @@ import torch
 
 from entropy_ddp.distributed import (
     LAUNCHER_VARIABLES,
-    World,
     process_group,
     single_process_warning,
 )
+from entropy_ddp.distributed.ledger import Sign
+from entropy_ddp.distributed.watch import Watch
 from entropy_ddp.errors import InputError
 
 RANKS = """
@@ -46,7 +48,6 @@ with process_group() as world:
             wrapped(torch.ones(1, 2)).sum().backward()
     found["weight"] = linear.weight.detach().tolist()
     found["gradient"] = [] if linear.weight.grad is None else linear.weight.grad.tolist()
-    found["first to fail"] = world.claim_failure("the same message")
     Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(found))
 """
 
@@ -67,7 +68,6 @@ def test_without_a_launcher_every_function_works_on_the_local_value(
         assert gathered.tolist() == [[2.0, 3.0], [4.0, 5.0], [0.0, 1.0]]
         assert world.gather_objects("mine") == ["mine"]
         assert world.wrap(module) is module
-        assert world.claim_failure("anything")
         assert world.collectives == {
             "parameter buffers": (1, 16),
             "scalars": (2, 8 + 48),
@@ -111,11 +111,6 @@ def test_collectives_and_their_bytes_are_counted(ranks: list[dict[str, Any]]) ->
         "objects": [1, 0],
     }
     assert all(own["collectives"] == expected for own in ranks)
-
-
-def test_one_rank_only_is_the_first_to_fail(ranks: list[dict[str, Any]]) -> None:
-    """Ranks that fail at the same time with the same message print it once."""
-    assert sum(own["first to fail"] for own in ranks) == 1
 
 
 def test_a_wrapped_module_keeps_its_own_parameters(ranks: list[dict[str, Any]]) -> None:
@@ -203,12 +198,22 @@ def test_running_alone_when_several_were_asked_for_is_said(
         assert "this process runs alone; start with torchrun" in warning
 
 
-def test_a_rank_whose_store_is_gone_stays_silent() -> None:
-    """The store lives on rank 0; if that has failed, it has said so itself."""
-
-    class GoneStore:
-        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-            raise RuntimeError("Connection was likely closed")
-
-    world = World(rank=1, world_size=2, store=GoneStore())
-    assert not world.claim_failure("collective failed")
+def test_a_rank_that_has_ended_keeps_nobody_waiting() -> None:
+    """Its last sign stays its last, though another thread gives signs as well."""
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", launching.free_port(), is_master=True, wait_for_workers=False
+    )
+    told: list[str] = []
+    for number in range(20):
+        pair = torch.distributed.PrefixStore(str(number), store)
+        watches = [Watch(pair, rank, 2, 60.0, told.append) for rank in (0, 1)]
+        for watch in watches:
+            watch.start()
+        time.sleep(0.01 * number)
+        watches[1].finish()
+        # As the other thread would, had it been about to.
+        watches[1]._exchange(Sign(number=1000))
+        begin = time.monotonic()
+        watches[0].finish()
+        assert time.monotonic() - begin < 5
+    assert not told

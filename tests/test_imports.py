@@ -13,6 +13,7 @@ PACKAGE = Path(entropy_ddp.__file__).parent
 ROOMS = (
     "__init__",
     "errors",
+    "interruption",
     "atomic",
     "config",
     "distributed",
@@ -47,6 +48,7 @@ LIGHT_FILES = (
     "__init__.py",
     "__main__.py",
     "errors.py",
+    "interruption.py",
     "atomic.py",
     "config/__init__.py",
     "config/schema.py",

@@ -5,6 +5,9 @@ untrusted. Heavy libraries are imported inside the commands, so that help and us
 errors answer at once.
 """
 
+import os
+from typing import Any
+
 import click
 
 from entropy_ddp import __version__
@@ -12,9 +15,30 @@ from entropy_ddp.cli.import_command import import_
 from entropy_ddp.cli.inputs import check, demo, sample
 from entropy_ddp.cli.jobs import attribute, audit, probe, sweep
 from entropy_ddp.cli.ledger_command import ledger
+from entropy_ddp.cli.ranks import EXIT_FAILED
+from entropy_ddp.interruption import Interrupted, signals_raise
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Interruptible(click.Group):
+    """Commands that a signal ends with one line, also while libraries are imported."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        # A rank that is gone is reported once, in words, not by each connection to it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        try:
+            with signals_raise():
+                return super().invoke(ctx)
+        except Interrupted as interrupted:
+            # No rank knows of the others yet.
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(str(interrupted), err=True)
+            ctx.exit(EXIT_FAILED)
+
+
+@click.group(
+    cls=_Interruptible, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__)
 def main() -> None:
     """Why is my policy's entropy collapsing, and which update did it?

@@ -27,7 +27,12 @@ def sample(options: Options) -> None:
     """Roll E and U out of the checkpoint into rollout files."""
     config = load(options)
     out = output_folder(options, config, "sample")
-    sys.exit(run_ranks(lambda world: _sample(config, world, out, options)))
+    sys.exit(
+        run_ranks(
+            lambda world: _sample(config, world, out, options),
+            config.compute.rank_timeout_seconds,
+        )
+    )
 
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
@@ -56,7 +61,12 @@ def check(options: Options) -> None:
     Runs nothing expensive.
     """
     config = load(options)
-    sys.exit(run_ranks(lambda world: _check(config, world, options)))
+    sys.exit(
+        run_ranks(
+            lambda world: _check(config, world, options),
+            config.compute.rank_timeout_seconds,
+        )
+    )
 
 
 def _check(config: "Config", world: "World", options: Options) -> int:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import progress_console, stdout_kept, table_console
+from entropy_ddp.cli.console import (
+    error_console,
+    progress_console,
+    stdout_kept,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
 
@@ -62,7 +67,12 @@ def _run_job(name: str, options: Options) -> None:
     """Run a job that leaves a run directory, and exit with its code."""
     config = load(options)
     out = output_folder(options, config, name)
-    sys.exit(run_ranks(lambda world: _job(name, config, world, out, options)))
+    sys.exit(
+        run_ranks(
+            lambda world: _job(name, config, world, out, options),
+            config.compute.rank_timeout_seconds,
+        )
+    )
 
 
 def _job(
@@ -74,6 +84,7 @@ def _job(
     from entropy_ddp.probe.sweep import run_sweep
     from entropy_ddp.results import prepare_folder, write_results
     from entropy_ddp.terminal import attribution, runs
+    from entropy_ddp.terminal.heading import print_distrust
     from entropy_ddp.terminal.progress import phase_progress
 
     job, show = {
@@ -97,6 +108,9 @@ def _job(
         show(console, probed.results, str(out))
         if name == "probe" and probed.results.attribution is not None:
             attribution.print_shares(console, probed.results)
+    else:
+        # Quiet is no reason to leave with exit code 3 and without a word.
+        print_distrust(error_console(), probed.results)
     if options.as_json:
         click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
     # Only this rank says so: a launcher stops the others at the first non-zero code.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from entropy_ddp.cli.console import error_console
 from entropy_ddp.cli.options import Options
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.interruption import Interrupted, ignore_signals, signals_raise
 
 if TYPE_CHECKING:
     from entropy_ddp.config import Config
@@ -18,50 +19,95 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_INPUT, EXIT_UNTRUSTED = 1, 2, 3
 
 
-def run_ranks(body: Callable[["World"], int]) -> int:
+def run_ranks(
+    body: Callable[["World"], int], rank_timeout_seconds: float | None = None
+) -> int:
     """Run a command's body on this rank and turn failures into one message.
+
+    With a process group a failure ends this process here, and the others with it.
+
+    Args:
+        body: the command, from the ranks to an exit code.
+        rank_timeout_seconds: `compute.rank_timeout_seconds`; None: its default.
 
     Returns:
         The exit code.
     """
-    from entropy_ddp.distributed import World, process_group, single_process_warning
+    from entropy_ddp import distributed
 
     # The libraries' deprecations among themselves are nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warning = single_process_warning(os.environ)
+    warning = distributed.single_process_warning(os.environ)
     if warning is not None:
         error_console().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    timeout = rank_timeout_seconds or distributed.RANK_TIMEOUT_SECONDS
     world: World | None = None
-    try:
-        with process_group() as world:
-            return body(world)
-    except Exception as error:  # noqa: BLE001
-        # Whatever it is, the first rank to fail says so; the others fail because it did.
-        if world is None or world.claim_failure(str(error)):
-            print_failure(error, world)
-            if world is not None:
-                world.failure_told()
-        return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+    with signals_raise():
+        try:
+            with distributed.process_group(timeout, tell=print_error) as world:
+                return body(world)
+        except (Exception, Interrupted) as error:  # noqa: BLE001
+            # Whatever it is: the first rank to fail says so, and all end.
+            return _fail(error, world)
 
 
-def print_failure(error: Exception, world: "World | None") -> None:
+def _fail(error: BaseException, world: "World | None") -> int:
+    """End this rank, with the failure's message if it is the first."""
+    ignore_signals()
+    code = EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+    if world is None or world.watch is None:
+        print_failure(error, world)
+        return code
+    # A lost connection raises a RuntimeError, a launcher that stops all sends a signal:
+    # in both cases another rank may be the cause.
+    is_suspect = isinstance(error, (RuntimeError, Interrupted))
+    world.watch.fail(
+        str(error),
+        code,
+        lambda: print_failure(error, world),
+        is_suspect=is_suspect and not isinstance(error, RunError),
+    )
+
+
+def print_failure(error: BaseException, world: "World | None") -> None:
+    """Print one line; of an error that nobody foresaw, the traceback before it."""
+    if isinstance(error, Interrupted):
+        print_line(str(error))
+        return
     if not isinstance(error, (InputError, RunError)):
         traceback.print_exception(error)
     rank = f"rank {world.rank}: " if world is not None and world.world_size > 1 else ""
-    console = error_console()
-    console.print(f"[bold red]error:[/] {rank}", end="", soft_wrap=True)
-    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    print_error(f"{rank}{str(error) or type(error).__name__}")
+
+
+def print_error(message: str) -> None:
+    """Print a message as an error."""
+    error_console().print("[bold red]error:[/] ", end="", soft_wrap=True)
+    print_line(message)
+
+
+def print_line(message: str) -> None:
+    error_console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def load(options: Options) -> "Config":
-    """The configuration; on a mistake, rank 0 says so and every rank exits."""
+    """The configuration; on a mistake on any rank, one says so and all exit."""
+    try:
+        return _read(options)
+    except Exception as error:  # noqa: BLE001
+        failure = error
+    if not {"RANK", "WORLD_SIZE"} & set(os.environ):
+        sys.exit(_fail(failure, None))
+
+    def fail(world: "World") -> int:
+        raise failure
+
+    # The others may have read theirs, and wait.
+    sys.exit(run_ranks(fail))
+
+
+def _read(options: Options) -> "Config":
     from entropy_ddp.config import load_config
     from entropy_ddp.policy.trained_settings import with_training_arguments
 
-    try:
-        config = load_config(options.config, options.assignments)
-        return with_training_arguments(config)
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print_failure(error, None)
-        sys.exit(EXIT_INPUT)
+    return with_training_arguments(load_config(options.config, options.assignments))

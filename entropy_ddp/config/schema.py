@@ -267,6 +267,7 @@ class Compute(Section):
         count_operations: count floating-point operations of the passes in `run.passes`.
         snapshot_device: where the copy of the parameters is kept during the step.
         attention: Hugging Face attention implementation.
+        rank_timeout_seconds: a rank that gives no sign of life for so long ends the run.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -275,6 +276,7 @@ class Compute(Section):
     count_operations: bool = False
     snapshot_device: Literal["cpu", "device"] = "cpu"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    rank_timeout_seconds: float = Field(default=300.0, gt=0)
 
 
 class Config(Section):

@@ -17,6 +17,7 @@ gradient. All rank tokens; none has the units of an entropy change.
 Shape legend: T tokens and N sequences of U.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,8 +183,8 @@ def rules(table: TokenTable, fraction: float) -> list[Rule]:
     count = max(1, round(fraction * len(table.share)))
     percent = f"{100 * fraction:g} % of the tokens"
     covariance = covariance_score(table.logp, table.advantage)
-    failed = table.advantage < 0
-    median = table.logp.median()
+    failed, succeeded = table.advantage < 0, table.advantage > 0
+    improbable = table.logp < math.log(0.5)
     return [
         Rule(
             name=f"largest entropy loss, {percent}", mask=_largest(-table.share, count)
@@ -192,12 +193,10 @@ def rules(table: TokenTable, fraction: float) -> list[Rule]:
             name=f"largest entropy gain, {percent}", mask=_largest(table.share, count)
         ),
         Rule(name=f"largest covariance, {percent}", mask=_largest(covariance, count)),
-        Rule(
-            name="improbable tokens of responses with A < 0",
-            mask=failed & (table.logp < median),
-        ),
+        Rule(name="tokens with A < 0 and p < 0.5", mask=failed & improbable),
+        Rule(name="tokens with A > 0 and p < 0.5", mask=succeeded & improbable),
         Rule(name="all tokens with A < 0", mask=failed),
-        Rule(name="all tokens with A > 0", mask=table.advantage > 0),
+        Rule(name="all tokens with A > 0", mask=succeeded),
     ]
 
 

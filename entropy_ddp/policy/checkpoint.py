@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from entropy_ddp.config import Checkpoint, Compute, Precision
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.policy.implementations import use_exact_experts
 from entropy_ddp.policy.layouts import (
     ADAPTER_CONFIG,
@@ -339,6 +339,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the library raises, it is this folder that it cannot read.
         raise InputError(
             f"tokenizer {source}: cannot be loaded ({first_line(error)})"

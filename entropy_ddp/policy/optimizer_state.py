@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 
 # The Trainer's own patterns for parameters without weight decay.
 NO_DECAY_PATTERNS = [
@@ -101,6 +101,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever torch raises, it is this file that it cannot read.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.policy.parameters import inner_product, shifted
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.scores import TokenScores
@@ -116,6 +116,7 @@ def check_sharing(passes: Passes, vocabulary_size: int) -> SharingCheck:
     try:
         tree = passes.score(shard, direction)
     except (RuntimeError, TypeError, ValueError) as refusal:
+        raise_if_out_of_memory(refusal)
         return SharingCheck(None, f"the model refuses the mask: {refusal}")
     finally:
         passes.tokens.sharing = before

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.policy.layouts import SAFE_FILES, weight_file
 
 ADAPTER_FILES = ("adapter_model.safetensors",)
@@ -63,6 +63,7 @@ def _named_as_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the libraries raise, it is this file that they cannot read.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

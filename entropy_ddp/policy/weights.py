@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.policy.implementations import supported_attention
 from entropy_ddp.policy.layouts import (
     ADAPTER_CONFIG,
@@ -65,6 +65,7 @@ def load_base(base: str, dtype: torch.dtype, attention: str) -> nn.Module:
             output_loading_info=True,
         )
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the libraries raise, it is these files that they cannot read.
         raise InputError(
             f"base model {base}: cannot be loaded ({first_line(error)}); "
@@ -122,6 +123,7 @@ def load_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
             model, str(adapter), adapter_name=name, is_trainable=True
         )
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the libraries raise, it is these files that they cannot read.
         raise _make_misfit(adapter, error) from error
     require_same_adapter_names(wrapped, adapter, name, stored)
@@ -139,6 +141,7 @@ def read_adapter(adapter: Path) -> dict[str, Tensor]:
     try:
         return load_peft_weights(str(adapter), device="cpu")
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the libraries raise, it is these files that they cannot read.
         raise InputError(
             f"adapter {adapter}: its weights cannot be read ({first_line(error)}); "
@@ -209,6 +212,7 @@ def make_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
         config.inference_mode = False
         return get_peft_model(model, config, adapter_name=name)
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the libraries raise, it is this configuration that does not fit.
         raise _make_misfit(adapter, error) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp.config import Prompts
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.rollouts.jsonlines import make_problem, read_rows
 
 
@@ -89,6 +89,7 @@ def _load_dataset(source: Prompts) -> Iterator[dict[str, Any]]:
             )
         )
     except Exception as error:  # any: hub, network, cache and builders each have theirs
+        raise_if_out_of_memory(error)
         reason = " ".join(str(error).split())[:300]
         raise make_problem(
             describe_source(source),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_ddp.config import Prompts
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.rollouts.datasets import iterate_rows
 from entropy_ddp.rollouts.jsonlines import make_problem, show
 from entropy_ddp.rollouts.rows import (
@@ -307,6 +307,7 @@ def render_messages(
             **options,
         )
     except Exception as error:  # any: the template is a program of its own
+        raise_if_out_of_memory(error)
         raise make_problem(
             where,
             "messages that the chat template takes",

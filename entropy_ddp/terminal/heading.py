@@ -25,10 +25,24 @@ def print_heading(console: Console, results: Results) -> None:
 
 
 def print_complaints(console: Console, results: Results) -> None:
-    """What was probed, then what is wrong: what fails before what only warns."""
+    """What fails, before anything else; what was probed; what only warns."""
+    print_distrust(console, results)
     console.print(_header(results))
-    complaints = [row for row in results.audit if row.verdict != "ok"]
-    for row in sorted(complaints, key=lambda row: row.verdict):
+    for row in results.audit:
+        if row.verdict == "warn":
+            console.print(_complaint(row))
+
+
+def print_distrust(console: Console, results: Results) -> None:
+    """That the results are not to be trusted, which checks say so, and what to do."""
+    failed = [row for row in results.audit if row.verdict == "fail"]
+    if not failed:
+        return
+    names = ", ".join(row.name for row in failed)
+    several = "s" if len(failed) > 1 else ""
+    line = f"NOT TO BE TRUSTED: failed the check{several} {names}; what to do:"
+    console.print(Text(line, style=VERDICT_STYLES["fail"]))
+    for row in failed:
         console.print(_complaint(row))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import Checkpoint, Precision
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.policy.checkpoint import Policy, find_checkpoint
 from entropy_ddp.policy.layouts import adapters_in, has_full_model, is_training_state
 from entropy_ddp.policy.parameters import ParameterLayout
@@ -56,6 +56,7 @@ def _of_file(path: Path, policy: Policy) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except Exception as error:
+        raise_if_out_of_memory(error)
         # Whatever the library raises, it is this file that it cannot read.
         reason = str(error).strip().splitlines()[0]
         raise InputError(

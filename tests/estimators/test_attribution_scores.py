@@ -231,12 +231,14 @@ def test_rules_choose_what_they_say(fraction: float) -> None:
     share, logp = table.share.tolist(), table.logp.tolist()
     advantage = table.advantage.tolist()
     covariance = covariance_score(table.logp, table.advantage).tolist()
-    middle = sorted(logp)[(len(logp) - 1) // 2]
+    improbable = {t for t in tokens if math.exp(logp[t]) < 0.5}
+    assert 0 < len(improbable) < len(tokens)
     assert chosen == [
         set(sorted(tokens, key=lambda t: share[t])[:count]),
         set(sorted(tokens, key=lambda t: -share[t])[:count]),
         set(sorted(tokens, key=lambda t: -covariance[t])[:count]),
-        {t for t in tokens if advantage[t] < 0 and logp[t] < middle},
+        {t for t in improbable if advantage[t] < 0},
+        {t for t in improbable if advantage[t] > 0},
         {t for t in tokens if advantage[t] < 0},
         {t for t in tokens if advantage[t] > 0},
     ]

@@ -234,6 +234,34 @@ def test_failures_come_first_then_warnings_then_tables(
     assert kinds.count("warning: ") == verdicts.count("warn")
 
 
+DISTRUST = "NOT TO BE TRUSTED: failed the check"
+
+
+@pytest.mark.parametrize("printer", PRINTERS.values(), ids=PRINTERS)
+def test_an_untrusted_result_says_so_in_its_first_line(
+    measured: Results, printer: Printer
+) -> None:
+    """In red, with what failed; the next line is what to do. A sound result has none."""
+    trusted = with_complaints(measured)
+    trusted.audit[:] = [row for row in trusted.audit if row.verdict != "fail"]
+    assert DISTRUST not in shown(printer, trusted)
+    hint = "sample more of E"
+    failed = AuditRow(
+        name="ESS / N", value=0.01, expected=">= 0.1", verdict="fail", hint=hint
+    )
+    for rows in ([failed], [failed, replace(failed, name="restore")]):
+        results = replace(trusted, audit=[*trusted.audit, *rows])
+        first, second, *_ = shown(printer, results).splitlines()
+        names = ", ".join(row.name for row in rows)
+        several = "s" if len(rows) > 1 else ""
+        assert first == f"{DISTRUST}{several} {names}; what to do:"
+        assert second == f"FAILED: ESS / N is 0.01, expected >= 0.1; {hint}"
+        console = Console(file=io.StringIO(), width=100, force_terminal=True)
+        printer(console, results, None)
+        assert isinstance(console.file, io.StringIO)
+        assert console.file.getvalue().startswith(f"{ESCAPE}[1;31m{DISTRUST}")
+
+
 # Nothing rounds to 0
 
 

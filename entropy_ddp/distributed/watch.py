@@ -1,0 +1,362 @@
+"""A watch over the other ranks: no rank waits for one that has failed, hangs or is gone.
+
+Every rank leaves signs of life in the store and looks at those of the others. A rank
+that fails, or finds another one silent, claims the run's failure; the first to claim
+prints, the others end without a word and with the same exit code. Who ends how:
+
+- the main thread unwinds, by a signal to this process, so that files are cleaned up;
+- a process whose main thread does not come back from a call in time is ended hard.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+from entropy_ddp.distributed.ledger import Failure, Ledger, Sign, StoreGone
+from entropy_ddp.interruption import ignore_signals
+
+_SIGN_SECONDS = 0.5
+_GUARD_SECONDS = 0.1
+# Silence that explains a lost connection: beyond what a busy interpreter causes.
+_GONE_SECONDS = 4.0
+# For a message to be written to a slow terminal.
+_TELL_SECONDS = 8.0
+# For the main thread to unwind.
+_GRACE_SECONDS = 3.0
+# A gap in this process's own life: it was stopped, and the others' silence means nothing.
+_ABSENT_SECONDS = 2.0
+_CODE_FAILED = 1
+
+
+@dataclass
+class _Seen:
+    """The last sign of another rank and when it was first seen."""
+
+    sign: Sign
+    at: float
+
+
+class Watch:
+    """One rank's watch over the others, and its way to fail.
+
+    One thread talks to the store; a second one never does, so that it sees a store that
+    hangs and a main thread that does not end.
+
+    Attributes:
+        collectives: number of collectives that this rank has come to.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        silence_seconds: float,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Prepare a watch.
+
+        Args:
+            store: the ranks' key-value store.
+            rank: number of this rank.
+            world_size: number of ranks.
+            silence_seconds: a rank silent for longer ends the run.
+            tell: prints why the run ends.
+        """
+        self.collectives = 0
+        self._rank = rank
+        # torchrun's agent holds the store; without one, rank 0 does.
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._store_rank = None if agent else 0
+        self._silence_seconds = silence_seconds
+        self._tell = tell
+        self._ledger, self._threads_ledger = Ledger(store), Ledger(store)
+        now = time.monotonic()
+        others = (other for other in range(world_size) if other != rank)
+        self._seen = {other: _Seen(Sign(), now) for other in others}
+        self._answered = self._exchanged = now
+        self._failure: Failure | None = None
+        self._is_store_gone = False
+        self._is_finishing = False
+        self._leave_at: float | None = None
+        self._code = _CODE_FAILED
+        self._has_ended = False
+        self._losing, self._signing = threading.Lock(), threading.Lock()
+        self._stop, self._hurry = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=target, daemon=True)
+            for target in (self._exchange_signs, self._guard)
+        ]
+
+    def start(self) -> None:
+        """Start to give signs of life and to look at the others'."""
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self) -> None:
+        """End the watch of a rank that has no more to do; rank 0 waits for the others."""
+        self._is_finishing = self._rank != 0
+        self._hurry.set()
+        try:
+            self._sign(self._ledger, Sign(ended=True))
+            while self._rank == 0 and self._remaining():
+                time.sleep(0.01)
+        except StoreGone:
+            # All that this rank had to do is done.
+            pass
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(_GRACE_SECONDS)
+
+    def behind(self) -> list[int]:
+        """The ranks that have come to fewer collectives than this one."""
+        return [
+            rank
+            for rank, seen in self._seen.items()
+            if seen.sign.collectives < self.collectives and not seen.sign.ended
+        ]
+
+    def fail(
+        self, message: str, code: int, tell: Callable[[], None], *, is_suspect: bool
+    ) -> NoReturn:
+        """End this process, for a failure of its own or because another rank failed.
+
+        Args:
+            message: what failed.
+            code: exit code, if this is the first failure of the run.
+            tell: prints the failure; called if it is the first.
+            is_suspect: whether the failure may be due to a rank that is gone.
+        """
+        ignore_signals()
+        if self._is_store_gone:
+            # The guard may be in the middle of its message: this waits for it.
+            _leave(self._lose_store(f"{self._holder()} is gone").code)
+        self._code = code if self._failure is None else self._failure.code
+        self._leave_at = (
+            time.monotonic() + _GONE_SECONDS + _TELL_SECONDS + _GRACE_SECONDS
+        )
+        mine = Failure(rank=self._rank, code=code, message=message)
+        try:
+            first = self._settle(mine, tell, is_suspect)
+        except StoreGone:
+            first = self._lose_store(f"{self._holder()} is gone")
+        try:
+            self._end_together()
+        except StoreGone:
+            pass
+        _leave(first.code)
+
+    def _settle(
+        self, mine: Failure, tell: Callable[[], None], is_suspect: bool
+    ) -> Failure:
+        """Find the first failure of the run; tell it, or wait until it is told."""
+        gone = self._fallen_silent() if is_suspect else []
+        if gone and self._failure is None:
+            silence = _silence(gone, _GONE_SECONDS)
+            message = f"{silence}; then rank {mine.rank} failed: {mine.message}"
+            mine = Failure(rank=mine.rank, code=_CODE_FAILED, message=message)
+            tell = partial(self._tell, silence)
+        first = self._failure or self._ledger.claim(mine)
+        self._code = first.code
+        if first == mine:
+            if not gone:
+                _leave_for_launcher(mine)
+            tell()
+            self._ledger.set_told()
+        else:
+            self._ledger.wait_told(_TELL_SECONDS)
+        return first
+
+    def _fallen_silent(self) -> list[int]:
+        """The ranks that give no sign any more; empty as soon as all have given one."""
+        others = self._remaining()
+        # What a killed rank had sent already is in the store before the first look.
+        time.sleep(_GUARD_SECONDS)
+        before = self._ledger.signs(others)
+        begin = time.monotonic()
+        while self._failure is None:
+            now = self._ledger.signs(others)
+            silent = [r for r in others if now.get(r) == before.get(r, Sign())]
+            silent = [r for r in silent if not before.get(r, Sign()).ended]
+            if not silent or time.monotonic() - begin > _GONE_SECONDS:
+                return silent
+            time.sleep(_GUARD_SECONDS)
+        return []
+
+    def _sign(self, ledger: Ledger, sign: Sign) -> None:
+        """Leave a sign; none of the other thread's comes after the one that ends."""
+        with self._signing:
+            if not self._has_ended:
+                self._has_ended = sign.ended
+                ledger.sign(self._rank, sign)
+
+    def _remaining(self) -> list[int]:
+        return [rank for rank, seen in self._seen.items() if not seen.sign.ended]
+
+    def _end_together(self) -> None:
+        """The rank that holds the store is the last to go."""
+        self._hurry.set()
+        self._sign(self._ledger, Sign(ended=True))
+        if self._rank != self._store_rank:
+            return
+        give_up = time.monotonic() + _GRACE_SECONDS + 1
+        while time.monotonic() < give_up:
+            if not set(self._remaining()) - set(self._silent(_GONE_SECONDS)):
+                return
+            time.sleep(0.01)
+
+    # The thread that talks to the store.
+
+    def _exchange_signs(self) -> None:
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            try:
+                self._exchange(Sign(number=number, collectives=self.collectives))
+            except StoreGone:
+                self._is_store_gone = True
+                return
+            if self._hurry.wait(_SIGN_SECONDS):
+                time.sleep(0.01)
+
+    def _exchange(self, sign: Sign) -> None:
+        ledger = self._threads_ledger
+        self._sign(ledger, sign)
+        signs = ledger.signs(list(self._seen))
+        now = time.monotonic()
+        was_absent = now - self._exchanged > _ABSENT_SECONDS
+        for rank, seen in self._seen.items():
+            found = signs.get(rank, seen.sign)
+            if found != seen.sign or was_absent:
+                self._seen[rank] = _Seen(found, now)
+        self._answered = self._exchanged = now
+        if self._failure is not None:
+            return
+        first = ledger.first_failure()
+        silent = self._silent(self._silence_seconds)
+        if first is None and silent:
+            first = self._accuse(silent)
+        if first is not None:
+            self._failure = first
+            self._code = first.code
+            self._unwind()
+            ledger.wait_told(_TELL_SECONDS)
+            self._leave_at = time.monotonic() + _GRACE_SECONDS
+
+    def _silent(self, seconds: float) -> list[int]:
+        now = time.monotonic()
+        return [r for r in self._remaining() if now - self._seen[r].at > seconds]
+
+    def _accuse(self, silent: list[int]) -> Failure:
+        message = _silence(silent, self._silence_seconds)
+        mine = Failure(rank=self._rank, code=_CODE_FAILED, message=message)
+        first = self._threads_ledger.claim(mine)
+        if first == mine:
+            self._tell(message)
+            self._threads_ledger.set_told()
+        return first
+
+    # The thread that never waits.
+
+    def _guard(self) -> None:
+        looked = time.monotonic()
+        while not self._stop.wait(_GUARD_SECONDS):
+            now = time.monotonic()
+            if now - looked > _ABSENT_SECONDS:
+                self._answered = now
+            looked = now
+            if self._leave_at is not None:
+                if now > self._leave_at:
+                    # No flush: the main thread may hold the streams.
+                    os._exit(self._code)
+            elif self._failure is None:
+                self._guard_store(now)
+
+    def _guard_store(self, now: float) -> None:
+        silent_for = now - self._answered
+        if self._is_store_gone and self._is_finishing:
+            return
+        if self._is_store_gone:
+            self._lose_store(f"{self._holder()} is gone: it was killed or has crashed")
+        elif silent_for > self._silence_seconds:
+            self._lose_store(
+                f"{self._holder()} has not answered for {silent_for:.0f} s: it was "
+                "stopped or killed, or its machine is gone"
+            )
+        else:
+            return
+        self._leave_at = now + _GRACE_SECONDS
+        self._unwind()
+
+    def _holder(self) -> str:
+        if self._store_rank is None:
+            return "the launcher, which holds the ranks' store,"
+        return f"rank {self._store_rank}, which holds the ranks' store,"
+
+    def _lose_store(self, message: str) -> Failure:
+        """The failure of a run that has no store; told by its lowest rank."""
+        with self._losing:
+            self._is_store_gone = True
+            if self._failure is None:
+                self._failure = Failure(
+                    rank=self._rank, code=_CODE_FAILED, message=message
+                )
+                if self._is_speaker():
+                    self._tell(message)
+            return self._failure
+
+    def _is_speaker(self) -> bool:
+        """Whether no lower rank was alive when the store last answered."""
+        return all(
+            rank == self._store_rank or self._answered - seen.at > _GONE_SECONDS
+            for rank, seen in self._seen.items()
+            if rank < self._rank and not seen.sign.ended
+        )
+
+    def _unwind(self) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGTERM)
+
+
+def _silence(ranks: list[int], seconds: float) -> str:
+    several = len(ranks) > 1
+    names = ", ".join(map(str, ranks))
+    return (
+        f"rank{'s' if several else ''} {names} {'have' if several else 'has'} not "
+        f"answered for {seconds:g} s: stopped, killed (often because the machine ran out "
+        "of memory), or on a machine that is gone"
+    )
+
+
+def _leave_for_launcher(failure: Failure) -> None:
+    """Name the failure where torchrun looks for it: its summary then shows this rank."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    summary = f"rank {failure.rank} failed first; its message is printed above"
+    extra = {"py_callstack": summary, "timestamp": str(int(time.time()))}
+    document = {"message": {"message": summary, "extraInfo": extra}}
+    try:
+        with open(path, "w") as stream:
+            json.dump(document, stream)
+    except OSError:
+        # The message itself is on its way; this file only repeats it.
+        pass
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: threads of a group that has lost a rank would wait for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
+    os._exit(code)

@@ -1,0 +1,167 @@
+"""All ranks of a run, as seen from one of them: sums, gathers, and the count of both."""
+
+import inspect
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from entropy_ddp.distributed.watch import Watch
+from entropy_ddp.errors import RunError
+
+T = TypeVar("T")
+
+
+def interruptibly(call: Callable[[], T]) -> T:
+    """Make a call that waits in C++, so that signals are seen in the meantime.
+
+    Python sees a signal between two steps of its main thread only: the call is made in a
+    thread of its own.
+    """
+    done = threading.Event()
+    values: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            values.append(call())
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    done.wait()
+    if errors:
+        raise errors[0]
+    return values[0]
+
+
+@dataclass(kw_only=True)
+class World:
+    """All ranks of a run, as seen from one of them.
+
+    Attributes:
+        rank: number of this rank.
+        world_size: number of ranks.
+        local_rank: number of this rank on its machine; selects the GPU.
+        store: the key-value store shared by the ranks; None without a group, and in
+            one that somebody else has started.
+        group: the group of the collectives; None for the default one.
+        watch: this rank's watch over the others; None without a group.
+        timeout_seconds: how long a rank waits for the others in a collective.
+        collectives: number of collectives and bytes handed to them, by purpose.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    store: Any = None
+    group: Any = None
+    watch: Watch | None = None
+    timeout_seconds: float = 1800.0
+    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes files."""
+        return self.rank == 0
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there is a process group."""
+        return self.store is not None or self.group is not None
+
+    def sum(self, tensor: Tensor, purpose: str) -> Tensor:
+        """Sum of a CPU tensor over ranks, in place."""
+        self._count(purpose, tensor)
+        if self.is_grouped:
+            self._join(
+                lambda: dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
+            )
+        return tensor
+
+    def max(self, value: float) -> float:
+        """Largest of a scalar over ranks."""
+        tensor = torch.tensor([value], dtype=torch.float64)
+        self._count("scalars", tensor)
+        if self.is_grouped:
+            self._join(
+                lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+            )
+        return float(tensor)
+
+    def gather_rows(self, rows: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Per-sequence rows of all ranks, in file order, on every rank.
+
+        Args:
+            rows: this rank's rows, float64, [n, C]; n may be 0 and differ by rank.
+            positions: their places in the result, [n].
+            count: number of rows N of the result.
+
+        Returns:
+            All rows, [N, C].
+        """
+        # Every row has exactly one owner, so a sum of zero-filled buffers is a gather
+        # that needs no sizes exchanged and no padding.
+        gathered = rows.new_zeros(count, rows.shape[1])
+        gathered[positions] = rows
+        return self.sum(gathered, "scalars")
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small picklable value from every rank, in rank order, on every rank."""
+        self._count("objects", None)
+        if not self.is_grouped:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        self._join(lambda: dist.all_gather_object(values, value, group=self.group))
+        return values
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module inside DistributedDataParallel, or itself without a group.
+
+        Parameters are not broadcast: whether ranks loaded the same ones is checked,
+        not arranged.
+        """
+        if self.store is None:
+            return module
+        # Buffers must not be synchronised before each forward pass: ranks run different
+        # numbers of them. torch 2.13 renames the option.
+        known = inspect.signature(DistributedDataParallel).parameters
+        renamed = "forward_sync_buffers"
+        option = renamed if renamed in known else "broadcast_buffers"
+        return DistributedDataParallel(module, init_sync=False, **{option: False})
+
+    def close(self) -> None:
+        """Leave the group of a joined world; the one it was joined from goes on."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
+    def _join(self, collective: Callable[[], T]) -> T:
+        if self.watch is not None:
+            self.watch.collectives += 1
+        begin = time.monotonic()
+        try:
+            return interruptibly(collective)
+        except RuntimeError as error:
+            waited = time.monotonic() - begin
+            late = self.watch.behind() if self.watch is not None else []
+            if waited < 0.9 * self.timeout_seconds or not late:
+                raise
+            names = ", ".join(map(str, late))
+            raise RunError(
+                f"the ranks have waited {waited:.0f} s for rank {names}, which "
+                "computes longer than that, or hangs"
+            ) from error
+
+    def _count(self, purpose: str, tensor: Tensor | None) -> None:
+        number, size = self.collectives.get(purpose, (0, 0))
+        added = 0 if tensor is None else tensor.numel() * tensor.element_size()
+        self.collectives[purpose] = (number + 1, size + added)
