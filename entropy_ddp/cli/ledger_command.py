@@ -10,7 +10,7 @@ import click
 
 from entropy_ddp.cli.console import progress_console, table_console
 from entropy_ddp.cli.options import Options, configured
-from entropy_ddp.cli.ranks import run_ranks
+from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, run_ranks
 
 if TYPE_CHECKING:
     from entropy_ddp.distributed import World
@@ -35,9 +35,9 @@ def _ledger(world: "World", run: Path, options: Options) -> int:
     if options.config is not None or options.assignments:
         folder = options.out or run / "ledger"
         _probe(world, run, folder, options)
-    if world.is_main:
-        _add_up(world, folder, options.out or folder, options)
-    return 0
+    if not world.is_main:
+        return 0
+    return _add_up(world, folder, options.out or folder, options)
 
 
 def _probe(world: "World", run: Path, out: Path, options: Options) -> None:
@@ -55,7 +55,7 @@ def _probe(world: "World", run: Path, out: Path, options: Options) -> None:
         probe_checkpoints(checkpoints, world, progress)
 
 
-def _add_up(world: "World", folder: Path, out: Path, options: Options) -> None:
+def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
     from entropy_ddp.atomic import written_whole
     from entropy_ddp.ledger.accumulate import accumulate
     from entropy_ddp.ledger.reading import read_ledger
@@ -74,3 +74,4 @@ def _add_up(world: "World", folder: Path, out: Path, options: Options) -> None:
         print_ledger(console, found, str(out / "ledger.html"))
     if options.as_json:
         click.echo(text)
+    return 0 if found.trusted else EXIT_UNTRUSTED

@@ -27,6 +27,8 @@ from entropy_ddp.ledger.reading import RunLog
 SERIES = ("truth", "first_order", "second_order")
 PARTS = ("momentum", "decay", "gradient")
 TOP = 20
+# Effective share of E below which a truth is not to be trusted: truth.ess_abort.
+LEAST_ESS_FRACTION = 0.1
 
 Entry = dict[str, Any]
 
@@ -66,6 +68,11 @@ class Ledger:
     checks: dict[str, float]
     scaled: dict[str, Entry] | None
     notes: list[str]
+
+    @property
+    def trusted(self) -> bool:
+        """Whether no truth hangs on a few responses."""
+        return self.checks.get("ess_fraction", 1.0) >= LEAST_ESS_FRACTION
 
     @property
     def complete(self) -> bool:
@@ -239,6 +246,17 @@ def _notes(log: RunLog, steps: dict[str, int], series: list[str]) -> list[str]:
     if log.end is None:
         notes.append(
             "the training has not ended: the curve ends before the last probed step"
+        )
+    few = [
+        entry["step"]
+        for entry in log.entries
+        if "truth" in entry and entry["truth"]["ess_fraction"] < LEAST_ESS_FRACTION
+    ]
+    if few:
+        notes.append(
+            f"at step {', '.join(map(str, few[:5]))}{', ...' if few[5:] else ''} the truth "
+            f"hangs on less than {LEAST_ESS_FRACTION:.0%} of the responses: not to be "
+            "trusted; probe more often, or save checkpoints closer together"
         )
     notes += [
         f"{name.replace('_', ' ')} was not measured at every probed step: no sum of it"

@@ -129,6 +129,18 @@ def test_what_was_not_measured_at_every_step_has_no_sum(tmp_path: Path) -> None:
     assert any("has not ended" in note for note in found.notes)
 
 
+def test_a_truth_that_hangs_on_few_responses_is_not_trusted(tmp_path: Path) -> None:
+    """Written all the same, with exit code 3."""
+    few = step_line(2) | {"truth": {"value": -0.2, "se": 0.02, "ess_fraction": 0.05}}
+    write(tmp_path, [run_line(), step_line(1), few, end_line(2)])
+    finished = CliRunner().invoke(main, ["ledger", str(tmp_path)])
+    assert finished.exit_code == 3
+    assert "at step 2 the truth hangs on less than 10%" in finished.stdout.replace(
+        "\n", " "
+    )
+    assert (tmp_path / "ledger.html").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
