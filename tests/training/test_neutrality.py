@@ -77,6 +77,11 @@ def test_a_training_on_two_ranks_is_the_same_with_and_without(tmp_path: Path) ->
             assert entry["U"]["num_sequences"] == 2 * 8 * accumulated
             if "lora" not in settings:
                 assert entry["checks"]["identity_gap"] < 1e-5
+    # The first step's weights and responses are those of one rank alone.
+    train(tmp_path / "alone", probe={}, max_steps=1)
+    alone, together = (steps_of(tmp_path / name)[0] for name in ("alone", "2-True"))
+    assert alone["E"] == together["E"]
+    assert together["entropy"] == pytest.approx(alone["entropy"], rel=1e-6)
 
 
 def test_a_single_random_number_is_told_apart(tmp_path: Path) -> None:
