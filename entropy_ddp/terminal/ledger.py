@@ -83,7 +83,9 @@ def _decomposition(ledger: Ledger) -> Table:
 
 def _influential(ledger: Ledger) -> Table:
     table = new_table(
-        "Who moved it most", "token", "nats/token", "prompt", "nats/token"
+        "Who moved it most",
+        *("token", "nats/token", "prompt", "nats/token"),
+        caption="sums over the steps in which they were among the largest",
     )
     table.columns[2].justify = "left"
     table.columns[2].no_wrap = False

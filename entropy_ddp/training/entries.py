@@ -28,7 +28,14 @@ Every line is a JSON object with a `kind`:
 
 - `end`: `step`, `entropy` {value, se} at the weights that the training ended with.
 
-A key that was not asked for is absent. The checks:
+A key that was not asked for is absent. Of a run that is read from its checkpoints, `run`
+has `checkpoints` in place of `settings` and `trainer`, and a `step` that is about all
+steps since the checkpoint before has their number as `num_steps`; what follows `U` is
+then of the first of them.
+
+With dropout or mixed precision the parts are still the trainer's own: its gradient, its
+moments. The tokens' shares are of the model as it is measured, without either; what they
+leave of the gradient part is `unattributed`. The checks:
 
 - identity: the gradient part from the trainer's own gradient over the sum of its tokens'
   shares, which are of another pass and of the weights that the hooks saw: 1 expected.
