@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute ledger bench test test-fast lint clean
+.PHONY: help install demo probe sweep attribute report ledger bench test test-fast lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -34,6 +34,7 @@ help: ## list the targets
 RUN_STAMP := $(VENV)/.installed-run
 TEST_STAMP := $(VENV)/.installed-test
 DEV_STAMP := $(VENV)/.installed-dev
+RUN_EXTRAS := demo,report
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 # pip is what venv writes last: an interrupted environment is made again.
@@ -49,7 +50,7 @@ define pip_install
 endef
 
 $(RUN_STAMP): $(REQUIREMENTS) | $(BIN)/pip
-	$(call pip_install,demo,$(RUN_STAMP))
+	$(call pip_install,$(RUN_EXTRAS),$(RUN_STAMP))
 
 $(TEST_STAMP): $(REQUIREMENTS) | $(BIN)/pip
 	$(call pip_install,test,$(RUN_STAMP) $(TEST_STAMP))
@@ -76,6 +77,9 @@ sweep: $(RUN_STAMP) $(DEMO_COMPLETE) ## measure the change over a grid of step s
 attribute: $(RUN_STAMP) $(DEMO_COMPLETE) ## name the tokens of the update that move the entropy
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
 	    -m entropy_ddp attribute --verify --config $(CONFIG) --out $(OUT)-attribute --overwrite
+
+report: probe sweep attribute ## probe, sweep and attribute, and one page of all three
+	$(BIN)/python -m entropy_ddp report $(OUT) $(OUT)-sweep $(OUT)-attribute
 
 ledger: $(TEST_STAMP) $(DEMO_COMPLETE) ## train the demo with a probe at every step and add them up
 	rm -rf $(OUT)-ledger

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -40,3 +40,20 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def no_empty_folder(out: Path) -> Iterator[None]:
+    """Leave no new, empty folder behind if the context fails.
+
+    Args:
+        out: a folder that is made within the context, or before.
+    """
+    above = [path for path in (out, *out.parents) if not os.path.exists(path)]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in above:
+                path.rmdir()
+        raise

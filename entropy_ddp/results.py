@@ -350,14 +350,15 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
     Raises:
         InputError: it holds results and may not be overwritten, or cannot be written.
     """
-    if (out / "results.json").exists() and not overwrite:
-        raise InputError(
-            f"{out}: holds the results of an earlier run; give --overwrite or another "
-            "--out"
-        )
     try:
+        results = out / "results.json"
+        if results.is_dir():
+            raise InputError(f"{results}: expected a file or none, found a folder")
+        if results.exists() and not overwrite:
+            advice = "give --overwrite or another --out"
+            raise InputError(f"{out}: holds the results of an earlier run; {advice}")
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "results.json").exists():
+        if results.exists():
             # The points of a finished sweep; those of an interrupted one are kept.
             (out / "sweep.jsonl").unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(dir=out):
@@ -383,7 +384,8 @@ def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
         stream.write(config_yaml.encode())
     write_jsonl(out / "per_sequence.jsonl", probed.sequences)
     # What an earlier run left here and this one does not make is not this run's.
-    names = {"tokens.jsonl.gz", "delta_theta.safetensors"}
+    names = {"tokens.jsonl.gz", "delta_theta.safetensors", "report.html"}
+    names |= {str(path.relative_to(out)) for path in out.glob("plots/*.[ps][nv]g")}
     names |= {f"rollouts/{s}.jsonl" for s in ("E", "U") if s not in probed.sampled}
     for name in names:
         (out / name).unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def test_terms_have_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (None, "batches.E.sample.prompts: Input should be a valid dictionary"),
+        (None, "batches.E.sample.prompts: expected a section of keys"),
         ({}, "batches.E.sample.prompts: give exactly one of `file` and `dataset`"),
         (DATASET | {"file": "a"}, "prompts: give exactly one of `file` and `dataset`"),
         ({"dataset": "a/b"}, "prompts: `dataset` needs a `split`"),
@@ -103,8 +103,8 @@ def test_mistakes_in_prompts_are_named(
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ([], "batches.E.sample.reward: List should have at least 1 item"),
-        (3, "batches.E.sample.reward: Input should be a valid dictionary"),
+        ([], "batches.E.sample.reward: expected a length of at least 1"),
+        (3, "batches.E.sample.reward: expected a section of keys"),
         ({}, "exactly one of `function`, `math`, `exact`, `regex`"),
         ({"math": "a", "regex": "b"}, "exactly one of `function`, `math`, `exact`"),
         ({"maths": "a"}, "`batches.E.sample.reward.maths`; did you mean `math`?"),
@@ -127,7 +127,7 @@ def test_mistakes_in_prompts_are_named(
         ),
         (
             {"math": "a", "weight": float("inf")},
-            "reward.weight: Input should be a finite",
+            "reward.weight: expected a finite",
         ),
         (
             [{"regex": "a"}, {"regex": "b"}],

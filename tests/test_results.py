@@ -126,9 +126,19 @@ def test_while_results_are_replaced_no_old_ones_stand_beside_new_files(
 def test_replacing_results_removes_the_files_of_the_run_before(
     tmp_path: Path, probed: Probed
 ) -> None:
-    """A parameter change that this run did not save is not left lying there."""
+    """A parameter change, a page or plots that this run did not make."""
     write_results(tmp_path, replace(probed, delta={"w": torch.ones(2)}), "seed: 0\n")
+    plots = tmp_path / "plots"
+    plots.mkdir()
+    for path in (
+        tmp_path / "report.html",
+        plots / "weights.png",
+        plots / "weights.svg",
+    ):
+        path.write_text("of the run before")
     write_results(tmp_path, probed, "seed: 1\n")
+    assert not listing(plots)
+    plots.rmdir()
     assert listing(tmp_path) == ["config.yaml", "per_sequence.jsonl", "results.json"]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from entropy_ddp.cli.console import error_console, output_console
+from entropy_ddp.cli.options import trusting
 from entropy_ddp.cli.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     metavar="FIELD=NAME",
     help="table: the column that a field is read from. Repeatable.",
 )
+@trusting
 @click.option("--overwrite", is_flag=True, help="Replace an earlier --output.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option(

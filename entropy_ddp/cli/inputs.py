@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from entropy_ddp.atomic import no_empty_folder
 from entropy_ddp.cli.console import (
     error_console,
     progress_console,
@@ -42,6 +43,7 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
 
     console = table_console(world, options)
     with (
+        no_empty_folder(out),
         phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from entropy_ddp.atomic import no_empty_folder
 from entropy_ddp.cli.console import (
     error_console,
     progress_console,
@@ -15,14 +16,20 @@ from entropy_ddp.cli.console import (
     table_console,
 )
 from entropy_ddp.cli.options import Options, configured, output_folder
-from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, run_ranks
+from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, require_report, run_ranks
 
 if TYPE_CHECKING:
     from entropy_ddp.config import Config
     from entropy_ddp.distributed import World
 
 
+with_report = click.option(
+    "--report", is_flag=True, help="Make report.html too, as the command report does."
+)
+
+
 @click.command()
+@with_report
 @configured
 def probe(options: Options) -> None:
     """Measure what one optimizer step does to the entropy.
@@ -34,6 +41,7 @@ def probe(options: Options) -> None:
 
 
 @click.command()
+@with_report
 @configured
 def sweep(options: Options) -> None:
     """Truth and both predictions over a grid of step sizes."""
@@ -41,6 +49,7 @@ def sweep(options: Options) -> None:
 
 
 @click.command()
+@with_report
 @configured
 @click.option("--verify", is_flag=True, help="Take every what-if step for real.")
 def attribute(options: Options, verify: bool) -> None:
@@ -54,6 +63,7 @@ def attribute(options: Options, verify: bool) -> None:
 
 
 @click.command()
+@with_report
 @configured
 def audit(options: Options) -> None:
     """Why is the predicted change zero, noisy or wrong?
@@ -66,6 +76,8 @@ def audit(options: Options) -> None:
 def _run_job(name: str, options: Options) -> None:
     """Run a job that leaves a run directory, and exit with its code."""
     config = load(options)
+    if options.report:
+        require_report()
     out = output_folder(options, config, name)
     sys.exit(
         run_ranks(
@@ -82,6 +94,7 @@ def _job(
     from entropy_ddp.probe.attribution import run_attribution
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
+    from entropy_ddp.report.writing import write_report
     from entropy_ddp.results import prepare_folder, write_results
     from entropy_ddp.terminal import attribution, runs
     from entropy_ddp.terminal.heading import print_distrust
@@ -93,13 +106,14 @@ def _job(
         "attribute": (run_attribution, attribution.print_attribution),
         "audit": (run_audit, runs.print_diagnosis),
     }[name]
-    if world.is_main:
-        prepare_folder(out, options.overwrite)
     console = table_console(world, options)
     with (
+        no_empty_folder(out),
         phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):
+        if world.is_main:
+            prepare_folder(out, options.overwrite)
         probed = job(config, world, out, progress)
     if not world.is_main:
         return 0
@@ -111,6 +125,10 @@ def _job(
     else:
         # Quiet is no reason to leave with exit code 3 and without a word.
         print_distrust(error_console(), probed.results)
+    if options.report:
+        written = write_report([out], None)
+        if console is not None:
+            console.print(f"page: {written.page}", soft_wrap=True)
     if options.as_json:
         click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
     # Only this rank says so: a launcher stops the others at the first non-zero code.

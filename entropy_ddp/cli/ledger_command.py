@@ -59,12 +59,16 @@ def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
     from entropy_ddp.atomic import written_whole
     from entropy_ddp.ledger.accumulate import accumulate
     from entropy_ddp.ledger.reading import read_ledger
-    from entropy_ddp.report.ledger_page import ledger_page
+    from entropy_ddp.report.writing import require_report_extra
     from entropy_ddp.terminal.ledger import print_ledger
+
+    require_report_extra()
+    from entropy_ddp.report.ledger_page import ledger_page
+    from entropy_ddp.report.page import render_page
 
     found = accumulate(read_ledger(folder))
     text = json.dumps(asdict(found), allow_nan=False, indent=1)
-    page = ledger_page(found, folder.resolve().name)
+    page = render_page(ledger_page(found, folder.resolve().name))
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (("ledger.json", text + "\n"), ("ledger.html", page)):
         with written_whole(out / name) as stream:

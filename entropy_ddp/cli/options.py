@@ -23,6 +23,14 @@ class Options:
     overwrite: bool
     quiet: bool
     as_json: bool
+    report: bool = False
+
+
+trusting = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that comes with the model or its tokenizer.",
+)
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,10 +61,13 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         is_flag=True,
         help="Print results as JSON on standard output, and nothing else there.",
     )
+    @trusting
     @wraps(command)
-    def wrapper(**arguments: Any) -> None:
+    def wrapper(trust_remote_code: bool, **arguments: Any) -> None:
+        if trust_remote_code:
+            arguments["assignments"] += ("checkpoint.trust_remote_code=true",)
         names = Options.__dataclass_fields__
-        options = {name: arguments.pop(name) for name in names}
+        options = {name: arguments.pop(name) for name in names if name in arguments}
         command(Options(**options), **arguments)
 
     return wrapper

@@ -90,6 +90,18 @@ def print_line(message: str) -> None:
     error_console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def require_report() -> None:
+    """Exit before anything expensive if a page is asked for and cannot be made."""
+    from entropy_ddp.report.writing import require_report_extra
+
+    try:
+        require_report_extra()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print_failure(error, None)
+        sys.exit(EXIT_INPUT)
+
+
 def load(options: Options) -> "Config":
     """The configuration; on a mistake on any rank, one says so and all exit."""
     try:

@@ -1,6 +1,6 @@
 """A run's configuration: its schema, and how it is read."""
 
-from entropy_ddp.config.reading import load_config, to_yaml
+from entropy_ddp.config.reading import load_config, to_yaml, validated
 from entropy_ddp.config.sampling import Prompts, Reward, Sample
 from entropy_ddp.config.schema import (
     BatchSource,
@@ -35,4 +35,5 @@ __all__ = [
     "Update",
     "load_config",
     "to_yaml",
+    "validated",
 ]

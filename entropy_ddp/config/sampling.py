@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from entropy_ddp.config.section import Section
+from entropy_ddp.config.section import MAX_INTEGER, Section
 
 
 class Prompts(Section):
@@ -175,15 +175,15 @@ class Sample(Section):
     """
 
     prompts: Annotated[Prompts, BeforeValidator(_as_prompts)]
-    num_prompts: int = Field(gt=0)
-    responses_per_prompt: int = Field(default=1, gt=0)
+    num_prompts: int = Field(gt=0, le=MAX_INTEGER)
+    responses_per_prompt: int = Field(default=1, gt=0, le=MAX_INTEGER)
     with_replacement: bool = False
-    max_new_tokens: int = Field(gt=0)
+    max_new_tokens: int = Field(gt=0, le=MAX_INTEGER)
     reward: Annotated[
         list[Reward] | None, Field(min_length=1), BeforeValidator(_as_rewards)
     ] = None
-    redraw_zero_advantage: int = Field(default=0, ge=0)
-    sequences_per_call: int = Field(default=64, gt=0)
+    redraw_zero_advantage: int = Field(default=0, ge=0, le=MAX_INTEGER)
+    sequences_per_call: int = Field(default=64, gt=0, le=MAX_INTEGER)
 
     @model_validator(mode="after")
     def _distinct_terms(self) -> "Sample":

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from entropy_ddp.config.sampling import Sample
-from entropy_ddp.config.section import Section
+from entropy_ddp.config.section import MAX_INTEGER, Section
 
 Normalize = Literal["per_token", "per_sequence", "per_sequence_token_mean", "sum"]
 Integrand = Literal["rb", "surprisal"]
@@ -24,12 +24,15 @@ class Checkpoint(Section):
             default what adapter_config.json names.
         adapter: adapter folder, or the name of one of several adapters in `path`.
         optimizer: optimizer.pt or optimizer.bin.
+        trust_remote_code: run Python code that comes with the model or its tokenizer.
+            Given on the command line only: no file may grant itself this.
     """
 
     path: str | None = None
     base: str | None = None
     adapter: str | None = None
     optimizer: str | None = None
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _some_model(self) -> "Checkpoint":
@@ -132,8 +135,12 @@ class Update(Section):
 
     @model_validator(mode="after")
     def _positive_length(self) -> "Update":
-        if isinstance(self.length_norm, int) and self.length_norm < 1:
-            raise ValueError("`length_norm` must be `group_max` or a positive integer")
+        length = self.length_norm
+        if isinstance(length, int) and not 1 <= length <= MAX_INTEGER:
+            raise ValueError(
+                "`length_norm` must be `group_max` or a positive integer of at most "
+                f"{MAX_INTEGER}"
+            )
         return self
 
 
@@ -206,7 +213,7 @@ class Sweep(Section):
     """
 
     etas: list[float] | None = None
-    num_points: int = Field(default=8, ge=2)
+    num_points: int = Field(default=8, ge=2, le=1000)
     symmetric: bool = False
 
     @model_validator(mode="after")
@@ -232,7 +239,7 @@ class Attribution(Section):
     """
 
     enabled: bool = False
-    top: int = Field(default=20, gt=0)
+    top: int = Field(default=20, gt=0, le=MAX_INTEGER)
     fraction: float = Field(default=0.05, gt=0, lt=1)
     verify: bool = False
 
@@ -271,7 +278,7 @@ class Compute(Section):
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    tokens_per_microbatch: int = Field(default=8192, gt=0)
+    tokens_per_microbatch: int = Field(default=8192, gt=0, le=MAX_INTEGER)
     share_prompts: bool = True
     count_operations: bool = False
     snapshot_device: Literal["cpu", "device"] = "cpu"
@@ -294,7 +301,7 @@ class Config(Section):
     attribution: Attribution = Attribution()
     precision: Precision = Precision()
     compute: Compute = Compute()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_INTEGER)
     out: str | None = None
 
     @model_validator(mode="after")

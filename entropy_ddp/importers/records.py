@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp.rollouts.jsonlines import make_problem, show
+from entropy_ddp.rollouts.rows import is_number
 
 Message = dict[str, Any]
 
@@ -101,7 +102,8 @@ def require_number(row: dict[str, Any], key: str, where: str, advice: str) -> fl
         InputError: it is absent, no number or not finite.
     """
     value = require(row, key, where, advice)
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+    is_finite = isinstance(value, bool) or (is_number(value) and math.isfinite(value))
+    if not is_finite:
         raise make_problem(where, f"a finite number in `{key}`", show(value), advice)
     return float(value)
 

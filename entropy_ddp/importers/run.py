@@ -21,6 +21,7 @@ from entropy_ddp.importers.tokenising import Tally, Tokenising, make_rows
 from entropy_ddp.importers.trl import read_trl
 from entropy_ddp.importers.trl_log import log_notes
 from entropy_ddp.importers.verl import read_verl
+from entropy_ddp.inputs import fault_of_file
 from entropy_ddp.policy.checkpoint import (
     CheckpointFiles,
     find_checkpoint,
@@ -60,6 +61,7 @@ class ImportOptions:
         output: the rollout file to write.
         overwrite: replace an existing one.
         max_completion_length: in tokens; None takes the checkpoint's.
+        trust_remote_code: whether code that comes with the tokenizer may be run.
         source: what the readers are told.
     """
 
@@ -69,6 +71,7 @@ class ImportOptions:
     output: Path
     overwrite: bool = False
     max_completion_length: int | None = None
+    trust_remote_code: bool = False
     source: Source = field(default_factory=Source)
 
 
@@ -151,7 +154,7 @@ def _trained_with(options: ImportOptions) -> dict[str, Any]:
 def _tokenising(
     options: ImportOptions, files: CheckpointFiles, trained: dict[str, Any]
 ) -> Tokenising:
-    tokenizer = load_tokenizer(files.tokenizer)
+    tokenizer = load_tokenizer(files.tokenizer, options.trust_remote_code)
     if tokenizer is None:
         raise InputError(
             f"{files.tokenizer}: expected a tokenizer in the checkpoint or its base "
@@ -176,11 +179,18 @@ def _end_ids(files: CheckpointFiles, checkpoint: Path, end_id: int | None) -> se
     ids = set() if end_id is None else {end_id}
     for folder in (checkpoint, Path(files.base)):
         path = folder / "generation_config.json"
-        if not path.is_file():
-            continue
-        try:
-            declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: not a readable configuration") from error
-        ids |= {declared} if isinstance(declared, int) else set(declared or ())
+        if path.is_file():
+            ids |= _declared_end_ids(path)
     return ids
+
+
+def _declared_end_ids(path: Path) -> set[int]:
+    def describe(reason: str) -> str:
+        return f"{path}: not a readable configuration: {reason}; copy it again"
+
+    with fault_of_file(str(path), describe):
+        declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = {declared} if isinstance(declared, int) else set(declared or ())
+        if not all(isinstance(number, int) for number in ids):
+            raise ValueError(f"eos_token_id is {declared!r}")
+        return ids

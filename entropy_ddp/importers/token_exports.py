@@ -23,6 +23,7 @@ from typing import Any
 
 from entropy_ddp.importers.records import Record, Source, require, step_in_name
 from entropy_ddp.rollouts.jsonlines import make_problem, read_rows, show
+from entropy_ddp.rollouts.rows import is_number
 
 PRIME_ADVICE = "is it a file of prime-rl's token export (enable_token_export)?"
 NEMO_ADVICE = (
@@ -50,7 +51,11 @@ def _prime_record(row: dict[str, Any], where: str) -> Record:
     kept = ("run_id", "env_name", "step", "export_step")
     return Record(
         where=where,
-        group=(row.get("run_id"), row.get("export_step"), tuple(ids[:begin])),
+        group=(
+            repr(row.get("run_id")),
+            repr(row.get("export_step")),
+            tuple(ids[:begin]),
+        ),
         prompt_ids=ids[:begin],
         response_ids=ids[begin:end],
         reward=columns.constant("rewards", begin, end),
@@ -98,7 +103,7 @@ def _nemo_record(row: dict[str, Any], where: str, step: int | None) -> Record:
     # With dynamic sampling `rewards` are those before the filter.
     key = "filtered_rewards" if "filtered_rewards" in row else "rewards"
     reward = require(row, key, where, NEMO_ADVICE)
-    if not _is_number(reward):
+    if not is_number(reward):
         raise make_problem(where, f"a number in `{key}`", show(reward), NEMO_ADVICE)
     return Record(
         where=where,
@@ -121,10 +126,6 @@ def _unwrapped(value: Any) -> Any:
 
 def _is_integer(value: object) -> bool:
     return type(value) is int
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
 
 
 def _require_list(
@@ -187,7 +188,7 @@ class _Columns:
             return None
         values = self.entries(key)[begin:end]
         for place, value in enumerate(values, start=begin):
-            if not _is_number(value):
+            if not is_number(value):
                 raise make_problem(
                     self.where,
                     f"numbers in `{key}`",

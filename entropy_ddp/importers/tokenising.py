@@ -26,6 +26,7 @@ from entropy_ddp.rollouts.prompts import render_messages
 from entropy_ddp.rollouts.rows import (
     KNOWN_KEYS,
     TokenLimits,
+    check_vocabulary,
     make_sequence,
     read_prompt_ids,
 )
@@ -129,6 +130,9 @@ def _make_row(record: Record, tokenising: Tokenising, tally: Tally) -> dict[str,
         response_ids, finished = _encode_response(record, tokenising, tally)
     else:
         response_ids = record.response_ids
+        for key, ids in (("prompt_ids", prompt_ids), ("response_ids", response_ids)):
+            # Before they are decoded: tokenizers fail on what no token has.
+            check_vocabulary(ids, key, record.where, tokenising.limits)
         finished = response_ids[-1] in tokenising.end_ids
         _audit_round_trip(response_ids, tokenising, tally)
     tally.num_dropped += record.num_dropped

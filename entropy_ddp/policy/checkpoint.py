@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from entropy_ddp.config import Checkpoint, Compute, Precision
-from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import fault_of_file
 from entropy_ddp.policy.implementations import use_exact_experts
 from entropy_ddp.policy.layouts import (
     ADAPTER_CONFIG,
@@ -30,11 +31,13 @@ from entropy_ddp.policy.layouts import (
 from entropy_ddp.policy.parameters import trainable_parameters
 from entropy_ddp.policy.stored import stored_dtypes, tensor_names
 from entropy_ddp.policy.weights import (
-    first_line,
     load_adapter,
     load_base,
     load_state,
     make_adapter,
+    needs_own_code,
+    own_code_refused,
+    quiet_transformers,
     read_adapter_config,
 )
 
@@ -54,6 +57,7 @@ class CheckpointFiles:
             and adapter; None if there is none.
         optimizer: file of the optimizer state; None if there is none.
         tokenizer: folder or hub id that holds the tokenizer.
+        trust_remote_code: whether code that comes with model or tokenizer may be run.
     """
 
     folder: Path | None
@@ -63,6 +67,7 @@ class CheckpointFiles:
     state: Path | None
     optimizer: Path | None
     tokenizer: str
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,7 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
         state=state,
         optimizer=_find_optimizer(checkpoint, folder),
         tokenizer=_find_tokenizer(folder, adapter, base),
+        trust_remote_code=checkpoint.trust_remote_code,
     )
 
 
@@ -294,7 +300,7 @@ def load_policy(
     # Its bars would write over ours, on every rank.
     logging.disable_progress_bar()
     dtype = getattr(torch, precision.model)
-    model = load_base(files.base, dtype, attention)
+    model = load_base(files.base, dtype, attention, files.trust_remote_code)
     use_exact_experts(model, dtype)
     if files.adapter is None:
         model.requires_grad_(True)
@@ -309,7 +315,7 @@ def load_policy(
     model.to(device).eval()
     policy = Policy(
         model=model,
-        tokenizer=load_tokenizer(files.tokenizer),
+        tokenizer=load_tokenizer(files.tokenizer, files.trust_remote_code),
         parameters=trainable_parameters(model),
         files=files,
         dtype=dtype,
@@ -325,8 +331,12 @@ def load_policy(
     return policy
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id; None if the folder has none.
+
+    Args:
+        source: folder or hub id.
+        trust_remote_code: whether code that comes with it may be run.
 
     Raises:
         InputError: it is there, and cannot be loaded.
@@ -336,17 +346,22 @@ def load_tokenizer(source: str) -> Any:
     folder = Path(source)
     if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
         return None
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever the library raises, it is this folder that it cannot read.
-        raise InputError(
-            f"tokenizer {source}: cannot be loaded ({first_line(error)})"
-        ) from error
+
+    def describe(reason: str) -> str:
+        if needs_own_code(reason):
+            return own_code_refused(f"tokenizer {source}")
+        return f"tokenizer {source}: cannot be loaded ({reason}); copy its files again"
+
+    with fault_of_file(f"tokenizer {source}", describe), quiet_transformers():
+        return AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
 
 
 def _require_finite_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):
-            raise InputError(f"checkpoint: {name} has NaN or infinite weights")
+            raise InputError(
+                f"checkpoint: expected finite weights, found NaN or infinity in {name}; "
+                "take an earlier checkpoint"
+            )

@@ -26,18 +26,19 @@ class SlowerRoute:
     reason: str
 
 
-def supported_attention(base: str, asked: str) -> str:
+def supported_attention(base: str, asked: str, trust_remote_code: bool = False) -> str:
     """The attention implementation asked for, or `eager` where the model has no other.
 
     Args:
         base: folder or hub id of the model.
         asked: `sdpa` or `eager`.
+        trust_remote_code: whether code that comes with the model may be run.
     """
     from transformers import AutoConfig
 
     if asked != "sdpa":
         return asked
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     return "eager" if _obstacle_to_sdpa(config) else asked
 
 

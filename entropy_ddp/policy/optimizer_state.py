@@ -23,7 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.errors import InputError
+from entropy_ddp.policy.optimizer_values import (
+    require_group_values,
+    require_moment,
+    require_step_count,
+    require_structure,
+)
+from entropy_ddp.policy.stored import load_plain
 
 # The Trainer's own patterns for parameters without weight decay.
 NO_DECAY_PATTERNS = [
@@ -98,26 +105,8 @@ def load_optimizer(
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever torch raises, it is this file that it cannot read.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path}: not a readable optimizer state (tensors and plain values only; "
-            f"no code is run from it): {reason}"
-        ) from error
-    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
-        found = list(saved) if isinstance(saved, dict) else type(saved).__name__
-        raise InputError(
-            f"{path}: expected an optimizer state with `state` and `param_groups`, "
-            f"found {found}"
-        )
-    for group in saved["param_groups"]:
-        if not isinstance(group, dict):
-            found = type(group).__name__
-            raise InputError(f"{path}: expected param groups, found a {found} in place")
+    saved = load_plain(path, "optimizer state")
+    require_structure(path, saved)
     _refuse_other_optimizers(path, saved)
     for group in saved["param_groups"]:
         missing = [key for key in GROUP_KEYS if key not in group]
@@ -132,6 +121,7 @@ def _read_state(path: Path) -> dict[str, Any]:
                 f"{path}: expected an AdamW state, found one with {foreign[0]} in its "
                 "param groups; other optimizers are not supported"
             )
+    require_group_values(path, saved["param_groups"])
     decoupled = {g.get("decoupled_weight_decay", True) for g in saved["param_groups"]}
     if len(decoupled) > 1:
         raise InputError(f"{path}: its param groups mix Adam and AdamW")
@@ -168,7 +158,7 @@ def _numbered(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
     if not names or not all(isinstance(name, str) for name in names):
         return saved
     number_of = {name: number for number, name in enumerate(names)}
-    foreign = sorted(set(state) - set(names))
+    foreign = sorted(set(state) - set(names), key=str)
     if foreign:
         raise InputError(f"{path}: state for {foreign[0]}, which is in no group")
     numbered = [
@@ -242,7 +232,7 @@ def _verify_state(
 ) -> None:
     """Every parameter has both moments, of its shape, and a step count; no others."""
     ids = [(number, group) for group in groups for number in group["params"]]
-    surplus = sorted(set(state) - {number for number, _ in ids})
+    surplus = sorted(set(state) - {number for number, _ in ids}, key=str)
     if surplus:
         raise InputError(f"{path}: state for id {surplus[0]}, which is in no group")
     flat_names = [name for group in names for name in group]
@@ -259,21 +249,8 @@ def _verify_state(
             if key not in entry:
                 raise InputError(
                     f"{path}: expected AdamW's {key} for {name}, found "
-                    f"{', '.join(sorted(entry))}; other optimizers are not supported"
+                    f"{', '.join(sorted(map(str, entry)))}; other optimizers are not supported"
                 )
+        require_step_count(path, name, entry["step"])
         for key in moments:
-            _verify_moment(path, name, key, entry[key], parameters[name])
-
-
-def _verify_moment(
-    path: Path, name: str, key: str, moment: Any, parameter: nn.Parameter
-) -> None:
-    shape = getattr(moment, "shape", None)
-    if shape != parameter.shape:
-        found = type(moment).__name__ if shape is None else tuple(shape)
-        raise InputError(
-            f"{path}: {key} of {name} should be {tuple(parameter.shape)}, found "
-            f"{found}; it is the state of other parameters"
-        )
-    if not bool(moment.isfinite().all()):
-        raise InputError(f"{path}: {key} of {name} has NaN or infinite values")
+            require_moment(path, name, key, entry[key], parameters[name].shape)

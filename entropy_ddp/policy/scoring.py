@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.counting import PassCount, counted
+from entropy_ddp.policy.finite import require_finite_gradient
 from entropy_ddp.policy.forward_mode import (
     dual_parameters,
     halves,
@@ -303,6 +304,7 @@ class Passes:
         finally:
             for parameter in self.parameters.values():
                 parameter.grad = None
+        require_finite_gradient(self, shard, weights, flat)
         return flat, scores
 
     def _microbatches(self, shard: Shard) -> Iterable[Microbatch]:

@@ -43,7 +43,7 @@ def second_parameters(
     """
     if files.state is None and files.adapter is None:
         dtype = getattr(torch, precision.model)
-        model = load_base(files.base, dtype, attention)
+        model = load_base(files.base, dtype, attention, files.trust_remote_code)
         if dtype == torch.float64:
             model.to(dtype)
         return {name: p.detach() for name, p in model.named_parameters()}

@@ -1,15 +1,17 @@
 """Weights as a folder holds them: tensors by name, and the dtypes they are stored in."""
 
 import json
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import fault_of_file, require_regular_file
 from entropy_ddp.policy.layouts import SAFE_FILES, weight_file
 
 ADAPTER_FILES = ("adapter_model.safetensors",)
@@ -26,10 +28,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = _one_file(folder)
-    with _named_as_unreadable(path):
-        if path.name in SAFE_FILES:
+    if path.name in SAFE_FILES:
+        with _unreadable(path):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+    stored = load_plain(path, "file of weights")
+    if not isinstance(stored, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor)
+        for name, tensor in stored.items()
+    ):
+        raise InputError(
+            f"{path}: expected tensors by name, found {type(stored).__name__}; save the "
+            "weights as safetensors"
+        )
+    return stored
 
 
 def tensor_names(folder: Path) -> list[str]:
@@ -43,7 +54,7 @@ def tensor_names(folder: Path) -> list[str]:
     path = _one_file(folder)
     if path.name not in SAFE_FILES:
         return list(read_tensors(folder))
-    with _named_as_unreadable(path), safe_open(path, framework="pt") as file:
+    with _unreadable(path), safe_open(path, framework="pt") as file:
         return list(file.keys())
 
 
@@ -58,18 +69,48 @@ def _one_file(folder: Path) -> Path:
     return folder / name
 
 
-@contextmanager
-def _named_as_unreadable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever the libraries raise, it is this file that they cannot read.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path}: not a readable file of weights (tensors only; no code is run from "
-            f"it): {reason}"
-        ) from error
+def _unreadable(path: Path) -> AbstractContextManager[None]:
+    require_regular_file(path)
+    return fault_of_file(
+        str(path),
+        lambda reason: (
+            f"{path}: not a readable file of weights: {reason}; copy it again"
+        ),
+    )
+
+
+def load_plain(path: Path, what: str) -> Any:
+    """What a file of torch.save holds, if it is tensors and plain values only.
+
+    Args:
+        path: the file; nothing that its pickle names is imported or run.
+        what: what it should be, for the message.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    require_regular_file(path)
+
+    def describe(reason: str) -> str:
+        return (
+            f"{path}: not a readable {what} (tensors and plain values only; no code is "
+            f"run from it): {_pickle_reason(reason)}"
+        )
+
+    with fault_of_file(str(path), describe), warnings.catch_warnings():
+        # About pickles of another make, which are refused or read like any.
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _pickle_reason(reason: str) -> str:
+    """A reason without torch's advice to load the file in a way that runs its code."""
+    if "Weights only load failed" not in reason and "weights_only" not in reason:
+        return f"{reason}; copy the file again"
+    return (
+        "it is no file of torch.save, or its pickle names functions or classes to be "
+        "called; copy it again, or save it as tensors"
+    )
 
 
 def stored_dtypes(
@@ -119,17 +160,19 @@ def _weight_files(folder: Path | None) -> list[Path]:
         return []
     if name == SAFE_FILES[0]:
         return [folder / name]
-    shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
-    return [folder / shard for shard in sorted(set(shards.values()))]
+    with _unreadable(folder / name):
+        index = json.loads((folder / name).read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+        return [folder / shard for shard in shards]
 
 
 def _header_dtypes(path: Path) -> Counter[str]:
     """Number of tensors of each dtype, from the file's header alone."""
-    with path.open("rb") as stream:
+    with _unreadable(path), path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(min(size, MAX_HEADER_BYTES)))
-    tensors = (entry for name, entry in header.items() if name != "__metadata__")
-    return Counter(_NAMES.get(entry["dtype"], entry["dtype"]) for entry in tensors)
+        tensors = (entry for name, entry in header.items() if name != "__metadata__")
+        return Counter(_NAMES.get(entry["dtype"], entry["dtype"]) for entry in tensors)
 
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

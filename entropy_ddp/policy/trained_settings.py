@@ -11,10 +11,11 @@ scale_rewards none, group                    batches.advantage centered, standar
 temperature                                  objective.temperature
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_ddp.config import Config
+from entropy_ddp.config import Config, validated
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.training_arguments import (
     FILE_NAME,
@@ -70,28 +71,33 @@ def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
     values = arguments.values
     settings: dict[str, Any] = {}
     loss = values.get("loss_type")
-    if loss in LOSSES:
+    if isinstance(loss, str) and loss in LOSSES:
         settings["update.loss"] = loss
-    if values.get("max_completion_length") is not None:
+    if type(values.get("max_completion_length")) is int:
         settings["update.length_norm"] = values["max_completion_length"]
-    if values.get("epsilon") is not None:
-        low, high = values["epsilon"], values.get("epsilon_high")
-        settings["update.epsilon_low"] = float(low)
-        settings["update.epsilon_high"] = float(low if high is None else high)
-    if values.get("beta") is not None:
-        settings["update.kl_coefficient"] = float(values["beta"])
+    low, high = _number(values.get("epsilon")), values.get("epsilon_high")
+    if low is not None:
+        settings["update.epsilon_low"] = low
+        settings["update.epsilon_high"] = low if high is None else _number(high)
+    if _number(values.get("beta")) is not None:
+        settings["update.kl_coefficient"] = _number(values["beta"])
         # Trainers from before the option take the plain estimate.
         is_weighted = bool(values.get("use_bias_correction_kl"))
         settings["update.kl_estimator"] = "k3_weighted" if is_weighted else "k3"
     if "max_grad_norm" in values:
         # To the trainer, none and 0 are no clipping.
-        settings["update.max_grad_norm"] = float(values["max_grad_norm"] or 0)
+        settings["update.max_grad_norm"] = _number(values["max_grad_norm"] or 0)
     advantage = ADVANTAGES.get(str(values.get("scale_rewards")))
     if advantage is not None:
         settings["batches.advantage"] = advantage
-    if values.get("temperature") is not None:
-        settings["objective.temperature"] = float(values["temperature"])
-    return settings
+    settings["objective.temperature"] = _number(values.get("temperature"))
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None for whatever else stands in a damaged or foreign file."""
+    is_number = isinstance(value, int | float) and abs(value) < 2**1023
+    return float(value) if is_number and math.isfinite(value) else None
 
 
 def contradictions(config: Config, arguments: TrainingArguments) -> list[Contradiction]:
@@ -177,7 +183,7 @@ def with_training_arguments(config: Config) -> Config:
         given = document.setdefault(section, {})
         if name not in given and key in settings:
             given[name] = settings[key]
-    resolved = Config.model_validate(document)
+    resolved = validated(document, str(arguments.path))
     for key in _SOURCES:
         is_given = key.split(".")[1] in document[key.split(".")[0]]
         if not is_given and _is_read(resolved, key):

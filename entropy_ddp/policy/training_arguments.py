@@ -7,6 +7,7 @@ recorded, as plain values.
 """
 
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
@@ -17,10 +18,11 @@ from typing import Any
 
 from entropy_ddp.config import Checkpoint
 from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import fault_of_file
 
 FILE_NAME = "training_args.bin"
 # A pickle of settings has some kilobytes; a larger one is something else.
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 2**20
 SHOWN = {
     "sampling": (
         "temperature",
@@ -135,15 +137,18 @@ def read_training_arguments(path: Path) -> TrainingArguments:
             damaged or does not hold one object with settings.
     """
     data = _read_pickle_bytes(path)
-    try:
+
+    def describe(reason: str) -> str:
+        return (
+            f"{path}: expected the pickled settings of a trainer, found a damaged "
+            f"pickle ({reason}); copy the file again"
+        )
+
+    # Whatever damaged or hostile bytes make the unpickler raise, the file is at fault.
+    with fault_of_file(str(path), describe):
+        _require_small_memo(data)
         stub = _InertUnpickler(BytesIO(data)).load()
         values = _plain_state(stub)
-    # Whatever damaged or hostile bytes make the unpickler raise, the file is at fault.
-    except Exception as error:
-        raise InputError(
-            f"{path}: expected the pickled settings of a trainer, found a damaged "
-            f"pickle ({type(error).__name__}: {error}); copy the file again"
-        ) from error
     if values is None:
         raise InputError(
             f"{path}: expected the pickled settings of a trainer, found "
@@ -169,6 +174,14 @@ def _read_pickle_bytes(path: Path) -> bytes:
     )
 
 
+def _require_small_memo(data: bytes) -> None:
+    """Refuse places in the memo beyond the file's length: all before are allocated."""
+    for opcode, argument, position in pickletools.genops(data):
+        is_place = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if is_place and (argument or 0) > len(data):
+            raise ValueError(f"place {argument} in its memo at byte {position}")
+
+
 def _is_pickle(name: str) -> bool:
     return re.fullmatch(r"[^/]+/data\.pkl", name) is not None
 
@@ -180,20 +193,34 @@ def _plain_state(stub: Any) -> dict[str, Any] | None:
     """The plain settings of the outermost object; None if it is no such object."""
     if not isinstance(stub, _Inert) or not isinstance(stub.state, dict):
         return None
-    plain = {str(key): _plain(value) for key, value in stub.state.items()}
+    known: dict[int, Any] = {}
+    plain = {str(key): _plain(value, known) for key, value in stub.state.items()}
     return {key: value for key, value in plain.items() if value is not _NOT_PLAIN}
 
 
-def _plain(value: Any) -> Any:
-    """The value of a setting; an enumeration's member is what it was made of."""
+def _plain(value: Any, known: dict[int, Any]) -> Any:
+    """The value of a setting; an enumeration's member is what it was made of.
+
+    Args:
+        value: what the stubs recorded.
+        known: results by identity, as a list can hold another a million times.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if id(value) not in known:
+        known[id(value)] = _plain_container(value, known)
+    return known[id(value)]
+
+
+def _plain_container(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, (list, tuple)):
-        items = [_plain(item) for item in value]
-        return _NOT_PLAIN if _NOT_PLAIN in items else items
+        items = [_plain(item, known) for item in value]
+        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in items) else items
     if isinstance(value, dict):
-        pairs = {str(key): _plain(item) for key, item in value.items()}
-        return _NOT_PLAIN if _NOT_PLAIN in pairs.values() else pairs
+        if not all(isinstance(key, (bool, int, float, str)) for key in value):
+            return _NOT_PLAIN
+        pairs = {str(key): _plain(item, known) for key, item in value.items()}
+        return _NOT_PLAIN if any(v is _NOT_PLAIN for v in pairs.values()) else pairs
     if isinstance(value, _Inert) and not value.state and value.arguments:
         last = value.arguments[-1]
         return last if isinstance(last, str) else _NOT_PLAIN

@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import fault_of_file, require_regular_file
 from entropy_ddp.policy.implementations import supported_attention
 from entropy_ddp.policy.layouts import (
     ADAPTER_CONFIG,
@@ -18,7 +21,9 @@ from entropy_ddp.policy.layouts import (
     refuse_sharded_weights,
     weight_file,
 )
-from entropy_ddp.policy.stored import read_tensors
+from entropy_ddp.policy.stored import load_plain, read_tensors
+
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
@@ -28,49 +33,66 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
         InputError: it cannot be read, or is of another kind of adapter.
     """
     path = adapter / ADAPTER_CONFIG
-    try:
+    require_regular_file(path)
+
+    def describe(reason: str) -> str:
+        return f"{path}: not a readable adapter configuration: {reason}; copy it again"
+
+    with fault_of_file(str(path), describe):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable adapter configuration") from error
     if not isinstance(config, dict):
         found = type(config).__name__
-        raise InputError(f"{path}: expected a mapping, found {found}")
+        raise InputError(f"{path}: expected a mapping, found {found}; copy it again")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path}: expected peft_type LORA, found {kind}")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise InputError(
+            f"{path}: expected a name as base_model_name_or_path, found {base!r}; "
+            "correct it, or set checkpoint.base"
+        )
     return config
 
 
-def load_base(base: str, dtype: torch.dtype, attention: str) -> nn.Module:
+def load_base(
+    base: str, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+) -> nn.Module:
     """The model of a folder or hub id with its weights.
 
+    Args:
+        base: folder or hub id.
+        dtype: of weights and activations.
+        attention: Hugging Face attention implementation asked for.
+        trust_remote_code: whether code that comes with the model may be run.
+
     Raises:
-        InputError: it cannot be loaded, or weights are missing, surplus or of another
-            shape.
+        InputError: it cannot be loaded, needs code that may not be run, or weights are
+            missing, surplus or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
     folder = Path(base)
     pickled = folder.is_dir() and weight_file(folder) not in (None, *SAFE_FILES)
-    try:
+
+    def describe(reason: str) -> str:
+        if needs_own_code(reason):
+            return own_code_refused(f"base model {base}")
+        hint = _base_hint(folder, base, pickled)
+        return f"base model {base}: cannot be loaded ({reason}); {hint}"
+
+    with fault_of_file(f"base model {base}", describe), quiet_transformers():
         model, report = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
-            attn_implementation=supported_attention(base, attention),
+            attn_implementation=supported_attention(base, attention, trust_remote_code),
             use_safetensors=not pickled,
             weights_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             # Reported below, by name.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever the libraries raise, it is these files that they cannot read.
-        raise InputError(
-            f"base model {base}: cannot be loaded ({first_line(error)}); "
-            f"{_base_hint(folder, base, pickled)}"
-        ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             names = sorted(_describe(entry) for entry in report[kind])
@@ -79,6 +101,35 @@ def load_base(base: str, dtype: torch.dtype, attention: str) -> nn.Module:
                 f"is {names[0]}; the weights do not belong to its config.json"
             )
     return model
+
+
+def needs_own_code(reason: str) -> bool:
+    """Whether transformers refused files because they need code of their own."""
+    return "custom code" in reason or "trust_remote_code" in reason
+
+
+def own_code_refused(source: str) -> str:
+    """The message about files that need code of their own."""
+    return (
+        f"{source}: needs the Python code that comes with it, which is not run unasked; "
+        "read that code, and give --trust-remote-code if you trust it"
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within the context, the libraries print no reports of their own: errors only."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), hub.get_verbosity()
+    logging.set_verbosity_error()
+    hub.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before[0])
+        hub.set_verbosity(before[1])
 
 
 def _base_hint(folder: Path, base: str, pickled: bool) -> str:
@@ -90,6 +141,8 @@ def _base_hint(folder: Path, base: str, pickled: bool) -> str:
         )
     if folder.is_dir():
         refuse_sharded_weights(folder)
+        if (folder / "config.json").is_file() and weight_file(folder) is not None:
+            return "copy its files again, or set checkpoint.base to another folder"
         return "set checkpoint.base to its folder or hub id"
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
         return (
@@ -118,14 +171,12 @@ def load_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
 
     read_adapter_config(adapter)
     stored = read_adapter(adapter)
-    try:
+    with _misfit(adapter), warnings.catch_warnings():
+        # They are told below, as an error.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
         wrapped = PeftModel.from_pretrained(
             model, str(adapter), adapter_name=name, is_trainable=True
         )
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever the libraries raise, it is these files that they cannot read.
-        raise _make_misfit(adapter, error) from error
     require_same_adapter_names(wrapped, adapter, name, stored)
     return wrapped
 
@@ -138,15 +189,23 @@ def read_adapter(adapter: Path) -> dict[str, Tensor]:
     """
     from peft.utils import load_peft_weights
 
-    try:
-        return load_peft_weights(str(adapter), device="cpu")
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever the libraries raise, it is these files that they cannot read.
+    files = [adapter / file for file in ADAPTER_WEIGHTS if (adapter / file).is_file()]
+    if not files:
+        # PEFT would ask the hub for them.
         raise InputError(
-            f"adapter {adapter}: its weights cannot be read ({first_line(error)}); "
-            f"found {listing(adapter)}"
-        ) from error
+            f"adapter {adapter}: expected {ADAPTER_WEIGHTS[0]}, found "
+            f"{listing(adapter)}; copy it there"
+        )
+    if files[0].name.endswith(".bin"):
+        return load_plain(files[0], "file of adapter weights")
+
+    def describe(reason: str) -> str:
+        return (
+            f"adapter {files[0]}: its weights cannot be read ({reason}); copy it again"
+        )
+
+    with fault_of_file(str(files[0]), describe):
+        return load_peft_weights(str(adapter), device="cpu")
 
 
 def require_same_adapter_names(
@@ -207,20 +266,19 @@ def make_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     read_adapter_config(adapter)
-    try:
+    with _misfit(adapter):
         config = LoraConfig.from_pretrained(str(adapter))
         config.inference_mode = False
         return get_peft_model(model, config, adapter_name=name)
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever the libraries raise, it is this configuration that does not fit.
-        raise _make_misfit(adapter, error) from error
 
 
-def _make_misfit(adapter: Path, error: Exception) -> InputError:
-    return InputError(
-        f"adapter {adapter}: does not fit the base model ({first_line(error)}); is "
-        "checkpoint.base the model it was trained on?"
+def _misfit(adapter: Path) -> AbstractContextManager[None]:
+    return fault_of_file(
+        f"adapter {adapter}",
+        lambda reason: (
+            f"adapter {adapter}: does not fit the base model ({reason}); is "
+            "checkpoint.base the model it was trained on?"
+        ),
     )
 
 
@@ -241,10 +299,3 @@ def load_state(model: nn.Module, folder: Path) -> None:
     place = str(weight_file(folder))
     require_same_tensors(str(folder), place, stored, required)
     model.load_state_dict(stored, strict=False)
-
-
-def first_line(error: BaseException) -> str:
-    """The line of a message that says most: the one that names a tensor, or the first."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    named = [line.strip() for line in lines if "size mismatch for" in line]
-    return (named or lines)[0]

@@ -15,6 +15,7 @@ from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.probe.gradient_dot import is_wanted
 from entropy_ddp.probe.session import (
     Progress,
     Session,
@@ -217,6 +218,8 @@ def _read_batches(session: Session) -> dict[str, Any]:
             "tokens": batch.num_tokens,
         }
     check_batches(batches, config)
+    if "E" in batches:
+        is_wanted(config.gradient_dot, batches)
     if "U" in batches and config.update.loss != "nll":
         compute_advantages(batches["U"], config.batches.advantage)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entropy_ddp.config import BatchSource, Config
 from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.policy.checkpoint import (
     CheckpointFiles,
     Policy,
@@ -111,11 +111,14 @@ class Session:
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
-        """Time a phase and report its progress.
+        """Time a phase, report its progress, and name it in what fails in it.
 
         Args:
             name: what the phase does.
             tokens: response tokens that this rank will pass over.
+
+        Raises:
+            RunError: one was raised within; with the phase's name before it.
         """
         begin = time.perf_counter()
         done = 0
@@ -129,6 +132,8 @@ class Session:
         self.passes.advance = advance
         try:
             yield
+        except RunError as error:
+            raise RunError(f"{name}: {error}") from error
         finally:
             self.passes.advance = lambda count: None
             spent = self.seconds.get(name, 0.0)
@@ -282,7 +287,11 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
     """
     for split, batch in batches.items():
         if batch.num_tokens == 0:
-            raise InputError(f"batch {split}: has no response tokens at all")
+            source = config.batches.sources[split].file or f"sampled {split}"
+            raise InputError(
+                f"batch {split}: {source}: expected response tokens, found none in "
+                f"{len(batch)} sequences; were the responses written?"
+            )
     if "E" in batches:
         evaluation = batches["E"]
         groups = len(evaluation.groups[evaluation.lengths > 0].unique())

@@ -1,119 +1,154 @@
-"""The ledger of a run as one HTML file that needs nothing beside it."""
+"""The page of a run's ledger."""
 
-import io
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-from entropy_ddp.errors import InputError
-from entropy_ddp.ledger.accumulate import PARTS, Ledger
-from entropy_ddp.terminal.ledger import NAMES, PART_NAMES
-
-COLOURS = {"truth": "#1b1b1b", "first_order": "#c0392b", "second_order": "#2471a3"}
-TEMPLATES = Path(__file__).parent / "templates"
+from entropy_ddp.ledger.accumulate import Entry, Ledger
+from entropy_ddp.report.figures.ledger import (
+    curve_and_sums,
+    gradient_by_probability,
+    parts_by_step,
+)
+from entropy_ddp.report.view import Cell, Page, Section, Table, digits, words
+from entropy_ddp.report.words import number, visible, with_error
+from entropy_ddp.terminal.ledger import NAMES, PART_NAMES, TOKEN_NAMES
 
 
-def ledger_page(ledger: Ledger, title: str) -> str:
-    """The page.
+def ledger_page(ledger: Ledger, name: str) -> Page:
+    """The page, as it is rendered by `render_page`.
 
     Args:
         ledger: the run's ledger.
-        title: what it is called.
-
-    Raises:
-        InputError: matplotlib or Jinja2 is not installed.
+        name: what the run is called.
     """
-    try:
-        import jinja2
-        import matplotlib
-    except ImportError as error:
-        raise InputError(
-            f"ledger: expected {error.name} to be installed for the page, found no such "
-            "package; pip install entropy_ddp[report]"
-        ) from error
-    # Text as text, and the same bytes for the same ledger.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ledger"})
-    figures = [_figure(_curves, ledger)]
+    steps = ledger.steps
+    total = ledger.totals.get("truth", ledger.totals["first_order"])
+    verb = "lowered" if total["value"] < 0 else "raised"
+    sections = [_run(ledger)]
     if ledger.parts:
-        figures += [_figure(_parts, ledger), _figure(_deciles, ledger)]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        sections += [_parts(ledger), _influence(ledger)]
+    sections.append(_checks(ledger))
+    return Page(
+        title=f"{name}: entropy ledger",
+        kicker=f"Entropy ledger of {name}, steps {steps['first']:,} to {steps['last']:,}",
+        alarm="" if ledger.trusted else "A truth of this run is not to be trusted.",
+        headline=(
+            f"{steps['probed']:,} steps {verb} the entropy by ",
+            number(abs(total["value"]), 3),
+            " nats per token",
+        ),
+        sign="cold" if total["value"] < 0 else "warm",
+        lead=" ".join(f"{note[0].upper()}{note[1:]}." for note in ledger.notes)
+        or "Every step was probed.",
+        checked=f"{steps['probed']:,} of {steps['total']:,} steps were probed.",
+        sections=sections,
     )
-    template = environment.get_template("ledger.html.j2")
-    return template.render(
-        **asdict(ledger),
-        title=title,
-        names=NAMES,
-        part_names=PART_NAMES,
-        figures=figures,
+
+
+def _run(ledger: Ledger) -> Section:
+    columns = ["quantity", "nats/token"]
+    if ledger.scaled is not None:
+        columns.append(f"scaled to {ledger.steps['total']:,} steps")
+    rows = []
+    for name, label in NAMES.items():
+        if name in ledger.totals:
+            row = [words(label), _measured(ledger.totals[name])]
+            if ledger.scaled is not None:
+                row.append(_measured(ledger.scaled.get(name, {})))
+            rows.append(row)
+    table = Table(title="Sums over the run", columns=columns, rows=rows)
+    return Section(
+        id="run", title="The run", figures=[curve_and_sums(ledger)], tables=[table]
     )
 
 
-def _figure(draw: Callable[[Any, Ledger], None], ledger: Ledger) -> str:
-    """One plot as an SVG element."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes, ledger)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    svg = stream.getvalue()
-    return svg[svg.index("<svg") :]
-
-
-def _curves(axes: Any, ledger: Ledger) -> None:
-    """The measured curve, and the sums from where it begins."""
-    _band(axes, ledger.curve, "#7f8c8d", "entropy, fresh responses", 0.0)
-    begin = ledger.curve[0]
-    for name, colour in COLOURS.items():
-        if name not in ledger.totals:
-            continue
-        points = [{"step": begin["step"], "value": 0.0, "se": 0.0}]
-        points += [{"step": row["step"], **row[name]} for row in ledger.cumulative]
-        line = _band(axes, points, colour, NAMES[name], begin["value"])
-        # It lies on the truth, where all is well.
-        line.set_linestyle("--" if name == "second_order" else "-")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("nats per token")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _band(
-    axes: Any, points: list[dict[str, float]], colour: str, label: str, offset: float
-) -> Any:
-    steps = [point["step"] for point in points]
-    values = [offset + point["value"] for point in points]
-    low, high = (
-        [value + sign * point["se"] for value, point in zip(values, points)]
-        for sign in (-1, 1)
+def _parts(ledger: Ledger) -> Section:
+    parts = [[words(PART_NAMES[n]), _signed(v)] for n, v in ledger.parts.items()]
+    parts.append([words("total"), _signed(sum(ledger.parts.values()))])
+    tokens = [[words(TOKEN_NAMES[n]), _signed(v)] for n, v in ledger.tokens.items()]
+    return Section(
+        id="parts",
+        title="What it is made of",
+        lead=f"Of the {ledger.steps['attributed']:,} steps that are split into parts.",
+        figures=[parts_by_step(ledger), gradient_by_probability(ledger)],
+        tables=[
+            Table(
+                title="The change by part", columns=["part", "nats/token"], rows=parts
+            ),
+            Table(
+                title="The gradient's part by sign of the advantage",
+                columns=["tokens", "nats/token"],
+                rows=tokens,
+            ),
+        ],
     )
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    return axes.plot(steps, values, color=colour, linewidth=1.3, label=label)[0]
 
 
-def _parts(axes: Any, ledger: Ledger) -> None:
-    """Sums of the parts of the first-order changes."""
-    steps = [row["step"] for row in ledger.cumulative_parts]
-    for name in PARTS:
-        values = [row[name] for row in ledger.cumulative_parts]
-        axes.plot(steps, values, linewidth=1.3, label=PART_NAMES[name])
-    axes.axhline(0, color="#bbbbbb", linewidth=0.8)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("sum, nats per token")
-    axes.legend(frameon=False, fontsize=8)
+def _influence(ledger: Ledger) -> Section:
+    caption = "Sums over the steps in which they were among the largest."
+    tokens = [
+        [words(visible(row["text"])), _signed(row["share"]), _count(row)]
+        for row in ledger.by_token
+    ]
+    prompts = [
+        [words(row["prompt"]), _signed(row["share"]), _count(row)]
+        for row in ledger.by_prompt
+    ]
+    single = [
+        [words(row["step"]), _signed(row["share"]), digits(row["logp"])]
+        + [digits(row["advantage"], signed=True), _context(row)]
+        for row in ledger.top_tokens
+    ]
+    columns = ["nats/token", "tokens trained on"]
+    return Section(
+        id="influence",
+        title="Who moved it most",
+        tables=[
+            Table(
+                title="Tokens",
+                columns=["token", *columns],
+                rows=tokens,
+                caption=caption,
+            ),
+            Table(
+                title="Prompts",
+                columns=["prompt", *columns],
+                rows=prompts,
+                caption=caption,
+            ),
+            Table(
+                title="Single tokens",
+                columns=["step", "share", "log p", "A", "token in its context"],
+                rows=single,
+                folded=True,
+            ),
+        ],
+    )
 
 
-def _deciles(axes: Any, ledger: Ledger) -> None:
-    """The gradient's part by probability of the token."""
-    labels = [f"{10 * d}-{10 * d + 10}" for d in range(len(ledger.deciles))]
-    axes.bar(labels, ledger.deciles, color="#2471a3")
-    axes.axhline(0, color="#bbbbbb", linewidth=0.8)
-    axes.set_xlabel("tokens by probability, percentile")
-    axes.set_ylabel("gradient's part, nats per token")
+def _checks(ledger: Ledger) -> Section:
+    rows = [
+        [words(name.replace("_", " ")), digits(value)]
+        for name, value in ledger.checks.items()
+    ]
+    table = Table(title="The worst of all steps", columns=["check", "value"], rows=rows)
+    return Section(id="checks", title="Checks", tables=[table])
+
+
+def _measured(value: Entry) -> Cell:
+    if "se" not in value:
+        return words("–")
+    return Cell(text=with_error(value["value"], value["se"]), is_number=True)
+
+
+def _signed(value: float) -> Cell:
+    return digits(value, signed=True)
+
+
+def _count(row: Entry) -> Cell:
+    return Cell(text=f"{row['num_tokens']:,}", is_number=True)
+
+
+def _context(row: Entry) -> Cell:
+    if "context" not in row:
+        return words("–")
+    before, token, after = row["context"]
+    sign = "cold" if row["share"] < 0 else "warm"
+    return Cell(text="", marked=(before, token, after), sign=sign)

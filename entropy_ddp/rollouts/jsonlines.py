@@ -9,12 +9,23 @@ way that the file's author need not have meant.
 import gzip
 import json
 import math
+import reprlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import require_regular_file
+
+# Lists and objects in one another. JSON's own readers and writers fail at some hundreds.
+MAX_DEPTH = 100
+# Of one row; a few kilobytes of gzip data can hold a row that no memory can.
+MAX_LINE_BYTES = 1 << 28
+# As fast and as short for any list of lists as for a small one.
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 30
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def make_problem(where: str, expected: str, found: str, advice: str) -> InputError:
@@ -34,7 +45,7 @@ def make_problem(where: str, expected: str, found: str, advice: str) -> InputErr
 
 def show(value: object) -> str:
     """The value as Python prints it, cut to 60 characters."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -53,9 +64,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             object with unique keys and finite numbers.
     """
     count = 0
+    require_regular_file(path)
     try:
         with _open(path) as stream:
-            for line in stream:
+            while line := stream.readline(MAX_LINE_BYTES):
+                if len(line) == MAX_LINE_BYTES:
+                    raise make_problem(
+                        f"{path}:{count + 1}",
+                        f"a row of less than {MAX_LINE_BYTES} bytes",
+                        "more",
+                        "is it a file of JSON lines?",
+                    )
                 yield _parse_line(line, f"{path}:{count + 1}")
                 count += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -109,7 +128,9 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(text, object_pairs_hook=_make_object)
     except json.JSONDecodeError as error:
-        cause = f"{error.msg} at column {error.colno}"
+        cause = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        if text.startswith("\ufeff"):
+            cause = "a byte-order mark before it; save the file as plain UTF-8"
         raise _make_json_problem(where, cause) from error
     except (ValueError, RecursionError) as error:
         raise _make_json_problem(where, str(error)) from error
@@ -117,14 +138,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         raise make_problem(
             where, "a JSON object", show(row), 'write one {"key": value, ...} a line'
         )
-    for key, value in row.items():
-        if _has_non_finite(value):
-            raise make_problem(
-                where,
-                f"finite numbers in `{key}`",
-                show(value),
-                "leave the key or the row out",
-            )
+    _check_values(row, where)
     return row
 
 
@@ -146,9 +160,31 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _has_non_finite(value: object) -> bool:
-    if isinstance(value, float):
-        return not math.isfinite(value)
+def _check_values(row: dict[str, Any], where: str) -> None:
+    """Refuse numbers that are not finite, and values nested without end."""
+    for key, top in row.items():
+        level = [top]
+        for _ in range(MAX_DEPTH):
+            if any(isinstance(v, float) and not math.isfinite(v) for v in level):
+                raise make_problem(
+                    where,
+                    f"finite numbers in `{key}`",
+                    show(top),
+                    "leave the key or the row out",
+                )
+            level = [inner for value in level for inner in _inner_values(value)]
+            if not level:
+                break
+        else:
+            raise make_problem(
+                where,
+                f"at most {MAX_DEPTH} lists and objects in one another in `{key}`",
+                "more",
+                "leave the key out",
+            )
+
+
+def _inner_values(value: object) -> Iterable[Any]:
     if isinstance(value, dict):
-        return any(_has_non_finite(element) for element in value.values())
-    return isinstance(value, list) and any(_has_non_finite(v) for v in value)
+        return value.values()
+    return value if isinstance(value, list) else ()

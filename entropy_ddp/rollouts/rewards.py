@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any
 
 from entropy_ddp.config import Reward
-from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.errors import InputError, RunError, raise_if_out_of_memory
 from entropy_ddp.rollouts.answers import (
     find_answer,
     find_gold,
@@ -130,6 +130,7 @@ def load_function(name: str) -> Score:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # any: importing runs the user's code
+        raise_if_out_of_memory(error)
         raise InputError(
             f"reward: expected the module {module_name!r} to be importable, found "
             f"{type(error).__name__}: {error}; install it or add its folder to "

@@ -48,13 +48,14 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a number of JSON that float64 can hold."""
     # An integer beyond the range of float64 counts as infinite.
     return type(value) is float or (type(value) is int and abs(value) < 2**1023)
 
 
 def _is_list_of_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def _is_list_of_integers(value: object) -> bool:
@@ -68,8 +69,8 @@ KNOWN_KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
     "response_ids": (_is_list_of_integers, "a list of integers"),
     "prompt": (_is_text, "a string of valid Unicode"),
     "response": (_is_text, "a string of valid Unicode"),
-    "reward": (_is_number, "a number"),
-    "advantage": (_is_number, "a number"),
+    "reward": (is_number, "a number"),
+    "advantage": (is_number, "a number"),
     "sampling_logprobs": (_is_list_of_numbers, "a list of numbers"),
     "finished": (lambda value: type(value) is bool, "true or false"),
 }
@@ -126,7 +127,7 @@ def read_prompt_ids(
         raise make_problem(
             where, "at least one prompt token", "an empty prompt", "give a prompt"
         )
-    _check_vocabulary(ids, "prompt_ids", where, limits)
+    check_vocabulary(ids, "prompt_ids", where, limits)
     return ids
 
 
@@ -166,7 +167,7 @@ def _read_response_ids(
             "no token",
             "add the token's id or set `finished` to false",
         )
-    _check_vocabulary(ids, "response_ids", where, limits)
+    check_vocabulary(ids, "response_ids", where, limits)
     return ids
 
 
@@ -198,9 +199,18 @@ def _encode(
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
-def _check_vocabulary(
-    ids: list[int], key: str, where: str, limits: TokenLimits
-) -> None:
+def check_vocabulary(ids: list[int], key: str, where: str, limits: TokenLimits) -> None:
+    """Check that every token id is one of the checkpoint's.
+
+    Args:
+        ids: token ids.
+        key: the row's key that they stand in.
+        where: `path:line` of the row.
+        limits: what the checkpoint can take.
+
+    Raises:
+        InputError: one is not, with its place.
+    """
     if ids and not 0 <= min(ids) <= max(ids) < limits.vocabulary_size:
         bad = next(i for i, t in enumerate(ids) if not 0 <= t < limits.vocabulary_size)
         raise make_problem(

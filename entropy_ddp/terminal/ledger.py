@@ -20,6 +20,12 @@ PART_NAMES = {
     "curvature": "curvature (second order - first)",
     "rest": "rest",
 }
+TOKEN_NAMES = {
+    "positive": "tokens with A > 0",
+    "negative": "tokens with A < 0",
+    "zero": "tokens with A = 0",
+    "unattributed": "not of the tokens (dropout, rounding)",
+}
 
 
 def print_ledger(console: Console, ledger: Ledger, out: str) -> None:
@@ -68,11 +74,7 @@ def _decomposition(ledger: Ledger) -> Table:
         table.add_row(PART_NAMES[name], f"{value:+.4e}")
     table.add_row("total", f"{sum(ledger.parts.values()):+.4e}", end_section=True)
     table.add_row("the gradient's part by sign of the advantage", style="bold")
-    for name, label in (
-        ("positive", "tokens with A > 0"),
-        ("negative", "tokens with A < 0"),
-        ("unattributed", "not of the tokens (dropout, rounding)"),
-    ):
+    for name, label in TOKEN_NAMES.items():
         if name in ledger.tokens:
             table.add_row(f"  {label}", f"{ledger.tokens[name]:+.4e}")
     table.add_row("by probability of the token", style="bold")

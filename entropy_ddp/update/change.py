@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import Checkpoint, Precision
-from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import fault_of_file
 from entropy_ddp.policy.checkpoint import Policy, find_checkpoint
 from entropy_ddp.policy.layouts import adapters_in, has_full_model, is_training_state
 from entropy_ddp.policy.parameters import ParameterLayout
@@ -53,16 +54,14 @@ def read_change(
 def _of_file(path: Path, policy: Policy) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        # Whatever the library raises, it is this file that it cannot read.
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
+    def describe(reason: str) -> str:
+        return (
             f"update.delta: {path}: expected a safetensors file, as update.save_delta "
             f"writes it, found none: {reason}"
-        ) from error
+        )
+
+    with fault_of_file(str(path), describe):
+        tensors = load_file(path)
     _require_fitting(path, tensors, policy)
     return tensors
 
@@ -81,6 +80,7 @@ def _of_checkpoint(
         path=str(folder),
         base=None if has_full_model(folder) and not found else ours.base,
         adapter=adapter,
+        trust_remote_code=ours.trust_remote_code,
     )
     files = find_checkpoint(section)
     if (files.adapter is None) != (ours.adapter is None):

@@ -105,7 +105,10 @@ def one_step(
     layout = ParameterLayout.of(parameters)
     grad_norm = global_norm(gradient)
     if not math.isfinite(grad_norm):
-        raise RunError(f"the gradient of the loss has norm {grad_norm}")
+        raise RunError(
+            f"the gradient of the loss has norm {grad_norm}, expected a finite one; are "
+            "the advantages of U right?"
+        )
     saved_rates = [group["lr"] for group in optimizer.param_groups]
     rates = [
         rate_scale * learning_rate_of(group, update) for group in optimizer.param_groups

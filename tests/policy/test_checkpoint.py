@@ -215,7 +215,7 @@ FIRST_ADAPTER_KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A"
 ADAPTER_CONTENTS = [
     (without_first, f"{FIRST_ADAPTER_KEY}.weight is missing from the adapter file"),
     (with_surplus, r"layers\.7\.[a-z_.]+lora_A.weight is missing from the model"),
-    (first_changed(with_nan), f"{FIRST_ADAPTER_KEY}.* has NaN or infinite weights"),
+    (first_changed(with_nan), f"found NaN or infinity in {FIRST_ADAPTER_KEY}"),
     (first_changed(lambda t: t[:1]), f"{FIRST_ADAPTER_KEY}"),
 ]
 
@@ -290,7 +290,10 @@ def test_an_adapter_of_a_wider_base_is_refused(tmp_path: Path) -> None:
 BASE_CONTENTS = [
     (without_first, "2 missing keys, the first is lm_head.weight"),
     (with_surplus, r"1 unexpected keys, the first is model\.layers\.7\."),
-    (first_changed(with_nan), r"model\.embed_tokens\.weight has NaN or infinite"),
+    (
+        first_changed(with_nan),
+        r"found NaN or infinity in .*model\.embed_tokens\.weight",
+    ),
     (first_changed(lambda t: t[:, :8]), r"model\.embed_tokens\.weight"),
 ]
 
@@ -438,6 +441,6 @@ def test_model_code_in_the_checkpoint_is_never_run(
     cache = str(tmp_path / "modules")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
     monkeypatch.setattr("builtins.input", lambda *p: asked.append(str(p)) or answer)
-    with pytest.raises(InputError, match=r"base model .*: cannot be loaded"):
+    with pytest.raises(InputError, match="base model .*--trust-remote-code if you"):
         opened(**saved.section)
     assert not asked

@@ -332,7 +332,7 @@ GOOD = json.dumps(ROW).encode()
         (b'{"a": 1e999}', 1, "finite numbers in `a`, found inf"),
         (b'{"a": ' + b"1" * 5000 + b"}", 1, "invalid JSON .*integer string"),
         (b'{"a": ' + b"[" * 10**5, 1, "invalid JSON .*recursion"),
-        (b"\xef\xbb\xbf" + GOOD, 1, "invalid JSON .*BOM"),
+        (b"\xef\xbb\xbf" + GOOD, 1, "invalid JSON .*byte-order mark"),
         (GOOD + b'\n{"a": "\xff"}', 2, "UTF-8 text, found byte 0xff at byte 8; save"),
         (
             gzip.compress(GOOD, mtime=0),

@@ -1,0 +1,95 @@
+"""Which token of which sequence makes a gradient NaN or infinite.
+
+Looked for only when a gradient is: the pass is repeated sequence by sequence, and the
+first bad one token by token.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from entropy_ddp.errors import RunError
+from entropy_ddp.policy.response_tokens import TokenWeights
+from entropy_ddp.rollouts.batch import Shard
+
+if TYPE_CHECKING:
+    from entropy_ddp.policy.scoring import Passes
+
+# Elements of a buffer that are looked at together: no copy of the whole.
+_BLOCK = 1 << 22
+
+
+def require_finite_gradient(
+    passes: "Passes", shard: Shard, weights: TokenWeights, flat: Tensor
+) -> None:
+    """Check a gradient of sum(a log p + b H) over a shard.
+
+    Args:
+        passes: what it was taken with.
+        shard: this rank's sequences.
+        weights: gives a and b of each token.
+        flat: the gradient, [P].
+
+    Raises:
+        RunError: it is not finite; names batch, line and response token.
+    """
+    if all(bool(block.isfinite().all()) for block in flat.split(_BLOCK)):
+        return
+    place = f"the gradient of batch {shard.batch.split}"
+    for number in range(len(shard.positions)):
+        one = Shard(batch=shard.batch, positions=shard.positions[number : number + 1])
+        tokens = (shard.ragged.sequence_of_token == number).nonzero().flatten()
+        if not len(tokens) or not _bad_parameter(passes, one, weights, tokens):
+            continue
+        place += f", line {shard.sequences[number].index + 1}"
+        for position, token in enumerate(tokens, start=1):
+            name = _bad_parameter(passes, one, weights, tokens, only=int(token))
+            if name:
+                raise RunError(
+                    f"{place}, response token {position} is NaN or infinite in {name}; "
+                    "are its advantage and its sampling log-probability right?"
+                )
+        raise RunError(f"{place} is NaN or infinite in the sum over its tokens")
+    raise RunError(f"{place} is NaN or infinite in the sum over its sequences")
+
+
+def _bad_parameter(
+    passes: "Passes",
+    one: Shard,
+    weights: TokenWeights,
+    tokens: Tensor,
+    only: int | None = None,
+) -> str | None:
+    """The first parameter whose gradient is not finite, for one sequence.
+
+    Args:
+        passes: what it is taken with.
+        one: the sequence alone.
+        weights: of the tokens by their places in the whole shard.
+        tokens: the places of the sequence's tokens there, [t].
+        only: the one of them that counts; None for all.
+    """
+
+    def shifted(place: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        whole = tokens.to(place)[place]
+        a, b = weights(whole, logp, entropy)
+        if only is None:
+            return a, b
+        other = (whole != only).to(a.device)
+        return a.masked_fill(other, 0.0), b.masked_fill(other, 0.0)
+
+    parameters = passes.parameters
+    try:
+        passes.pull_back(one, shifted)
+        return next(
+            (
+                name
+                for name, parameter in parameters.items()
+                if parameter.grad is not None
+                and not bool(parameter.grad.isfinite().all())
+            ),
+            None,
+        )
+    finally:
+        for parameter in parameters.values():
+            parameter.grad = None

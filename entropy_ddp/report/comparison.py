@@ -1,0 +1,286 @@
+"""The page of several checkpoints of a training run, or of several settings of one."""
+
+import re
+from collections.abc import Sequence
+
+from entropy_ddp.errors import InputError
+from entropy_ddp.report import answer
+from entropy_ddp.report.figures.progress import Stage, change_by_step, entropy_by_step
+from entropy_ddp.report.subjects import Subject
+from entropy_ddp.report.view import (
+    Cell,
+    Complaint,
+    Glance,
+    Page,
+    Section,
+    Table,
+    digits,
+)
+from entropy_ddp.report.view import words as text_cell
+from entropy_ddp.report.words import (
+    AXIS_UNITS,
+    UNITS,
+    count,
+    number,
+    percent,
+    with_error,
+)
+
+
+def comparison_page(subjects: Sequence[Subject]) -> Page:
+    """Entropy and its change, predicted and true, one row and one dot for each subject.
+
+    Subjects stand in the order of their training steps if every checkpoint's folder
+    names one and no two are equal, otherwise in the given order.
+
+    Raises:
+        InputError: the entropies have different units or integrands.
+    """
+    _require_one_unit(subjects)
+    steps = [training_step(subject) for subject in subjects]
+    by_step = None not in steps and len(set(steps)) == len(steps)
+    if by_step:
+        order = sorted(range(len(steps)), key=lambda place: steps[place] or 0)
+        subjects = [subjects[place] for place in order]
+        steps = [steps[place] for place in order]
+    places = steps if by_step else range(1, len(subjects) + 1)
+    labels = [f"step {step:,}" for step in steps] if by_step else _names(subjects)
+    stages = [
+        _stage(subject, place or 0, label)
+        for subject, place, label in zip(subjects, places, labels, strict=True)
+    ]
+    return _page(subjects, stages, by_step)
+
+
+def training_step(subject: Subject) -> int | None:
+    """The training step that the checkpoint's folder names, as in checkpoint-200."""
+    checkpoint = subject.main.config.checkpoint
+    for path in (checkpoint.path, checkpoint.adapter):
+        found = re.search(r"(?:checkpoint|global_step|step)[-_](\d+)", path or "")
+        if found:
+            return int(found[1])
+    return None
+
+
+def _require_one_unit(subjects: Sequence[Subject]) -> None:
+    kinds: dict[tuple[str, str], str] = {}
+    for subject in subjects:
+        objective = subject.main.config.objective
+        kind = (objective.integrand, objective.normalize)
+        kinds.setdefault(kind, str(subject.main.folder))
+    if len(kinds) > 1:
+        found = "; ".join(
+            f"{place}: {', '.join(kind)}" for kind, place in kinds.items()
+        )
+        raise InputError(
+            "report: expected runs with one objective.integrand and objective.normalize, "
+            f"found {found}; entropies in different units cannot stand on one axis"
+        )
+
+
+def _names(subjects: Sequence[Subject]) -> list[str]:
+    """Names of the run directories, or their whole paths if two are equal."""
+    folders = [subject.main.folder for subject in subjects]
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
+
+
+def _stage(subject: Subject, place: float, label: str) -> Stage:
+    document = subject.document
+    truth, linear = document["truth"], document["linear"]
+    eta = document["update"]["learning_rate_used"]
+    return Stage(
+        place=place,
+        label=label,
+        entropy=truth["H_orig"],
+        truth=truth["delta_h_true"],
+        truth_error=truth["se"],
+        linear=linear["delta_h1"],
+        linear_error=abs(eta) * linear["se"],
+    )
+
+
+def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -> Page:
+    normalize = subjects[0].document["truth"]["normalize"]
+    unit = UNITS[normalize]
+    things = "checkpoint" if by_step else "run"
+    named = list(zip((stage.label for stage in stages), subjects, strict=True))
+    bad = [label for label, s in named if s.document["status"] != "ok"]
+    alarm = ""
+    if bad:
+        of_all = f"{len(bad)} of {count(len(subjects), things)}"
+        alarm = f"{of_all} not to be trusted: {', '.join(bad)}."
+    checks = sum(len(subject.document["audit"]) for subject in subjects)
+    complaints = _complaints(named)
+    checked = f"All {count(checks, 'check')} passed."
+    if complaints:
+        checked = f"{len(complaints)} of {count(checks, 'check')} complain."
+    figures = (
+        entropy_by_step(stages, by_step, AXIS_UNITS[normalize]),
+        change_by_step(stages, by_step, AXIS_UNITS[normalize]),
+    )
+    return Page(
+        title=f"Entropy change at {count(len(subjects), things)}",
+        kicker=f"comparison of {count(len(subjects), things)}",
+        alarm=alarm,
+        headline=_headline(stages, things),
+        lead=_lead(stages, unit),
+        glances=_glances(stages),
+        complaints=complaints,
+        checked=checked,
+        sections=[
+            Section(
+                id="progress",
+                title="Along the run" if by_step else "Run by run",
+                figures=figures,
+                tables=[_table(subjects, stages, unit)],
+            ),
+            Section(
+                id="runs", title="The runs", tables=[_differences(subjects, stages)]
+            ),
+        ],
+    )
+
+
+def _headline(stages: Sequence[Stage], things: str) -> tuple[str, str, str]:
+    resolved = [s for s in stages if _is_resolved(s)]
+    falls = sum(stage.truth < 0 for stage in resolved)
+    rises = len(resolved) - falls
+    total = count(len(stages), things)
+    if not resolved:
+        return (
+            "One step changes the entropy at ",
+            "none",
+            f" of {total} beyond its error.",
+        )
+    if falls >= rises:
+        return "One step lowers the entropy at ", f"{falls} of {total}", "."
+    return "One step raises the entropy at ", f"{rises} of {total}", "."
+
+
+def _is_resolved(stage: Stage) -> bool:
+    return 0 < abs(stage.truth) >= answer.RESOLVED * stage.truth_error
+
+
+def _lead(stages: Sequence[Stage], unit: str) -> str:
+    first, last = stages[0], stages[-1]
+    return (
+        f"The entropy goes from {number(first.entropy)} ({first.label}) to "
+        f"{number(last.entropy)} {unit} ({last.label})."
+    )
+
+
+def _glances(stages: Sequence[Stage]) -> list[Glance]:
+    steepest = min(stages, key=lambda stage: stage.truth)
+    share = (
+        f" ({percent(steepest.truth / steepest.entropy)})" if steepest.entropy else ""
+    )
+    pairs = [stage for stage in stages if _is_resolved(stage)]
+    found = [
+        Glance(
+            question="Where does it fall most?"
+            if steepest.truth < 0
+            else "Lowest rise?",
+            answer=steepest.label,
+            detail=with_error(steepest.truth, steepest.truth_error) + share + ".",
+        )
+    ]
+    if pairs:
+        agreeing = sum(
+            abs(stage.truth - stage.linear) <= 0.1 * abs(stage.truth) for stage in pairs
+        )
+        found.append(
+            Glance(
+                question="Does first order predict it?",
+                answer=f"Within {percent(0.1)} at {agreeing} of {len(pairs)}",
+                detail="Counted where the measured change stands out of its error.",
+            )
+        )
+    return found
+
+
+def _complaints(named: Sequence[tuple[str, Subject]]) -> list[Complaint]:
+    found = [
+        Complaint(
+            verdict=complaint.verdict,
+            name=f"{label}: {complaint.name}",
+            value=complaint.value,
+            expected=complaint.expected,
+            hint=complaint.hint,
+        )
+        for label, subject in named
+        for complaint in answer.complaints(subject.document["audit"])
+    ]
+    return sorted(found, key=lambda complaint: complaint.verdict)
+
+
+def _table(subjects: Sequence[Subject], stages: Sequence[Stage], unit: str) -> Table:
+    rows = []
+    for subject, stage in zip(subjects, stages, strict=True):
+        share = Cell(text="–", is_number=True)
+        if stage.entropy:
+            ratio = stage.truth / stage.entropy
+            share = Cell(
+                text=percent(ratio, signed=True), title=repr(ratio), is_number=True
+            )
+        rows.append(
+            [
+                text_cell(stage.label),
+                digits(stage.entropy),
+                _pair(stage.truth, stage.truth_error),
+                share,
+                _pair(stage.linear, stage.linear_error),
+                digits(subject.document["truth"]["ess_fraction"]),
+                _verdict(subject),
+            ]
+        )
+    return Table(
+        title="The numbers",
+        columns=(
+            "run", "H", "measured change", "of H", "first order", "ESS / N", "verdict",
+        ),
+        rows=rows,
+        caption=f"H and its changes in {unit}; ± is one standard error.",
+    )  # fmt: skip
+
+
+def _pair(value: float, error: float) -> Cell:
+    title = f"{value!r} ± {error!r}"
+    return Cell(text=with_error(value, error), title=title, is_number=True)
+
+
+def _verdict(subject: Subject) -> Cell:
+    status = subject.document["status"]
+    if status != "ok":
+        return Cell(text=status, verdict="fail")
+    warned = sum(row["verdict"] == "warn" for row in subject.document["audit"])
+    if warned:
+        return Cell(text=count(warned, "warning"), verdict="warn")
+    return Cell(text="ok", verdict="ok")
+
+
+def _differences(subjects: Sequence[Subject], stages: Sequence[Stage]) -> Table:
+    """Where the runs lie, and what they were made of."""
+    rows = []
+    for subject, stage in zip(subjects, stages, strict=True):
+        config, document = subject.main.config, subject.document
+        checkpoint = config.checkpoint
+        rows.append(
+            [
+                text_cell(stage.label),
+                text_cell(", ".join(str(run.folder) for run in subject.runs)),
+                text_cell(checkpoint.path or checkpoint.adapter or checkpoint.base),
+                text_cell(answer.subject_of(document["update"])),
+                digits(document["update"]["learning_rate_used"]),
+                digits(document["E"]["num_sequences"]),
+                digits(document["U"]["num_sequences"] if "U" in document else None),
+            ]
+        )
+    return Table(
+        title="Where they come from",
+        columns=(
+            "run", "run directory", "checkpoint", "step", "learning rate",
+            "responses in E", "responses in U",
+        ),
+        rows=rows,
+    )  # fmt: skip

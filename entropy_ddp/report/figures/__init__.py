@@ -1,0 +1,1 @@
+"""The figures of the page. The only importers of matplotlib."""

@@ -1,0 +1,196 @@
+"""Which part of the step and which tokens of U make the predicted change."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from entropy_ddp.report.figures.canvas import (
+    Figure,
+    Palette,
+    common_exponent,
+    scale_ticks,
+    sign_colour,
+    unit_label,
+)
+from entropy_ddp.report.figures.forest import (
+    FRAME_PIXELS,
+    ROW_PIXELS,
+    Estimate,
+    draw_forest,
+    forest_height,
+)
+from entropy_ddp.report.figures.scatter import Axis, scatter, what_is_drawn
+from entropy_ddp.report.words import AXIS_UNITS, percent
+
+Document = dict[str, Any]
+Bar = tuple[str, float]
+
+
+def parts(document: Document) -> Figure:
+    """Momentum, weight decay and U's gradient as parts of the predicted change."""
+    found = document["attribution"]
+    bars = [
+        ("momentum (earlier batches)", found["momentum"]),
+        ("weight decay", found["weight_decay"]),
+        ("gradient of U", found["gradient"]),
+        ("together", found["total"]),
+    ]
+    largest = max(bars[:3], key=lambda bar: abs(bar[1]))
+    title = "No part of the step changes the entropy"
+    if largest[1]:
+        verb = "lowers" if largest[1] < 0 else "raises"
+        title = f"The {largest[0]} {verb} the entropy most"
+    return Figure(
+        name="parts",
+        title=title,
+        caption=(
+            "AdamW's step is a sum: what earlier batches left as momentum, weight decay, "
+            "and this batch's gradient. The three add up to the first-order change."
+        ),
+        draw=_bars([("", bars)], AXIS_UNITS[document["linear"]["normalize"]]),
+        height=FRAME_PIXELS + ROW_PIXELS * len(bars),
+    )
+
+
+def kinds(document: Document) -> Figure:
+    """Shares summed by kind of token."""
+    groups = [
+        (name, [(row["label"], row["share"]) for row in rows])
+        for name, rows in document["attribution"]["summaries"].items()
+    ]
+    rows = sum(len(bars) + 1 for _, bars in groups)
+    return Figure(
+        name="kinds-of-tokens",
+        title="Which kinds of tokens lower and raise the entropy",
+        caption=(
+            "Shares of U's tokens summed by kind; every block of bars adds up to the "
+            "gradient's part. Blue lowers the entropy, orange raises it."
+        ),
+        draw=_bars(groups, AXIS_UNITS[document["linear"]["normalize"]]),
+        height=FRAME_PIXELS + 18 * rows,
+    )
+
+
+def _bars(groups: Sequence[tuple[str, list[Bar]]], unit: str) -> Any:
+    """Horizontal bars in blocks, each under its name."""
+    labels: list[tuple[str, float | None]] = []
+    for name, bars in groups:
+        labels += [(name, None)] if name else []
+        # Ranges such as 10-20 % with the dash of a range.
+        labels += [(re.sub(r"(?<=\d)-(?=\d)", "–", text), v) for text, v in bars]
+
+    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
+        axes = figure.subplots()
+        for place, (_, value) in enumerate(labels):
+            if value is not None:
+                axes.barh(place, value, 0.64, color=sign_colour(palette, value))
+        axes.axvline(0, color=palette.muted, linewidth=1)
+        axes.set_yticks(range(len(labels)), [name for name, _ in labels])
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0, labelcolor=palette.ink)
+        for tick, (_, value) in zip(axes.get_yticklabels(), labels, strict=True):
+            if value is None:
+                tick.set_color(palette.muted)
+                tick.set_fontstyle("italic")
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        exponent = common_exponent([value or 0 for _, value in labels])
+        scale_ticks(axes, "x", exponent)
+        axes.set_xlabel(unit_label("entropy change, first order", unit, exponent))
+
+    return draw
+
+
+def shares_against(tokens: dict[str, np.ndarray], key: str, normalize: str) -> Figure:
+    """Every token's share against its log-probability or its covariance score."""
+    label, title, reading = {
+        "logp": (
+            "log p of the token [nats]",
+            "Shares by probability of the token",
+            (
+                "Tokens on the left were improbable when drawn: one of them moves the "
+                "policy far more than a token it was sure of."
+            ),
+        ),
+        "covariance": (
+            "(log p − mean)(A − mean)",
+            "Shares by covariance score",
+            (
+                "The covariance score is a cheap stand-in for the share: a good one would "
+                "put blue on the right and orange on the left."
+            ),
+        ),
+    }[key]
+    share = tokens["share"]
+    return Figure(
+        name=f"shares-by-{key}",
+        title=title,
+        caption=what_is_drawn(len(share), "token of U") + " " + reading,
+        draw=scatter(
+            Axis(values=tokens[key], label=label),
+            Axis(values=share, label="share", unit=AXIS_UNITS[normalize]),
+        ),
+    )
+
+
+def shares_by_reward(columns: dict[str, list[Any]], normalize: str) -> Figure:
+    """Shares of U's sequences against their reward."""
+    share = columns["share"]
+    return Figure(
+        name="shares-by-reward",
+        title="Shares of the responses in U by reward",
+        caption=(
+            what_is_drawn(len(share), "response of U")
+            + " Its share is the sum of its tokens' shares."
+        ),
+        draw=scatter(
+            Axis(values=columns["reward"], label="reward"),
+            Axis(values=share, label="share", unit=AXIS_UNITS[normalize]),
+        ),
+    )
+
+
+def what_if(document: Document) -> Figure:
+    """The change had some tokens been left out of the update."""
+    whole = Estimate(
+        label="nothing left out", value=document["linear"]["delta_h1"], error=None,
+        colour="accent",
+    )  # fmt: skip
+    rows = [whole]
+    verified = False
+    for row in document["attribution"]["what_if"]:
+        rows.append(
+            Estimate(
+                label=row["rule"], value=row["delta_h1"], error=None, colour="accent",
+                strong=False,
+            )
+        )  # fmt: skip
+        if "delta_h_true" in row:
+            verified = True
+            rows.append(
+                Estimate(
+                    label="", value=row["delta_h_true"], error=row["se"], strong=False
+                )
+            )
+    best = min(document["attribution"]["what_if"], key=lambda row: abs(row["delta_h1"]))
+    share = ""
+    if whole.value:
+        share = f" leaves {percent(best['delta_h1'] / whole.value)} of the change"
+    unit = AXIS_UNITS[document["linear"]["normalize"]]
+
+    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
+        draw_forest(figure.subplots(), palette, rows, "entropy change", unit)
+
+    caption = "Violet: predicted by first order, had these tokens been left out of U."
+    if verified:
+        caption += " With bars: the step without them really taken, measured."
+    return Figure(
+        name="what-if",
+        title=f"Leaving out “{best['rule']}”{share}" if share else "What if",
+        caption=caption,
+        draw=draw,
+        height=forest_height(sum(row.label != "" for row in rows)),
+    )

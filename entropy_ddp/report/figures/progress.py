@@ -1,0 +1,119 @@
+"""Several checkpoints of a training run side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.ticker import MaxNLocator
+
+from entropy_ddp.report.figures.canvas import (
+    Figure,
+    Palette,
+    common_exponent,
+    scale_ticks,
+    unit_label,
+)
+
+MOST_TICKS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One checkpoint.
+
+    Attributes:
+        place: its training step, or its number in the given order.
+        label: how it is called.
+        entropy: H before the step.
+        truth, truth_error: the measured change and its standard error.
+        linear, linear_error: the predicted one.
+    """
+
+    place: float
+    label: str
+    entropy: float
+    truth: float
+    truth_error: float
+    linear: float
+    linear_error: float
+
+
+def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
+    """Entropy of each checkpoint."""
+    first, last = stages[0].entropy, stages[-1].entropy
+    verb = "falls" if last < first else "rises" if last > first else "stays"
+
+    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
+        axes = figure.subplots()
+        places = [stage.place for stage in stages]
+        values = [stage.entropy for stage in stages]
+        axes.plot(places, values, "o-", color=palette.ink, markersize=6, linewidth=1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(f"entropy H [{unit}]")
+        scale_ticks(axes, "y", 0)
+        _label_stages(axes, stages, by_step)
+
+    return Figure(
+        name="entropy-by-step",
+        title=f"The entropy {verb} from {first:.4g} to {last:.4g}",
+        caption=(
+            "Entropy of every checkpoint on its own batch E, before the step that is "
+            "probed. The axis begins at 0: what is left of the entropy is seen."
+        ),
+        draw=draw,
+    )
+
+
+def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
+    """What one step does at each checkpoint, measured and predicted."""
+    falls = sum(stage.truth < 0 for stage in stages)
+    values = [stage.truth for stage in stages] + [stage.linear for stage in stages]
+    exponent = common_exponent(values)
+    gaps = [b.place - a.place for a, b in pairwise(stages)]
+    shift = 0.06 * min(gaps)
+
+    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
+        axes = figure.subplots()
+        axes.axhline(0, color=palette.muted, linewidth=1)
+        for name, colour, offset, pairs in (
+            ("measured", palette.ink, -shift, [(s.truth, s.truth_error) for s in stages]),
+            (
+                "first order", palette.accent, shift,
+                [(s.linear, s.linear_error) for s in stages],
+            ),
+        ):  # fmt: skip
+            places = [stage.place + offset for stage in stages]
+            means, errors = zip(*pairs)
+            axes.errorbar(
+                places, means, [2 * error for error in errors], fmt="o", color=colour,
+                markersize=6, linewidth=1.4, label=name,
+            )  # fmt: skip
+        axes.legend(labelcolor=palette.ink)
+        scale_ticks(axes, "y", exponent)
+        axes.set_ylabel(unit_label("entropy change", unit, exponent))
+        _label_stages(axes, stages, by_step)
+
+    return Figure(
+        name="change-by-step",
+        title=f"One step lowers the entropy at {falls} of {len(stages)} checkpoints",
+        caption=(
+            "The change that one optimizer step makes at every checkpoint, measured and "
+            "predicted, with two standard errors. Where both lie together the prediction "
+            "can be read without the measurement."
+        ),
+        draw=draw,
+    )
+
+
+def _label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
+    if by_step:
+        axes.set_xlabel("training step of the checkpoint")
+    else:
+        axes.set_xlabel("run, in the given order")
+    places = [stage.place for stage in stages]
+    if len(places) <= MOST_TICKS:
+        axes.set_xticks(places, [f"{place:,g}" for place in places])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))

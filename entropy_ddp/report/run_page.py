@@ -1,0 +1,202 @@
+"""The page of one checkpoint: the answer, whether to trust it, and what it rests on."""
+
+from typing import Any
+
+from entropy_ddp.report import answer, details
+from entropy_ddp.report.figures import attribution, change, sequences, sweep
+from entropy_ddp.report.files import Columns
+from entropy_ddp.report.subjects import Subject
+from entropy_ddp.report.token_text import read_tokens, token_texts
+from entropy_ddp.report.view import Listing, Page, Section
+from entropy_ddp.report.words import number, percent
+
+Document = dict[str, Any]
+
+
+def run_page(subject: Subject) -> Page:
+    """The page of one or several runs about the same step.
+
+    Raises:
+        InputError: a file of a run directory is absent or damaged.
+    """
+    document = subject.document
+    sections = [_prediction(document)]
+    if "sweep" in document:
+        sections.append(_sweep(subject))
+    columns = subject.main.columns("E")
+    if columns:
+        sections.append(_responses(columns, document))
+    if "gradient_dot" in document:
+        sections.append(_gradient_dot(document))
+    if "attribution" in document:
+        sections.append(_attribution(subject))
+    sections.append(_everything_else(subject))
+    name = subject.main.folder.resolve().name
+    return Page(
+        title=f"Entropy change: {name}",
+        kicker=_kicker(subject),
+        alarm=answer.alarm(document),
+        headline=answer.headline(document),
+        sign=answer.sign(document),
+        lead=answer.lead(document),
+        glances=answer.glances(subject),
+        complaints=answer.complaints(document["audit"]),
+        checked=answer.checked(document["audit"]),
+        audits_id=details.AUDITS_ID,
+        sections=sections,
+    )
+
+
+def _kicker(subject: Subject) -> str:
+    config, started = subject.main.config, subject.document["run"]["started"]
+    place = (
+        config.checkpoint.path or config.checkpoint.adapter or config.checkpoint.base
+    )
+    commands = " + ".join(run.command for run in subject.runs)
+    return f"{place} · {commands} · {started[:10]}"
+
+
+def _prediction(document: Document) -> Section:
+    return Section(
+        id="prediction",
+        title="Prediction against truth",
+        figures=(
+            change.prediction_against_truth(document),
+            change.all_estimators(document),
+        ),
+        tables=(
+            details.change(document),
+            details.estimators(document),
+            details.step(document),
+        ),
+    )
+
+
+def _sweep(subject: Subject) -> Section:
+    document = subject.document
+    run = subject.run_with("sweep")
+    assert run is not None
+    summary = document["sweep_summary"]
+    sentences = []
+    if "exponent" in summary:
+        power = f"{summary['exponent']:.3f}"
+        sentences.append(
+            f"The measured change grows as the learning rate to the power {power}; 1 is "
+            "what first order says."
+        )
+    edge = document.get("curvature", {}).get("eta_star")
+    if edge is not None:
+        sentences.append(
+            f"The second order equals the first at η* = {number(edge, 3)}, the edge of "
+            "the linear regime."
+        )
+    sentences.append(
+        f"Changes below {number(summary['noise_floor'], 2)} are rounding noise."
+    )
+    for pair in summary.get("odd", [])[-1:]:
+        sentences.append(
+            "Steps to both sides were measured; half their difference at "
+            f"{number(pair['eta'], 3)} is {number(pair['delta_h'], 4, signed=True)}."
+        )
+    truth = run.config.truth
+    figures = [sweep.sweep_change(document)]
+    if any(point["delta_h1"] for point in document["sweep"]):
+        figures.append(sweep.sweep_missed(document))
+    figures.append(sweep.sweep_weights(document, truth.ess_warn, truth.ess_abort))
+    return Section(
+        id="sweep",
+        title="How far the first order reaches",
+        lead=" ".join(sentences),
+        figures=figures,
+        tables=(details.sweep(document),),
+    )
+
+
+def _responses(columns: Columns, document: Document) -> Section:
+    normalize = document["truth"]["normalize"]
+    keys = [
+        key
+        for key in ("num_tokens", "reward", "log_weight")
+        if _is_varied(columns, key)
+    ]
+    figures = [
+        sequences.contributions(columns, normalize),
+        *(sequences.against(columns, normalize, key) for key in keys),
+        sequences.weights(columns, document["truth"]),
+    ]
+    return Section(id="responses", title="The responses of E", figures=figures)
+
+
+def _is_varied(columns: Columns, key: str) -> bool:
+    """Whether a column holds numbers, not all equal."""
+    values = columns.get(key, [])
+    return all(isinstance(v, (int, float)) for v in values) and len(set(values)) > 1
+
+
+def _gradient_dot(document: Document) -> Section:
+    dot = document["gradient_dot"]
+    lead = ""
+    if "frac_var" in dot:
+        error = percent(dot["frac_var"] ** 0.5)
+        lead = f"Its standard error is {error} of its value."
+    return Section(
+        id="gradient-dot",
+        title="Gradient-dot form",
+        lead=lead,
+        figures=(change.gradient_dot(document),),
+        tables=(details.gradient_dot(document),),
+    )
+
+
+def _attribution(subject: Subject) -> Section:
+    document, run = subject.document, subject.run_with("attribution")
+    assert run is not None
+    normalize = document["linear"]["normalize"]
+    found, tokens, update = document["attribution"], read_tokens(run), run.columns("U")
+    later = [
+        attribution.shares_against(tokens.values, "logp", normalize),
+        attribution.shares_against(tokens.values, "covariance", normalize),
+    ]
+    if _is_varied(update, "reward"):
+        later.append(attribution.shares_by_reward(update, normalize))
+    later.append(attribution.kinds(document))
+    if found["what_if"]:
+        later.append(attribution.what_if(document))
+    gap = number(found["attribution_gap"], 2)
+    moved = any(tokens.moved.values())
+    lead = (
+        f"Half of all movement by U's gradient is in {percent(found['concentration'])} "
+        f"of its tokens. Shares are exact: they add up to first order with a gap of {gap} "
+        "of its largest term."
+        if moved
+        else "No token of U has a share: its gradient is zero."
+    )
+    tables = [details.top_tokens(document), details.proxies(document)] if moved else []
+    return Section(
+        id="attribution",
+        title="Who moved the entropy",
+        lead=lead,
+        figures=(attribution.parts(document),),
+        token_texts=token_texts(run, tokens, update) if moved else None,
+        tables=(*tables, details.what_if(document)),
+        later_figures=later if moved else (),
+    )
+
+
+def _everything_else(subject: Subject) -> Section:
+    document = subject.document
+    folders = [str(run.folder) for run in subject.runs]
+    return Section(
+        id="run",
+        title="This run",
+        tables=(
+            details.facts(document, folders),
+            details.audits(document),
+            details.parameters(document),
+            details.costs(document),
+        ),
+        listings=[
+            Listing(title=f"Configuration of {run.folder.name}", text=run.config_text)
+            for run in subject.runs
+        ],
+    )

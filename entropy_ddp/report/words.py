@@ -1,0 +1,148 @@
+"""Numbers and names as a reader sees them: a true minus, sensible digits, units."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+FIXED = "\N{NO-BREAK SPACE}"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Below this a decimal number is mostly zeros.
+SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-3, 1e6
+
+UNITS = {
+    "per_token": "nats per token",
+    "per_sequence": "nats per sequence",
+    "per_sequence_token_mean": "nats per token (mean over sequences)",
+    "sum": "nats in all",
+}
+# The same where there is little room.
+AXIS_UNITS = {
+    "per_token": "nats/token",
+    "per_sequence": "nats/sequence",
+    "per_sequence_token_mean": "nats/token, mean",
+    "sum": "nats",
+}
+LOSSES = {"dr_grpo": "Dr. GRPO", "grpo": "GRPO", "dapo": "DAPO", "nll": "NLL"}
+
+
+def true_minus(text: str) -> str:
+    """A number's hyphens as minus signs."""
+    return text.replace("-", MINUS)
+
+
+def typeset(text: str) -> str:
+    """Comparisons and negative numbers in their own signs."""
+    text = text.replace(">=", "≥").replace("<=", "≤")
+    return re.sub(r"(?<![\w-])-(?=\d)|(?<=\de)-(?=\d)", MINUS, text)
+
+
+def power_of_ten(exponent: int) -> str:
+    """10 to this power, in one line of text."""
+    return "10" + str(exponent).translate(SUPERSCRIPTS)
+
+
+def is_decimal(value: float) -> bool:
+    """Whether a number is written out, rather than with a power of ten."""
+    return value == 0 or SMALLEST_DECIMAL <= abs(value) < LARGEST_DECIMAL
+
+
+def number(value: float, digits: int = 4, *, signed: bool = False) -> str:
+    """A number with at most this many significant digits; only 0 reads as 0."""
+    sign = "+" if signed and value > 0 else ""
+    if value == round(value) and abs(value) < LARGEST_DECIMAL:
+        return sign + true_minus(f"{value:,.0f}") if value else "0"
+    digits = _digits_needed(value, digits)
+    if is_decimal(value):
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return sign + true_minus(f"{value:,.{places}f}")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return sign + true_minus(mantissa) + f"{FIXED}×{FIXED}{power_of_ten(int(exponent))}"
+
+
+def _digits_needed(value: float, most: int) -> int:
+    """The fewest digits that are the value itself, as in a learning rate of 0.001."""
+    candidates = range(1, most)
+    return next((n for n in candidates if float(f"{value:.{n - 1}e}") == value), most)
+
+
+def with_error(value: float, error: float, *, signed: bool = True) -> str:
+    """`value ± error`, both to the second digit of the error."""
+    if error <= 0 or not math.isfinite(error):
+        return f"{number(value, signed=signed)}{FIXED}±{FIXED}{number(error)}"
+    last = math.floor(math.log10(error)) - 1
+    sign = "+" if signed and value > 0 else ""
+    largest = max(abs(value), error)
+    if is_decimal(largest) and last >= -7:
+        places = max(0, -last)
+        pair = f"{value:,.{places}f}{FIXED}±{FIXED}{error:,.{places}f}"
+        return sign + true_minus(pair)
+    exponent = math.floor(math.log10(largest))
+    scale, places = 10.0**exponent, max(0, exponent - last)
+    pair = f"{value / scale:.{places}f}{FIXED}±{FIXED}{error / scale:.{places}f}"
+    power = power_of_ten(exponent)
+    return f"({sign}{true_minus(pair)}){FIXED}×{FIXED}{power}"
+
+
+def percent_with_error(share: float, error: float, *, signed: bool = True) -> str:
+    """A share and its error, as percentages."""
+    pair = with_error(100 * share, 100 * error, signed=signed)
+    return f"{pair}{FIXED}%" if pair[0] != "(" else f"({pair}){FIXED}%"
+
+
+def percent(share: float, digits: int = 2, *, signed: bool = False) -> str:
+    """A share as a percentage with this many significant digits."""
+    value = 100 * share + 0.0  # a share of nothing has no sign
+    if value and abs(value) < 1e-2:
+        return number(value, digits, signed=signed) + FIXED + "%"
+    places = 0
+    if value:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:+.{places}f}" if signed and value else f"{value:.{places}f}"
+    return true_minus(text) + FIXED + "%"
+
+
+def exact(value: Any) -> str:
+    """A number with all its digits, for whoever wants them."""
+    return str(value) if isinstance(value, (int, str)) else repr(value)
+
+
+def count(value: int, noun: str) -> str:
+    """`1 check`, `58 checks`."""
+    return f"{value:,} {noun}" + ("" if value == 1 else "s")
+
+
+def listed(items: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *head, last = items
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def in_line(text: str) -> str:
+    """Text on one line: line feeds, tabs and what cannot be printed are shown."""
+    shown = text.replace("\t", "→").replace("\r", "␍").replace("\n", "↵")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+
+
+def around(before: str, after: str, most: int) -> tuple[str, str]:
+    """What stands directly before and after a token, this many characters of each."""
+    before, after = in_line(before), in_line(after)
+    head = before if len(before) <= most else "…" + before[-most:]
+    tail = after if len(after) <= most else after[:most] + "…"
+    return head, tail
+
+
+def visible(token: str) -> str:
+    """A token's text on one line; one of white space only is shown too."""
+    if token == "":
+        return "∅"
+    return in_line(token if token.strip(" ") else token.replace(" ", "·"))
+
+
+def short_name(parameter: str) -> str:
+    """A parameter's name without what PEFT wraps around every one of them."""
+    for wrapping in ("base_model.model.", "model.", "transformer."):
+        parameter = parameter.removeprefix(wrapping)
+    return parameter.removesuffix(".weight").removesuffix(".default")

@@ -1,0 +1,56 @@
+"""Does what the jobs really write make a page, and does a job make its own?"""
+
+import json
+import re
+from pathlib import Path
+
+import launching
+import pytest
+import yaml
+from click.testing import CliRunner
+from tiny_runs import make_run
+
+from entropy_ddp.cli import main
+from entropy_ddp.report.writing import write_report
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run directories of each job on one tiny checkpoint, by command."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny = make_run(folder / "checkpoint", "gpt2")
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny.config().model_dump()))
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in launching.LAUNCHER_VARIABLES:
+            patch.delenv(name, raising=False)
+        for command in ("probe", "sweep", "attribute"):
+            out = found[command] = folder / command
+            extra = ["--report"] if command == "attribute" else []
+            arguments = ["--config", str(config), "--out", str(out), "--quiet", *extra]
+            result = CliRunner().invoke(main, [command, *arguments])
+            assert result.exit_code in (0, 3), result.output
+    return found
+
+
+def test_every_part_of_real_runs_has_its_section(runs: dict[str, Path]) -> None:
+    """A key that a job renames would be missed here."""
+    written = write_report([runs["sweep"], runs["probe"], runs["attribute"]], None)
+    html = written.page.read_text()
+    sections = re.findall(r'<section id="([^"]+)">', html)
+    assert sections == ["prediction", "sweep", "responses", "attribution", "run"]
+    assert written.page.parent == runs["sweep"]
+    truth = json.loads((runs["probe"] / "results.json").read_text())["truth"]
+    for key in ("delta_h_true", "se", "H_orig", "ess"):
+        assert f'title="{truth[key]!r}"' in html
+
+
+def test_a_job_leaves_its_page_on_request(runs: dict[str, Path]) -> None:
+    """`--report` makes what `report` makes; without it there is no page."""
+    assert not (runs["probe"] / "report.html").exists()
+    made = (runs["attribute"] / "report.html").read_bytes()
+    write_report([runs["attribute"]], None)
+    assert (runs["attribute"] / "report.html").read_bytes() == made

@@ -1,0 +1,173 @@
+"""Are runs of one step joined on one page, and all others compared or refused?"""
+
+from pathlib import Path
+
+import pytest
+from run_directories import CURVATURE, sweep_part, write_run
+
+from entropy_ddp.errors import InputError
+from entropy_ddp.report.comparison import comparison_page
+from entropy_ddp.report.files import read_run
+from entropy_ddp.report.run_page import run_page
+from entropy_ddp.report.subjects import Subject, group_runs
+from entropy_ddp.report.view import Page
+from entropy_ddp.report.writing import write_report
+
+TEXTS = [["1", "2"], ["3"], ["4", "5", "6"]]
+COMPLAINT = {
+    "name": "what is swept", "value": 1, "expected": "2", "verdict": "warn", "hint": "h",
+}  # fmt: skip
+
+
+def subjects_of(*folders: Path) -> list[Subject]:
+    """What these run directories are about."""
+    return group_runs([read_run(folder) for folder in folders])
+
+
+def compare(*folders: Path) -> Page:
+    """The comparison of these run directories."""
+    return comparison_page(subjects_of(*folders))
+
+
+def test_probe_sweep_and_attribution_make_one_page(tmp_path: Path) -> None:
+    """In any order; settings of the sweep or of the machine do not part them."""
+    probe = write_run(tmp_path / "probe", {"curvature": CURVATURE})
+    sweep = write_run(
+        tmp_path / "sweep",
+        {**sweep_part(), "audit": [COMPLAINT], "run.world_size": 4},
+        {"sweep.num_points": 3, "compute.tokens_per_microbatch": 64, "out": "runs/x"},
+    )
+    shares = write_run(
+        tmp_path / "shares", config={"attribution.verify": True}, texts=TEXTS
+    )
+    (subject,) = subjects_of(sweep, shares, probe)
+    assert [run.command for run in subject.runs] == ["probe", "attribute", "sweep"]
+    page = run_page(subject)
+    ids = [section.id for section in page.sections]
+    assert ids == ["prediction", "sweep", "responses", "attribution", "run"]
+    assert [c.name for c in page.complaints] == ["sweep: what is swept"]
+
+
+def test_a_part_that_no_run_has_is_left_out(tmp_path: Path) -> None:
+    """No empty boxes."""
+    page = run_page(subjects_of(write_run(tmp_path / "probe"))[0])
+    assert [section.id for section in page.sections] == [
+        "prediction",
+        "responses",
+        "run",
+    ]
+    assert [glance.question for glance in page.glances] == [
+        "How much?", "How sure?", "To be trusted?",
+    ]  # fmt: skip
+
+
+def test_the_worst_status_is_the_page_s(tmp_path: Path) -> None:
+    """An untrusted sweep cannot hide behind a trusted probe."""
+    probe = write_run(tmp_path / "probe")
+    sweep = write_run(tmp_path / "sweep", {**sweep_part(), "status": "untrusted"})
+    (subject,) = subjects_of(probe, sweep)
+    page = run_page(subject)
+    assert page.alarm.startswith("This run is untrusted")
+    assert page.glances[2].answer == "No"
+    assert page.sign == ""
+
+
+def test_two_answers_to_one_question_are_refused(tmp_path: Path) -> None:
+    """Two probes of the same step: which one would the headline be from?"""
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(InputError, match=r"one and .*two: two probe runs of the same"):
+        subjects_of(*runs)
+
+
+def test_contradicting_runs_are_refused(tmp_path: Path) -> None:
+    """The same configuration, but a batch file or the checkpoint was exchanged."""
+    probe = write_run(tmp_path / "probe")
+    for key, value in (("truth.delta_h_true", -0.003), ("truth.H_orig", 0.3)):
+        sweep = write_run(tmp_path / key, {**sweep_part(), key: value})
+        with pytest.raises(InputError, match="changed between them: run both again"):
+            subjects_of(probe, sweep)
+
+
+def test_rounding_does_not_part_runs(tmp_path: Path) -> None:
+    """Another number of ranks gives other last digits."""
+    probe = write_run(tmp_path / "probe")
+    changes = {"truth.delta_h_true": -0.0020000001, "truth.H_orig": 0.2500001}
+    sweep = write_run(tmp_path / "sweep", {**sweep_part(), **changes})
+    assert len(subjects_of(probe, sweep)) == 1
+
+
+OTHERS = {
+    "checkpoint": ({}, {"checkpoint.path": "out/checkpoint-40"}),
+    "batch file": ({}, {"batches.E.file": "other.jsonl"}),
+    "batch size": ({"E.num_sequences": 39}, {}),
+    "loss": ({}, {"update.loss": "grpo"}),
+    "temperature": ({}, {"objective.temperature": 0.7}),
+    "estimator": ({}, {"truth.is_mode": "per_decision"}),
+    "seed": ({}, {"seed": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_runs_that_differ_are_never_joined(tmp_path: Path, name: str) -> None:
+    """In whatever the numbers depend on."""
+    changes, config = OTHERS[name]
+    one = write_run(tmp_path / "one")
+    two = write_run(tmp_path / "two", {**changes, **sweep_part()}, config)
+    assert len(subjects_of(one, two)) == 2
+
+
+def test_a_comparison_lies_beside_its_runs(tmp_path: Path) -> None:
+    """Not in one of them, whose own page it would replace."""
+    one = write_run(tmp_path / "runs" / "one")
+    two = write_run(tmp_path / "runs" / "two", config={"seed": 1})
+    written = write_report([one, two], None)
+    assert written.page == tmp_path / "runs" / "report.html"
+    assert written.plots == tmp_path / "runs" / "report-plots"
+    assert {path.name for path in one.iterdir()} == {
+        "config.yaml", "per_sequence.jsonl", "results.json",
+    }  # fmt: skip
+
+
+def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """Whatever the order on the command line; each has one row and its verdict."""
+    entropies = {40: 0.2, 20: 0.25, 100: 0.1}
+    runs = [
+        write_run(
+            tmp_path / f"step{step}",
+            {"truth.H_orig": entropy, "status": "untrusted" if step == 40 else "ok"},
+            {"checkpoint.path": f"out/checkpoint-{step}"},
+        )
+        for step, entropy in entropies.items()
+    ]
+    page = compare(*runs)
+    rows = page.sections[0].tables[0].rows
+    assert [row[0].text for row in rows] == ["step 20", "step 40", "step 100"]
+    assert [row[1].title for row in rows] == ["0.25", "0.2", "0.1"]
+    assert [row[-1].text for row in rows] == ["ok", "untrusted", "ok"]
+    assert page.alarm == "1 of 3 checkpoints not to be trusted: step 40."
+    assert (
+        "".join(page.headline) == "One step lowers the entropy at 3 of 3 checkpoints."
+    )
+    assert page.figures[0].title == "The entropy falls from 0.25 to 0.1"
+
+
+def test_runs_without_steps_keep_their_order(tmp_path: Path) -> None:
+    """Two settings of one checkpoint have the same step: the given order counts."""
+    runs = [
+        write_run(tmp_path / name, config={"update.loss": loss})
+        for name, loss in (("second", "grpo"), ("first", "dapo"))
+    ]
+    page = compare(*runs)
+    rows = page.sections[0].tables[0].rows
+    assert [row[0].text for row in rows] == ["second", "first"]
+    same = write_run(tmp_path / "other" / "first", config={"update.loss": "nll"})
+    rows = compare(runs[1], same).sections[0].tables[0].rows
+    assert [row[0].text for row in rows] == [str(runs[1]), str(same)]
+
+
+def test_different_units_are_not_compared(tmp_path: Path) -> None:
+    """Nats per token and nats per sequence cannot stand on one axis."""
+    one = write_run(tmp_path / "one")
+    two = write_run(tmp_path / "two", config={"objective.normalize": "per_sequence"})
+    with pytest.raises(InputError, match="cannot stand on one axis"):
+        compare(one, two)

@@ -1,0 +1,201 @@
+"""Nothing asks the network unless a hub id is given; code of a checkpoint runs if asked.
+
+The commands run in a process in which every connection and every look-up of a name is
+recorded and refused, and in which nothing says that the hub is offline.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import yaml
+from checkpoints import Saved, run_config, save_checkpoint, write_rows
+from click.testing import CliRunner, Result
+from reference import random_rows
+from test_cli import save_character_tokenizer
+from transformers import dynamic_module_utils
+
+from entropy_ddp.cli import main
+
+# Commands, one a line of JSON on standard input, in one process: starting is what
+# takes time. Prints the exit codes and what was asked of the network.
+RUNNER = """
+import json, sys, time
+
+asked = []
+
+def refuse(event, arguments):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        name = arguments[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        name = arguments[1][0]
+    else:
+        return
+    if name not in (None, "", "localhost", "127.0.0.1", "::1"):
+        asked.append(f"{event} {name}")
+        raise OSError("no network here")
+
+sys.addaudithook(refuse)
+from entropy_ddp.cli import main
+
+time.sleep = lambda seconds: None  # between the hub's own attempts
+codes = []
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments, standalone_mode=False)
+        codes.append(0)
+    except SystemExit as ended:
+        codes.append(ended.code)
+print("RESULT", json.dumps({"codes": codes, "asked": asked}))
+"""
+SOMEWHERE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+open({path!r}, "w").close()
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+class OwnModel(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def run_commands(
+    *commands: list[str], timeout: float = 200.0
+) -> tuple[dict[str, Any], str]:
+    """What the commands ended with and asked for, and their standard error."""
+    command = launching.python("-c", RUNNER, json.dumps(commands))
+    environment = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    finished = launching.run(command, environment, timeout).require_success()
+    (line,) = [s for s in finished.stdout.splitlines() if s.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT ")), finished.stderr
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A tiny adapter with a tokenizer, and a configuration beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    saved = save_checkpoint(folder, "qwen2")
+    save_character_tokenizer(saved.base)
+    evaluation = random_rows(1, groups=8, responses=[1, 2] * 4, vocabulary=17)
+    update = random_rows(2, groups=3, responses=[2, 3, 2], vocabulary=17)
+    files = [
+        write_rows(folder / f"{split}.jsonl", rows)
+        for split, rows in (("E", evaluation), ("U", update))
+    ]
+    (folder / "run.yaml").write_text(yaml.safe_dump(run_config(saved, *files)))
+    (folder / "prompts.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+1="}\n')
+    return saved
+
+
+def test_commands_on_folders_ask_nothing(saved: Saved, tmp_path: Path) -> None:
+    """check, probe, attribute and sample; a hub id is asked for, in one line of error."""
+    folder = saved.base.parent
+    config = ["--config", str(folder / "run.yaml"), "--quiet"]
+    sample = (
+        f"{{prompts: {folder / 'prompts.jsonl'}, num_prompts: 2, max_new_tokens: 3}}"
+    )
+    setting = ["--set", f"batches.E={{sample: {sample}}}"]
+    outs = [str(tmp_path / name) for name in ("probe", "attribute", "sample")]
+    found, _ = run_commands(
+        ["check", *config],
+        ["probe", *config, "--out", outs[0]],
+        ["attribute", *config, "--out", outs[1]],
+        ["sample", *config, *setting, "--out", outs[2]],
+    )
+    assert found == {"codes": [0, 0, 0, 0], "asked": []}
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line(saved: Saved) -> None:
+    """It is asked for, which shows that the trap works; then the way out is told."""
+    config = ["--config", str(saved.base.parent / "run.yaml"), "--quiet"]
+    found, errors = run_commands(
+        ["check", *config, "--set", "checkpoint.base=some/where"]
+    )
+    assert found["codes"] == [2]
+    assert any("huggingface.co" in name for name in found["asked"])
+    assert errors.startswith("error: base model some/where: cannot be loaded")
+    assert "hf download some/where" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_whole_demo_asks_nothing(tmp_path: Path) -> None:
+    """Made, checked and probed."""
+    demo = tmp_path / "demo"
+    batches = {split: {"file": str(demo / f"{split}.jsonl")} for split in "EU"}
+    checkpoint = {"path": str(demo / "checkpoint-20")}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"checkpoint": checkpoint, "batches": batches}))
+    out = str(tmp_path / "out")
+    found, errors = run_commands(
+        ["demo", "--out", str(demo), "--quiet"],
+        ["check", "--config", str(config), "--quiet"],
+        ["probe", "--config", str(config), "--out", out, "--quiet"],
+        timeout=280,
+    )
+    assert found == {"codes": [0, 0, 0], "asked": []}, errors
+
+
+# Code that comes with a checkpoint
+
+
+def own_model(saved: Saved, folder: Path) -> Path:
+    """A base folder whose config.json names code in it; the code makes a file."""
+    import shutil
+
+    base = folder / "base"
+    shutil.copytree(saved.base, base)
+    path = base / "config.json"
+    document = json.loads(path.read_text()) | {
+        "model_type": "own",
+        "architectures": ["OwnModel"],
+        "auto_map": {
+            "AutoConfig": "own.OwnConfig",
+            "AutoModelForCausalLM": "own.OwnModel",
+        },
+    }
+    path.write_text(json.dumps(document))
+    (base / "own.py").write_text(SOMEWHERE.format(path=str(folder / "ran")))
+    return base
+
+
+def check(saved: Saved, *options: str) -> Result:
+    """`check` in this process."""
+    config = str(saved.base.parent / "run.yaml")
+    return CliRunner().invoke(main, ["check", "--config", config, "--quiet", *options])
+
+
+def test_a_checkpoint_s_code_runs_with_the_flag_only(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it: one line that names the flag. A file cannot give the permission."""
+    for name in launching.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
+    base, ran = own_model(saved, tmp_path), tmp_path / "ran"
+    setting = ("--set", f"checkpoint.base={base}")
+    refused = check(saved, *setting)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"error: base model {base}: needs the Python code")
+    assert "--trust-remote-code" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not ran.exists()
+
+    document = yaml.safe_load((saved.base.parent / "run.yaml").read_text())
+    document["checkpoint"] |= {"base": str(base), "trust_remote_code": True}
+    path = tmp_path / "sent.yaml"
+    path.write_text(yaml.safe_dump(document))
+    sent = CliRunner().invoke(main, ["check", "--config", str(path)])
+    assert sent.exit_code == 2
+    assert "checkpoint.trust_remote_code: expected false or nothing" in sent.stderr
+    assert "--trust-remote-code on the command line" in sent.stderr
+    assert not ran.exists()
+
+    trusted = check(saved, *setting, "--trust-remote-code")
+    assert trusted.exit_code == 0, trusted.stderr
+    assert ran.exists()
