@@ -81,7 +81,7 @@ attribute: $(RUN_STAMP) $(DEMO_COMPLETE) ## name the tokens of the update that m
 report: probe sweep attribute ## probe, sweep and attribute, and one page of all three
 	$(BIN)/python -m entropy_ddp report $(OUT) $(OUT)-sweep $(OUT)-attribute
 
-ledger: $(TEST_STAMP) $(DEMO_COMPLETE) ## train the demo with a probe at every step and add them up
+ledger: $(RUN_STAMP) $(DEMO_COMPLETE) ## train the demo with a probe at every step and add them up
 	rm -rf $(OUT)-ledger
 	$(BIN)/python examples/train_with_probe.py --out $(OUT)-ledger
 	$(BIN)/python -m entropy_ddp ledger $(OUT)-ledger

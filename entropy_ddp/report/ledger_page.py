@@ -35,11 +35,22 @@ def ledger_page(ledger: Ledger, name: str) -> Page:
             " nats per token",
         ),
         sign="cold" if total["value"] < 0 else "warm",
-        lead=" ".join(f"{note[0].upper()}{note[1:]}." for note in ledger.notes)
-        or "Every step was probed.",
+        lead=" ".join([_measured_curve(ledger), *map(_sentence, ledger.notes)]),
         checked=f"{steps['probed']:,} of {steps['total']:,} steps were probed.",
         sections=sections,
     )
+
+
+def _measured_curve(ledger: Ledger) -> str:
+    begin, end = ledger.curve[0], ledger.curve[-1]
+    return (
+        f"On fresh responses it went from {with_error(begin['value'], begin['se'], signed=False)} to "
+        f"{with_error(end['value'], end['se'], signed=False)}."
+    )
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}."
 
 
 def _run(ledger: Ledger) -> Section:
