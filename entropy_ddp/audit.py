@@ -8,7 +8,7 @@ cannot be trusted); whatever is not ok carries the likely cause and the next thi
 import math
 from typing import Any
 
-from entropy_ddp.results import AuditRow, Verdict
+from entropy_ddp.results import AuditRow, RunFacts, Verdict
 
 
 def check(
@@ -265,19 +265,18 @@ def coverage_check(
 
 
 def scale_checks(
-    scale_sum: float, expected_microbatches: int, size: float, tokens: tuple[int, int]
+    scale_sum: float, expected: float, tokens: tuple[int, int]
 ) -> list[AuditRow]:
     """Derivative scales and token counts over all ranks.
 
     Args:
-        scale_sum: sum over the microbatches that ran of the constant 1/D.
-        expected_microbatches: number planned from the batch file alone; times 1/D it is
-            what the sum should be.
-        size: the global denominator D.
+        scale_sum: sum over the microbatches that ran of the constant 1/D, D the global
+            denominator.
+        expected: what it should be: the number planned from the batch file alone, and
+            those into which others were split for want of memory, times 1/D.
         tokens: response tokens that the passes returned, and that the file holds.
     """
     used, planned = tokens
-    expected = expected_microbatches / size
     return [
         check(
             "sum_deriv_scales",
@@ -323,6 +322,30 @@ def noise_check(noise_floor: float, delta_h_true: float) -> AuditRow:
         "precision.model: float64, or a larger update.lr_override",
         fatal=False,
     )
+
+
+def memory_checks(run: RunFacts, configured: int) -> list[AuditRow]:
+    """Whether memory ran out on the way; no row if it did not.
+
+    Args:
+        run: how often, and the budget that was left.
+        configured: the budget of tokens at the start.
+    """
+    if not run.out_of_memory_retries:
+        return []
+    return [
+        check(
+            "calls made again for want of memory",
+            run.out_of_memory_retries,
+            "0",
+            False,
+            "smaller calls were made in their place, which changes no result but took "
+            f"time: the microbatches had {run.tokens_per_microbatch} tokens at the end "
+            f"instead of {configured}; set compute.tokens_per_microbatch (and "
+            "sequences_per_call of sampled batches) to what fits",
+            fatal=False,
+        )
+    ]
 
 
 def worst_verdict(rows: list[AuditRow]) -> Verdict:

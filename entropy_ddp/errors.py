@@ -1,5 +1,16 @@
 """The two ways in which a run ends that are not a defect of this package."""
 
+# As allocators word it: torch's on the CPU, on a GPU and in older versions; the driver's
+# own; libraries' that allocate for themselves; C++'s `new`.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "std::bad_alloc",
+)
+
 
 class InputError(ValueError):
     """What the user gave is wrong: a configuration, a checkpoint or a batch file.
@@ -16,16 +27,20 @@ class RunError(RuntimeError):
     """
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the host or on a device."""
+    # By name: torch is not imported for this.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(part in text for part in _NO_MEMORY)
+
+
 def raise_if_out_of_memory(error: Exception) -> None:
     """Raise an error that says that memory ran out; anything else passes.
 
     For handlers of "whatever a library raises about this file": a machine that is too
     small is no fault of the file.
     """
-    is_shortage = (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
-    if is_shortage:
+    if is_out_of_memory(error):
         raise error

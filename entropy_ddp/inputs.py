@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.errors import InputError, RunError, is_out_of_memory
 
-# As torch's allocators word it, on the CPU, on a GPU and in older versions.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 # Of these the message alone says nothing: KeyError('zzz') reads 'zzz'.
 _TERSE = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 
@@ -57,14 +55,6 @@ def fault_of_file(place: str, describe: Callable[[str], str]) -> Iterator[None]:
                 "if not, start fewer processes or use a machine with more memory"
             ) from error
         raise InputError(describe(reason_of(error))) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the host or on a device."""
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(part in text for part in _NO_MEMORY)
 
 
 def reason_of(error: BaseException) -> str:

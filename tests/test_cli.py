@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
+from entropy_ddp.probe import keeping
+from entropy_ddp.probe.unfinished import Unfinished
 
 CHARACTERS = "0123456789+= ?"
 VOCABULARY = ["<eos>", "<unk>", "<pad>", *CHARACTERS]
@@ -785,6 +787,60 @@ def test_a_probe_of_sampled_batches_keeps_them(
     prompts = [row["prompt_index"] for row in rows_of(files, "E.jsonl")]
     carried = [row["id"] for row in rows_of(out) if row["split"] == "E"]
     assert carried == prompts
+
+
+@pytest.mark.usefixtures("rewards")
+@pytest.mark.parametrize("command", ["sample", "probe"])
+def test_a_batch_that_was_sampled_is_not_sampled_again(
+    sampled_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    """Ended between the two batches: E is read, U is sampled, all as undisturbed."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = (command, "--config", sampled_config, "--out")
+    assert invoke(*arguments, whole).exit_code == 0
+    keep = Unfinished.keep_rollouts
+
+    def keep_and_end(self: Unfinished, *rest: Any) -> None:
+        keep(self, *rest)
+        raise MemoryError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "keep_rollouts", keep_and_end)
+        assert invoke(*arguments, out).exit_code == 1
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
+    refused = invoke(*arguments, out)
+    assert refused.exit_code == 2 and "give --resume" in refused.stderr
+    refused = invoke(*arguments, out, "--resume", "--set", "seed=1")
+    assert refused.exit_code == 2 and "seed was 0, now 1" in refused.stderr
+    kept = out / "unfinished" / "rollouts" / "E.jsonl"
+    text = kept.read_text()
+    kept.write_text(text + "\n")
+    refused = invoke(*arguments, out, "--resume")
+    assert refused.exit_code == 2 and "found another content" in refused.stderr
+    kept.write_text(text)
+    sampled: list[str] = []
+    sample = keeping.sample_batch
+    monkeypatch.setattr(
+        keeping,
+        "sample_batch",
+        lambda s, split, *r: sampled.append(split) or sample(s, split, *r),
+    )
+    done = invoke(*arguments, out, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert sampled == ["U"]
+    folder = "rollouts" if command == "probe" else "."
+    for name in ("E.jsonl", "U.jsonl"):
+        assert (out / folder / name).read_bytes() == (
+            whole / folder / name
+        ).read_bytes()
+    assert not (out / "unfinished").exists()
+    if command == "probe":
+        assert document_of(out)["run"]["resumed"] == ["sample E"]
+        for name in ("E", "U", "update", "truth", "linear"):
+            assert document_of(out)[name] == document_of(whole)[name]
 
 
 @pytest.mark.usefixtures("rewards")

@@ -16,6 +16,8 @@ ROOMS = (
     "interruption",
     "atomic",
     "inputs",
+    "memory",
+    "tensors",
     "config",
     "distributed",
     "rollouts",

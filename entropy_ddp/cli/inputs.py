@@ -37,17 +37,22 @@ def sample(options: Options) -> None:
 
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
-    from entropy_ddp.probe.sample import run_sample
+    from entropy_ddp.probe.sample import run_sample, sampled_files
+    from entropy_ddp.results import prepare_folder
     from entropy_ddp.terminal.inputs import print_samples
     from entropy_ddp.terminal.progress import phase_progress
 
+    files = sampled_files(config, out)
+    if world.is_main:
+        names = [path.name for path in files.values()]
+        prepare_folder(out, options.overwrite, options.resume, names)
     console = table_console(world, options)
     with (
         no_empty_folder(out),
         phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):
-        summaries = run_sample(config, world, out, options.overwrite, progress)
+        summaries = run_sample(config, world, out, progress)
     if console is not None:
         print_samples(console, summaries, str(out))
     if options.as_json and world.is_main:

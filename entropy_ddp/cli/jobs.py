@@ -113,7 +113,7 @@ def _job(
         stdout_kept(options),
     ):
         if world.is_main:
-            prepare_folder(out, options.overwrite)
+            prepare_folder(out, options.overwrite, options.resume)
         probed = job(config, world, out, progress)
     if not world.is_main:
         return 0

@@ -21,6 +21,7 @@ class Options:
     assignments: tuple[str, ...]
     out: Path | None
     overwrite: bool
+    resume: bool = False
     quiet: bool
     as_json: bool
     report: bool = False
@@ -54,6 +55,9 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         help="Folder for what is written; default: a new one under runs/.",
     )
     @click.option("--overwrite", is_flag=True, help="Replace earlier results in --out.")
+    @click.option(
+        "--resume", is_flag=True, help="Go on with the unfinished run in --out."
+    )
     @click.option("--quiet", is_flag=True, help="Print errors only.")
     @click.option(
         "--json",

@@ -29,6 +29,7 @@ class TokenScores:
         logp: log-probability of each response token.
         entropy: entropy H of the distribution each token was drawn from.
         num_microbatches: number of microbatches this rank ran.
+        num_extra_microbatches: how many of them there are because memory ran out.
         routing: of mixtures of experts, one number for the experts of each token,
             int64; None of other models.
     """
@@ -36,6 +37,7 @@ class TokenScores:
     logp: Tensor
     entropy: Tensor
     num_microbatches: int = 0
+    num_extra_microbatches: int = 0
     routing: Tensor | None = None
 
     @classmethod
@@ -59,6 +61,12 @@ class TokenScores:
     def array(self, name: str) -> Tensor:
         """The flat token array of this name."""
         return getattr(self, name)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The flat token arrays that are there, without features, by name."""
+        names = ("logp", "entropy", "dlogp", "dentropy", "routing")
+        found = {name: getattr(self, name, None) for name in names}
+        return {name: array for name, array in found.items() if array is not None}
 
     def first(self, count: int) -> "TokenScores":
         """The first tokens; their arrays share memory with these."""
@@ -100,6 +108,7 @@ class DirectionalScores(TokenScores):
         """
         self.fill(tokens, **{name: scores.array(name) for name in DERIVATIVES})
         self.num_microbatches += scores.num_microbatches
+        self.num_extra_microbatches += scores.num_extra_microbatches
         if scores.routing is not None:
             self.put_routing(tokens, scores.routing)
 

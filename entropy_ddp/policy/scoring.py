@@ -6,10 +6,14 @@ also their derivatives along a direction in parameter space (forward mode, nothi
 stored). `pull_back` adds the gradient of sum(a log p + b H) over all response tokens
 into the parameters' `.grad` (reverse mode, one backward per microbatch), and `gradient`
 moves them into one flat buffer. `score_twice` gives second derivatives.
+
+Where memory runs out, the microbatch is split and tried again (`walk`). A forward pass
+that fails leaves nothing; a backward pass has added to some of the gradients already,
+which are then made anew: that costs time when it happens, and nothing when it does not.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_ddp.errors import RunError
+from entropy_ddp.memory import Allowance
 from entropy_ddp.policy.counting import PassCount, counted
 from entropy_ddp.policy.finite import require_finite_gradient
 from entropy_ddp.policy.forward_mode import (
@@ -26,16 +31,18 @@ from entropy_ddp.policy.forward_mode import (
     undetached,
     weight_norms,
 )
-from entropy_ddp.policy.parameters import ParameterLayout, inner_product, shifted
+from entropy_ddp.policy.parameters import (
+    ParameterLayout,
+    add_gradients,
+    inner_product,
+    shifted,
+)
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, TokenWeights
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.policy.walk import Walk
 from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import (
-    Microbatch,
-    PromptSharing,
-    make_microbatches,
-)
+from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
 
 # How far apart the two passes of a second derivative are, in nats: the typical change
 # of a token's log p from the middle to either. The rounding of first derivatives, which
@@ -60,9 +67,10 @@ class Passes:
         device: the model's device.
         advance: called with the number of tokens after every microbatch.
         count_operations: whether floating-point operations are counted.
-        runs_hooks: whether a backward pass runs the hooks on the parameters' gradients.
-            False where they are a trainer's, which must not see passes that are not
-            its own.
+        runs_hooks: whether backward passes run hooks on the parameters: not a trainer's.
+        allowance: how many tokens of a microbatch fit into memory, as far as is known.
+        saved_per_position: bytes that a backward pass keeps of each position of a
+            microbatch; 0 as long as it was not measured.
         performed: what this rank has run so far, by kind of pass and batch.
     """
 
@@ -74,6 +82,8 @@ class Passes:
     advance: Callable[[int], None] = lambda count: None
     count_operations: bool = False
     runs_hooks: bool = True
+    allowance: Allowance = field(default_factory=Allowance)
+    saved_per_position: float = 0.0
     performed: dict[tuple[str, str], PassCount] = field(default_factory=dict)
 
     @overload
@@ -182,10 +192,15 @@ class Passes:
             scores = DirectionalScores.empty(num_tokens, with_features)
             duals = dual_parameters(self.tokens, self.parameters, direction)
         with torch.no_grad(), duals as tangent_rules:
-            for microbatch in self._microbatches(shard):
+
+            def attempt(microbatch: Microbatch) -> None:
                 with precision_context(self.dtype), tangent_rules:
                     self._score_microbatch(microbatch, scores)
+
+            walk = self._walk(shard)
+            for microbatch in walk.microbatches(attempt):
                 self._performed_one(microbatch, scores, count)
+        scores.num_extra_microbatches = walk.num_extra
         _require_finite(scores, shard)
         return scores
 
@@ -193,16 +208,18 @@ class Passes:
         self,
         shard: Shard,
         weights: TokenWeights,
-        after_backward: Callable[[], None] = lambda: None,
+        collect: Callable[[], None] | None = None,
         *,
         as_trained: bool = False,
     ) -> TokenScores:
-        """Add the gradient of sum(a log p + b H) to the parameters' `.grad`.
+        """Put the gradient of sum(a log p + b H) into the parameters' `.grad`.
 
         Args:
             shard: this rank's sequences; may be empty.
             weights: gives a and b of each token; called for a few rows at a time.
-            after_backward: called after the backward pass of every microbatch.
+            collect: called after the backward pass of every microbatch, to move the
+                gradients elsewhere; None: they are summed in `.grad`, which is None
+                before.
             as_trained: see `differentiated`.
 
         Returns:
@@ -213,35 +230,42 @@ class Passes:
         """
         scores = TokenScores.empty(shard.ragged.num_tokens)
         no_sync = getattr(self.wrapped, "no_sync", nullcontext)
+        backward, tokens_done = False, 0
+
+        def attempt(microbatch: Microbatch) -> None:
+            nonlocal backward
+            backward = False
+            with precision_context(self.dtype):
+                total, logp, entropy = self.wrapped(microbatch, weights)
+                scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
+                backward = True
+                add_gradients(total, self.parameters.values(), self.runs_hooks)
+
+        def undo() -> bool:
+            """Drop the sum that a part of a microbatch may have been added to."""
+            nonlocal tokens_done
+            if not backward:
+                return False
+            self._drop_gradients()
+            if collect is None:
+                self.advance(-tokens_done)
+                scores.num_microbatches = tokens_done = 0
+            return collect is None
+
+        walk = self._walk(shard)
         with (
             self.differentiated(as_trained),
             self._counted("pull_back", shard) as count,
             no_sync(),
         ):
-            for microbatch in self._microbatches(shard):
-                with precision_context(self.dtype):
-                    total, logp, entropy = self.wrapped(microbatch, weights)
-                    self._differentiate(total)
-                after_backward()
-                scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
+            for microbatch in walk.microbatches(attempt, undo):
+                if collect is not None:
+                    collect()
                 self._performed_one(microbatch, scores, count)
+                tokens_done += len(microbatch.token)
+        scores.num_extra_microbatches = walk.num_extra
         _require_finite(scores, shard)
         return scores
-
-    def _differentiate(self, total: Tensor) -> None:
-        """Add the gradient of a scalar to the parameters' `.grad`."""
-        if self.runs_hooks:
-            total.backward()
-            return
-        held = list(self.parameters.values())
-        for parameter, gradient in zip(
-            held, torch.autograd.grad(total, held, allow_unused=True)
-        ):
-            if gradient is not None:
-                sum_so_far = parameter.grad
-                parameter.grad = (
-                    gradient if sum_so_far is None else sum_so_far + gradient
-                )
 
     def differentiated(self, as_trained: bool) -> AbstractContextManager[None]:
         """The context of a pass: whose derivative it takes.
@@ -302,15 +326,22 @@ class Passes:
                 scores = self.pull_back(shard, weights, as_trained=as_trained)
                 collect()
         finally:
-            for parameter in self.parameters.values():
-                parameter.grad = None
+            self._drop_gradients()
         require_finite_gradient(self, shard, weights, flat)
         return flat, scores
 
-    def _microbatches(self, shard: Shard) -> Iterable[Microbatch]:
-        budget = self.tokens.settings.tokens_per_microbatch
-        microbatches = make_microbatches(shard, budget, self.sharing)
-        return (m.to(self.device) for m in microbatches)
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _walk(self, shard: Shard) -> Walk:
+        return Walk(
+            shard=shard,
+            budget=self.tokens.settings.tokens_per_microbatch,
+            sharing=self.sharing,
+            allowance=self.allowance,
+            device=self.device,
+        )
 
     @property
     def sharing(self) -> PromptSharing | None:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.policy.activations import saved_for_backward
 from entropy_ddp.policy.parameters import inner_product, shifted
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.scores import TokenScores
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
-from entropy_ddp.rollouts.microbatch import PromptSharing
+from entropy_ddp.rollouts.microbatch import PromptSharing, plan_microbatches
 
 # Relative tolerances: output layer, duality, central difference. Values of a float32
 # model carry errors of 1e-7, which a central difference divides by its step.
@@ -241,11 +242,16 @@ def _reverse_mode_slope(
     passes: Passes, shard: Shard, direction: dict[str, Tensor]
 ) -> float:
     ones = torch.ones(shard.ragged.num_tokens, dtype=torch.float64)
+    (rows,) = plan_microbatches(shard, 1 << 20)
+    shape = (len(rows), max(row.length for row in rows))
+    wide = passes.with_settings(tokens_per_microbatch=1 << 20, share_prompts=False)
     # Parameter by parameter: a flat float64 buffer could be larger than the model.
     try:
-        passes.pull_back(
-            shard, lambda token, *_: (ones[token.cpu()], ones[token.cpu()])
-        )
+        with saved_for_backward(shape) as saved:
+            wide.pull_back(
+                shard, lambda token, *_: (ones[token.cpu()], ones[token.cpu()])
+            )
+        passes.saved_per_position = saved.per_position
         return sum(
             inner_product(parameter.grad.reshape(-1), direction[name].reshape(-1))
             for name, parameter in passes.parameters.items()

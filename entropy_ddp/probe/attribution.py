@@ -4,9 +4,7 @@ Beside the passes of a probe it costs one backward pass over E (which the audit 
 against reverse mode is part of) and one forward-mode pass over U, however large U is.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +18,28 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.attribution import (
     TokenTable,
     concentration,
-    covariance_score,
     judge_proxy,
-    probability_deciles,
     proxies,
     rules,
-    share_by,
 )
 from entropy_ddp.estimators.errors import relative_difference
 from entropy_ddp.policy.parameters import inner_product
 from entropy_ddp.policy.response_tokens import TokenWeights
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.audits import Extras, audit_rows, tolerance_of
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
 from entropy_ddp.probe.phases import snapshot_device
 from entropy_ddp.probe.session import Progress, Session, open_session
+from entropy_ddp.probe.token_tables import summaries, token_rows, top_tokens
+from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.results import AttributionResult, AuditRow, Probed, Rows
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import Step, one_step
 
-# Tokens shown on either side of a token in its context.
-CONTEXT_TOKENS = 16
 # Of the largest term of the slope.
 GAP_TOLERANCE = {
     torch.float64: 1e-10,
@@ -74,7 +70,7 @@ def run_attribution(
             "update.delta: attribution is of the optimizer's step on U; a change that is "
             "given does not say what it was made of; leave update.delta out"
         )
-    session = open_session(config, world, out, progress)
+    session = open_session(config, world, out, progress, "attribute")
     measured = measure(session, len(session.batches["E"]), with_curvature=False)
     return attributed(session, measured, audit_rows(session, measured, Extras()))
 
@@ -179,8 +175,13 @@ def score_shares(
     """
     batch = session.batches["U"]
     shard = session.shard(batch)
-    with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
-        scores = session.passes.score(shard, direction, as_trained=True)
+
+    def score() -> Record:
+        with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
+            scores = session.passes.score(shard, direction, as_trained=True)
+            return Record(tokens=scores.arrays())
+
+    scores = DirectionalScores(**session.kept("shares", shard, score).tokens)
     tokens = torch.arange(shard.ragged.num_tokens)
     on_logp, on_entropy = weights(tokens, scores.logp, scores.entropy)
     share = -(on_logp * scores.dlogp + on_entropy * scores.dentropy)
@@ -250,68 +251,45 @@ def _gap_row(session: Session, result: AttributionResult) -> AuditRow:
     )
 
 
-def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
-    """Shares by sign of advantage, probability, position, reward and pass rate."""
-    batch, share = session.batches["U"], table.share
-    sign = (table.advantage.sign() + 1).long()
-    decile = probability_deciles(table.logp)
-    edges = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
-    place = torch.bucketize(table.position + 1, edges, right=True) - 1
-    positions = [
-        f"{low}" if high == low + 1 else f"{low}-{high - 1}"
-        for low, high in pairwise(edges.tolist())
-    ]
-    found = {
-        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, share),
-        "probability decile": share_by(
-            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, share
-        ),
-        "position": share_by([*positions, f"{edges[-1]} on"], place, share),
-    }
-    rewards = [s.reward for s in batch.sequences]
-    if all(reward is not None for reward in rewards):
-        best = torch.tensor(rewards, dtype=torch.float64)
-        passed = (best >= best.max()).double()
-        rate = torch.zeros(batch.num_groups, dtype=torch.float64)
-        rate.index_add_(0, batch.groups, passed)
-        rate /= batch.group_sizes
-        quarter = (rate * 4).long().clamp(max=3)[batch.groups]
-        ragged = batch.ragged
-        found["largest reward"] = share_by(
-            ["not reached", "reached"], ragged.spread(passed.long()), share
-        )
-        found["pass rate of the group"] = share_by(
-            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), share
-        )
-    return found
-
-
 def _what_if(
     session: Session, measured: Measured, table: TokenTable, total: float
 ) -> list[dict[str, Any]]:
     """delta_h1 without the tokens that each rule chooses; with `verify`, the truth too."""
     settings = session.config.attribution
     rows = []
-    for rule in rules(table, settings.fraction):
+    for number, rule in enumerate(rules(table, settings.fraction), start=1):
         row: dict[str, Any] = {
             "rule": rule.name,
             "num_tokens": int(rule.mask.sum()),
             "delta_h1": total - float(table.share[rule.mask].sum()),
         }
         if settings.verify:
-            row |= _masked_truth(session, measured, ~rule.mask)
+            row |= _masked_truth(session, measured, ~rule.mask, f"what-if-{number}")
         rows.append(row)
     return rows
 
 
 def _masked_truth(
-    session: Session, measured: Measured, keep: Tensor
+    session: Session, measured: Measured, keep: Tensor, name: str
 ) -> dict[str, float]:
     """Take the step on the kept tokens only, score E, undo; keep [T] of all of U."""
+    evaluation = session.shard(session.batches["E"])
+    record = session.kept(
+        name,
+        evaluation,
+        lambda: Record(tokens=_score_after_masked_step(session, keep).arrays()),
+    )
+    scores = TokenScores(**record.tokens)
+    truth = session.config.truth
+    change = changes_at(session, measured.base, scores)[truth.is_mode]
+    return {"delta_h_true": change.value, "se": change.se}
+
+
+def _score_after_masked_step(session: Session, keep: Tensor) -> TokenScores:
     world, passes, config = session.world, session.passes, session.config
     assert session.optimizer is not None
     batch = session.batches["U"]
-    shard, evaluation = session.shard(batch), session.shard(session.batches["E"])
+    shard = session.shard(batch)
     weights = _masked(
         loss_weights(shard, config.update, session.reference_logp),
         keep[token_places(batch, shard)],
@@ -328,9 +306,7 @@ def _masked_truth(
             config.update,
             snapshot_device(config.compute),
         ):
-            scores = passes.score(evaluation)
-    change = changes_at(session, measured.base, scores)[config.truth.is_mode]
-    return {"delta_h_true": change.value, "se": change.se}
+            return passes.score(session.shard(session.batches["E"]))
 
 
 def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
@@ -339,51 +315,3 @@ def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
         return on_logp * keep[token.cpu()].to(on_logp), on_entropy
 
     return masked
-
-
-def token_rows(session: Session, table: TokenTable) -> Iterator[dict[str, Any]]:
-    """The rows of tokens.jsonl.gz, one by one: every token of U, k counted from 1."""
-    batch, tokenizer = session.batches["U"], session.policy.tokenizer
-    covariance = covariance_score(table.logp, table.advantage)
-    columns = {
-        "logp": table.logp,
-        "entropy": table.entropy,
-        "advantage": table.advantage,
-        "covariance": covariance,
-        "share": table.share,
-    }
-    for sequence, start in zip(batch.sequences, batch.ragged.starts.tolist()):
-        here = slice(start, start + sequence.num_tokens)
-        values = zip(*(column[here].tolist() for column in columns.values()))
-        ids = sequence.response_ids.tolist()
-        for k, (token_id, numbers) in enumerate(zip(ids, values), start=1):
-            row = {"index": sequence.index, "k": k, "token_id": token_id}
-            if tokenizer is not None:
-                row["text"] = tokenizer.decode([token_id])
-            yield row | dict(zip(columns, numbers))
-
-
-def top_tokens(session: Session, table: TokenTable) -> list[dict[str, Any]]:
-    """The tokens with the largest shares by absolute value, in their context."""
-    batch, tokenizer = session.batches["U"], session.policy.tokenizer
-    count = min(session.config.attribution.top, len(table.share))
-    rows = []
-    for place in table.share.abs().topk(count).indices.tolist():
-        sequence = batch.sequences[int(table.sequence[place])]
-        position = int(table.position[place])
-        row: dict[str, Any] = {
-            "index": sequence.index,
-            "k": position + 1,
-            "share": float(table.share[place]),
-            "logp": float(table.logp[place]),
-            "entropy": float(table.entropy[place]),
-            "advantage": float(table.advantage[place]),
-        }
-        if tokenizer is not None:
-            ids = sequence.response_ids.tolist()
-            before = [*sequence.prompt_ids.tolist(), *ids[:position]][-CONTEXT_TOKENS:]
-            after = ids[position + 1 : position + 1 + CONTEXT_TOKENS]
-            pieces = (before, [ids[position]], after)
-            row["context"] = [tokenizer.decode(piece) for piece in pieces]
-        rows.append(row)
-    return rows

@@ -241,18 +241,20 @@ def _size_rows(step: Step) -> list[AuditRow]:
 def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
     world, batch, base = session.world, session.batches["E"], measured.base
     size = measured.estimates.original.denominator
+    counts = (base.num_microbatches, base.num_extra_microbatches)
     local = torch.tensor(
-        [base.num_microbatches / size, float(base.logp.isfinite().sum())],
+        [count / size for count in counts] + [float(base.logp.isfinite().sum())],
         dtype=torch.float64,
     )
-    scale_sum, used = world.sum(local, "scalars").tolist()
-    budget = session.config.compute.tokens_per_microbatch
+    scale_sum, extra, used = world.sum(local, "scalars").tolist()
+    ranks, budget = measured.cut
     planned = sum(
         len(plan_microbatches(block.shard, budget, session.passes.sharing))
-        for rank in range(world.world_size)
-        for block in batch.shard(rank, world.world_size).blocks()
+        for rank in range(ranks)
+        for block in batch.shard(rank, ranks).blocks()
     )
-    return audit.scale_checks(scale_sum, planned, size, (int(used), batch.num_tokens))
+    expected = planned / size + extra
+    return audit.scale_checks(scale_sum, expected, (int(used), batch.num_tokens))
 
 
 def _routing_rows(session: Session, measured: Measured) -> list[AuditRow]:

@@ -60,5 +60,5 @@ def make_demo(out: Path, seed: int, world: World, progress: Progress) -> DemoChe
             "seed": seed,
         }
     )
-    run_sample(config, world, out, overwrite=False, progress=progress)
+    run_sample(config, world, out, progress)
     return made

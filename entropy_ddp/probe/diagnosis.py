@@ -18,10 +18,11 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
 )
 from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scores import DirectionalScores
+from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import first_sequences, gather_sums, snapshot_device
 from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.step import Step, one_step
 
@@ -83,9 +84,13 @@ def check_duality(
             on_entropy = torch.zeros_like(on_entropy)
         return on_logp[token.cpu()], on_entropy
 
-    with session.phase("audit: reverse mode", sample.ragged.num_tokens):
-        gradient, _ = session.passes.gradient(sample, weights, session.buffer_dtype)
-        session.world.sum(gradient, "parameter buffers")
+    def pull_back() -> Record:
+        with session.phase("audit: reverse mode", sample.ragged.num_tokens):
+            flat, _ = session.passes.gradient(sample, weights, session.buffer_dtype)
+            session.world.sum(flat, "parameter buffers")
+        return Record(shared={"gradient": flat})
+
+    gradient = session.kept("reverse-mode", sample, pull_back).shared["gradient"]
     reverse = inner_product(gradient, step.delta) / step.learning_rate
     scale = max(map(abs, (centred, score, pathwise, mean_entropy * counts)))
     return Duality(
@@ -162,12 +167,16 @@ def measure_noise_floor(
     """
     sample = first_sequences(session, size)
     objective, num_tokens = session.config.objective, sample.ragged.num_tokens
-    with session.phase("audit: noise floor", num_tokens):
-        budget = max(1, session.config.compute.tokens_per_microbatch // 5)
-        passes = session.passes.with_settings(
-            tokens_per_microbatch=budget, share_prompts=False
-        )
-        again = passes.score(sample)
+
+    def score() -> Record:
+        with session.phase("audit: noise floor", num_tokens):
+            budget = max(1, session.config.compute.tokens_per_microbatch // 5)
+            passes = session.passes.with_settings(
+                tokens_per_microbatch=budget, share_prompts=False
+            )
+            return Record(tokens=passes.score(sample).arrays())
+
+    again = TokenScores(**session.kept("noise-floor", sample, score).tokens)
     scores = base.first(num_tokens)
     sums = gather_sums(
         session.world, sample, scores.logp, scores.entropy, again.logp, again.entropy

@@ -124,6 +124,18 @@ class FeatureSums:
         for column, weighted in enumerate(known.T):
             self.known[block.sequences, column] = ragged.sum(weighted)
 
+    def of_sequences(self) -> dict[str, Tensor]:
+        """The arrays over sequences by name, [n, ...]."""
+        return {"known": self.known, "zero_mean": self.zero_mean}
+
+    def of_ranks(self) -> dict[str, Tensor]:
+        """Those of which the sum over ranks is wanted, by name."""
+        return {
+            "moments": self.moments,
+            "totals": self.totals,
+            "surprise": self.surprise,
+        }
+
     def _keep_sample(self, block: Block, scores: DirectionalScores) -> None:
         here = block.tokens < self.num_sample_tokens
         if not bool(here.any()):

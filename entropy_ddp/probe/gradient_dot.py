@@ -35,6 +35,7 @@ from entropy_ddp.policy.parameters import global_norm, inner_product
 from entropy_ddp.policy.scores import DirectionalScores
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.probe.units import (
     Units,
     directional_derivatives,
@@ -228,9 +229,15 @@ def _preconditioned_factors(
 
 
 def _mean_gradient(session: Session, units: Units) -> Tensor:
-    phase = f"gradient dot: gradient of {units.shard.batch.split}"
-    with session.phase(phase, units.shard.ragged.num_tokens):
-        return mean_gradient(session, units)
+    split = units.shard.batch.split
+
+    def pull_back() -> Record:
+        phase = f"gradient dot: gradient of {split}"
+        with session.phase(phase, units.shard.ragged.num_tokens):
+            return Record(shared={"gradient": mean_gradient(session, units)})
+
+    kept = session.kept(f"gradient-dot-{split}", units.shard, pull_back)
+    return kept.shared["gradient"]
 
 
 def _projections(
@@ -250,12 +257,23 @@ def _forward(session: Session, factors: Factors) -> tuple[Tensor, Tensor]:
     """All units of a batch in one forward-mode pass."""
     x, y, passes = factors.x, factors.y, session.passes
     along_y_bar = factors.along_y_bar
-    if along_y_bar is None:
+
+    def along_y() -> Record:
         with session.phase("gradient dot: E along Y", x.shard.ragged.num_tokens):
-            along_y_bar = passes.score(x.shard, passes.layout.views(factors.y_bar))
-    with session.phase("gradient dot: U along X", y.shard.ragged.num_tokens):
-        direction = passes.layout.views(factors.scale * factors.x_bar)
-        along_x_bar = passes.score(y.shard, direction, as_trained=True)
+            direction = passes.layout.views(factors.y_bar)
+            return Record(tokens=passes.score(x.shard, direction).arrays())
+
+    def along_x() -> Record:
+        with session.phase("gradient dot: U along X", y.shard.ragged.num_tokens):
+            direction = passes.layout.views(factors.scale * factors.x_bar)
+            scores = passes.score(y.shard, direction, as_trained=True)
+            return Record(tokens=scores.arrays())
+
+    if along_y_bar is None:
+        kept = session.kept("gradient-dot-along-Y", x.shard, along_y)
+        along_y_bar = DirectionalScores(**kept.tokens)
+    kept = session.kept("gradient-dot-along-X", y.shard, along_x)
+    along_x_bar = DirectionalScores(**kept.tokens)
     return (
         factors.per_unit * directional_derivatives(session, x, along_y_bar),
         directional_derivatives(session, y, along_x_bar),
@@ -264,25 +282,37 @@ def _forward(session: Session, factors: Factors) -> tuple[Tensor, Tensor]:
 
 def _group_by_group(session: Session, units: Units, vector: Tensor) -> Tensor:
     """<G_u, vector> of all units, one backward pass for each."""
-    products = torch.zeros(units.count, dtype=torch.float64)
-    phase = f"gradient dot: groups of {units.shard.batch.split}"
-    with session.phase(phase, units.shard.ragged.num_tokens):
-        for unit, flat in unit_gradients(session, units):
-            products[unit] = inner_product(flat, vector)
-        return session.world.sum(products, "scalars")
+    split = units.shard.batch.split
+
+    def pull_back() -> Record:
+        products = torch.zeros(units.count, dtype=torch.float64)
+        phase = f"gradient dot: groups of {split}"
+        with session.phase(phase, units.shard.ragged.num_tokens):
+            for unit, flat in unit_gradients(session, units):
+                products[unit] = inner_product(flat, vector)
+            session.world.sum(products, "scalars")
+        return Record(shared={"products": products})
+
+    kept = session.kept(f"gradient-dot-groups-{split}", units.shard, pull_back)
+    return kept.shared["products"]
 
 
 def _paired(session: Session, factors: Factors) -> tuple[Tensor, ...]:
     """All three of the same rollouts, one backward pass over each unit for X and Y."""
     x, y = factors.x, factors.y
     onto_y, onto_x = factors.y_bar, factors.scale * factors.x_bar
-    products = torch.zeros(3, x.count, dtype=torch.float64)
-    with session.phase("gradient dot: groups", 2 * x.shard.ragged.num_tokens):
-        # The same groups on this rank, in the same order: both are dealt out alike.
-        pairs = zip(unit_gradients(session, x), unit_gradients(session, y), strict=True)
-        for (unit, of_x), (_, of_y) in pairs:
-            products[0, unit] = inner_product(of_x, onto_y)
-            products[1, unit] = inner_product(of_y, onto_x)
-            products[2, unit] = inner_product(of_x, factors.scale * of_y)
-        session.world.sum(products, "scalars")
-    return tuple(products)
+
+    def pull_back() -> Record:
+        products = torch.zeros(3, x.count, dtype=torch.float64)
+        with session.phase("gradient dot: groups", 2 * x.shard.ragged.num_tokens):
+            # The same groups on this rank, in the same order: both are dealt out alike.
+            gradients = unit_gradients(session, x), unit_gradients(session, y)
+            for (unit, of_x), (_, of_y) in zip(*gradients, strict=True):
+                products[0, unit] = inner_product(of_x, onto_y)
+                products[1, unit] = inner_product(of_y, onto_x)
+                products[2, unit] = inner_product(of_x, factors.scale * of_y)
+            session.world.sum(products, "scalars")
+        return Record(shared={"products": products})
+
+    kept = session.kept("gradient-dot-groups", x.shard, pull_back)
+    return tuple(kept.shared["products"])

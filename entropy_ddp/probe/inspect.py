@@ -16,17 +16,17 @@ from entropy_ddp.policy.training_arguments import (
     read_training_arguments,
 )
 from entropy_ddp.probe.gradient_dot import is_wanted
+from entropy_ddp.probe.keeping import sampling_settings
+from entropy_ddp.probe.memory import described, estimate_memory
 from entropy_ddp.probe.session import (
     Progress,
     Session,
     check_batches,
     open_checkpoint,
-    sampling_settings,
     token_limits,
     verify_model,
 )
 from entropy_ddp.rollouts.advantages import compute_advantages
-from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.rollouts.draws import describe_sampling
 from entropy_ddp.rollouts.files import read_batch
 
@@ -43,6 +43,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     session = open_checkpoint(config, world, progress)
     verify_model(session)
     batches = _read_batches(session)
+    estimate = estimate_memory(session)
     found = {"model": _model(session)}
     found |= {"optimizer": _optimizer(session)} if session.optimizer else {}
     found |= (
@@ -52,6 +53,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
         session
     )
     found |= _trained_with(session.config)
+    found["memory"] = {"at the peak of a run": estimate.line} | described(estimate)
     return found | {
         f"batch {split}": description for split, description in batches.items()
     }
@@ -200,7 +202,7 @@ def _trained_with(config: Config) -> dict[str, Any]:
 def _read_batches(session: Session) -> dict[str, Any]:
     config = session.config
     limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
-    batches: dict[str, Batch] = {}
+    batches = session.batches
     found: dict[str, Any] = {}
     for split, source in config.batches.sources.items():
         if source.file is None:

@@ -20,6 +20,7 @@ from entropy_ddp.probe.estimation import (
     estimate_curvature,
     predict,
 )
+from entropy_ddp.probe.memory import announce_memory
 from entropy_ddp.probe.phases import (
     SequenceSums,
     SteppedScores,
@@ -50,6 +51,7 @@ class Measured:
         curvature_step: eta between theta and the slopes whose difference it is.
         duality: forward against reverse mode.
         noise_floor: |Delta H| of a sample that is only scored again.
+        cut: number of ranks and budget of a microbatch of the slope's pass.
         surprise: sum over this rank's tokens of E of -log p - H, and of its variance
             given what comes before, [2].
     """
@@ -66,6 +68,7 @@ class Measured:
     curvature_step: float | None
     duality: Duality
     noise_floor: float
+    cut: tuple[int, int]
     surprise: Tensor
 
     @property
@@ -101,13 +104,14 @@ def measure(
         InputError: the learning rate is 0, or something the loss needs is missing.
         RunError: a number is not finite.
     """
+    announce_memory(session)
     config = session.config
     gradient = update_sums = update_scores = None
     if session.change is None:
         gradient, update_sums, update_scores = loss_gradient(session)
     stepped = score_after_step(session, gradient)
     along = score_along_step(session, stepped.step, duality_sequences)
-    base, surprise = along.scores, along.features.surprise
+    base, surprise, cut = along.scores, along.features.surprise, along.cut
     predictions = predict(session, along, duality_sequences)
     estimates = estimate(session, along, stepped.scores, predictions)
     # The features kept for the sample are used up.
@@ -140,5 +144,6 @@ def measure(
             duality_sequences,
         ),
         noise_floor=measure_noise_floor(session, base, noise_sequences),
+        cut=cut,
         surprise=surprise,
     )

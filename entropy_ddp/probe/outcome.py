@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from entropy_ddp import __version__
-from entropy_ddp.audit import worst_verdict
+from entropy_ddp.audit import memory_checks, worst_verdict
 from entropy_ddp.estimators.control_variates import adjusted_change
 from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import Baseline, Score
+from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.probe.measure import Measured
@@ -53,9 +54,11 @@ def make_results(
         shares: share of each sequence of U, [N], of a run that attributes.
         parts: parts of the results that a job adds: gradient_dot, sweep, attribution.
     """
+    facts = _run_facts(session)
+    rows = [*rows, *memory_checks(facts, session.config.compute.tokens_per_microbatch)]
     results = Results(
         status="untrusted" if worst_verdict(rows) == "fail" else "ok",
-        run=_run_facts(session),
+        run=facts,
         E=_batch_facts(session.batches["E"]),
         U=_batch_facts(session.batches["U"]) if "U" in session.batches else None,
         update=_update_result(session, measured),
@@ -79,6 +82,15 @@ def make_results(
 def _run_facts(session: Session) -> RunFacts:
     versions = {"entropy_ddp": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    allowance = session.passes.allowance
+    ranks = session.world.gather_objects(
+        {
+            "performed": session.passes.performed,
+            "budget": allowance.of(session.config.compute.tokens_per_microbatch),
+            "retries": allowance.num_retries + session.responses.num_retries,
+            "peak": peak_host_bytes(),
+        }
+    )
     return RunFacts(
         versions=versions,
         world_size=session.world.world_size,
@@ -87,14 +99,26 @@ def _run_facts(session: Session) -> RunFacts:
         dtype=session.config.precision.model,
         started=session.started.isoformat(timespec="seconds"),
         seconds=session.seconds,
-        passes=_passes(session),
+        passes=_passes(session, (rank["performed"] for rank in ranks)),
+        tokens_per_microbatch=min(rank["budget"] for rank in ranks),
+        out_of_memory_retries=sum(rank["retries"] for rank in ranks),
+        memory=None
+        if session.memory is None
+        else {
+            "estimated_bytes": session.memory.host_now + session.memory.host_more,
+            "peak_bytes": max(rank["peak"] for rank in ranks),
+            "free_bytes": session.memory.host_free,
+        },
+        resumed=(session.unfinished and session.unfinished.used) or None,
     )
 
 
-def _passes(session: Session) -> list[dict[str, Any]]:
+def _passes(
+    session: Session, ranks: Iterable[dict[tuple[str, str], PassCount]]
+) -> list[dict[str, Any]]:
     """What every kind of pass over each batch cost all ranks."""
     totals: dict[tuple[str, str], PassCount] = {}
-    for performed in session.world.gather_objects(session.passes.performed):
+    for performed in ranks:
         for key, count in performed.items():
             totals.setdefault(key, PassCount()).add(count)
     rows = []

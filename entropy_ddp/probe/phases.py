@@ -15,7 +15,7 @@ reduced, and dropped.
 
 import math
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from entropy_ddp.policy.parameters import fingerprint
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import FeatureSums
 from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.unfinished import Costs, Record
 from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import Step, given_change, one_step, optimizer_tensors
@@ -59,13 +60,20 @@ def loss_gradient(session: Session) -> tuple[Tensor, SequenceSums, TokenScores]:
     """
     shard = session.shard(session.batches["U"])
     weights = loss_weights(shard, session.config.update, session.reference_logp)
-    with session.phase("gradient of U", shard.ragged.num_tokens):
-        gradient, scores = session.passes.gradient(
-            shard, weights, session.buffer_dtype, as_trained=True
-        )
-        session.world.sum(gradient, "parameter buffers")
-        logp, entropy = gather_sums(session.world, shard, scores.logp, scores.entropy)
-    return gradient, SequenceSums(logp=logp, entropy=entropy), scores
+
+    def pull_back() -> Record:
+        with session.phase("gradient of U", shard.ragged.num_tokens):
+            gradient, scores = session.passes.gradient(
+                shard, weights, session.buffer_dtype, as_trained=True
+            )
+            session.world.sum(gradient, "parameter buffers")
+        return Record(tokens=scores.arrays(), shared={"gradient": gradient})
+
+    record = session.kept("gradient-of-U", shard, pull_back)
+    scores = TokenScores(**record.tokens)
+    logp, entropy = gather_sums(session.world, shard, scores.logp, scores.entropy)
+    sums = SequenceSums(logp=logp, entropy=entropy)
+    return record.shared["gradient"], sums, scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +120,27 @@ def score_after_step(session: Session, gradient: Tensor | None) -> SteppedScores
             step = undo.enter_context(_step_or_change(session, gradient, device))
         with session.phase("fingerprints"):
             stepped = fingerprint(parameters.items())
-        with session.phase("truth: E after the step", shard.ragged.num_tokens):
-            scores = session.passes.score(shard)
+        scores = kept_scores(session, "truth", "truth: E after the step", shard)
     with session.phase("fingerprints"):
         restored = state_hash()
     return SteppedScores(step=step, scores=scores, hashes=(before, stepped, restored))
+
+
+def kept_scores(session: Session, name: str, phase: str, shard: Shard) -> TokenScores:
+    """This rank's tokens of a shard at the parameters of the moment.
+
+    Args:
+        session: the run.
+        name: under which they are kept.
+        phase: what is shown meanwhile.
+        shard: this rank's sequences.
+    """
+
+    def score() -> Record:
+        with session.phase(phase, shard.ragged.num_tokens):
+            return Record(tokens=session.passes.score(shard).arrays())
+
+    return TokenScores(**session.kept(name, shard, score).tokens)
 
 
 def _step_or_change(
@@ -129,6 +153,10 @@ def _step_or_change(
     return one_step(session.optimizer, parameters, gradient, update, device)
 
 
+# The part of the slope's record that is of the audits' sample.
+_SAMPLE = "slope-sample"
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlongStep:
     """What the pass along the step gave.
@@ -136,10 +164,12 @@ class AlongStep:
     Attributes:
         scores: this rank's tokens of E at theta, with derivatives along v.
         features: sums of what else it gave of every token.
+        cut: number of ranks and budget of a microbatch of the pass.
     """
 
     scores: DirectionalScores
     features: FeatureSums
+    cut: tuple[int, int]
 
 
 def first_sequences(session: Session, count: int) -> Shard:
@@ -167,18 +197,48 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
         session.shard(session.batches["E"]),
         session.config.objective.integrand,
     )
-    kept = 0
-    if session.config.linear.baseline == "ridge":
-        kept = first_sequences(session, sample_size).ragged.num_tokens
+    sample = first_sequences(session, sample_size)
+    ridge = session.config.linear.baseline == "ridge"
+    kept = sample.ragged.num_tokens if ridge else 0
     scores = DirectionalScores.empty(shard.ragged.num_tokens)
     features = FeatureSums.empty(shard, kept)
-    with session.phase("slope: E along the step", shard.ragged.num_tokens):
-        direction = step.direction(session.passes.parameters)
-        for block in shard.blocks():
-            piece = session.passes.score(block.shard, direction, with_features=True)
-            scores.put(block.tokens, piece)
-            features.add(block, piece, integrand)
-    return AlongStep(scores=scores, features=features)
+
+    def score() -> Record:
+        with session.phase("slope: E along the step", shard.ragged.num_tokens):
+            direction = step.direction(session.passes.parameters)
+            for block in shard.blocks():
+                piece = session.passes.score(block.shard, direction, with_features=True)
+                scores.put(block.tokens, piece)
+                features.add(block, piece, integrand)
+        if kept and session.unfinished is not None:
+            # Before the rest: the phase is finished only with this.
+            part = Record(tokens=features.sample)
+            session.unfinished.write(_SAMPLE, sample, part, Costs())
+        counts = [scores.num_microbatches, scores.num_extra_microbatches]
+        return Record(
+            tokens=scores.arrays(),
+            sequences=features.of_sequences(),
+            sums=features.of_ranks() | {"microbatches": torch.tensor(counts)},
+            shared={"cut": torch.tensor(_cut(session))},
+        )
+
+    record = session.kept("slope", shard, score)
+    run, extra = record.sums.pop("microbatches").tolist()
+    scores = DirectionalScores(
+        **record.tokens, num_microbatches=run, num_extra_microbatches=extra
+    )
+    features = replace(features, **record.sequences, **record.sums)
+    if kept and not features.sample:
+        assert session.unfinished is not None
+        features.sample = session.unfinished.read(_SAMPLE, sample)[0].tokens
+    ranks, budget = record.shared["cut"].tolist()
+    return AlongStep(scores=scores, features=features, cut=(ranks, budget))
+
+
+def _cut(session: Session) -> tuple[int, int]:
+    """How the work is cut: the number of ranks and the budget of a microbatch."""
+    budget = session.config.compute.tokens_per_microbatch
+    return session.world.world_size, budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +265,20 @@ def score_twice_along_step(
     local = torch.tensor(sums, dtype=torch.float64)
     squares, count = session.world.sum(local, "scalars").tolist()
     typical = math.sqrt(squares / count)
-    with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
-        direction = step.direction(passes.parameters)
-        distance = passes.difference_step(direction, typical)
-        second = passes.score_twice(shard, direction, distance, device)
-    logp, entropy = gather_columns(session.world, shard, list(second))
-    return SecondDerivatives(logp=logp, entropy=entropy, step=distance)
+
+    def score() -> Record:
+        with session.phase("curvature: E along the step", 2 * shard.ragged.num_tokens):
+            direction = step.direction(passes.parameters)
+            distance = passes.difference_step(direction, typical)
+            logp, entropy = passes.score_twice(shard, direction, distance, device)
+        return Record(
+            sequences={"logp": logp, "entropy": entropy},
+            shared={"step": torch.tensor([distance], dtype=torch.float64)},
+        )
+
+    record = session.kept("curvature", shard, score)
+    columns = [record.sequences[name] for name in ("logp", "entropy")]
+    logp, entropy = gather_columns(session.world, shard, columns)
+    return SecondDerivatives(
+        logp=logp, entropy=entropy, step=float(record.shared["step"])
+    )

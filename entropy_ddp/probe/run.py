@@ -67,7 +67,7 @@ def run_audit(
 
     Arguments and errors as of `run_probe`.
     """
-    session = open_session(config, world, out, progress)
+    session = open_session(config, world, out, progress, "audit")
     is_wanted(config.gradient_dot, session.batches)
     everything = len(session.batches["E"])
     measured = measure(session, everything, noise_sequences=everything)

@@ -1,5 +1,6 @@
 """Rollouts as a job of their own: E and U sampled from the checkpoint into files."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,32 @@ from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.checkpoint import find_checkpoint
-from entropy_ddp.probe.session import Progress, open_policy, sample_batch
-from entropy_ddp.results import prepare_folder
-from entropy_ddp.rollouts.files import write_jsonl
+from entropy_ddp.probe.keeping import keep_unfinished, sampled_rows
+from entropy_ddp.probe.session import Progress, open_policy
+from entropy_ddp.results import UNFINISHED, discard_unfinished
+
+
+def sampled_files(config: Config, out: Path) -> dict[str, Path]:
+    """The files that `run_sample` writes into `out`, by split.
+
+    Raises:
+        InputError: nothing is to be sampled.
+    """
+    sources = config.batches.sources
+    files = {s: out / f"{s}.jsonl" for s, source in sources.items() if source.sample}
+    if not files:
+        raise InputError(
+            "batches: neither E nor U has a `sample` section; there is nothing to sample"
+        )
+    return files
 
 
 def run_sample(
-    config: Config, world: World, out: Path, overwrite: bool, progress: Progress
+    config: Config, world: World, out: Path, progress: Progress
 ) -> list[dict[str, Any]]:
     """Sample every batch of the configuration that has a `sample` section.
 
-    Writes E.jsonl and U.jsonl into `out`.
+    Writes E.jsonl and U.jsonl into `out`, or what an unfinished run there did not yet.
 
     Returns:
         For each batch: split, sizes, response length, share truncated,
@@ -25,26 +41,19 @@ def run_sample(
         (their rewards are all equal) and number of redraws.
 
     Raises:
-        InputError: nothing is to be sampled, or a file exists and may not be replaced.
+        InputError: nothing is to be sampled, or the unfinished run in `out` depends on
+            something else.
         RunError: a reward or a log-probability is not finite.
     """
-    given = config.batches.sources
-    sources = {split: s for split, s in given.items() if s.sample is not None}
-    if not sources:
-        raise InputError(
-            "batches: neither E nor U has a `sample` section; there is nothing to sample"
-        )
-    files = {split: out / f"{split}.jsonl" for split in sources}
-    for path in files.values():
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: exists; give --overwrite or another --out")
-    if world.is_main:
-        prepare_folder(out, overwrite=True)
+    files = sampled_files(config, out)
+    sources = config.batches.sources
     session = open_policy(config, world, find_checkpoint(config.checkpoint), progress)
-    rows_of = {s: sample_batch(session, s, source) for s, source in sources.items()}
+    keep_unfinished(session, out, "sample")
+    rows_of = {s: sampled_rows(session, s, sources[s]) for s in files}
     if world.is_main:
-        for split, rows in rows_of.items():
-            write_jsonl(files[split], rows)
+        for path in files.values():
+            os.replace(out / UNFINISHED / "rollouts" / path.name, path)
+        discard_unfinished(out)
     return [
         {"split": split} | _summary(rows) | {"redraws": session.num_redraws[split]}
         for split, rows in rows_of.items()

@@ -1,19 +1,21 @@
 """Everything a run needs, opened and checked before the first expensive pass."""
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import BatchSource, Config
+from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.memory import Allowance, MemoryEstimate
 from entropy_ddp.policy.checkpoint import (
     CheckpointFiles,
     Policy,
@@ -21,10 +23,10 @@ from entropy_ddp.policy.checkpoint import (
     load_policy,
     resolve_device,
 )
+from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.layouts import why_no_optimizer
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.parameters import differentiate_padding_tokens
-from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.reference import adapter_disabled, require_reference
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
@@ -35,17 +37,16 @@ from entropy_ddp.policy.selfcheck import (
     check_sharing,
 )
 from entropy_ddp.policy.trained_settings import with_training_arguments
+from entropy_ddp.probe.keeping import keep_unfinished, sampled_rows
+from entropy_ddp.probe.unfinished import Costs, Record, Unfinished
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
-from entropy_ddp.rollouts.draws import SamplingSettings
 from entropy_ddp.rollouts.files import (
     make_batch,
     read_batch,
     require_rewards,
-    write_jsonl,
 )
 from entropy_ddp.rollouts.rows import TokenLimits
-from entropy_ddp.rollouts.sampling import merge_rows, sample_rollouts
 from entropy_ddp.update.change import read_change
 from entropy_ddp.update.loss import require_sampling_logprobs
 
@@ -88,6 +89,9 @@ class Session:
         self_checks: what was verified of the model.
         sharing: whether responses to one prompt may share a row; None if not asked.
         num_redraws: groups of U or E that were sampled again, by split.
+        responses: how many responses of one call fit into memory, as far as is known.
+        memory: what the run was estimated to need; None until then.
+        unfinished: what finished phases leave; None where nothing is kept.
     """
 
     config: Config
@@ -104,6 +108,9 @@ class Session:
     self_checks: list[SelfCheck] = field(default_factory=list)
     sharing: SharingCheck | None = None
     num_redraws: dict[str, int] = field(default_factory=dict)
+    responses: Allowance = field(default_factory=Allowance)
+    memory: MemoryEstimate | None = None
+    unfinished: Unfinished | None = None
 
     def shard(self, batch: Batch) -> Shard:
         """This rank's share of a batch."""
@@ -139,6 +146,49 @@ class Session:
             spent = self.seconds.get(name, 0.0)
             self.seconds[name] = spent + time.perf_counter() - begin
 
+    def kept(self, phase: str, shard: Shard, make: Callable[[], Record]) -> Record:
+        """What a phase gives, or has given before the run was interrupted.
+
+        Args:
+            phase: its name.
+            shard: the sequences of its arrays.
+            make: runs the phase.
+        """
+        unfinished = self.unfinished
+        if unfinished is None:
+            return make()
+        if phase in unfinished.finished:
+            unfinished.used.append(phase)
+            record, costs = unfinished.read(phase, shard)
+            self._add(costs)
+            return record
+        before = self._costs()
+        record = make()
+        unfinished.write(phase, shard, record, self._costs().less(before))
+        return record
+
+    def _costs(self) -> Costs:
+        """What the run has cost so far."""
+        return copy.deepcopy(
+            Costs(
+                performed=self.passes.performed,
+                collectives=self.world.collectives,
+                seconds=self.seconds,
+                retries=self.passes.allowance.num_retries,
+            )
+        )
+
+    def _add(self, costs: Costs) -> None:
+        for key, count in costs.performed.items():
+            self.passes.performed.setdefault(key, PassCount()).add(count)
+        known = self.world.collectives
+        for purpose, (number, size) in costs.collectives.items():
+            before = known.get(purpose, (0, 0))
+            known[purpose] = (before[0] + number, before[1] + size)
+        for name, seconds in costs.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.passes.allowance.num_retries += costs.retries
+
     @property
     def buffer_dtype(self) -> torch.dtype:
         """Dtype of parameter buffers on the CPU."""
@@ -146,24 +196,43 @@ class Session:
 
 
 def open_session(
-    config: Config, world: World, out: Path | None, progress: Progress
+    config: Config,
+    world: World,
+    out: Path | None,
+    progress: Progress,
+    command: str = "probe",
 ) -> Session:
     """Open the checkpoint, verify the model, read or sample both batches.
 
     Args:
         config: the run's configuration.
         world: the ranks.
-        out: run directory, where sampled rollouts are kept; None keeps none.
+        out: run directory, where finished phases are kept; None keeps none.
         progress: told how far the current phase is.
+        command: which job it is: another one cannot go on with what this one leaves.
 
     Raises:
-        InputError: anything in the configuration, checkpoint or batches is wrong.
+        InputError: anything in the configuration, checkpoint or batches is wrong, or
+            the unfinished run in `out` depends on something else.
     """
     session = open_checkpoint(config, world, progress)
     config = session.config
     verify_model(session)
-    for split, source in config.batches.sources.items():
-        session.batches[split] = _open_batch(session, split, source, out)
+    sources, tokenizer = config.batches.sources, session.policy.tokenizer
+    limits = token_limits(session.policy)
+    for split, source in sources.items():
+        if source.file is not None:
+            path = Path(source.file)
+            session.batches[split] = read_batch(path, split, limits, tokenizer)
+    # The others follow from the rest.
+    keep_unfinished(session, out, command)
+    for split, source in sources.items():
+        if source.file is None:
+            rows = sampled_rows(session, split, source)
+            session.batches[split] = make_batch(
+                rows, f"sampled {split}", split, limits, tokenizer
+            )
+    session.batches = {split: session.batches[split] for split in sources}
     check_batches(session.batches, config)
     if "U" in session.batches and config.update.loss != "nll":
         update = session.batches["U"]
@@ -308,65 +377,15 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
         require_sampling_logprobs(batches["U"])
 
 
-def _open_batch(
-    session: Session, split: str, source: BatchSource, out: Path | None
-) -> Batch:
-    limits, tokenizer = token_limits(session.policy), session.policy.tokenizer
-    kept = None if out is None else out / "rollouts" / f"{split}.jsonl"
-    if source.file is not None:
-        return read_batch(Path(source.file), split, limits, tokenizer)
-    rows = sample_batch(session, split, source)
-    if kept is not None and session.world.is_main:
-        kept.parent.mkdir(exist_ok=True)
-        write_jsonl(kept, rows)
-    return make_batch(rows, f"sampled {split}", split, limits, tokenizer)
-
-
-def sample_batch(
-    session: Session, split: str, source: BatchSource
-) -> list[dict[str, Any]]:
-    """Roll a batch out of the policy, each rank its prompts; all rows on every rank."""
-    name = f"sample {split}"
-    with session.phase(name), precision_context(session.policy.dtype):
-        sampled = sample_rollouts(
-            session.policy.model,
-            session.policy.tokenizer,
-            sampling_settings(session.config, split, source),
-            session.world.rank,
-            session.world.world_size,
-            lambda done, total: session.progress(name, done, total, "responses"),
-        )
-        shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
-    session.num_redraws[split] = sum(redraws for _, redraws in shares)
-    return merge_rows(rows for rows, _ in shares)
-
-
 def _score_reference(session: Session) -> Tensor:
     """Log p of this rank's tokens of U under the reference policy, [t]."""
     shard, model = session.shard(session.batches["U"]), session.policy.model
-    with (
-        session.phase("reference: U without the adapter", shard.ragged.num_tokens),
-        adapter_disabled(model),
-    ):
-        return session.passes.score(shard).logp
 
+    def score() -> Record:
+        with (
+            session.phase("reference: U without the adapter", shard.ragged.num_tokens),
+            adapter_disabled(model),
+        ):
+            return Record(tokens={"logp": session.passes.score(shard).logp})
 
-def sampling_settings(
-    config: Config, split: str, source: BatchSource
-) -> SamplingSettings:
-    """The `sample` section of a batch, with what the run adds to it."""
-    assert source.sample is not None
-    sample = source.sample
-    return SamplingSettings(
-        prompts=sample.prompts,
-        num_prompts=sample.num_prompts,
-        responses_per_prompt=sample.responses_per_prompt,
-        with_replacement=sample.with_replacement,
-        max_new_tokens=sample.max_new_tokens,
-        temperature=config.objective.temperature,
-        reward=tuple(sample.reward or ()),
-        batch_size=sample.sequences_per_call,
-        redraw_zero_advantage=sample.redraw_zero_advantage,
-        seed=config.seed,
-        split=split,
-    )
+    return session.kept("reference", shard, score).tokens["logp"]

@@ -28,6 +28,7 @@ from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.policy.response_tokens import TokenWeights
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.rollouts.batch import Block, Shard
 from entropy_ddp.update.loss import loss_weights
 
@@ -185,5 +186,11 @@ def proxy_gradient_norm(session: Session, split: str = "U", limit: int = 64) -> 
         Shard(batch=sample, positions=positions),
         torch.full((len(positions),), 1 / len(sample), dtype=torch.float64),
     )
-    with session.phase("audit: gradient of mean S", units.shard.ragged.num_tokens):
-        return global_norm(mean_gradient(session, units))
+
+    def pull_back() -> Record:
+        with session.phase("audit: gradient of mean S", units.shard.ragged.num_tokens):
+            norm = global_norm(mean_gradient(session, units))
+        return Record(shared={"norm": torch.tensor([norm], dtype=torch.float64)})
+
+    record = session.kept(f"gradient-of-mean-S-{split}", units.shard, pull_back)
+    return float(record.shared["norm"])

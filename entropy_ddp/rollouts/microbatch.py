@@ -12,7 +12,7 @@ cost model chooses (`PromptSharing`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,7 +119,10 @@ class Microbatch:
 
 
 def plan_microbatches(
-    shard: Shard, tokens_per_microbatch: int, sharing: PromptSharing | None = None
+    shard: Shard,
+    tokens_per_microbatch: int,
+    sharing: PromptSharing | None = None,
+    places: Collection[int] | None = None,
 ) -> list[list[Row]]:
     """Rows of a shard, in microbatches of at most `tokens_per_microbatch` padded tokens.
 
@@ -131,8 +134,10 @@ def plan_microbatches(
         shard: the sequences.
         tokens_per_microbatch: the budget.
         sharing: when prompts are shared; None for flat rows only.
+        places: of which of the shard's sequences; None for all.
     """
-    rows = _make_rows(shard, tokens_per_microbatch, sharing)
+    flat = _flat_rows(shard, range(len(shard.sequences)) if places is None else places)
+    rows = _make_rows(shard, flat, tokens_per_microbatch, sharing)
     microbatches: list[list[Row]] = []
     for kind in (True, False):
         waiting: list[Row] = []
@@ -158,20 +163,26 @@ def make_microbatches(
 ) -> Iterator[Microbatch]:
     """The microbatches of `plan_microbatches`, one after another."""
     for rows in plan_microbatches(shard, tokens_per_microbatch, sharing):
-        yield _build(shard, rows)
+        yield make_microbatch(shard, rows)
 
 
-def _make_rows(shard: Shard, budget: int, sharing: PromptSharing | None) -> list[Row]:
-    sequences = shard.sequences
-    flat = [
+def _flat_rows(shard: Shard, places: Iterable[int]) -> list[Row]:
+    sequences = ((place, shard.sequences[place]) for place in places)
+    return [
         Row(
             sequences=(place,),
             prompt=len(sequence.prompt_ids),
             length=len(sequence.prompt_ids) + sequence.num_tokens - 1,
         )
-        for place, sequence in enumerate(sequences)
+        for place, sequence in sequences
         if sequence.num_tokens
     ]
+
+
+def _make_rows(
+    shard: Shard, flat: list[Row], budget: int, sharing: PromptSharing | None
+) -> list[Row]:
+    sequences = shard.sequences
     if sharing is None:
         return flat
     by_prompt: dict[bytes, list[Row]] = defaultdict(list)
@@ -212,8 +223,10 @@ def _shared(rows: list[Row], budget: int, sharing: PromptSharing) -> Iterable[Ro
     return trees if cost < WORTHWHILE * flat_cost else rows
 
 
-def _build(shard: Shard, rows: list[Row]) -> Microbatch:
-    """All rows at once: a few operations on whole microbatches, none for each row.
+def make_microbatch(shard: Shard, rows: list[Row]) -> Microbatch:
+    """Rows for one forward pass, with the places of their tokens in the shard's arrays.
+
+    All rows at once: a few operations on whole microbatches, none for each row.
 
     A row is a run of segments: its prompt, then its branches without their last token.
     """

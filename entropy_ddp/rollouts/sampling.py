@@ -8,6 +8,8 @@ response, attempt): what is sampled does not depend on the number of ranks, the
 generation batch size or the order (except that padding changes the last bits of the
 logits, which moves a token with a probability of about 1e-6 in float32).
 
+Where memory runs out, the call is made again with half as many responses.
+
 With `redraw_zero_advantage`, the responses of a group whose rewards are all equal are
 sampled anew, for the same prompt: the batch then comes from the policy *given* that
 rewards differ.
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_ddp.errors import RunError
+from entropy_ddp.memory import Allowance, unless_out_of_memory
 from entropy_ddp.rollouts.batch import Sequence
 from entropy_ddp.rollouts.draws import Draw, SamplingSettings, make_draws
 from entropy_ddp.rollouts.files import decode_response, sequence_to_row
@@ -45,10 +48,12 @@ class SampledShard:
         rows: rows of the rollout file, in order of prompt draw and response; `group` is
             the draw, `prompt_index` the prompt's 0-based row in its source.
         num_redraws: number of groups sampled again, each attempt counted.
+        allowance: how many responses of one call fit into memory, as far as is known.
     """
 
     rows: list[dict[str, Any]]
     num_redraws: int
+    allowance: Allowance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +93,10 @@ def sample_rollouts(
     Raises:
         InputError: if the prompts, the reward or the tokenizer is wrong, a gold answer
             is missing, or a prompt leaves no room for `max_new_tokens`.
-        RunError: if the reward or the model yields no finite number.
+        RunError: if the reward or the model yields no finite number, or a single
+            response does not fit into memory.
     """
+    allowance = Allowance()
     terms = load_rewards(settings.reward)
     config = make_generation_config(model, tokenizer, settings.max_new_tokens)
     draws = make_draws(model, tokenizer, settings)[rank::world_size]
@@ -100,9 +107,17 @@ def sample_rollouts(
             jobs = _make_jobs(draws, settings.responses_per_prompt, attempt)
             total = num_done + len(jobs)
             rows: dict[tuple[int, int], dict[str, Any]] = {}
-            for start in range(0, len(jobs), settings.batch_size):
-                batch = jobs[start : start + settings.batch_size]
-                rows |= _sample_jobs(model, tokenizer, settings, terms, batch)
+            start = 0
+            while start < len(jobs):
+                size = allowance.of(settings.batch_size)
+                batch = jobs[start : start + size]
+                responses = _responses(model, settings, batch, allowance)
+                if responses is None:
+                    continue
+                start += len(batch)
+                for job, response in zip(batch, responses, strict=True):
+                    row = _make_row(job, response, tokenizer, terms, settings)
+                    rows[job.draw.number, job.response] = row
                 num_done += len(batch)
                 on_progress(num_done, total)
             for draw in draws:
@@ -114,6 +129,7 @@ def sample_rollouts(
     return SampledShard(
         rows=list(chain.from_iterable(groups[number] for number in sorted(groups))),
         num_redraws=num_redraws,
+        allowance=allowance,
     )
 
 
@@ -145,30 +161,32 @@ def _make_jobs(draws: list[Draw], num_responses: int, attempt: int) -> list[_Job
     ]
 
 
-def _sample_jobs(
+def _responses(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
     settings: SamplingSettings,
-    terms: list[Term],
     jobs: list[_Job],
-) -> dict[tuple[int, int], dict[str, Any]]:
-    """The rows of one call of the model, by prompt draw and response."""
-    responses = generate_responses(
-        model,
-        [job.draw.prompt_ids for job in jobs],
-        [
-            f"{settings.seed} {settings.split} {job.draw.number} {job.response} "
-            f"{job.attempt}"
-            for job in jobs
-        ],
-        settings.temperature,
+    allowance: Allowance,
+) -> list[Response] | None:
+    """What one call of the model generates; None if it must be made with fewer jobs."""
+    streams = [
+        f"{settings.seed} {settings.split} {job.draw.number} {job.response} "
+        f"{job.attempt}"
+        for job in jobs
+    ]
+    prompts = [job.draw.prompt_ids for job in jobs]
+    responses, shortage = unless_out_of_memory(
+        lambda: generate_responses(model, prompts, streams, settings.temperature)
     )
-    return {
-        (job.draw.number, job.response): _make_row(
-            job, response, tokenizer, terms, settings
-        )
-        for job, response in zip(jobs, responses)
-    }
+    if shortage is not None:
+        if len(jobs) == 1:
+            raise RunError(
+                f"out of memory while sampling a single response of batch "
+                f"{settings.split} ({len(prompts[0])} prompt tokens, max_new_tokens "
+                f"{settings.max_new_tokens}): {shortage}; free memory on this device, "
+                "run fewer ranks on it, or sample shorter responses"
+            )
+        allowance.halve(len(jobs))
+    return responses
 
 
 def _make_row(

@@ -58,6 +58,17 @@ def _header(results: Results) -> Panel:
     run = results.run
     ranks = f"{run.world_size} rank{'s' if run.world_size > 1 else ''}"
     lines.append(f"{ranks} on {run.device}, {run.dtype}, seed {run.seed}")
+    if run.memory is not None:
+        gigabytes = {name: f"{size / 1e9:.2f} GB" for name, size in run.memory.items()}
+        lines.append(
+            f"memory: {gigabytes['peak_bytes']} a rank at the peak "
+            f"({gigabytes['estimated_bytes']} estimated)"
+        )
+    if run.out_of_memory_retries:
+        fitted = f"{run.tokens_per_microbatch:,} tokens"
+        lines.append(f"memory ran out: at most {fitted} in a microbatch")
+    if run.resumed:
+        lines.append(f"resumed, from before: {', '.join(run.resumed)}")
     return Panel("\n".join(lines), title="entropy_ddp", expand=False)
 
 

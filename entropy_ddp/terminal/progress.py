@@ -45,6 +45,10 @@ class Bar:
         count += f", {speed:,.0f}/s" if speed else ""
         self._bars.update(task, completed=done, total=total or None, count=count)
 
+    def tell(self, line: str) -> None:
+        """Print a line that stays, above the bar."""
+        _print_line(self._bars.console, line)
+
 
 class Lines:
     """Writes where a phase is, if the last line is long ago."""
@@ -72,6 +76,14 @@ class Lines:
             left = timedelta(seconds=round(spent / done * (total - done)))
             line += f", {done / spent:,.0f}/s, {left} left"
         self._console.print(line, highlight=False, soft_wrap=True)
+
+    def tell(self, line: str) -> None:
+        """Print a line now."""
+        _print_line(self._console, line)
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

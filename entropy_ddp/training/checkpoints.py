@@ -31,6 +31,7 @@ from entropy_ddp.probe.estimation import estimate, predict
 from entropy_ddp.probe.measure import measure
 from entropy_ddp.probe.phases import score_after_step, score_along_step
 from entropy_ddp.probe.session import Progress, Session, open_session
+from entropy_ddp.rollouts.files import sequence_to_row, write_jsonl
 from entropy_ddp.training.entries import (
     Attributed,
     Changes,
@@ -100,6 +101,11 @@ class Interval:
     after: Path
     kept: Path
 
+    @property
+    def evaluation(self) -> Path:
+        """The file of E, sampled from the first of the two."""
+        return self.kept / "E.jsonl"
+
 
 def probe_checkpoints(run: CheckpointRun, world: World, progress: Progress) -> None:
     """Write the ledger of a run from its checkpoints.
@@ -127,7 +133,9 @@ def probe_checkpoints(run: CheckpointRun, world: World, progress: Progress) -> N
             interval.kept.mkdir(parents=True, exist_ok=True)
         # The streams of the callback at that step.
         config_of_step = seeded(config, interval.first + 1)
-        session = open_session(config_of_step, world, interval.kept, progress)
+        session = open_session(config_of_step, world, None, progress)
+        if world.is_main:
+            _keep_evaluation(session, interval.evaluation)
         entry = {
             "kind": "step",
             "step": interval.last,
@@ -197,6 +205,12 @@ def _change(session: Session) -> dict[str, Any]:
     return change_entry(changes)
 
 
+def _keep_evaluation(session: Session, file: Path) -> None:
+    tokenizer = session.policy.tokenizer
+    sequences = session.batches["E"].sequences
+    write_jsonl(file, [sequence_to_row(s, tokenizer) for s in sequences])
+
+
 def _can_be_split(run: CheckpointRun, interval: Interval) -> bool:
     saved = any((interval.before / name).exists() for name in OPTIMIZER_FILES)
     return saved and _completions(run, interval).exists()
@@ -225,7 +239,7 @@ def _split(
     world.gather_objects(None)
     values = {
         "checkpoint.path": str(interval.before),
-        "batches.E": {"file": str(interval.kept / "rollouts" / "E.jsonl")},
+        "batches.E": {"file": str(interval.evaluation)},
         "batches.U": {"file": str(update)},
         "update.from_checkpoint": True,
     }

@@ -62,9 +62,9 @@ from entropy_ddp.estimators.attribution import (
 from entropy_ddp.estimators.entropy import Ratio
 from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import Slope
-from entropy_ddp.probe.attribution import top_tokens
 from entropy_ddp.probe.estimation import EntropyEstimates
 from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.token_tables import top_tokens
 from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.rollouts.files import decode_prompt
 from entropy_ddp.training.step_probe import StepProbe

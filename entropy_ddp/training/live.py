@@ -22,7 +22,8 @@ from entropy_ddp.policy.checkpoint import CheckpointFiles, Policy
 from entropy_ddp.policy.parameters import trainable_parameters
 from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.probe.session import Session, sample_batch, token_limits, verify_model
+from entropy_ddp.probe.keeping import sample_batch
+from entropy_ddp.probe.session import Session, token_limits, verify_model
 from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.rollouts.files import make_batch, write_jsonl
 from entropy_ddp.rollouts.generation import random_bytes

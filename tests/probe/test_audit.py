@@ -608,9 +608,9 @@ def test_a_microbatch_lost_or_counted_twice(
     scale_sum: float, tokens: tuple[int, int], name: str
 ) -> None:
     """Three microbatches of a batch of 100 tokens, or not."""
-    rows = audit.scale_checks(scale_sum, 3, 100.0, tokens)
+    rows = audit.scale_checks(scale_sum, 0.03, tokens)
     assert [row.name for row in rows if row.verdict == "fail"] == [name]
-    rows = audit.scale_checks(0.03, 3, 100.0, (100, 100))
+    rows = audit.scale_checks(0.03, 0.03, (100, 100))
     assert {row.verdict for row in rows} == {"ok"}
 
 

@@ -121,7 +121,7 @@ def test_operations_are_counted_on_request(tiny: TinyRun, tmp_path: Path) -> Non
     plain = probe(tiny.config(), tmp_path)
     assert all("operations" not in row for row in plain.results.run.passes)
     counting = {"device": "cpu", "count_operations": True}
-    counted = probe(tiny.config(compute=counting), tmp_path)
+    counted = probe(tiny.config(compute=counting), tmp_path / "counted")
     by_pass = {
         (row["pass"], row["batch"]): row["operations"] / row["positions"]
         for row in counted.results.run.passes

@@ -27,6 +27,7 @@ from transformers import (
 
 from entropy_ddp.config import Prompts, Reward
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.memory import Allowance
 from entropy_ddp.rollouts.draws import SamplingSettings
 from entropy_ddp.rollouts.files import TokenLimits, read_batch, write_jsonl
 from entropy_ddp.rollouts.generation import (
@@ -453,7 +454,7 @@ def test_an_empty_share_is_no_error(settings: Callable[..., SamplingSettings]) -
     shard = sample_rollouts(
         make_model(), make_tokenizer(), settings(), 6, 7, lambda *_: None
     )
-    assert shard == SampledShard(rows=[], num_redraws=0)
+    assert shard == SampledShard(rows=[], num_redraws=0, allowance=Allowance())
 
 
 def test_progress_counts_responses(settings: Callable[..., SamplingSettings]) -> None:
@@ -467,6 +468,48 @@ def test_progress_counts_responses(settings: Callable[..., SamplingSettings]) ->
         lambda done, total: seen.append((done, total)),
     )
     assert seen == [(4, 6), (6, 6)]
+
+
+# --- memory ---------------------------------------------------------------------------
+
+
+def test_calls_that_do_not_fit_are_made_with_fewer_responses(
+    settings: Callable[..., SamplingSettings],
+) -> None:
+    """At most three rows fit: the same rollouts, and half as many at a time from then."""
+    expected = sample(settings(), make_model())
+    model, sizes = make_model(), []
+
+    def fail(module: Any, inputs: Any, output: Any) -> None:
+        rows = len(output[0] if isinstance(output, tuple) else output)
+        sizes.append(rows)
+        if rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    model.model.layers[0].register_forward_hook(fail)
+    shard = sample_rollouts(model, make_tokenizer(), settings(), 0, 1, lambda *_: None)
+    for row, other in zip(shard.rows, expected, strict=True):
+        assert row["response_ids"] == other["response_ids"]
+        assert row["sampling_logprobs"] == pytest.approx(
+            other["sampling_logprobs"], abs=1e-5
+        )
+    assert [n for n in sizes if n > 3] == [15, 7]
+    assert shard.allowance == Allowance(limit=3, num_retries=2)
+
+
+def test_a_single_response_that_does_not_fit_ends_the_run(
+    settings: Callable[..., SamplingSettings],
+) -> None:
+    model = make_model()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(
+        RunError, match=r"single response of batch E \(.*: MemoryError;"
+    ):
+        sample_rollouts(model, make_tokenizer(), settings(), 0, 1, lambda *_: None)
 
 
 # --- redraws --------------------------------------------------------------------------

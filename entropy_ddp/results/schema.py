@@ -1,24 +1,19 @@
-"""The results of a run: their schema, and the run directory they are written to.
+"""The schema of a run's results.
 
 `Results.to_dict()` is results.json. A part that was not asked for is absent. Entropies
 are in nats, per token or per sequence as `truth.normalize` says; slopes are per unit of
 learning rate.
 """
 
-import json
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from entropy_ddp.atomic import written_whole
-from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.errors import RunError
 from entropy_ddp.estimators.sweep import SweepPoint, SweepSummary
-from entropy_ddp.rollouts.files import write_jsonl
 
 SCHEMA_VERSION = 1
 
@@ -41,6 +36,13 @@ class RunFacts:
         passes: what each kind of pass over E and over U cost, all ranks together:
             {pass, batch, sequences, tokens, positions, microbatches} and, if counted,
             {operations}.
+        tokens_per_microbatch: the budget at the end of the run, the smallest over ranks.
+        out_of_memory_retries: calls of the model that were made again with less in them,
+            all ranks together.
+        memory: of the host, for the rank that needs most: estimated_bytes at the peak,
+            free_bytes beside what was in use at the estimate, peak_bytes as it was.
+        resumed: phases that an earlier, interrupted start of this run had finished;
+            absent if there was none. Their seconds and passes are counted.
     """
 
     versions: dict[str, str]
@@ -51,6 +53,10 @@ class RunFacts:
     started: str
     seconds: dict[str, float]
     passes: list[dict[str, Any]]
+    tokens_per_microbatch: int
+    out_of_memory_retries: int
+    memory: dict[str, int] | None = None
+    resumed: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,59 +348,3 @@ class Probed:
     delta: dict[str, Tensor] | None
     tokens: Iterable[dict[str, Any]] | None = None
     sampled: frozenset[str] = frozenset()
-
-
-def prepare_folder(out: Path, overwrite: bool) -> None:
-    """Make the run directory, or say why it cannot be used.
-
-    Raises:
-        InputError: it holds results and may not be overwritten, or cannot be written.
-    """
-    try:
-        results = out / "results.json"
-        if results.is_dir():
-            raise InputError(f"{results}: expected a file or none, found a folder")
-        if results.exists() and not overwrite:
-            advice = "give --overwrite or another --out"
-            raise InputError(f"{out}: holds the results of an earlier run; {advice}")
-        out.mkdir(parents=True, exist_ok=True)
-        if results.exists():
-            # The points of a finished sweep; those of an interrupted one are kept.
-            (out / "sweep.jsonl").unlink(missing_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
-
-
-def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
-    """Write a run directory; results.json last, so that its presence means complete.
-
-    Args:
-        out: the run directory; exists.
-        probed: what to write.
-        config_yaml: the resolved configuration.
-
-    Raises:
-        RunError: a number is not finite, or a file cannot be written.
-    """
-    document = json.dumps(probed.results.to_dict(), indent=2, allow_nan=False)
-    (out / "results.json").unlink(missing_ok=True)
-    with written_whole(out / "config.yaml") as stream:
-        stream.write(config_yaml.encode())
-    write_jsonl(out / "per_sequence.jsonl", probed.sequences)
-    # What an earlier run left here and this one does not make is not this run's.
-    names = {"tokens.jsonl.gz", "delta_theta.safetensors", "report.html"}
-    names |= {str(path.relative_to(out)) for path in out.glob("plots/*.[ps][nv]g")}
-    names |= {f"rollouts/{s}.jsonl" for s in ("E", "U") if s not in probed.sampled}
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-    if probed.tokens is not None:
-        write_jsonl(out / "tokens.jsonl.gz", probed.tokens)
-    if probed.delta is not None:
-        from safetensors.torch import save
-
-        with written_whole(out / "delta_theta.safetensors") as stream:
-            stream.write(save({n: v.clone() for n, v in probed.delta.items()}))
-    with written_whole(out / "results.json") as stream:
-        stream.write(document.encode() + b"\n")

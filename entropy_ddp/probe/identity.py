@@ -1,0 +1,105 @@
+"""What a run's numbers depend on: what must be the same for it to be resumed.
+
+Keys of the configuration stand with their values, except those that change no number
+(how the work is cut) and paths, in whose place the content stands: a hash of the
+parameters, the optimizer state, the batches. Names are what a message calls them by.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from entropy_ddp import __version__
+from entropy_ddp.config import Config
+from entropy_ddp.policy.checkpoint import Policy
+from entropy_ddp.policy.parameters import fingerprint, frozen_fingerprint
+from entropy_ddp.rollouts.batch import Batch
+from entropy_ddp.update.step import optimizer_tensors
+
+# What changes no number, or stands there by its content; `sweep`: a point depends on its
+# own eta, so that a grid may be extended.
+_LEFT_OUT = (
+    "out",
+    "sweep",
+    "checkpoint",
+    "batches.E.file",
+    "batches.U.file",
+    "update.delta",
+    "update.save_delta",
+    "compute.tokens_per_microbatch",
+    "compute.snapshot_device",
+    "batches.E.sample.sequences_per_call",
+    "batches.U.sample.sequences_per_call",
+)
+_HASH_DIGITS = 16
+
+
+def identity_of_configuration(config: Config, command: str) -> dict[str, Any]:
+    """What the command line and the configuration say."""
+    identity: dict[str, Any] = {"command": command, "entropy_ddp": __version__}
+    identity["torch"] = torch.__version__
+    return identity | _flat(config.model_dump(mode="json"), "")
+
+
+def _flat(section: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A nested mapping as one with dotted keys, without what is left out."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if name in _LEFT_OUT:
+            continue
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def identity_of_checkpoint(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer | None,
+    change: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Content of the trained and frozen weights, and of what the step is made of."""
+    identity = {
+        "trained weights": fingerprint(policy.parameters.items())[:_HASH_DIGITS],
+        "other weights": frozen_fingerprint(policy.model)[:_HASH_DIGITS],
+    }
+    if optimizer is not None:
+        state = fingerprint(optimizer_tensors(optimizer))
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        identity["optimizer state"] = state[:_HASH_DIGITS]
+        identity["optimizer settings"] = repr(groups)
+    if change is not None:
+        identity["update.delta"] = fingerprint([("", change)])[:_HASH_DIGITS]
+    return identity
+
+
+def identity_of_batch(batch: Batch) -> str:
+    """Content of a batch: everything but the keys that are carried to the output."""
+    digest = hashlib.sha256()
+    for s in batch.sequences:
+        numbers = (s.group_key, s.reward, s.advantage, s.finished)
+        digest.update(repr(numbers).encode())
+        for values in (s.prompt_ids, s.response_ids, s.sampling_logprobs):
+            size = None if values is None else len(values)
+            digest.update(f"{size};".encode())
+            if values is not None:
+                digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:_HASH_DIGITS]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not the same: the key, its value before, its value now."""
+    absent = "not there"
+    return [
+        f"{key} was {_shown(before.get(key, absent))}, now "
+        f"{_shown(now.get(key, absent))}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key, absent) != now.get(key, absent)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

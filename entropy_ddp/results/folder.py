@@ -1,0 +1,161 @@
+"""The run directory: an old run whole, a new run whole, never a mixture.
+
+While a run lasts, what its phases leave is in `unfinished/` below the run directory, and
+an earlier run's files stand as they are. At the end all files are written beside them,
+and only then renamed into their places, results.json last. Whatever fails before leaves
+the earlier run as it was, and the unfinished one to be resumed.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from entropy_ddp.atomic import written_whole
+from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.results.schema import Probed
+from entropy_ddp.rollouts.files import write_jsonl
+from entropy_ddp.tensors import write_tensors
+
+# Where a run that is under way keeps what its phases leave.
+UNFINISHED = "unfinished"
+RESULTS = "results.json"
+# What a run may leave beside results.json; what this one does not make is removed.
+_OPTIONAL = (
+    "tokens.jsonl.gz",
+    "delta_theta.safetensors",
+    "sweep.jsonl",
+    "report.html",
+    "rollouts/E.jsonl",
+    "rollouts/U.jsonl",
+)
+
+
+def prepare_folder(
+    out: Path,
+    overwrite: bool,
+    resume: bool = False,
+    results: Iterable[str] = (RESULTS,),
+) -> None:
+    """Make the run directory, or say why it cannot be used.
+
+    Args:
+        out: the run directory.
+        overwrite: begin anew, whatever is there.
+        resume: go on with an unfinished run.
+        results: the files that finished results consist of.
+
+    Raises:
+        InputError: it holds results or an unfinished run and may not be used so, or
+            cannot be written.
+    """
+    _require_usable(out, (overwrite, resume), results)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+    if overwrite:
+        discard_unfinished(out)
+
+
+def _require_usable(
+    out: Path, options: tuple[bool, bool], results: Iterable[str]
+) -> None:
+    overwrite, resume = options
+    unfinished = (out / UNFINISHED).exists()
+    if overwrite and resume:
+        raise InputError(
+            "--overwrite begins anew and --resume goes on; give one of them"
+        )
+    if unfinished and not (overwrite or resume):
+        raise InputError(
+            f"{out}: holds an unfinished run; give --resume to go on with it, "
+            "--overwrite to begin anew, or another --out"
+        )
+    if resume and not unfinished:
+        raise InputError(
+            f"{out}: there is nothing unfinished to resume; leave --resume out"
+        )
+    for name in results:
+        if (out / name).is_dir():
+            raise InputError(f"{out / name}: expected a file or none, found a folder")
+        if (out / name).exists() and not (overwrite or unfinished):
+            found = "the results of an earlier run"
+            if name != RESULTS:
+                raise InputError(
+                    f"{out / name}: exists; give --overwrite or another --out"
+                )
+            raise InputError(f"{out}: holds {found}; give --overwrite or another --out")
+
+
+def discard_unfinished(out: Path) -> None:
+    """Remove what a run kept that is finished, or not to be resumed."""
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+
+
+def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
+    """Write a run directory; results.json last, so that its presence means complete.
+
+    Args:
+        out: the run directory; exists.
+        probed: what to write.
+        config_yaml: the resolved configuration.
+
+    Raises:
+        RunError: a number is not finite, or a file cannot be written; the files of an
+            earlier run are as before.
+    """
+    document = json.dumps(probed.results.to_dict(), indent=2, allow_nan=False)
+    with _written_beside(out) as new:
+        with written_whole(new / "config.yaml") as stream:
+            stream.write(config_yaml.encode())
+        write_jsonl(new / "per_sequence.jsonl", probed.sequences)
+        if probed.tokens is not None:
+            write_jsonl(new / "tokens.jsonl.gz", probed.tokens)
+        if probed.delta is not None:
+            write_tensors(new / "delta_theta.safetensors", probed.delta)
+        if probed.results.sweep is not None:
+            write_jsonl(new / "sweep.jsonl", map(asdict, probed.results.sweep))
+        with written_whole(new / RESULTS) as stream:
+            stream.write(document.encode() + b"\n")
+        try:
+            (out / RESULTS).unlink(missing_ok=True)
+            _put_in_place(new, out, probed.sampled)
+        except OSError as error:
+            raise RunError(
+                f"{out}: the results are complete but cannot be put in their place "
+                f"({error.strerror or error}); make room, and start again with --resume"
+            ) from error
+    discard_unfinished(out)
+
+
+@contextmanager
+def _written_beside(out: Path) -> Iterator[Path]:
+    """A folder for new files, which is gone afterwards."""
+    new = Path(tempfile.mkdtemp(dir=out, prefix=".new.", suffix=".tmp"))
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _put_in_place(new: Path, out: Path, sampled: Iterable[str]) -> None:
+    """Rename complete files into the run directory; results.json last."""
+    moved = {f"rollouts/{split}.jsonl" for split in sampled}
+    for name in sorted(moved):
+        kept = out / UNFINISHED / name
+        if kept.exists():
+            (out / "rollouts").mkdir(exist_ok=True)
+            os.replace(kept, out / name)
+    names = sorted(path.name for path in new.iterdir())
+    plots = {str(path.relative_to(out)) for path in out.glob("plots/*.[ps][nv]g")}
+    for name in {*_OPTIONAL, *plots} - moved - set(names):
+        (out / name).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name == RESULTS):
+        os.replace(new / name, out / name)

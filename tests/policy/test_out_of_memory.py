@@ -1,0 +1,425 @@
+"""When memory runs out in a pass: smaller microbatches, and the same results.
+
+Shortages are planted at whichever microbatch exceeds a limit, in forward and backward
+passes of every kind, and compared with passes that were not disturbed.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import reference as ref
+import torch
+import yaml
+from shortages import MESSAGES, Shortage, first_block, planted
+from tiny_runs import TinyRun, as_batch, make_passes, make_run
+from torch import Tensor
+
+from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.memory import Allowance, is_shortage, unless_out_of_memory
+from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.probe import session as session_module
+from entropy_ddp.probe.session import Session
+from entropy_ddp.results import Results
+from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.rollouts.microbatch import PromptSharing
+
+TOLERANCE = 1e-12
+VOCABULARY = 13
+BUDGET = 64
+LIMIT = 20
+# A microbatch of three rows of 8 tokens would not fit.
+ROWS = ref.random_rows(3, groups=6, responses=[4, 1, 3, 2, 1, 4], max_response=6,
+                       vocabulary=VOCABULARY, with_empty=True)  # fmt: skip
+Numbers = dict[str, Tensor]
+
+
+def make(dtype: torch.dtype = torch.float64, *, shared: bool = False) -> Passes:
+    """Passes over a small model whose output layer is trained, in this dtype."""
+    model = ref.tiny_qwen2(5, vocabulary=VOCABULARY, attention="sdpa").to(dtype)
+    passes = make_passes(
+        model, tokens_per_microbatch=BUDGET, entropy_dtype=torch.float64
+    )
+    if shared:
+        passes.tokens.sharing = PromptSharing(0.0)
+    return passes
+
+
+def shard() -> Shard:
+    return as_batch(ROWS, VOCABULARY).shard(0, 1)
+
+
+def direction(passes: Passes) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        for name, p in passes.parameters.items()
+    }
+
+
+def values(passes: Passes) -> Numbers:
+    scores = passes.score(shard())
+    return {"logp": scores.logp, "entropy": scores.entropy}
+
+
+def derivatives(passes: Passes) -> Numbers:
+    scores = passes.score(shard(), direction(passes), with_features=True)
+    names = ("logp", "entropy", "dlogp", "dentropy", *scores.features)
+    return {name: scores.array(name).double() for name in names}
+
+
+def second_derivatives(passes: Passes) -> Numbers:
+    logp, entropy = passes.score_twice(shard(), direction(passes), 1e-3)
+    return {"logp": logp, "entropy": entropy}
+
+
+def gradient(passes: Passes) -> Numbers:
+    weights = torch.linspace(-1, 1, shard().ragged.num_tokens, dtype=torch.float64)
+    flat, scores = passes.gradient(
+        shard(),
+        lambda token, *_: (weights[token], weights[token] / 3),
+        torch.float64,
+    )
+    assert all(p.grad is None for p in passes.parameters.values())
+    return {"gradient": flat, "logp": scores.logp, "entropy": scores.entropy}
+
+
+CASES: dict[str, tuple[Callable[[Passes], Numbers], str]] = {
+    "order 0": (values, "forward"),
+    "order 1": (derivatives, "forward"),
+    "order 2": (second_derivatives, "forward"),
+    "pull_back, forward": (gradient, "forward"),
+    "pull_back, backward": (gradient, "backward"),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["flat", "trees"])
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_those_of_an_undisturbed_pass(name: str, shared: bool) -> None:
+    """To 1e-12 in float64; nothing of a failed attempt is held, the limit stays."""
+    compute, when = CASES[name]
+    expected = compute(make(shared=shared))
+    passes = make(shared=shared)
+    shortage = Shortage(LIMIT, when)
+    with planted(passes.tokens.causal_lm, shortage):
+        found = compute(passes)
+    assert shortage.failed and all(size > LIMIT for size in shortage.failed)
+    assert shortage.held == 0
+    assert len(shortage.failed) == passes.allowance.num_retries
+    assert LIMIT / 2 <= passes.allowance.of(BUDGET) <= BUDGET / 2
+    assert found.keys() == expected.keys()
+    # Differences of first derivatives, which are divided by their distance.
+    tolerance = TOLERANCE * (1e3 if name == "order 2" else 1)
+    for key, array in found.items():
+        scale = float(expected[key].abs().max())
+        assert float((array - expected[key]).abs().max()) <= tolerance * scale, key
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_every_allocator_is_understood(kind: str, when: str) -> None:
+    expected = gradient(make())["gradient"]
+    passes = make()
+    with planted(passes.tokens.causal_lm, Shortage(LIMIT, when, kind)) as shortage:
+        found = gradient(passes)["gradient"]
+    assert shortage.failed
+    assert float((found - expected).abs().max()) <= TOLERANCE * float(expected.norm())
+
+
+def test_gradients_that_are_collected_lose_only_the_failed_microbatch() -> None:
+    """In bfloat16 every microbatch's gradient is moved to the sum in float32."""
+    passes, expected = make(torch.bfloat16), gradient(make(torch.bfloat16))["gradient"]
+    seen: list[int] = []
+    passes.advance = seen.append
+    with planted(passes.tokens.causal_lm, Shortage(LIMIT, "backward")) as shortage:
+        found = gradient(passes)["gradient"]
+    assert shortage.failed
+    # Nothing was undone, and the cut into microbatches only rounds.
+    assert min(seen) > 0 and sum(seen) == shard().ragged.num_tokens
+    assert float((found - expected).norm()) <= 0.02 * float(expected.norm())
+
+
+def test_progress_goes_back_with_a_sum_that_is_made_anew() -> None:
+    """A later microbatch fails: the earlier ones are made again with it."""
+    passes = make()
+    seen: list[int] = []
+    passes.advance = seen.append
+    calls = 0
+
+    def fail_second(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal calls
+        hidden = output[0] if isinstance(output, tuple) else output
+        calls += 1
+        if calls == 2:
+            hidden.register_hook(_raise)
+
+    handle = first_block(passes.tokens.causal_lm).register_forward_hook(fail_second)
+    found = gradient(passes)["gradient"]
+    handle.remove()
+    assert any(count < 0 for count in seen)
+    assert sum(seen) == shard().ragged.num_tokens
+    expected = gradient(make())["gradient"]
+    assert float((found - expected).abs().max()) <= TOLERANCE * float(expected.norm())
+
+
+def _raise(gradient: Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+
+@pytest.mark.parametrize("name", ["order 0", "order 1", "pull_back, backward"])
+def test_a_single_sequence_that_does_not_fit_ends_the_run(name: str) -> None:
+    """One line: which sequence, what was tried, whose words, what to change."""
+    compute, when = CASES[name]
+    passes = make()
+    before = copy.deepcopy(passes.tokens.state_dict())
+    expected = (
+        r"out of memory with a single sequence, line \d+ of batch E \(\d+ tokens\), "
+        rf"after \d+ smaller microbatches \(configured: {BUDGET} tokens\): "
+        r"CUDA out of memory\. .*; free memory on this device.*precision\.model"
+    )
+    with (
+        planted(passes.tokens.causal_lm, Shortage(2, when)),
+        pytest.raises(RunError, match=expected) as caught,
+    ):
+        compute(passes)
+    assert "\n" not in str(caught.value)
+    assert all(p.grad is None for p in passes.parameters.values())
+    after = passes.tokens.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    # No dual number is left in the model: the next pass is an ordinary one.
+    logp, others = values(passes)["logp"], values(make())["logp"]
+    assert float((logp - others).abs().max()) <= TOLERANCE * float(others.abs().max())
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    for error in (
+        RuntimeError("shape mismatch"),
+        RuntimeError(7),
+        RuntimeError(),
+        ValueError("out of memory."),
+        RunError("CUDA out of memory."),
+        InputError("CUDA out of memory."),
+    ):
+        assert not is_shortage(error)
+        calls: list[int] = []
+
+        def call(error: Exception = error, calls: list[int] = calls) -> None:
+            calls.append(1)
+            raise error
+
+        with pytest.raises(type(error)):
+            unless_out_of_memory(call)
+        assert calls == [1]
+
+
+def test_an_allowance_halves_and_never_reaches_zero() -> None:
+    allowance = Allowance()
+    assert allowance.of(100) == 100
+    for used, left in ((100, 50), (33, 16), (1, 1)):
+        allowance.halve(used)
+        assert allowance.of(100) == left
+    assert allowance.num_retries == 3
+    assert allowance.of(1) == 1
+
+
+# A whole probe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_run(tmp_path_factory.mktemp("run"), "qwen2", full=True)
+
+
+@contextmanager
+def short_of_memory(
+    monkeypatch: pytest.MonkeyPatch, shortage: Shortage
+) -> Iterator[None]:
+    """Every session that is opened has the shortage in its model, after its checks."""
+    opened: list[Session] = []
+    verify = session_module.verify_model
+
+    with monkeypatch.context() as patch:
+        contexts: list[Any] = []
+
+        def verify_and_plant(session: Session) -> None:
+            verify(session)
+            opened.append(session)
+            context = planted(session.policy.model, shortage)
+            context.__enter__()
+            contexts.append(context)
+
+        patch.setattr(session_module, "verify_model", verify_and_plant)
+        yield
+        for context in contexts:
+            context.__exit__(None, None, None)
+
+
+SECTIONS: dict[str, Any] = {
+    "compute": {"device": "cpu", "tokens_per_microbatch": 32},
+    "attribution": {"enabled": True, "verify": True},
+}
+NUMBERS = ("truth", "truth_all", "linear", "linear_all", "curvature", "attribution")
+
+
+def close(found: Any, expected: Any, where: str, tolerance: float = 1e-10) -> None:
+    """Equal, numbers up to rounding of what they are sums of."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            close(found[key], value, f"{where}.{key}", tolerance)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for index, (one, other) in enumerate(zip(found, expected)):
+            close(one, other, f"{where}.{index}", tolerance)
+    elif isinstance(expected, float):
+        assert abs(found - expected) <= tolerance * max(1e-3, abs(expected)), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_probe_with_attribution(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Same numbers and audits; what happened is reported once."""
+    expected = run.probe(**SECTIONS).results
+    shortage = Shortage(14, when)
+    with short_of_memory(monkeypatch, shortage):
+        found = run.probe(**SECTIONS).results
+    assert shortage.failed and shortage.held == 0
+    document, other = found.to_dict(), expected.to_dict()
+    for section in NUMBERS:
+        close(document[section], other[section], section)
+    assert found.run.out_of_memory_retries == len(shortage.failed)
+    assert found.run.tokens_per_microbatch < 32
+    assert expected.run.out_of_memory_retries == 0
+    assert expected.run.tokens_per_microbatch == 32
+    told = [row for row in found.audit if "want of memory" in row.name]
+    assert [row.verdict for row in told] == ["warn"]
+    assert str(found.run.tokens_per_microbatch) in told[0].hint
+    rest = {row.name: row.verdict for row in found.audit if row not in told}
+    assert rest == {row.name: row.verdict for row in expected.audit}
+    if when == "forward":
+        scales = [audit_value(r, "sum_deriv_scales") for r in (found, expected)]
+        assert scales[0] > scales[1]
+    for field in ("sequences", "tokens"):
+        counts = [[row[field] for row in r.run.passes] for r in (found, expected)]
+        assert counts[0] == counts[1]
+
+
+def audit_value(results: Results, name: str) -> Any:
+    return next(row.value for row in results.audit if row.name == name)
+
+
+def test_a_reference_pass_too(run: TinyRun, tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Log p under the reference policy, the model without its adapter."""
+    lora = make_run(tmp_path, "qwen2")
+    sections = SECTIONS | {"update": {"kl_coefficient": 0.1}, "attribution": {}}
+    expected = lora.probe(**sections).results.to_dict()
+    with short_of_memory(monkeypatch, Shortage(14)) as _:
+        found = lora.probe(**sections).results.to_dict()
+    assert found["run"]["out_of_memory_retries"] > 0
+    for section in ("update", "truth", "linear"):
+        close(found[section], expected[section], section)
+
+
+# Real shortages, and ranks
+
+REAL = """
+import resource
+import sys
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import reference as ref
+from tiny_runs import as_batch, make_passes
+
+torch.manual_seed(0)
+model = Qwen2ForCausalLM(Qwen2Config(
+    vocab_size=50, hidden_size=32, intermediate_size=4096, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+)).eval()
+rows = ref.random_rows(1, groups=16, responses=1, vocabulary=50, max_response=800)
+shard = as_batch(rows, 50).shard(0, 1)
+passes = make_passes(model, tokens_per_microbatch=1 << 20)
+weights = torch.linspace(-1, 1, shard.ragged.num_tokens)
+before = passes.score(shard)
+plain, _ = passes.gradient(shard, lambda t, *_: (weights[t], weights[t]), torch.float32)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (150 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+found, _ = passes.gradient(shard, lambda t, *_: (weights[t], weights[t]), torch.float32)
+after = passes.score(shard)
+print(passes.allowance.num_retries, float((found - plain).norm() / plain.norm()),
+      float((after.logp - before.logp).abs().max()))
+"""
+
+
+@pytest.mark.slow
+def test_a_real_shortage_of_the_host(tmp_path: Path) -> None:
+    """An address space that ends: torch's allocator, whatever it says, is understood."""
+    path = tmp_path / "real.py"
+    path.write_text(REAL)
+    tests = str(Path(__file__).resolve().parent.parent)
+    done = launching.run(launching.python(path), {"PYTHONPATH": tests})
+    retries, gradient_error, logp_error = done.require_success().stdout.split()
+    assert int(retries) > 0
+    assert float(gradient_error) < 1e-5
+    assert float(logp_error) < 1e-5
+
+
+RANKS = """
+import json
+import sys
+from pathlib import Path
+
+from shortages import Shortage, first_block
+
+from entropy_ddp.cli.ranks import run_ranks
+from entropy_ddp.config import load_config
+from entropy_ddp.probe import session
+from entropy_ddp.probe.run import run_probe
+
+def body(world):
+    verify = session.verify_model
+    def verify_and_plant(opened):
+        verify(opened)
+        if world.rank == 1:
+            for shortage in (Shortage(14, "backward"), Shortage(10)):
+                hook = shortage.after_block
+                first_block(opened.policy.model).register_forward_hook(hook)
+    session.verify_model = verify_and_plant
+    config = load_config(Path(sys.argv[1]), ())
+    results = run_probe(config, world, None, lambda *progress: None).results
+    if world.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(results.to_dict()))
+    return 0
+
+sys.exit(run_ranks(body))
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_runs_short(run: TinyRun, tmp_path: Path) -> None:
+    """Inside DistributedDataParallel, in forward and backward: the results of one."""
+    expected = run.probe(**SECTIONS).results.to_dict()
+    script, config = tmp_path / "ranks.py", tmp_path / "config.yaml"
+    script.write_text(RANKS)
+    config.write_text(yaml.safe_dump(run.config(**SECTIONS).model_dump()))
+    tests = str(Path(__file__).resolve().parent.parent)
+    command = launching.torchrun(2, script, config, tmp_path / "results.json")
+    launching.run(command, {"PYTHONPATH": tests}).require_success()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["run"]["out_of_memory_retries"] > 0
+    assert found["run"]["tokens_per_microbatch"] <= 10
+    for section in NUMBERS:
+        close(found[section], expected[section], section)
+    failed = {row["name"] for row in found["audit"] if row["verdict"] == "fail"}
+    assert not failed

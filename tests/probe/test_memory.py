@@ -1,0 +1,214 @@
+"""How much memory a run is said to need, what is free, and what is said about it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from tiny_runs import TinyRun, make_run
+
+from entropy_ddp import memory
+from entropy_ddp.cli import main
+from entropy_ddp.memory import MemoryEstimate, free_host_bytes
+from entropy_ddp.policy.activations import saved_for_backward
+from entropy_ddp.probe import memory as estimates
+from entropy_ddp.probe.memory import estimate_memory
+
+GIGABYTE = 10**9
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_run(tmp_path_factory.mktemp("run"), "qwen2", full=True)
+
+
+# What is free
+
+
+def write_group(folder: Path, names: tuple[str, str], values: tuple[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, values):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text("anon 1\ninactive_file 50\n")
+
+
+@pytest.mark.parametrize(
+    ("lines", "root", "names"),
+    [
+        ("0::/job/step\n", ".", ("memory.max", "memory.current")),
+        (
+            "5:cpu:/\n4:memory:/job/step\n",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ),
+    ],
+)
+def test_the_limit_of_a_control_group(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: str,
+    root: str,
+    names: tuple[str, str],
+) -> None:
+    """The nearest limit of all groups around the process; the file cache is given back."""
+    own = tmp_path / "own"
+    own.write_text(lines)
+    monkeypatch.setattr(memory, "OWN_GROUPS", own)
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "groups")
+    unlimited = free_host_bytes()
+    assert unlimited > 10**6
+    job = tmp_path / "groups" / root / "job"
+    write_group(job, names, ("1000", "300"))
+    write_group(job / "step", names, ("max", "100"))
+    assert free_host_bytes() == 1000 - 300 + 50
+    write_group(job / "step", names, ("400", "100"))
+    assert free_host_bytes() == 400 - 100 + 50
+    write_group(job / "step", names, ("400", "900"))
+    assert free_host_bytes() == 0
+    own.unlink()
+    assert free_host_bytes() > 10**6
+
+
+# What is needed
+
+
+def test_what_a_backward_pass_keeps_is_counted() -> None:
+    """Activations once each, however often they are saved; no weights."""
+    linear = torch.nn.Linear(6, 8)
+    weight = torch.nn.Parameter(torch.ones(3, 5))
+    rows = torch.ones(3, 5, 6, requires_grad=True)
+    with saved_for_backward((3, 5)) as saved:
+        hidden = linear(rows)
+        squared = hidden * hidden
+        total = (squared.tanh().sum(2) * weight).sum()
+    # The input of the linear map, its output (twice), tanh's output, the sum over it.
+    assert saved.per_position == 4 * (6 + 8 + 8 + 1)
+    total.backward()
+
+
+def test_vectors_of_each_phase(run: TinyRun) -> None:
+    """In float64 on the CPU, bytes for one parameter: README, Memory, without what is."""
+    elements = run.open().passes.layout.numel
+    sections: list[tuple[dict[str, Any], int]] = [
+        ({"gradient_dot": {"enabled": False}}, 2 * 8 + 3 * 8),
+        ({"gradient_dot": {"enabled": True}}, 5 * 8 + 8),
+        (
+            {"gradient_dot": {"enabled": True, "direction": "preconditioned"}},
+            6 * 8 + 8,
+        ),
+        ({"attribution": {"enabled": True, "verify": True}}, 5 * 8 + 3 * 8 + 8),
+    ]
+    for given, size in sections:
+        on_device, on_host = estimates._vectors(run.open(**given))
+        assert on_device == 0
+        # Step counts of the optimizer beside its moments.
+        assert size * elements <= on_host <= size * elements + 1000
+
+
+def test_it_grows_with_the_microbatch(run: TinyRun) -> None:
+    sizes = []
+    for budget in (8, 24):
+        compute = {"device": "cpu", "tokens_per_microbatch": budget}
+        estimate = estimate_memory(run.open(compute=compute))
+        sizes.append(estimate.host_more)
+    assert sizes[1] > sizes[0]
+
+
+def test_whether_it_fits() -> None:
+    small = MemoryEstimate(host_now=1, host_more=2, host_free=2)
+    assert small.fits
+    assert not MemoryEstimate(host_now=1, host_more=3, host_free=2).fits
+    on_device = {"device_more": 3 * GIGABYTE, "device_free": 2 * GIGABYTE}
+    large = MemoryEstimate(host_now=1, host_more=2, host_free=2, **on_device)
+    assert not large.fits
+    assert large.line.endswith("on the GPU 3.00 GB more (2.00 GB free)")
+
+
+# What is said
+
+
+def test_it_is_said_before_the_run_and_in_check(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line; a warning and no refusal where it does not fit; facts as JSON."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run.config().model_dump(mode="json")))
+
+    def invoke(command: str, *options: str) -> Any:
+        arguments = [command, "--config", str(config), *options]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    probed = invoke("probe", "--out", str(tmp_path / "out"))
+    assert probed.stderr.count("memory: ") == 1
+    assert "may not fit" not in probed.stderr
+    assert "a rank at the peak (" in probed.stdout
+    facts = json.loads((tmp_path / "out" / "results.json").read_text())["run"]["memory"]
+    assert facts["peak_bytes"] > 10**8 and facts["estimated_bytes"] > 10**8
+    checked = json.loads(invoke("check", "--json").stdout)
+    assert checked["memory"]["fits"] is True
+    assert checked["memory"]["host_more"] > 0
+    monkeypatch.setattr(estimates, "free_host_bytes", lambda: 1000)
+    warned = invoke("probe", "--out", str(tmp_path / "other"))
+    assert warned.stderr.count("warning: the run may not fit; lower compute.") == 1
+    quiet = invoke("probe", "--out", str(tmp_path / "third"), "--quiet")
+    assert "memory" not in quiet.stderr
+    assert json.loads(invoke("check", "--json").stdout)["memory"]["fits"] is False
+
+
+MEASURED = """
+import json
+import sys
+
+import reference as ref
+import torch
+import yaml
+from checkpoints import run_config, save_checkpoint, write_rows
+from pathlib import Path
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
+from entropy_ddp.probe.run import run_probe
+
+root = Path(sys.argv[1])
+if sys.argv[2] == "make":
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=20_000, hidden_size=256, intermediate_size=1024,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=False,
+    ))
+    saved = save_checkpoint(root, "qwen2", full=True, model=model)
+    files = [
+        write_rows(root / f"{split}.jsonl", ref.random_rows(
+            seed, groups=4, responses=2, vocabulary=20_000, max_response=60))
+        for seed, split in enumerate("EU")
+    ]
+    sections = {"precision": {"model": "float32"}, "curvature": {"enabled": False},
+                "compute": {"device": "cpu", "tokens_per_microbatch": 8192}}
+    (root / "config.yaml").write_text(
+        yaml.safe_dump(run_config(saved, *files) | sections))
+else:
+    config = Config.model_validate(yaml.safe_load((root / "config.yaml").read_text()))
+    run = run_probe(config, World(), None, lambda *_: None).results.run
+    print(json.dumps(run.memory))
+"""
+
+
+@pytest.mark.slow
+def test_the_estimate_is_near_the_measured_peak(tmp_path: Path) -> None:
+    """Of a run alone in its process: within a factor of 1.5."""
+    script = tmp_path / "measured.py"
+    script.write_text(MEASURED)
+    tests = str(Path(__file__).resolve().parent.parent)
+    for what in ("make", "run"):
+        command = launching.python(script, tmp_path, what)
+        done = launching.run(command, {"PYTHONPATH": tests}).require_success()
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 1 / 1.5 < found["estimated_bytes"] / found["peak_bytes"] < 1.5
