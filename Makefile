@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute report bench test test-fast lint clean
+.PHONY: help install demo probe sweep attribute report ledger bench test test-fast lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -80,6 +80,11 @@ attribute: $(RUN_STAMP) $(DEMO_COMPLETE) ## name the tokens of the update that m
 
 report: probe sweep attribute ## probe, sweep and attribute, and one page of all three
 	$(BIN)/python -m entropy_ddp report $(OUT) $(OUT)-sweep $(OUT)-attribute
+
+ledger: $(RUN_STAMP) $(DEMO_COMPLETE) ## train the demo with a probe at every step and add them up
+	rm -rf $(OUT)-ledger
+	$(BIN)/python examples/train_with_probe.py --out $(OUT)-ledger
+	$(BIN)/python -m entropy_ddp ledger $(OUT)-ledger
 
 bench: $(RUN_STAMP) ## time every part against what it is made of, some 12 minutes
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -27,11 +27,13 @@ ROOMS = (
     "estimators",
     "results",
     "audit",
+    "ledger",
     "report",
     "terminal",
     "demo",
     "probe",
     "api",
+    "training",
     "cli",
     "__main__",
 )

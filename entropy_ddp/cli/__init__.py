@@ -14,6 +14,7 @@ from entropy_ddp import __version__
 from entropy_ddp.cli.import_command import import_
 from entropy_ddp.cli.inputs import check, demo, sample
 from entropy_ddp.cli.jobs import attribute, audit, probe, sweep
+from entropy_ddp.cli.ledger_command import ledger
 from entropy_ddp.cli.ranks import EXIT_FAILED
 from entropy_ddp.cli.report_command import report
 from entropy_ddp.interruption import Interrupted, signals_raise
@@ -49,6 +50,6 @@ def main() -> None:
 
 
 for command in (
-    probe, sweep, attribute, audit, report, sample, import_, check, demo,
+    probe, sweep, attribute, audit, report, ledger, sample, import_, check, demo,
 ):  # fmt: skip
     main.add_command(command)

@@ -9,6 +9,7 @@ from entropy_ddp.distributed.group import (
     LAUNCHER_VARIABLES,
     RANK_TIMEOUT_SECONDS,
     is_launched,
+    joined_world,
     process_group,
     single_process_warning,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "RANK_TIMEOUT_SECONDS",
     "World",
     "is_launched",
+    "joined_world",
     "process_group",
     "single_process_warning",
 ]

@@ -40,6 +40,22 @@ def single_process_warning(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def joined_world() -> World:
+    """The ranks of a process group that is there already, a trainer's for example.
+
+    With a gloo group of its own: tensors on the CPU can then be reduced whatever the
+    trainer's backend is, and its collectives are not mixed with these.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return World()
+    return World(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", dist.get_rank())),
+        group=dist.new_group(backend="gloo"),
+    )
+
+
 def _print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 

@@ -51,7 +51,9 @@ class World:
         rank: number of this rank.
         world_size: number of ranks.
         local_rank: number of this rank on its machine; selects the GPU.
-        store: the key-value store shared by the ranks; None without a group.
+        store: the key-value store shared by the ranks; None without a group, and in
+            one that somebody else has started.
+        group: the group of the collectives; None for the default one.
         watch: this rank's watch over the others; None without a group.
         timeout_seconds: how long a rank waits for the others in a collective.
         collectives: number of collectives and bytes handed to them, by purpose.
@@ -61,6 +63,7 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     store: Any = None
+    group: Any = None
     watch: Watch | None = None
     timeout_seconds: float = 1800.0
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -70,19 +73,28 @@ class World:
         """Whether this rank prints and writes files."""
         return self.rank == 0
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there is a process group."""
+        return self.store is not None or self.group is not None
+
     def sum(self, tensor: Tensor, purpose: str) -> Tensor:
         """Sum of a CPU tensor over ranks, in place."""
         self._count(purpose, tensor)
-        if self.store is not None:
-            self._join(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.SUM))
+        if self.is_grouped:
+            self._join(
+                lambda: dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
+            )
         return tensor
 
     def max(self, value: float) -> float:
         """Largest of a scalar over ranks."""
         tensor = torch.tensor([value], dtype=torch.float64)
         self._count("scalars", tensor)
-        if self.store is not None:
-            self._join(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
+        if self.is_grouped:
+            self._join(
+                lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+            )
         return float(tensor)
 
     def gather_rows(self, rows: Tensor, positions: Tensor, count: int) -> Tensor:
@@ -105,10 +117,10 @@ class World:
     def gather_objects(self, value: Any) -> list[Any]:
         """A small picklable value from every rank, in rank order, on every rank."""
         self._count("objects", None)
-        if self.store is None:
+        if not self.is_grouped:
             return [value]
         values: list[Any] = [None] * self.world_size
-        self._join(lambda: dist.all_gather_object(values, value))
+        self._join(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -125,6 +137,12 @@ class World:
         renamed = "forward_sync_buffers"
         option = renamed if renamed in known else "broadcast_buffers"
         return DistributedDataParallel(module, init_sync=False, **{option: False})
+
+    def close(self) -> None:
+        """Leave the group of a joined world; the one it was joined from goes on."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
 
     def _join(self, collective: Callable[[], T]) -> T:
         if self.watch is not None:

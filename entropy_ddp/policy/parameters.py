@@ -121,6 +121,27 @@ def shifted(
         yield
 
 
+def add_gradients(
+    total: Tensor, parameters: Iterable[nn.Parameter], runs_hooks: bool = True
+) -> None:
+    """Add the gradient of a scalar to the parameters' `.grad`.
+
+    Args:
+        total: the scalar.
+        parameters: all that it depends on.
+        runs_hooks: whether the hooks on the parameters run.
+    """
+    if runs_hooks:
+        total.backward()
+        return
+    held = list(parameters)
+    gradients = torch.autograd.grad(total, held, allow_unused=True)
+    for parameter, gradient in zip(held, gradients):
+        if gradient is not None:
+            before = parameter.grad
+            parameter.grad = gradient if before is None else before + gradient
+
+
 def global_norm(flat: Tensor) -> float:
     """Euclidean norm of a flat buffer, accumulated in float64."""
     flat = flat.reshape(-1)

@@ -31,7 +31,12 @@ from entropy_ddp.policy.forward_mode import (
     undetached,
     weight_norms,
 )
-from entropy_ddp.policy.parameters import ParameterLayout, inner_product, shifted
+from entropy_ddp.policy.parameters import (
+    ParameterLayout,
+    add_gradients,
+    inner_product,
+    shifted,
+)
 from entropy_ddp.policy.precision import precision_context
 from entropy_ddp.policy.response_tokens import ResponseTokens, TokenWeights
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
@@ -62,6 +67,7 @@ class Passes:
         device: the model's device.
         advance: called with the number of tokens after every microbatch.
         count_operations: whether floating-point operations are counted.
+        runs_hooks: whether backward passes run hooks on the parameters: not a trainer's.
         allowance: how many tokens of a microbatch fit into memory, as far as is known.
         saved_per_position: bytes that a backward pass keeps of each position of a
             microbatch; 0 as long as it was not measured.
@@ -75,6 +81,7 @@ class Passes:
     device: torch.device
     advance: Callable[[int], None] = lambda count: None
     count_operations: bool = False
+    runs_hooks: bool = True
     allowance: Allowance = field(default_factory=Allowance)
     saved_per_position: float = 0.0
     performed: dict[tuple[str, str], PassCount] = field(default_factory=dict)
@@ -232,7 +239,7 @@ class Passes:
                 total, logp, entropy = self.wrapped(microbatch, weights)
                 scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
                 backward = True
-                total.backward()
+                add_gradients(total, self.parameters.values(), self.runs_hooks)
 
         def undo() -> bool:
             """Drop the sum that a part of a microbatch may have been added to."""

@@ -4,9 +4,7 @@ Beside the passes of a probe it costs one backward pass over E (which the audit 
 against reverse mode is part of) and one forward-mode pass over U, however large U is.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,9 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.attribution import (
     TokenTable,
     concentration,
-    covariance_score,
     judge_proxy,
-    probability_deciles,
     proxies,
     rules,
-    share_by,
 )
 from entropy_ddp.estimators.errors import relative_difference
 from entropy_ddp.policy.parameters import inner_product
@@ -37,15 +32,14 @@ from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
 from entropy_ddp.probe.phases import snapshot_device
 from entropy_ddp.probe.session import Progress, Session, open_session
+from entropy_ddp.probe.token_tables import summaries, token_rows, top_tokens
 from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.results import AttributionResult, AuditRow, Probed, Rows
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.loss import loss_weights
-from entropy_ddp.update.step import one_step
+from entropy_ddp.update.step import Step, one_step
 
-# Tokens shown on either side of a token in its context.
-CONTEXT_TOKENS = 16
 # Of the largest term of the slope.
 GAP_TOLERANCE = {
     torch.float64: 1e-10,
@@ -119,8 +113,13 @@ def attributed(
         rows: the audits.
         parts: other parts of the results.
     """
-    split = split_step(session, measured)
-    table = score_shares(session, measured, split.direction)
+    assert measured.gradient is not None
+    size = measured.estimates.original.denominator
+    slope = measured.duality.gradient / size
+    split = split_step(session, measured.gradient, measured.step, slope)
+    shard = session.shard(session.batches["U"])
+    weights = loss_weights(shard, session.config.update, session.reference_logp)
+    table = score_shares(session, weights, split.direction)
     # Used up: not to be held while the what-if steps are taken.
     split.direction.clear()
     shares = table.share.new_zeros(len(session.batches["U"]))
@@ -150,24 +149,27 @@ class SplitStep:
     direction: dict[str, Tensor]
 
 
-def split_step(session: Session, measured: Measured) -> SplitStep:
-    """Momentum and decay parts of delta_h1, and the direction z of the gradient part."""
-    assert session.optimizer is not None and measured.gradient is not None
+def split_step(
+    session: Session, gradient: Tensor, step: Step, slope: Tensor
+) -> SplitStep:
+    """Momentum and decay parts of delta_h1, and the direction z of the gradient part.
+
+    Args:
+        session: the run.
+        gradient: gradient of the loss, summed over ranks, flat, [P].
+        step: the step that was taken with it.
+        slope: grad H, gradient of the entropy estimator on all of E, flat, [P].
+    """
+    assert session.optimizer is not None
     passes = session.passes
-    size = measured.estimates.original.denominator
-    slopes, direction = passes.layout.views(measured.duality.gradient), {}
+    slopes, direction = passes.layout.views(slope), {}
     momentum = decay = 0.0
     for name, parts in step_parts(
-        session.optimizer,
-        passes.parameters,
-        measured.gradient,
-        measured.step,
-        session.config.update,
+        session.optimizer, passes.parameters, gradient, step, session.config.update
     ):
-        slope = slopes[name] / size
-        momentum += _dot(slope, parts.momentum)
-        decay += _dot(slope, parts.decay)
-        direction[name] = parts.gain.to(slope) * slope
+        momentum += _dot(slopes[name], parts.momentum)
+        decay += _dot(slopes[name], parts.decay)
+        direction[name] = parts.gain.to(slopes[name]) * slopes[name]
     return SplitStep(momentum=momentum, decay=decay, direction=direction)
 
 
@@ -176,9 +178,15 @@ def _dot(slope: Tensor, part: Tensor) -> float:
 
 
 def score_shares(
-    session: Session, measured: Measured, direction: dict[str, Tensor]
+    session: Session, weights: TokenWeights, direction: dict[str, Tensor]
 ) -> TokenTable:
-    """Share, log p and entropy of every token of U, all ranks' in file order."""
+    """Share, log p and entropy of every token of U, all ranks' in file order.
+
+    Args:
+        session: the run.
+        weights: dL / d log p and dL / dH of every token of this rank's shard of U.
+        direction: z, as `split_step` gives it.
+    """
     batch = session.batches["U"]
     shard = session.shard(batch)
 
@@ -188,13 +196,12 @@ def score_shares(
             return Record(tokens=scores.arrays())
 
     scores = DirectionalScores(**session.kept("shares", shard, score).tokens)
-    weights = loss_weights(shard, session.config.update, session.reference_logp)
-    on_logp, _ = weights(
-        torch.arange(shard.ragged.num_tokens), scores.logp, scores.entropy
-    )
-    columns = [-on_logp * scores.dlogp, scores.logp, scores.entropy]
+    tokens = torch.arange(shard.ragged.num_tokens)
+    on_logp, on_entropy = weights(tokens, scores.logp, scores.entropy)
+    share = -(on_logp * scores.dlogp + on_entropy * scores.dentropy)
+    columns = [share, scores.logp, scores.entropy]
     rows = session.world.gather_rows(
-        torch.stack(columns, dim=1), _token_places(batch, shard), batch.num_tokens
+        torch.stack(columns, dim=1), token_places(batch, shard), batch.num_tokens
     )
     share, logp, entropy = rows.unbind(1)
     ragged = batch.ragged
@@ -208,7 +215,7 @@ def score_shares(
     )
 
 
-def _token_places(batch: Batch, shard: Shard) -> Tensor:
+def token_places(batch: Batch, shard: Shard) -> Tensor:
     """Places of this rank's tokens in the flat token arrays of the whole batch, [t]."""
     starts = batch.ragged.starts[shard.positions]
     return shard.ragged.spread(starts) + shard.ragged.position
@@ -242,9 +249,9 @@ def _attribution_result(
         covariance=judged.pop("covariance"),
         proxies=judged,
         concentration=concentration(table.share),
-        summaries=_summaries(session, table),
+        summaries=summaries(session, table),
         what_if=_what_if(session, measured, table, total),
-        top_tokens=_top_tokens(session, table),
+        top_tokens=top_tokens(session, table),
     )
 
 
@@ -256,42 +263,6 @@ def _gap_row(session: Session, result: AttributionResult) -> AuditRow:
         "the parts of the step do not add up to it: the optimizer's update rule is not "
         "the one that is decomposed",
     )
-
-
-def _summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
-    """Shares by sign of advantage, probability, position, reward and pass rate."""
-    batch, share = session.batches["U"], table.share
-    sign = (table.advantage.sign() + 1).long()
-    decile = probability_deciles(table.logp)
-    edges = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
-    place = torch.bucketize(table.position + 1, edges, right=True) - 1
-    positions = [
-        f"{low}" if high == low + 1 else f"{low}-{high - 1}"
-        for low, high in pairwise(edges.tolist())
-    ]
-    summaries = {
-        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, share),
-        "probability decile": share_by(
-            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, share
-        ),
-        "position": share_by([*positions, f"{edges[-1]} on"], place, share),
-    }
-    rewards = [s.reward for s in batch.sequences]
-    if all(reward is not None for reward in rewards):
-        best = torch.tensor(rewards, dtype=torch.float64)
-        passed = (best >= best.max()).double()
-        rate = torch.zeros(batch.num_groups, dtype=torch.float64)
-        rate.index_add_(0, batch.groups, passed)
-        rate /= batch.group_sizes
-        quarter = (rate * 4).long().clamp(max=3)[batch.groups]
-        ragged = batch.ragged
-        summaries["largest reward"] = share_by(
-            ["not reached", "reached"], ragged.spread(passed.long()), share
-        )
-        summaries["pass rate of the group"] = share_by(
-            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), share
-        )
-    return summaries
 
 
 def _what_if(
@@ -335,7 +306,7 @@ def _score_after_masked_step(session: Session, keep: Tensor) -> TokenScores:
     shard = session.shard(batch)
     weights = _masked(
         loss_weights(shard, config.update, session.reference_logp),
-        keep[_token_places(batch, shard)],
+        keep[token_places(batch, shard)],
     )
     with session.phase("what if: masked step", shard.ragged.num_tokens):
         gradient, _ = passes.gradient(
@@ -358,51 +329,3 @@ def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
         return on_logp * keep[token.cpu()].to(on_logp), on_entropy
 
     return masked
-
-
-def token_rows(session: Session, table: TokenTable) -> Iterator[dict[str, Any]]:
-    """The rows of tokens.jsonl.gz, one by one: every token of U, k counted from 1."""
-    batch, tokenizer = session.batches["U"], session.policy.tokenizer
-    covariance = covariance_score(table.logp, table.advantage)
-    columns = {
-        "logp": table.logp,
-        "entropy": table.entropy,
-        "advantage": table.advantage,
-        "covariance": covariance,
-        "share": table.share,
-    }
-    for sequence, start in zip(batch.sequences, batch.ragged.starts.tolist()):
-        here = slice(start, start + sequence.num_tokens)
-        values = zip(*(column[here].tolist() for column in columns.values()))
-        ids = sequence.response_ids.tolist()
-        for k, (token_id, numbers) in enumerate(zip(ids, values), start=1):
-            row = {"index": sequence.index, "k": k, "token_id": token_id}
-            if tokenizer is not None:
-                row["text"] = tokenizer.decode([token_id])
-            yield row | dict(zip(columns, numbers))
-
-
-def _top_tokens(session: Session, table: TokenTable) -> list[dict[str, Any]]:
-    """The tokens with the largest shares by absolute value, in their context."""
-    batch, tokenizer = session.batches["U"], session.policy.tokenizer
-    count = min(session.config.attribution.top, len(table.share))
-    rows = []
-    for place in table.share.abs().topk(count).indices.tolist():
-        sequence = batch.sequences[int(table.sequence[place])]
-        position = int(table.position[place])
-        row: dict[str, Any] = {
-            "index": sequence.index,
-            "k": position + 1,
-            "share": float(table.share[place]),
-            "logp": float(table.logp[place]),
-            "entropy": float(table.entropy[place]),
-            "advantage": float(table.advantage[place]),
-        }
-        if tokenizer is not None:
-            ids = sequence.response_ids.tolist()
-            before = [*sequence.prompt_ids.tolist(), *ids[:position]][-CONTEXT_TOKENS:]
-            after = ids[position + 1 : position + 1 + CONTEXT_TOKENS]
-            pieces = (before, [ids[position]], after)
-            row["context"] = [tokenizer.decode(piece) for piece in pieces]
-        rows.append(row)
-    return rows

@@ -1,0 +1,1 @@
+"""The entropy ledger of a whole run: entries of steps that add up."""

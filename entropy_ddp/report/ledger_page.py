@@ -1,0 +1,165 @@
+"""The page of a run's ledger."""
+
+from entropy_ddp.ledger.accumulate import Entry, Ledger
+from entropy_ddp.ledger.names import NAMES, PART_NAMES, TOKEN_NAMES
+from entropy_ddp.report.figures.ledger import (
+    curve_and_sums,
+    gradient_by_probability,
+    parts_by_step,
+)
+from entropy_ddp.report.view import Cell, Page, Section, Table, digits, words
+from entropy_ddp.report.words import number, visible, with_error
+
+
+def ledger_page(ledger: Ledger, name: str) -> Page:
+    """The page, as it is rendered by `render_page`.
+
+    Args:
+        ledger: the run's ledger.
+        name: what the run is called.
+    """
+    steps = ledger.steps
+    total = ledger.totals.get("truth", ledger.totals["first_order"])
+    verb = "lowered" if total["value"] < 0 else "raised"
+    sections = [_run(ledger)]
+    if ledger.parts:
+        sections += [_parts(ledger), _influence(ledger)]
+    sections.append(_checks(ledger))
+    return Page(
+        title=f"{name}: entropy ledger",
+        kicker=f"Entropy ledger of {name}, steps {steps['first']:,} to {steps['last']:,}",
+        alarm="" if ledger.trusted else "A truth of this run is not to be trusted.",
+        headline=(
+            f"{steps['probed']:,} steps {verb} the entropy by ",
+            number(abs(total["value"]), 3),
+            " nats per token",
+        ),
+        sign="cold" if total["value"] < 0 else "warm",
+        lead=" ".join([_measured_curve(ledger), *map(_sentence, ledger.notes)]),
+        checked=f"{steps['probed']:,} of {steps['total']:,} steps were probed.",
+        sections=sections,
+    )
+
+
+def _measured_curve(ledger: Ledger) -> str:
+    begin, end = ledger.curve[0], ledger.curve[-1]
+    return (
+        f"On fresh responses it went from {with_error(begin['value'], begin['se'], signed=False)} to "
+        f"{with_error(end['value'], end['se'], signed=False)}."
+    )
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}."
+
+
+def _run(ledger: Ledger) -> Section:
+    columns = ["quantity", "nats/token"]
+    if ledger.scaled is not None:
+        columns.append(f"scaled to {ledger.steps['total']:,} steps")
+    rows = []
+    for name, label in NAMES.items():
+        if name in ledger.totals:
+            row = [words(label), _measured(ledger.totals[name])]
+            if ledger.scaled is not None:
+                row.append(_measured(ledger.scaled.get(name, {})))
+            rows.append(row)
+    table = Table(title="Sums over the run", columns=columns, rows=rows)
+    return Section(
+        id="run", title="The run", figures=[curve_and_sums(ledger)], tables=[table]
+    )
+
+
+def _parts(ledger: Ledger) -> Section:
+    parts = [[words(PART_NAMES[n]), _signed(v)] for n, v in ledger.parts.items()]
+    parts.append([words("total"), _signed(sum(ledger.parts.values()))])
+    tokens = [[words(TOKEN_NAMES[n]), _signed(v)] for n, v in ledger.tokens.items()]
+    return Section(
+        id="parts",
+        title="What it is made of",
+        lead=f"Of the {ledger.steps['attributed']:,} steps that are split into parts.",
+        figures=[parts_by_step(ledger), gradient_by_probability(ledger)],
+        tables=[
+            Table(
+                title="The change by part", columns=["part", "nats/token"], rows=parts
+            ),
+            Table(
+                title="The gradient's part by sign of the advantage",
+                columns=["tokens", "nats/token"],
+                rows=tokens,
+            ),
+        ],
+    )
+
+
+def _influence(ledger: Ledger) -> Section:
+    caption = "Sums over the steps in which they were among the largest."
+    tokens = [
+        [words(visible(row["text"])), _signed(row["share"]), _count(row)]
+        for row in ledger.by_token
+    ]
+    prompts = [
+        [words(row["prompt"]), _signed(row["share"]), _count(row)]
+        for row in ledger.by_prompt
+    ]
+    single = [
+        [words(row["step"]), _signed(row["share"]), digits(row["logp"])]
+        + [digits(row["advantage"], signed=True), _context(row)]
+        for row in ledger.top_tokens
+    ]
+    columns = ["nats/token", "tokens trained on"]
+    return Section(
+        id="influence",
+        title="Who moved it most",
+        tables=[
+            Table(
+                title="Tokens",
+                columns=["token", *columns],
+                rows=tokens,
+                caption=caption,
+            ),
+            Table(
+                title="Prompts",
+                columns=["prompt", *columns],
+                rows=prompts,
+                caption=caption,
+            ),
+            Table(
+                title="Single tokens",
+                columns=["step", "share", "log p", "A", "token in its context"],
+                rows=single,
+                folded=True,
+            ),
+        ],
+    )
+
+
+def _checks(ledger: Ledger) -> Section:
+    rows = [
+        [words(name.replace("_", " ")), digits(value)]
+        for name, value in ledger.checks.items()
+    ]
+    table = Table(title="The worst of all steps", columns=["check", "value"], rows=rows)
+    return Section(id="checks", title="Checks", tables=[table])
+
+
+def _measured(value: Entry) -> Cell:
+    if "se" not in value:
+        return words("–")
+    return Cell(text=with_error(value["value"], value["se"]), is_number=True)
+
+
+def _signed(value: float) -> Cell:
+    return digits(value, signed=True)
+
+
+def _count(row: Entry) -> Cell:
+    return Cell(text=f"{row['num_tokens']:,}", is_number=True)
+
+
+def _context(row: Entry) -> Cell:
+    if "context" not in row:
+        return words("–")
+    before, token, after = row["context"]
+    sign = "cold" if row["share"] < 0 else "warm"
+    return Cell(text="", marked=(before, token, after), sign=sign)

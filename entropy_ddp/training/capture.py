@@ -1,0 +1,319 @@
+"""The batch of an optimizer step, and what its loss weighs every token by.
+
+A forward hook sees the token ids that the loss is computed from. Hooks on the gradient
+see the exact weights of every token,
+
+    a_t = dL / d log p_t        b_t = dL / dH_t
+
+of the loss L whose gradient the optimizer steps on, whatever it is: clipping, KL term,
+normalisation and accumulation are in them, and nothing is implemented again.
+
+Where the model returns log-probabilities (TRL), the hooks are on them. Where it returns
+logits z (cross-entropy), the gradient of a loss of log p_y alone is a_t (1_y - p), and
+a_t is read off by projection; a gradient that has another part is refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_ddp.errors import InputError
+from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
+
+IGNORED_LABEL = -100
+# Part of the gradient by the logits that may be rounding, relative to its norm.
+LOGITS_RESIDUAL = 1e-2
+# Positions whose softmax is computed at a time.
+CHUNK_POSITIONS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRow:
+    """One sequence of the batch that is stepped on.
+
+    Attributes:
+        prompt_ids: token ids up to the first token of the loss.
+        response_ids: those from there to the last token of the loss.
+        on_logp, on_entropy: a_t and b_t of each response token; 0 where the loss does
+            not depend on it.
+        logp: log p of each response token as the trainer computed it; NaN where it did
+            not.
+        advantage: its advantage; 1 where there are none.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    on_logp: list[float]
+    on_entropy: list[float]
+    logp: list[float]
+    advantage: float
+
+
+@dataclass(kw_only=True)
+class _Microbatch:
+    """One forward pass of the trainer, shifted: column j is about token j + 1.
+
+    Attributes:
+        input_ids, attended: [B, L].
+        counted: whether the loss may depend on the token, [B, L - 1].
+        advantages: [B]; None if there are none.
+        logp, on_logp, on_entropy: [B, L - 1]; None until known.
+        residual: share of the logits' gradient that is not of log p.
+    """
+
+    input_ids: Tensor
+    attended: Tensor
+    counted: Tensor
+    advantages: Tensor | None
+    logp: Tensor | None = None
+    on_logp: Tensor | None = None
+    on_entropy: Tensor | None = None
+    residual: float = 0.0
+
+
+@dataclass(kw_only=True)
+class BatchCapture:
+    """Watches the forward passes between the begin of a step and its optimizer step.
+
+    Attributes:
+        model: the trained model, not wrapped.
+        num_ranks: number of ranks, over which gradients are averaged.
+        inputs: what the loss was last called with.
+    """
+
+    model: nn.Module
+    num_ranks: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+    _microbatches: list[_Microbatch] = field(default_factory=list)
+    _handle: Any = None
+
+    def arm(self) -> None:
+        """Watch from now on, from an empty batch."""
+        self.disarm()
+        self._microbatches = []
+        # PEFT calls the `forward` of the innermost model, past its hooks.
+        peft = hasattr(self.model, "get_base_model")
+        called: Any = self.model.base_model if peft else self.model
+        self._handle = called.register_forward_hook(self._seen, with_kwargs=True)
+
+    def disarm(self) -> None:
+        """Watch no longer; what was seen is kept."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def rows(self) -> list[TrainedRow]:
+        """This rank's sequences of the batch, in the order they were passed in.
+
+        Raises:
+            InputError: the loss does not go through log-probabilities or logits that
+                the model returns.
+        """
+        if all(batch.on_logp is None for batch in self._microbatches):
+            raise InputError(
+                "entropy probe: expected a loss of the log-probabilities or logits that "
+                "the model returns, found none with a gradient (a fused loss, logits "
+                "converted by mixed precision, or no forward pass at all); this "
+                "trainer cannot be probed"
+            )
+        return [row for batch in self._microbatches for row in self._rows_of(batch)]
+
+    def _seen(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        batch = self._microbatch(args, kwargs)
+        logp = getattr(output, "log_probs", None)
+        if logp is not None and logp.requires_grad:
+            batch.logp = logp.detach()
+            logp.register_hook(_keeper(batch, "on_logp"))
+            entropy = getattr(output, "entropy", None)
+            if entropy is not None and entropy.requires_grad:
+                entropy.register_hook(_keeper(batch, "on_entropy"))
+        elif getattr(output, "logits", None) is not None:
+            logits = output.logits
+            # Not the graph: it may be freed when the hook runs.
+            values = logits.detach()
+            logits.register_hook(lambda slope: _read_off(batch, values, slope))
+        self._microbatches.append(batch)
+
+    def _microbatch(self, args: Any, kwargs: dict[str, Any]) -> _Microbatch:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or kwargs.get("position_ids") is not None:
+            raise InputError(
+                "entropy probe: expected batches of input_ids, one sequence a row, found "
+                f"{'packed rows' if ids is not None else 'embeddings'}; turn packing and "
+                "padding_free off, or train without the probe"
+            )
+        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        labels = self.inputs.get("labels") if labels is None else labels
+        attended = torch.ones_like(ids) if mask is None else mask
+        counted = attended[:, 1:] != 0
+        if labels is not None:
+            counted = counted & (labels[:, 1:] != IGNORED_LABEL)
+        advantages = self.inputs.get("advantages")
+        if advantages is not None and advantages.shape != ids.shape[:1]:
+            raise InputError(
+                "entropy probe: expected one advantage for each sequence, found "
+                f"advantages of shape {list(advantages.shape)} for {len(ids)} sequences; "
+                "advantages by token are not supported"
+            )
+        return _Microbatch(
+            input_ids=ids.detach(),
+            attended=attended.detach() != 0,
+            counted=counted,
+            advantages=advantages,
+        )
+
+    def _rows_of(self, batch: _Microbatch) -> list[TrainedRow]:
+        if batch.residual > LOGITS_RESIDUAL:
+            raise InputError(
+                "entropy probe: expected a loss of the labels' log-probabilities, found "
+                f"one with another part ({100 * batch.residual:.0f} % of its gradient: "
+                "label smoothing?); this loss cannot be attributed to tokens"
+            )
+        columns = torch.stack(
+            [
+                _or_constant(batch.on_logp, batch.counted, 0.0) / self.num_ranks,
+                _or_constant(batch.on_entropy, batch.counted, 0.0) / self.num_ranks,
+                _or_constant(batch.logp, batch.counted, torch.nan),
+            ]
+        ).cpu()
+        rows = []
+        for number in range(len(batch.input_ids)):
+            places = batch.counted[number].nonzero()[:, 0].cpu() + 1
+            if not len(places):
+                continue
+            advantages = batch.advantages
+            rows.append(
+                _row(
+                    (batch.input_ids[number].cpu(), batch.attended[number].cpu()),
+                    columns[:, number],
+                    (int(places[0]), int(places[-1]) + 1),
+                    1.0 if advantages is None else float(advantages[number]),
+                )
+            )
+        return rows
+
+
+def _keeper(batch: _Microbatch, name: str) -> Callable[[Tensor | None], None]:
+    # An output that the loss does not use has no gradient under DistributedDataParallel.
+    def keep(slope: Tensor | None) -> None:
+        if slope is not None:
+            setattr(batch, name, slope.detach().double())
+
+    return keep
+
+
+def _read_off(batch: _Microbatch, logits: Tensor, slope: Tensor | None) -> None:
+    """a_t from the gradient by the logits, [B, L, V]."""
+    if slope is None:
+        return
+    weights = torch.zeros(batch.counted.shape, dtype=torch.float64)
+    values = torch.full(batch.counted.shape, torch.nan, dtype=torch.float64)
+    rest = whole = 0.0
+    row, column = batch.counted.nonzero(as_tuple=True)
+    for part in range(0, len(row), CHUNK_POSITIONS):
+        here = (
+            row[part : part + CHUNK_POSITIONS],
+            column[part : part + CHUNK_POSITIONS],
+        )
+        logp = logits[here].double().log_softmax(-1)
+        target = batch.input_ids[here[0], here[1] + 1][:, None]
+        basis = (-logp.exp()).scatter_add_(
+            1, target, torch.ones_like(target, dtype=logp.dtype)
+        )
+        given = slope[here].double()
+        size = basis.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        factor = (given * basis).sum(1) / size
+        rest += float((given - factor[:, None] * basis).square().sum())
+        whole += float(given.square().sum())
+        places = (here[0].cpu(), here[1].cpu())
+        weights[places] = factor.cpu()
+        values[places] = logp.gather(1, target)[:, 0].cpu()
+    # What the positions that are not counted add to the loss is not of log p either.
+    whole_slope = float(slope.double().square().sum())
+    rest += max(0.0, whole_slope - whole)
+    batch.on_logp, batch.logp = weights, values
+    batch.residual = (rest / whole_slope) ** 0.5 if whole_slope else 0.0
+
+
+def _or_constant(values: Tensor | None, counted: Tensor, constant: float) -> Tensor:
+    if values is None:
+        return torch.full(counted.shape, constant, dtype=torch.float64)
+    return values.double().cpu().masked_fill(~counted.cpu(), constant)
+
+
+def _row(
+    tokens: tuple[Tensor, Tensor],
+    columns: Tensor,
+    span: tuple[int, int],
+    advantage: float,
+) -> TrainedRow:
+    """A row of (token ids, attended) [L] whose loss is on the tokens of a span."""
+    (ids, attended), (first, last) = tokens, span
+    response = attended.clone()
+    response[:first] = False
+    response[last:] = False
+    prompt = attended.clone()
+    prompt[first:] = False
+    on_logp, on_entropy, logp = columns[:, response[1:]].tolist()
+    return TrainedRow(
+        prompt_ids=ids[prompt].tolist(),
+        response_ids=ids[response].tolist(),
+        on_logp=on_logp,
+        on_entropy=on_entropy,
+        logp=logp,
+        advantage=advantage,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedBatch:
+    """The rows of all ranks as a batch U.
+
+    Attributes:
+        batch: the batch; responses to one prompt are one group.
+        rows: the rows in its order.
+    """
+
+    batch: Batch
+    rows: list[TrainedRow]
+
+    @classmethod
+    def of(cls, rows: list[TrainedRow]) -> "TrainedBatch":
+        """The batch of these rows.
+
+        Raises:
+            InputError: a sequence has no token before its first token of the loss.
+        """
+        groups: dict[tuple[int, ...], int] = {}
+        sequences = []
+        for index, row in enumerate(rows):
+            if not row.prompt_ids:
+                raise InputError(
+                    "entropy probe: expected a token before the first token of the loss, "
+                    f"found none in sequence {index + 1} of the batch"
+                )
+            group = groups.setdefault(tuple(row.prompt_ids), len(groups))
+            sequence = Sequence(
+                index=index,
+                group=group,
+                group_key=group,
+                prompt_ids=torch.tensor(row.prompt_ids),
+                response_ids=torch.tensor(row.response_ids),
+                advantage=row.advantage,
+            )
+            sequences.append(sequence)
+        first = {s.group: s.prompt_ids for s in reversed(sequences)}
+        # The responses of a group share one copy of its prompt.
+        shared = tuple(replace(s, prompt_ids=first[s.group]) for s in sequences)
+        return cls(batch=Batch(split="U", sequences=shared), rows=rows)
+
+    def token_values(self, shard: Shard, name: str) -> Tensor:
+        """One of the rows' lists as a flat token array of a shard, float64, [t]."""
+        mine = [getattr(self.rows[i], name) for i in shard.positions.tolist()]
+        flat = [value for values in mine for value in values]
+        return torch.tensor(flat, dtype=torch.float64)

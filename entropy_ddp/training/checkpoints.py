@@ -1,0 +1,287 @@
+"""The ledger of a run that trained without the callback, from the checkpoints it left.
+
+Between two checkpoints, saved after steps s and s + n, the change of all n steps together
+is probed as a given change of the parameters: entropy, truth, first and second order on
+responses sampled from the first of the two. Step s + 1 can moreover be taken again from
+the saved optimizer state on the trainer's dump of its batch, and split into its parts:
+with a checkpoint of every step the whole run is, otherwise one step in n.
+
+In the trainer's output folder:
+
+    checkpoint-{s}/                                  weights, optimizer state after step s
+    completions/completions_{s + 1:05d}.parquet      batch of step s + 1 (TRL)
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp import __version__
+from entropy_ddp.config import Config, load_config
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
+from entropy_ddp.importers.run import ImportOptions, import_rollouts
+from entropy_ddp.policy.checkpoint import OPTIMIZER_FILES
+from entropy_ddp.policy.parameters import inner_product
+from entropy_ddp.probe.attribution import score_shares, split_step
+from entropy_ddp.probe.estimation import estimate, predict
+from entropy_ddp.probe.measure import measure
+from entropy_ddp.probe.phases import score_after_step, score_along_step
+from entropy_ddp.probe.session import Progress, Session, open_session
+from entropy_ddp.rollouts.files import sequence_to_row, write_jsonl
+from entropy_ddp.training.entries import (
+    Attributed,
+    Changes,
+    attribution_entry,
+    change_entry,
+    entropy_entry,
+)
+from entropy_ddp.training.lines import append_line, require_new
+from entropy_ddp.training.live import seeded
+from entropy_ddp.training.step_probe import measured_entropy, middle_slope
+from entropy_ddp.update.loss import loss_weights
+from entropy_ddp.update.step import given_change
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The estimators of a ledger; those of the callback too.
+ESTIMATORS = (
+    "objective.integrand=rb",
+    "objective.normalize=per_token",
+    "truth.is_mode=per_decision",
+    "linear={score: to_go, baseline: hk}",
+    "update.lr_override=null",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRun:
+    """A run that left checkpoints.
+
+    Attributes:
+        folder: the trainer's output folder.
+        out: where the ledger is written, with what was sampled.
+        config: YAML file of how E is sampled; None for assignments alone.
+        assignments: `key.sub=value`, winning over the file.
+        top: number of tokens and prompts listed by name.
+    """
+
+    folder: Path
+    out: Path
+    config: Path | None
+    assignments: tuple[str, ...]
+    top: int = 20
+
+    def configured(self, **values: Any) -> Config:
+        """The configuration of a probe at a checkpoint.
+
+        Raises:
+            InputError: it is not valid, or E is not sampled.
+        """
+        given = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        assignments = (*self.assignments, *ESTIMATORS, *given)
+        return load_config(self.config, assignments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Two checkpoints that follow each other.
+
+    Attributes:
+        first, last: steps after which they were saved.
+        before, after: their folders.
+        kept: folder of what is sampled and imported.
+    """
+
+    first: int
+    last: int
+    before: Path
+    after: Path
+    kept: Path
+
+    @property
+    def evaluation(self) -> Path:
+        """The file of E, sampled from the first of the two."""
+        return self.kept / "E.jsonl"
+
+
+def probe_checkpoints(run: CheckpointRun, world: World, progress: Progress) -> None:
+    """Write the ledger of a run from its checkpoints.
+
+    Args:
+        run: the run.
+        world: the ranks.
+        progress: told how far the current phase is.
+
+    Raises:
+        InputError: there are no two checkpoints, one cannot be read, the configuration
+            is wrong, or the ledger exists.
+        RunError: a number is not finite.
+    """
+    intervals = _intervals(run)
+    configs = [_change_config(run, interval) for interval in intervals]
+    require_new(run.out)
+    # On every rank before the first of them writes.
+    world.gather_objects(None)
+    first, last = intervals[0].first, intervals[-1].last
+    begin = {"kind": "run", "version": __version__, "first_step": first + 1}
+    _write(run, world, begin | {"steps": last, "checkpoints": str(run.folder)})
+    for interval, config in zip(intervals, configs):
+        if world.is_main:
+            interval.kept.mkdir(parents=True, exist_ok=True)
+        # The streams of the callback at that step.
+        config_of_step = seeded(config, interval.first + 1)
+        session = open_session(config_of_step, world, None, progress)
+        if world.is_main:
+            _keep_evaluation(session, interval.evaluation)
+        entry = {
+            "kind": "step",
+            "step": interval.last,
+            "num_steps": interval.last - interval.first,
+            **_change(session),
+        }
+        if _can_be_split(run, interval):
+            entry |= _split(run, interval, world, progress)
+        _write(run, world, entry)
+        if interval is intervals[-1]:
+            session.config = config
+            _write(run, world, _end(session, last))
+
+
+def _intervals(run: CheckpointRun) -> list[Interval]:
+    """All of a run's checkpoints, by step."""
+    found = {
+        int(match[1]): path
+        for path in (run.folder.iterdir() if run.folder.is_dir() else ())
+        if (match := CHECKPOINT.fullmatch(path.name)) is not None
+    }
+    if len(found) < 2:
+        raise InputError(
+            f"{run.folder}: expected at least 2 folders checkpoint-N, found {len(found)}; "
+            "name the trainer's output folder, and save more often (save_steps)"
+        )
+    return [
+        Interval(
+            first=first,
+            last=last,
+            before=found[first],
+            after=found[last],
+            kept=run.out / "checkpoints" / str(first),
+        )
+        for first, last in pairwise(sorted(found))
+    ]
+
+
+def _change_config(run: CheckpointRun, interval: Interval) -> Config:
+    values = {
+        "checkpoint.path": str(interval.before),
+        "update.delta": str(interval.after),
+        "batches.U": None,
+    }
+    config = run.configured(**values)
+    if config.batches.E.sample is None:
+        raise InputError(
+            "batches.E: expected a `sample` section, found a file; a ledger needs fresh "
+            "responses from every checkpoint"
+        )
+    return config
+
+
+def _change(session: Session) -> dict[str, Any]:
+    """Truth and predictions of the whole change between two checkpoints."""
+    stepped = score_after_step(session, None)
+    along = score_along_step(session, stepped.step, 0)
+    estimates = estimate(session, along, stepped.scores, predict(session, along, 0))
+    mean = estimates.original.value
+    changes = Changes(
+        evaluation=session.batches["E"],
+        entropy=estimates.original,
+        estimates=estimates,
+        midpoint=middle_slope(session, stepped.step, along, mean, place=0.0),
+        truth=True,
+    )
+    return change_entry(changes)
+
+
+def _keep_evaluation(session: Session, file: Path) -> None:
+    tokenizer = session.policy.tokenizer
+    sequences = session.batches["E"].sequences
+    write_jsonl(file, [sequence_to_row(s, tokenizer) for s in sequences])
+
+
+def _can_be_split(run: CheckpointRun, interval: Interval) -> bool:
+    saved = any((interval.before / name).exists() for name in OPTIMIZER_FILES)
+    return saved and _completions(run, interval).exists()
+
+
+def _completions(run: CheckpointRun, interval: Interval) -> Path:
+    name = f"completions_{interval.first + 1:05d}.parquet"
+    return run.folder / "completions" / name
+
+
+def _split(
+    run: CheckpointRun, interval: Interval, world: World, progress: Progress
+) -> dict[str, Any]:
+    """The parts of the first step after a checkpoint, on the same E."""
+    update = interval.kept / "U.jsonl"
+    if world.is_main:
+        options = ImportOptions(
+            format="trl",
+            files=(_completions(run, interval),),
+            checkpoint=interval.before,
+            output=update,
+            overwrite=True,
+        )
+        import_rollouts(options)
+    # Not read before it is there.
+    world.gather_objects(None)
+    values = {
+        "checkpoint.path": str(interval.before),
+        "batches.E": {"file": str(interval.evaluation)},
+        "batches.U": {"file": str(update)},
+        "update.from_checkpoint": True,
+    }
+    config = run.configured(**values)
+    session = open_session(config, world, None, progress)
+    measured = measure(session, len(session.batches["E"]), with_curvature=False)
+    gradient = measured.gradient
+    assert gradient is not None
+    slope = measured.duality.gradient / measured.estimates.original.denominator
+    split = split_step(session, gradient, measured.step, slope)
+    shard = session.shard(session.batches["U"])
+    weights = loss_weights(shard, session.config.update, session.reference_logp)
+    views = session.passes.layout.views(gradient)
+    attributed = Attributed(
+        batch=session.batches["U"],
+        table=score_shares(session, weights, split.direction),
+        momentum=split.momentum,
+        decay=split.decay,
+        gradient=-sum(
+            inner_product(z.reshape(-1), views[name].reshape(-1))
+            for name, z in split.direction.items()
+        ),
+    )
+    step = {
+        "learning_rate": measured.step.learning_rate,
+        "grad_norm": measured.step.grad_norm,
+        "clip_coefficient": measured.step.clip_coef,
+    }
+    return step | attribution_entry(session, attributed, run.top)
+
+
+def _end(session: Session, step: int) -> dict[str, Any]:
+    """The entropy at the last checkpoint."""
+    assert session.change is not None
+    parameters, update = session.policy.parameters, session.config.update
+    with given_change(parameters, session.change, update):
+        entropy = measured_entropy(session, step + 1)
+    groups = session.batches["E"].groups
+    return {"kind": "end", "step": step, "entropy": entropy_entry(entropy, groups)}
+
+
+def _write(run: CheckpointRun, world: World, line: dict[str, Any]) -> None:
+    if world.is_main:
+        run.out.mkdir(parents=True, exist_ok=True)
+        append_line(run.out, line)

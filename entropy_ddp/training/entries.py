@@ -1,0 +1,296 @@
+"""The line of one probed step in `ledger.jsonl`, and the values that are logged of it.
+
+Every line is a JSON object with a `kind`:
+
+- `run`: the first of every (re)start: `version`, `first_step`, `settings`, `trainer`
+  {loss_type, learning_rate, max_grad_norm, temperature, world_size, dtype}, `steps` (the
+  number of optimizer steps planned).
+- `step`, one of every probed step, changes in nats per token:
+
+  | key | meaning |
+  |---|---|
+  | step | number of the optimizer step, from 1 |
+  | learning_rate, grad_norm, clip_coefficient | of the step |
+  | E, U | {num_groups, num_sequences, num_tokens} |
+  | entropy | {value, se} at theta on E, fresh responses |
+  | first_order, second_order | predicted change {value, se}; second order at the middle |
+  | truth | {value, se, ess_fraction}: importance-weighted change on the same E |
+  | truth_minus_first, truth_minus_second | differences with their paired se |
+  | parts | {momentum, decay, gradient} of the first-order change |
+  | tokens | {positive, negative, zero, unattributed}: the gradient part by sign of the
+    advantage; unattributed is what the shares of tokens leave of it |
+  | deciles | the gradient part by probability of the token, least probable first, [10] |
+  | covariance | mean over U's tokens of (log p - mean)(A - mean) |
+  | top_tokens | the tokens with the largest shares, in their context |
+  | by_token, by_prompt | sums of shares by token id and by prompt, the largest |
+  | checks | see below |
+  | seconds | wall-clock seconds that the probe took |
+
+- `end`: `step`, `entropy` {value, se} at the weights that the training ended with.
+
+A key that was not asked for is absent. Of a run that is read from its checkpoints, `run`
+has `checkpoints` in place of `settings` and `trainer`, and a `step` that is about all
+steps since the checkpoint before has their number as `num_steps`; what follows `U` is
+then of the first of them.
+
+With dropout or mixed precision the parts are still the trainer's own: its gradient, its
+moments. The tokens' shares are of the model as it is measured, without either; what they
+leave of the gradient part is `unattributed`. The checks:
+
+- identity: the gradient part from the trainer's own gradient over the sum of its tokens'
+  shares, which are of another pass and of the weights that the hooks saw: 1 expected.
+  identity_gap is |unattributed| over the sum of |share|, the scale of its rounding: where
+  shares cancel, the ratio alone says little.
+- step_gap: ||(theta' - theta) - delta|| / ||delta|| of the step that was foreseen, less
+  what the rounding of theta' can make.
+- duality_gap: forward against reverse mode on E.
+- logp_gap: largest difference of log p on U from what the trainer computed, nats.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_ddp.estimators.attribution import (
+    NUM_DECILES,
+    TokenTable,
+    covariance_score,
+    probability_deciles,
+)
+from entropy_ddp.estimators.entropy import Ratio
+from entropy_ddp.estimators.errors import delta_method_error
+from entropy_ddp.estimators.linear import Slope
+from entropy_ddp.probe.estimation import EntropyEstimates
+from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.token_tables import top_tokens
+from entropy_ddp.rollouts.batch import Batch
+from entropy_ddp.rollouts.files import decode_prompt
+from entropy_ddp.training.step_probe import StepProbe
+
+PREFIX = "entropy_ddp/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What was measured of a change of the parameters.
+
+    Attributes:
+        evaluation: E.
+        entropy: the entropy on E at theta.
+        estimates: truth and prediction.
+        midpoint: prediction from the middle; None if not asked for.
+        truth: whether E was scored after the change.
+    """
+
+    evaluation: Batch
+    entropy: Ratio
+    estimates: EntropyEstimates
+    midpoint: Slope | None
+    truth: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attributed:
+    """A first-order change split into its parts.
+
+    Attributes:
+        batch: U.
+        table: every token of U with its share in the gradient part.
+        momentum, decay, gradient: the parts, nats.
+    """
+
+    batch: Batch
+    table: TokenTable
+    momentum: float
+    decay: float
+    gradient: float
+
+
+def step_entry(
+    session: Session, probe: StepProbe, *, truth: bool, top: int
+) -> dict[str, Any]:
+    """The line of a probed step.
+
+    Args:
+        session: the run.
+        probe: the step, both halves.
+        truth: whether E was scored after the step.
+        top: number of tokens and prompts listed by name.
+    """
+    assert probe.estimates is not None
+    changes = Changes(
+        evaluation=probe.evaluation,
+        entropy=probe.entropy,
+        estimates=probe.estimates,
+        midpoint=probe.midpoint,
+        truth=truth,
+    )
+    share = probe.clip_coefficient * probe.table.share
+    attributed = Attributed(
+        batch=probe.trained.batch,
+        table=replace(probe.table, share=share),
+        momentum=probe.momentum,
+        decay=probe.decay,
+        gradient=probe.gradient,
+    )
+    entry = {
+        "kind": "step",
+        "step": probe.number,
+        "learning_rate": probe.learning_rate,
+        "grad_norm": probe.grad_norm,
+        "clip_coefficient": probe.clip_coefficient,
+        **change_entry(changes),
+        **attribution_entry(session, attributed, top),
+    }
+    entry["checks"] |= {
+        "step_gap": probe.step_gap,
+        "duality_gap": probe.duality.gap,
+        "logp_gap": probe.logp_gap,
+    }
+    return entry
+
+
+def change_entry(changes: Changes) -> dict[str, Any]:
+    """Entropy, predictions and truth."""
+    first = changes.estimates.slopes["to_go", "hk", False]
+    change, middle = changes.estimates.changes["per_decision"], changes.midpoint
+    entry: dict[str, Any] = {
+        "E": sizes_of(changes.evaluation),
+        "entropy": entropy_entry(changes.entropy, changes.evaluation.groups),
+        "first_order": {"value": first.value, "se": first.se},
+    }
+    if middle is not None:
+        entry["second_order"] = {"value": middle.value, "se": middle.se}
+    if changes.truth:
+        entry["truth"] = {
+            "value": change.value,
+            "se": change.se,
+            "ess_fraction": change.ess_fraction,
+        }
+        entry["truth_minus_first"] = _difference(change, first)
+        if middle is not None:
+            entry["truth_minus_second"] = _difference(change, middle)
+    return entry
+
+
+def sizes_of(batch: Batch) -> dict[str, int]:
+    """Numbers of groups, sequences and tokens of a batch."""
+    return {
+        "num_groups": batch.num_groups,
+        "num_sequences": len(batch),
+        "num_tokens": batch.num_tokens,
+    }
+
+
+def entropy_entry(entropy: Ratio, groups: Tensor) -> dict[str, float]:
+    """An entropy with its standard error."""
+    num_groups = int(groups.max()) + 1
+    se = delta_method_error(entropy.influence(groups, num_groups))
+    return {"value": entropy.value, "se": se}
+
+
+def _difference(change: Any, slope: Any) -> dict[str, float]:
+    """The two are of the same responses: most of their noise is the same."""
+    return {
+        "value": change.value - slope.value,
+        "se": delta_method_error(change.influence - slope.influence),
+    }
+
+
+def attribution_entry(
+    session: Session, attributed: Attributed, top: int
+) -> dict[str, Any]:
+    """The parts of a first-order change, and who made the gradient's."""
+    batch, table = attributed.batch, attributed.table
+    share, total = table.share, float(table.share.sum())
+    deciles = share.new_zeros(NUM_DECILES)
+    deciles.index_add_(0, probability_deciles(table.logp), share)
+    unattributed = attributed.gradient - total
+    checks = {}
+    if total:
+        checks["identity"] = attributed.gradient / total
+        checks["identity_gap"] = abs(unattributed) / float(share.abs().sum())
+    return {
+        "U": sizes_of(batch),
+        "parts": {
+            "momentum": attributed.momentum,
+            "decay": attributed.decay,
+            "gradient": attributed.gradient,
+        },
+        "tokens": {
+            "positive": float(share[table.advantage > 0].sum()),
+            "negative": float(share[table.advantage < 0].sum()),
+            "zero": float(share[table.advantage == 0].sum()),
+            "unattributed": unattributed,
+        },
+        "deciles": deciles.tolist(),
+        "covariance": float(covariance_score(table.logp, table.advantage).mean()),
+        "top_tokens": top_tokens(session, table)[:top],
+        "by_token": _by_token(session, batch, share, top),
+        "by_prompt": _by_prompt(session, attributed, top),
+        "checks": checks,
+    }
+
+
+def _by_token(
+    session: Session, batch: Batch, share: Tensor, top: int
+) -> list[dict[str, Any]]:
+    """Sums of shares by token id, the largest by absolute value."""
+    ids = torch.cat([sequence.response_ids for sequence in batch.sequences])
+    kinds, place = ids.unique(return_inverse=True)
+    totals = share.new_zeros(len(kinds)).index_add_(0, place, share)
+    counts = torch.bincount(place, minlength=len(kinds))
+    tokenizer = session.policy.tokenizer
+    return [
+        {
+            "token_id": int(kinds[i]),
+            "text": tokenizer.decode([int(kinds[i])]),
+            "share": float(totals[i]),
+            "num_tokens": int(counts[i]),
+        }
+        for i in _largest(totals, top)
+    ]
+
+
+def _by_prompt(
+    session: Session, attributed: Attributed, top: int
+) -> list[dict[str, Any]]:
+    """Sums of shares by prompt, the largest by absolute value."""
+    batch, table = attributed.batch, attributed.table
+    group = batch.groups[table.sequence]
+    totals = table.share.new_zeros(batch.num_groups).index_add_(0, group, table.share)
+    counts = torch.bincount(group, minlength=batch.num_groups)
+    prompts = {s.group: s.prompt_ids for s in batch.sequences}
+    tokenizer = session.policy.tokenizer
+    return [
+        {
+            "prompt": decode_prompt(prompts[i].tolist(), tokenizer),
+            "share": float(totals[i]),
+            "num_tokens": int(counts[i]),
+        }
+        for i in _largest(totals, top)
+    ]
+
+
+def _largest(totals: Tensor, top: int) -> list[int]:
+    return totals.abs().topk(min(top, len(totals))).indices.tolist()
+
+
+def logged_values(entry: dict[str, Any]) -> dict[str, float]:
+    """The scalars of a line under the names that reporters see."""
+    values: dict[str, float] = {"step": entry["step"]}
+    for key in ("entropy", "first_order", "second_order", "truth"):
+        if key in entry:
+            values[key] = entry[key]["value"]
+            values[f"{key}_se"] = entry[key]["se"]
+    if "truth" in entry:
+        values["ess_fraction"] = entry["truth"]["ess_fraction"]
+    values |= entry["parts"]
+    values |= {f"tokens_{name}": share for name, share in entry["tokens"].items()}
+    values |= {f"decile_{d}": share for d, share in enumerate(entry["deciles"])}
+    values["covariance"] = entry["covariance"]
+    values |= entry["checks"]
+    values["seconds"] = entry["seconds"]
+    return {PREFIX + name: value for name, value in values.items()}

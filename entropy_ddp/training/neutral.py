@@ -1,0 +1,100 @@
+"""A trainer's process as it was: what a probe borrows, it gives back bit for bit.
+
+A training with probes takes the same steps as one without. Within `untouched`, the model
+is in evaluation mode and in its own precision, no parameter has a gradient, and random
+numbers may be drawn; afterwards all of that is as before. Parameters that a probe moves
+are restored by `policy.parameters.preserved`, from copies.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy
+import torch
+from torch import nn
+
+from entropy_ddp.policy.parameters import differentiate_padding_tokens
+from entropy_ddp.training.padding import padding_rows
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """The context of everything that a probe does in a trainer's process.
+
+    Args:
+        model: the trained model, not wrapped.
+    """
+    with ExitStack() as borrowed:
+        borrowed.enter_context(_random_streams())
+        borrowed.enter_context(_evaluation_mode(model))
+        borrowed.enter_context(_gradients_aside(model))
+        borrowed.enter_context(_padding_differentiated(model))
+        borrowed.enter_context(_without_autocast(model))
+        yield
+
+
+@contextmanager
+def _random_streams() -> Iterator[None]:
+    """Python's, NumPy's and torch's streams, those of every GPU too."""
+    python_stream, numpy_stream = random.getstate(), numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_stream)
+            numpy.random.set_state(numpy_stream)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    # Module by module: a trainer may keep some of them in evaluation mode.
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def _gradients_aside(model: nn.Module) -> Iterator[None]:
+    # The same tensors come back: they may be views of a bucket that ranks reduce.
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+@contextmanager
+def _padding_differentiated(model: nn.Module) -> Iterator[None]:
+    rows = padding_rows(model)
+    differentiate_padding_tokens(model)
+    try:
+        yield
+    finally:
+        for embedding, index in rows.items():
+            embedding.padding_idx = index
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Without the mixed precision that accelerate wraps around `forward`."""
+    wrapped = {
+        module: module.__dict__["forward"]
+        for module in model.modules()
+        if "_original_forward" in module.__dict__ and "forward" in module.__dict__
+    }
+    for module in wrapped:
+        module.forward = module._original_forward
+    try:
+        yield
+    finally:
+        for module, forward in wrapped.items():
+            module.forward = forward

@@ -1,0 +1,180 @@
+"""Do a run's entries add up? From lines typed by hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from entropy_ddp.cli import main
+from entropy_ddp.errors import InputError
+from entropy_ddp.ledger.accumulate import Ledger, accumulate
+from entropy_ddp.ledger.reading import read_ledger
+
+
+def run_line(first: int = 1, steps: int = 3) -> dict[str, Any]:
+    return {"kind": "run", "first_step": first, "steps": steps}
+
+
+def step_line(step: int, scale: float = 1.0, **changes: Any) -> dict[str, Any]:
+    """An entry whose numbers add up."""
+    top = {"share": scale * step, "logp": -1.0, "entropy": 1.0, "advantage": 1.0}
+    return {
+        "kind": "step",
+        "step": step,
+        "entropy": {"value": 1 - 0.1 * step, "se": 0.3},
+        "first_order": {"value": -0.5 * scale, "se": 0.04},
+        "second_order": {"value": -0.3 * scale, "se": 0.03},
+        "truth": {"value": -0.2 * scale, "se": 0.02, "ess_fraction": 1 - 0.1 * step},
+        "parts": {"momentum": -0.6 * scale, "decay": 0.0, "gradient": 0.1 * scale},
+        "tokens": {"positive": 0.3 * scale, "negative": -0.2 * scale},
+        "deciles": [0.01 * scale * d for d in range(10)],
+        "top_tokens": [top | {"context": ["a", "<b>", "c"]}],
+        "by_token": [
+            {"token_id": 7, "text": "x", "share": scale, "num_tokens": 2},
+            {"token_id": step, "text": str(step), "share": -0.1, "num_tokens": 1},
+        ],
+        "by_prompt": [{"prompt": "p", "share": 0.5 * scale, "num_tokens": 3}],
+        "checks": {"identity": 1.0, "identity_gap": 1e-7 * step},
+    } | changes
+
+
+def end_line(step: int = 3) -> dict[str, Any]:
+    return {"kind": "end", "step": step, "entropy": {"value": 0.5, "se": 0.4}}
+
+
+def write(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> Path:
+    text = "".join(json.dumps(line) + "\n" for line in lines) + tail
+    (folder / "ledger.jsonl").write_text(text)
+    return folder
+
+
+def ledger(folder: Path, *lines: dict[str, Any]) -> Ledger:
+    return accumulate(read_ledger(write(folder, list(lines))))
+
+
+def test_entries_add_up_to_the_truth(tmp_path: Path) -> None:
+    """Sums, errors of independent steps, and parts that make the whole."""
+    found = ledger(
+        tmp_path, run_line(), step_line(1), step_line(2, 2.0), step_line(3), end_line()
+    )
+    assert found.complete and found.scaled is None and not found.notes
+    assert found.totals["truth"]["value"] == pytest.approx(-0.8)
+    assert found.totals["truth"]["se"] == pytest.approx(0.02 * math.sqrt(3))
+    assert found.totals["first_order"]["value"] == pytest.approx(-2.0)
+    assert found.parts["curvature"] == pytest.approx(0.8)
+    assert sum(found.parts.values()) == pytest.approx(found.totals["truth"]["value"])
+    assert [row["truth"]["value"] for row in found.cumulative] == pytest.approx(
+        [-0.2, -0.6, -0.8]
+    )
+    assert found.cumulative_parts[-1]["momentum"] == pytest.approx(-2.4)
+    assert found.deciles == pytest.approx([0.04 * d for d in range(10)])
+    assert found.tokens == pytest.approx({"positive": 1.2, "negative": -0.8})
+    # Before each step, and at the end.
+    assert [point["step"] for point in found.curve] == [0, 1, 2, 3]
+    assert [p["value"] for p in found.curve] == pytest.approx([0.9, 0.8, 0.7, 0.5])
+    change = found.totals["curve"]
+    assert change == pytest.approx({"value": -0.4, "se": 0.5})
+
+
+def test_influence_is_summed_by_name(tmp_path: Path) -> None:
+    """Tokens by id, prompts by text; single tokens keep their step."""
+    found = ledger(tmp_path, run_line(), step_line(1), step_line(2, 2.0), end_line(2))
+    assert found.by_token[0] == {
+        "token_id": 7, "text": "x", "share": 3.0, "num_tokens": 4,
+    }  # fmt: skip
+    assert found.by_prompt == [{"prompt": "p", "share": 1.5, "num_tokens": 6}]
+    assert [row["step"] for row in found.top_tokens] == [2, 1]
+    assert found.checks == {"identity_gap": 2e-7, "ess_fraction": 0.8}
+
+
+def test_steps_that_were_not_probed_are_said_and_scaled(tmp_path: Path) -> None:
+    """Every second of six: each stands for two."""
+    entries = [step_line(2), step_line(4, 2.0), step_line(6, 3.0)]
+    found = ledger(tmp_path, run_line(steps=6), *entries, end_line(6))
+    assert not found.complete
+    assert found.totals["truth"]["value"] == pytest.approx(-1.2)
+    assert found.scaled is not None
+    # 6 / 3 * sum; 6 / sqrt(3) times the standard deviation .2 of the three changes.
+    assert found.scaled["truth"] == pytest.approx(
+        {"value": -2.4, "se": 6 / math.sqrt(3) * 0.2}
+    )
+    assert any("3 of 6 steps were probed" in note for note in found.notes)
+
+
+def test_a_restart_takes_back_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    """Steps 2 and 3 were trained twice; the killed process left half a line."""
+    lines = [
+        run_line(), step_line(1), step_line(2, 9.0), step_line(3, 9.0), run_line(2),
+        step_line(2), step_line(3), end_line(),
+    ]  # fmt: skip
+    log = read_ledger(write(tmp_path, lines, tail='{"kind": "st'))
+    found = accumulate(log)
+    assert found.steps["probed"] == 3
+    assert found.totals["truth"]["value"] == pytest.approx(-0.6)
+    assert any("restarted at step 2: 2 lines" in note for note in found.notes)
+    assert any("cut off" in note for note in found.notes)
+
+
+def test_what_was_not_measured_at_every_step_has_no_sum(tmp_path: Path) -> None:
+    """Nor has a training that goes on an end."""
+    without = step_line(2)
+    del without["truth"]
+    found = ledger(tmp_path, run_line(), step_line(1), without)
+    assert set(found.totals) == {"first_order", "second_order", "curve"}
+    assert "rest" not in found.parts
+    assert any("truth was not measured" in note for note in found.notes)
+    assert any("has not ended" in note for note in found.notes)
+
+
+def test_a_truth_that_hangs_on_few_responses_is_not_trusted(tmp_path: Path) -> None:
+    """Written all the same, with exit code 3."""
+    few = step_line(2) | {"truth": {"value": -0.2, "se": 0.02, "ess_fraction": 0.05}}
+    write(tmp_path, [run_line(), step_line(1), few, end_line(2)])
+    finished = CliRunner().invoke(main, ["ledger", str(tmp_path)])
+    assert finished.exit_code == 3
+    assert "at step 2 the truth hangs on less than 10%" in finished.stdout.replace(
+        "\n", " "
+    )
+    assert (tmp_path / "ledger.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected at least one probed step"),
+        ("[]\n", r"ledger\.jsonl:1: expected a line of kind"),
+        ('{"kind": "step", "step": 1}\n', "found kind 'step' without entropy"),
+        ("nonsense\n", r"ledger\.jsonl:1: expected a JSON object, found 'nonsense'"),
+    ],
+)
+def test_a_file_that_is_no_ledger_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    """With the line."""
+    (tmp_path / "ledger.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_ledger(tmp_path)
+
+
+def test_the_command_prints_and_writes_the_ledger(tmp_path: Path) -> None:
+    """A table, JSON, and a page that needs nothing from elsewhere."""
+    write(tmp_path, [run_line(), step_line(1), step_line(3, 2.0), end_line()])
+    finished = CliRunner().invoke(main, ["ledger", str(tmp_path)])
+    assert finished.exit_code == 0, finished.output
+    assert "Steps 1 to 3, 2 probed" in finished.stdout
+    assert "-6.0000e-01" in finished.stdout
+    written = json.loads((tmp_path / "ledger.json").read_text())
+    assert written["totals"]["truth"]["value"] == pytest.approx(-0.6)
+    page = (tmp_path / "ledger.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") == 3
+    assert "−0.6" in page and "2 of 3 steps were probed" in page
+    assert "&lt;b&gt;" in page and "<b>c" not in page
+    assert "src=" not in page and page.count("<script") == 1
+    again = CliRunner().invoke(main, ["ledger", str(tmp_path), "--json", "--quiet"])
+    assert json.loads(again.stdout) == written
+    missing = CliRunner().invoke(main, ["ledger", str(tmp_path / "none")])
+    assert missing.exit_code == 2
+    assert "the callback was given as `out`" in missing.stderr
