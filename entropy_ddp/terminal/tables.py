@@ -47,7 +47,10 @@ def short_name(parameter: str) -> str:
 
 
 def as_text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
+    if isinstance(value, bool):
+        # As JSON and the column of what is expected spell it.
+        return str(value).lower()
+    if not isinstance(value, (int, float, dict)):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
