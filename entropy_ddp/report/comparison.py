@@ -4,8 +4,13 @@ import re
 from collections.abc import Sequence
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.report import answer
-from entropy_ddp.report.figures.progress import Stage, change_by_step, entropy_by_step
+from entropy_ddp.report import answer, causes
+from entropy_ddp.report.figures.progress import (
+    Stage,
+    change_by_step,
+    entropy_by_step,
+    falls_and_rises,
+)
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.view import (
     Cell,
@@ -19,6 +24,7 @@ from entropy_ddp.report.view import (
 from entropy_ddp.report.view import words as text_cell
 from entropy_ddp.report.words import (
     AXIS_UNITS,
+    RESOLVED,
     UNITS,
     count,
     number,
@@ -115,26 +121,19 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
     checked = f"All {count(checks, 'check')} passed."
     if complaints:
         checked = f"{len(complaints)} of {count(checks, 'check')} complain."
-    figures = (
-        entropy_by_step(stages, by_step, AXIS_UNITS[normalize]),
-        change_by_step(stages, by_step, AXIS_UNITS[normalize]),
-    )
+    found = causes.read_causes(subjects, stages, by_step)
     return Page(
         title=f"Entropy change at {count(len(subjects), things)}",
         kicker=f"comparison of {count(len(subjects), things)}",
         alarm=alarm,
         headline=_headline(stages, things),
         lead=_lead(stages, unit),
-        glances=_glances(stages),
+        glances=[*_glances(stages), *([causes.glance(found)] if found else [])],
         complaints=complaints,
         checked=checked,
         sections=[
-            Section(
-                id="progress",
-                title="Along the run" if by_step else "Run by run",
-                figures=figures,
-                tables=[_table(subjects, stages, unit)],
-            ),
+            _progress(subjects, stages, by_step),
+            *([causes.section(found)] if found else []),
             Section(
                 id="runs", title="The runs", tables=[_differences(subjects, stages)]
             ),
@@ -142,12 +141,26 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
     )
 
 
+def _progress(
+    subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool
+) -> Section:
+    normalize = subjects[0].document["truth"]["normalize"]
+    unit = AXIS_UNITS[normalize]
+    return Section(
+        id="progress",
+        title="Along the run" if by_step else "Run by run",
+        figures=(
+            entropy_by_step(stages, by_step, unit),
+            change_by_step(stages, by_step, unit),
+        ),
+        tables=[_table(subjects, stages, UNITS[normalize])],
+    )
+
+
 def _headline(stages: Sequence[Stage], things: str) -> tuple[str, str, str]:
-    resolved = [s for s in stages if _is_resolved(s)]
-    falls = sum(stage.truth < 0 for stage in resolved)
-    rises = len(resolved) - falls
+    falls, rises = falls_and_rises(stages)
     total = count(len(stages), things)
-    if not resolved:
+    if not falls + rises:
         return (
             "One step changes the entropy at ",
             "none",
@@ -158,15 +171,23 @@ def _headline(stages: Sequence[Stage], things: str) -> tuple[str, str, str]:
     return "One step raises the entropy at ", f"{rises} of {total}", "."
 
 
-def _is_resolved(stage: Stage) -> bool:
-    return 0 < abs(stage.truth) >= answer.RESOLVED * stage.truth_error
-
-
 def _lead(stages: Sequence[Stage], unit: str) -> str:
     first, last = stages[0], stages[-1]
     return (
         f"The entropy goes from {number(first.entropy)} ({first.label}) to "
-        f"{number(last.entropy)} {unit} ({last.label})."
+        f"{number(last.entropy)} {unit} ({last.label}). {_counted(stages)}"
+    )
+
+
+def _counted(stages: Sequence[Stage]) -> str:
+    """What the headline counts, and what it leaves out."""
+    falls, rises = falls_and_rises(stages)
+    small = len(stages) - falls - rises
+    told = {"fall": falls, "rise": rises, "too small to tell": small}
+    parts = [f"{n} {what}" for what, n in told.items() if n]
+    return (
+        f"Changes of at least {RESOLVED:g} standard errors are counted: "
+        f"{', '.join(parts)}."
     )
 
 
@@ -175,7 +196,7 @@ def _glances(stages: Sequence[Stage]) -> list[Glance]:
     share = (
         f" ({percent(steepest.truth / steepest.entropy)})" if steepest.entropy else ""
     )
-    pairs = [stage for stage in stages if _is_resolved(stage)]
+    pairs = [stage for stage in stages if stage.is_resolved]
     found = [
         Glance(
             question="Where does it fall most?"
