@@ -10,6 +10,7 @@ from entropy_ddp.report.details import token_table
 from entropy_ddp.report.figures.causes import (
     kinds_by_step,
     parts_by_step,
+    rules_in_all,
     what_if_by_step,
 )
 from entropy_ddp.report.figures.progress import Stage
@@ -20,8 +21,8 @@ from entropy_ddp.report.words import (
     AXIS_UNITS,
     UNITS,
     count,
+    listed,
     number,
-    percent,
     with_error,
 )
 
@@ -32,6 +33,11 @@ NUM_TOKENS = 20
 # Rules that begin so choose tokens by their exact shares: nobody can apply them in a
 # training, and they bound what the others can reach.
 BY_SHARE = "largest entropy "
+NOTHING = "nothing left out"
+WHAT_STAYS = (
+    "Each step is taken again alone: what earlier batches left in the momentum stays, and "
+    "only a training without these tokens tells what would come of it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,24 +118,38 @@ def read_causes(
     return found if found.stages else None
 
 
-def section(causes: Causes) -> Section:
-    """Who moved the entropy along the run."""
+def sections(causes: Causes) -> list[Section]:
+    """Who moved the entropy along the run, and what if it had been left out."""
     total = kinds.together(causes.by_kind)
-    rules = causes.rules()
-    figures = [_parts(causes), _kinds(causes, total)]
-    tables = [
-        kinds.table(total, causes.unit, f"the {causes.scope}"),
-        _top_tokens(causes),
-    ]
-    if rules:
-        figures.append(_what_if(causes, _best(causes, rules)))
-        tables += [_rules(causes, rules), _rules_by_step(causes, rules)]
-    return Section(
+    moved = Section(
         id="attribution",
         title="Who moved the entropy",
         lead=" ".join([kinds.sentence(total, causes.unit), *_scope(causes)]),
-        figures=figures,
-        tables=[*tables, _parts_by_step(causes)],
+        figures=(_parts(causes), _kinds(causes, total)),
+        tables=(
+            kinds.table(total, causes.unit, f"the {causes.scope}"),
+            _top_tokens(causes),
+            _parts_by_step(causes),
+        ),
+    )
+    rules = causes.rules()
+    return [moved, _what_if(causes, rules)] if rules else [moved]
+
+
+def _what_if(causes: Causes, rules: Sequence[str]) -> Section:
+    best = _best(causes, rules)
+    sums = _sums(causes, rules)
+    unit = AXIS_UNITS[causes.normalize]
+    whole, left = (_value(sums[rule]) for rule in (NOTHING, best))
+    lead = f"Summed over the {causes.scope}, the change is "
+    lead += f"{number(whole, 3, signed=True)} {causes.unit}, and without {best} it is "
+    lead += f"{number(left, 3, signed=True)}. "
+    return Section(
+        id="what-if",
+        title="What if some tokens were left out",
+        lead=lead + WHAT_STAYS,
+        figures=(_best_by_step(causes, best), rules_in_all(sums, unit, causes.scope)),
+        tables=(_rules(causes, sums), _rules_by_step(causes, rules)),
     )
 
 
@@ -156,7 +176,7 @@ def _scope(causes: Causes) -> list[str]:
     sums = {name: _sum(causes.part(name)) for name in PARTS}
     total = _sum(list(sums.values()))
     told = [
-        f"{number(value, 3, signed=True)} is {name}"
+        f"{name} {number(value, 3, signed=True)}"
         for name, value in sums.items()
         if value
     ]
@@ -164,8 +184,8 @@ def _scope(causes: Causes) -> list[str]:
     said = [f"All sums are over the {causes.scope}{limits}."]
     if told:
         said.append(
-            f"Of the first-order change of {number(total, 3, signed=True)} {causes.unit}, "
-            f"{' and '.join(told)}."
+            f"First order adds up to {number(total, 3, signed=True)} {causes.unit}: "
+            f"{listed(told)}."
         )
     return said
 
@@ -226,57 +246,62 @@ def _changes(causes: Causes, rule: str, key: str) -> list[float]:
     return [causes.row(place, rule)[key] for place in range(len(causes.stages))]
 
 
-def _what_if(causes: Causes, rule: str) -> Any:
-    verified = _is_verified(causes, [rule])
+def _sums(
+    causes: Causes, rules: Sequence[str]
+) -> dict[str, tuple[float, float | None]]:
+    """Predicted and measured change with nothing left out and by each rule, summed."""
+    linear = _sum([stage.linear for stage in causes.stages])
+    truth = _sum([stage.truth for stage in causes.stages])
+    verified = _is_verified(causes, rules)
+    sums = {NOTHING: (linear, truth if verified else None)}
+    for rule in rules:
+        left = _sum(_changes(causes, rule, "delta_h_true")) if verified else None
+        sums[rule] = (_sum(_changes(causes, rule, "delta_h1")), left)
+    return sums
+
+
+def _value(pair: tuple[float, float | None]) -> float:
+    """The measured change where there is one, otherwise the predicted one."""
+    linear, truth = pair
+    return linear if truth is None else truth
+
+
+def _best_by_step(causes: Causes, rule: str) -> Any:
     before = [(stage.linear, 0.0) for stage in causes.stages]
     after = [(value, 0.0) for value in _changes(causes, rule, "delta_h1")]
-    if verified:
+    if _is_verified(causes, causes.rules()):
         before = [(stage.truth, stage.truth_error) for stage in causes.stages]
         errors = _changes(causes, rule, "se")
         after = list(zip(_changes(causes, rule, "delta_h_true"), errors, strict=True))
-    whole, left = (_sum([value for value, _ in pairs]) for pairs in (before, after))
-    title = f"Without {rule}"
-    if whole:
-        title += f", {percent(left / whole)} of the change remains"
+    raised = sum(b[0] < a[0] for b, a in zip(before, after, strict=True))
     return what_if_by_step(
         causes.stages,
-        {"nothing left out": before, f"without {rule}": after},
+        {NOTHING: before, f"without {rule}": after},
         causes.by_step,
         AXIS_UNITS[causes.normalize],
-        title,
+        f"Without {rule} it is higher at {raised} of {len(before)}",
     )
 
 
-def _rules(causes: Causes, rules: Sequence[str]) -> Table:
-    verified = _is_verified(causes, rules)
-    linear = _sum([stage.linear for stage in causes.stages])
-    nothing = [
-        words("nothing"), digits(0), digits(linear, 3, signed=True),
-    ]  # fmt: skip
-    truth = _sum([stage.truth for stage in causes.stages])
-    nothing += [digits(truth, 3, signed=True)] * verified
-    rows = [nothing]
-    for rule in rules:
-        row = [
-            words(rule),
-            digits(sum(map(int, _changes(causes, rule, "num_tokens")))),
-            digits(_sum(_changes(causes, rule, "delta_h1")), 3, signed=True),
-        ]
-        if verified:
-            left = _sum(_changes(causes, rule, "delta_h_true"))
-            row.append(digits(left, 3, signed=True))
-        rows.append(row)
+def _rules(causes: Causes, sums: dict[str, tuple[float, float | None]]) -> Table:
+    verified = sums[NOTHING][1] is not None
+    rows = []
+    for rule, (linear, truth) in sums.items():
+        left_out = 0
+        if rule != NOTHING:
+            left_out = sum(map(int, _changes(causes, rule, "num_tokens")))
+        row = [words(rule), digits(left_out), digits(linear, 3, signed=True)]
+        rows.append(row + [digits(truth, 3, signed=True)] * verified)
     columns = ["left out", "tokens", "first order"] + ["step taken"] * verified
     return Table(
-        title="What if some tokens were left out",
+        title="All rules as numbers",
         columns=columns,
         rows=rows,
         caption=(
-            f"Changes in {causes.unit}, summed over the {causes.scope}. A rule that "
-            "chooses tokens by their exact shares (largest entropy loss or gain) is a "
-            "bound and can be applied afterwards only; the figure shows, of the others, "
-            "the one that leaves least of the first-order change. What momentum does "
-            "stays: earlier batches filled it with these tokens too."
+            f"Changes in {causes.unit}, summed over the {causes.scope}. Rules that choose "
+            "by exact share (largest entropy loss or gain) are a bound: shares are known "
+            "afterwards only. Of the others, the one above leaves least of the "
+            "first-order change."
         ),
     )
 
@@ -325,7 +350,7 @@ def _parts_by_step(causes: Causes) -> Table:
         rows.append([words(stage.label), *(digits(v, 3, signed=True) for v in values)])
     return Table(
         title="Parts and shares, at each checkpoint",
-        columns=["run", *PARTS, *present],
+        columns=["run", *PARTS, *map(kinds.unbroken, present)],
         rows=rows,
         caption=f"In {causes.unit}; the kinds of tokens add up to the gradient of U.",
         folded=True,

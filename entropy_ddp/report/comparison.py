@@ -24,9 +24,11 @@ from entropy_ddp.report.view import (
 from entropy_ddp.report.view import words as text_cell
 from entropy_ddp.report.words import (
     AXIS_UNITS,
+    FIXED,
     RESOLVED,
     UNITS,
     count,
+    listed,
     number,
     percent,
     with_error,
@@ -50,7 +52,7 @@ def comparison_page(subjects: Sequence[Subject]) -> Page:
         subjects = [subjects[place] for place in order]
         steps = [steps[place] for place in order]
     places = steps if by_step else range(1, len(subjects) + 1)
-    labels = [f"step {step:,}" for step in steps] if by_step else _names(subjects)
+    labels = [f"step{FIXED}{step:,}" for step in steps] if by_step else _names(subjects)
     stages = [
         _stage(subject, place or 0, label)
         for subject, place, label in zip(subjects, places, labels, strict=True)
@@ -117,10 +119,12 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
         of_all = f"{len(bad)} of {count(len(subjects), things)}"
         alarm = f"{of_all} not to be trusted: {', '.join(bad)}."
     checks = sum(len(subject.document["audit"]) for subject in subjects)
-    complaints = _complaints(named)
+    bad_checks = sum(
+        row["verdict"] != "ok" for s in subjects for row in s.document["audit"]
+    )
     checked = f"All {count(checks, 'check')} passed."
-    if complaints:
-        checked = f"{len(complaints)} of {count(checks, 'check')} complain."
+    if bad_checks:
+        checked = f"{bad_checks} of {count(checks, 'check')} complain."
     found = causes.read_causes(subjects, stages, by_step)
     return Page(
         title=f"Entropy change at {count(len(subjects), things)}",
@@ -129,11 +133,11 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
         headline=_headline(stages, things),
         lead=_lead(stages, unit),
         glances=[*_glances(stages), *([causes.glance(found)] if found else [])],
-        complaints=complaints,
+        complaints=_complaints(named),
         checked=checked,
         sections=[
             _progress(subjects, stages, by_step),
-            *([causes.section(found)] if found else []),
+            *(causes.sections(found) if found else []),
             Section(
                 id="runs", title="The runs", tables=[_differences(subjects, stages)]
             ),
@@ -183,8 +187,11 @@ def _counted(stages: Sequence[Stage]) -> str:
     """What the headline counts, and what it leaves out."""
     falls, rises = falls_and_rises(stages)
     small = len(stages) - falls - rises
-    told = {"fall": falls, "rise": rises, "too small to tell": small}
-    parts = [f"{n} {what}" for what, n in told.items() if n]
+    parts = [f"{falls} {'falls' if falls == 1 else 'fall'}"] * (falls > 0)
+    parts += [f"{rises} {'rises' if rises == 1 else 'rise'}"] * (rises > 0)
+    parts += [f"{small} {'is' if small == 1 else 'are'} too small to tell"] * (
+        small > 0
+    )
     return (
         f"Changes of at least {RESOLVED:g} standard errors are counted: "
         f"{', '.join(parts)}."
@@ -221,18 +228,23 @@ def _glances(stages: Sequence[Stage]) -> list[Glance]:
 
 
 def _complaints(named: Sequence[tuple[str, Subject]]) -> list[Complaint]:
-    found = [
+    """What checks complain of, once for all checkpoints that share it."""
+    found: dict[tuple[str, ...], list[tuple[str, Complaint]]] = {}
+    for label, subject in named:
+        for c in answer.complaints(subject.document["audit"]):
+            same = (c.verdict, c.name, c.expected, c.hint)
+            found.setdefault(same, []).append((label, c))
+    together = [
         Complaint(
-            verdict=complaint.verdict,
-            name=f"{label}: {complaint.name}",
-            value=complaint.value,
-            expected=complaint.expected,
-            hint=complaint.hint,
+            verdict=verdict,
+            name=f"{listed(label for label, _ in rows)}: {name}",
+            value=listed(c.value for _, c in rows),
+            expected=expected,
+            hint=hint,
         )
-        for label, subject in named
-        for complaint in answer.complaints(subject.document["audit"])
+        for (verdict, name, expected, hint), rows in found.items()
     ]
-    return sorted(found, key=lambda complaint: complaint.verdict)
+    return sorted(together, key=lambda complaint: complaint.verdict)
 
 
 def _table(subjects: Sequence[Subject], stages: Sequence[Stage], unit: str) -> Table:

@@ -1,12 +1,13 @@
 """Shares of U's tokens summed by the sign of the advantage and by probability."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.report.view import Cell, Table, digits, words
-from entropy_ddp.report.words import number, percent
+from entropy_ddp.report.words import FIXED, number, percent
 
 # Below this log p a token is one that the policy held for less likely than not.
 IMPROBABLE = math.log(0.5)
@@ -78,7 +79,12 @@ def _kind(row: Mapping[str, Any]) -> str:
 
 def named(kind: str) -> str:
     """A kind in a sentence."""
-    return f"tokens with {kind.replace(', ', ' and ')}"
+    return f"tokens with {unbroken(kind).replace(', ', ' and ')}"
+
+
+def unbroken(kind: str) -> str:
+    """A kind whose comparisons stay on one line."""
+    return re.sub(r" ([<≥=]) ", rf"{FIXED}\1{FIXED}", kind)
 
 
 def sentence(found: SharesByKind, unit: str) -> str:
@@ -93,7 +99,8 @@ def sentence(found: SharesByKind, unit: str) -> str:
     begin += f"{percent(part.num_tokens / found.num_tokens)} of U's tokens and "
     ratio = part.share / total
     if ratio <= 1:
-        return f"{begin}make {percent(ratio)} of the gradient's part."
+        others = f"; all others together make {percent(1 - ratio)}" if ratio < 1 else ""
+        return f"{begin}make {percent(ratio)} of the gradient's part{others}."
     # More than all of it: a percentage would hide that others take it back.
     return (
         f"{begin}would alone move the entropy by {number(part.share, 3, signed=True)} "
@@ -118,7 +125,7 @@ def table(found: SharesByKind, unit: str, summed_over: str) -> Table:
                 of_total = part.share / total
             rows.append(
                 [
-                    words(kind), digits(part.num_tokens), _share(of_all),
+                    words(unbroken(kind)), digits(part.num_tokens), _share(of_all),
                     digits(part.share, 3, signed=True), _share(of_total),
                 ]
             )  # fmt: skip

@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in launching.LAUNCHER_VARIABLES:
             patch.delenv(name, raising=False)
-        for command in ("probe", "sweep", "attribute"):
+        for command in ("probe", "sweep", "attribute", "audit"):
             out = found[command] = folder / command
             extra = ["--report"] if command == "attribute" else []
             arguments = ["--config", str(config), "--out", str(out), "--quiet", *extra]
@@ -43,6 +43,9 @@ def test_every_part_of_real_runs_has_its_section(runs: dict[str, Path]) -> None:
     sections = re.findall(r'<section id="([^"]+)">', html)
     assert sections == ["prediction", "sweep", "responses", "attribution", "run"]
     assert written.page.parent == runs["sweep"]
+    for command, folder in runs.items():
+        document = json.loads((folder / "results.json").read_text())
+        assert document["run"]["command"] == command
     truth = json.loads((runs["probe"] / "results.json").read_text())["truth"]
     for key in ("delta_h_true", "se", "H_orig", "ess"):
         assert f'title="{truth[key]!r}"' in html

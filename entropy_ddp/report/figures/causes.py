@@ -14,6 +14,7 @@ from entropy_ddp.report.figures.canvas import (
     scale_ticks,
     unit_label,
 )
+from entropy_ddp.report.figures.forest import Estimate, draw_forest, forest_height
 from entropy_ddp.report.figures.progress import Stage, label_stages
 
 HEIGHT = 320
@@ -52,7 +53,7 @@ def parts_by_step(
         caption=(
             "Each bar is the first-order change at one checkpoint in its parts: below "
             "zero what lowers the entropy, above what raises it. Dots are their sum. "
-            "Momentum is what the gradients of earlier batches left."
+            "Momentum is what the gradients of earlier batches left. The title counts signs."
         ),
         draw=_stacked(stages, series, by_step, unit),
         height=HEIGHT,
@@ -81,17 +82,15 @@ def kinds_by_step(
         title=title,
         caption=(
             "Shares of U's tokens at each checkpoint, summed by the sign of the advantage "
-            "(violet: negative, grey: positive) and by the token's probability (dark: "
-            "below 0.5). Dots are their sum, the gradient's part."
+            "(violet: negative, grey: positive) and by the token's probability "
+            "(strong: below 0.5, faint: above). Dots are their sum, the gradient's part."
         ),
         draw=_stacked(stages, series, by_step, unit),
         height=HEIGHT,
     )
 
 
-def _stacked(
-    stages: Sequence[Stage], series: Series, by_step: bool, unit: str
-) -> Draw:
+def _stacked(stages: Sequence[Stage], series: Series, by_step: bool, unit: str) -> Draw:
     """Signed bars on top of each other, away from zero on both sides."""
     places = [stage.place for stage in stages]
     width = BAR_WIDTH * min((b - a for a, b in pairwise(places)), default=1.0)
@@ -116,7 +115,7 @@ def _stacked(
         )  # fmt: skip
         exponent = common_exponent([*ends[True], *ends[False]])
         scale_ticks(axes, "y", exponent)
-        axes.set_ylabel(unit_label("entropy change, first order", unit, exponent))
+        axes.set_ylabel(unit_label("first order", unit, exponent))
         _legend_below(figure, axes, palette)
         label_stages(axes, stages, by_step)
 
@@ -142,15 +141,13 @@ def what_if_by_step(
     """
     (whole, before), (rule, after) = pairs.items()
     measured = any(error for _, error in before)
-    caption = (
-        "Black: the change as it is. Violet: the same step had these tokens been left "
-        "out of U. "
-    )
+    caption = "The change as it is, and of the same step had these tokens been left out of U: "
     caption += (
-        "Both steps were really taken and measured; with two standard errors."
+        "both steps really taken and measured, with two standard errors."
         if measured
-        else "Both predicted by first order."
+        else "both predicted by first order."
     )
+    caption += " The title counts signs of their difference."
     places = [stage.place for stage in stages]
     shift = 0.05 * min((b - a for a, b in pairwise(places)), default=1.0)
     exponent = common_exponent([value for value, _ in before + after])
@@ -174,6 +171,47 @@ def what_if_by_step(
 
     return Figure(
         name="what-if-by-step", title=title, caption=caption, draw=draw, height=HEIGHT
+    )
+
+
+def rules_in_all(
+    sums: dict[str, tuple[float, float | None]], unit: str, scope: str
+) -> Figure:
+    """The summed change without the tokens of each rule.
+
+    Args:
+        sums: by rule, the predicted and the measured change; None where not every
+            checkpoint has one. The first is the change with nothing left out.
+        unit: of the entropy.
+        scope: over what they are summed.
+    """
+    rows: list[Estimate] = []
+    for place, (rule, (linear, truth)) in enumerate(sums.items()):
+        values = [("accent", linear)] + [("ink", truth)] * (truth is not None)
+        for (colour, value), label in zip(values, (rule, "")):
+            assert value is not None
+            rows.append(
+                Estimate(
+                    label=label,
+                    value=value,
+                    error=None,
+                    colour=colour,
+                    strong=not place,
+                )
+            )
+    caption = f"Changes summed over the {scope}. Violet: predicted by first order."
+    if any(truth is not None for _, truth in sums.values()):
+        caption += " The others: the steps without these tokens really taken, measured."
+
+    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
+        draw_forest(figure.subplots(), palette, rows, "entropy change", unit)
+
+    return Figure(
+        name="what-if-in-all",
+        title="What each rule leaves of the change",
+        caption=caption,
+        draw=draw,
+        height=forest_height(len(sums)),
     )
 
 

@@ -17,7 +17,7 @@ from entropy_ddp.report.figures.canvas import (
 )
 from entropy_ddp.report.words import RESOLVED, is_resolved
 
-MOST_TICKS = 8
+MOST_TICKS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,4 +133,4 @@ def label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
     if len(places) <= MOST_TICKS:
         axes.set_xticks(places, [f"{place:,g}" for place in places])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
