@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -73,20 +73,3 @@ def _reason(path: Path, error: OSError, sizes: tuple[int | None, int]) -> str:
         f"{path}: cannot be written ({cause}): {needed} bytes are needed, {free:,} are "
         "free there; make room, or raise the quota or the limit on file sizes"
     )
-
-
-@contextmanager
-def no_empty_folder(out: Path) -> Iterator[None]:
-    """Leave no new, empty folder behind if the context fails.
-
-    Args:
-        out: a folder that is made within the context, or before.
-    """
-    above = [path for path in (out, *out.parents) if not os.path.exists(path)]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for path in above:
-                path.rmdir()
-        raise

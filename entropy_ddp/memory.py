@@ -49,7 +49,11 @@ def is_shortage(error: Exception) -> bool:
     """Whether a call failed for want of memory, so that a smaller one may succeed."""
     if isinstance(error, (InputError, RunError)):
         return False
-    return is_out_of_memory(error) or should_reduce_batch_size(error)
+    if is_out_of_memory(error):
+        return True
+    # accelerate looks into the argument, which need not be text.
+    message = RuntimeError(str(error))
+    return isinstance(error, RuntimeError) and should_reduce_batch_size(message)
 
 
 def unless_out_of_memory(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.atomic import no_empty_folder
 from entropy_ddp.cli.console import (
     error_console,
     progress_console,
@@ -38,7 +37,7 @@ def sample(options: Options) -> None:
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
     from entropy_ddp.probe.sample import run_sample, sampled_files
-    from entropy_ddp.results import prepare_folder
+    from entropy_ddp.results import nothing_left, prepare_folder
     from entropy_ddp.terminal.inputs import print_samples
     from entropy_ddp.terminal.progress import phase_progress
 
@@ -48,7 +47,7 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
         prepare_folder(out, options.overwrite, options.resume, names)
     console = table_console(world, options)
     with (
-        no_empty_folder(out),
+        nothing_left(out, options.overwrite),
         phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):

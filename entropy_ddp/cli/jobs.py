@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.atomic import no_empty_folder
 from entropy_ddp.cli.console import (
     error_console,
     progress_console,
@@ -95,7 +94,7 @@ def _job(
     from entropy_ddp.probe.run import run_audit, run_probe
     from entropy_ddp.probe.sweep import run_sweep
     from entropy_ddp.report.writing import write_report
-    from entropy_ddp.results import prepare_folder, write_results
+    from entropy_ddp.results import nothing_left, prepare_folder, write_results
     from entropy_ddp.terminal import attribution, runs
     from entropy_ddp.terminal.heading import print_distrust
     from entropy_ddp.terminal.progress import phase_progress
@@ -108,7 +107,7 @@ def _job(
     }[name]
     console = table_console(world, options)
     with (
-        no_empty_folder(out),
+        nothing_left(out, options.overwrite),
         phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):

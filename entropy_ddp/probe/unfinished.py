@@ -30,12 +30,12 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.probe.identity import differences
+from entropy_ddp.results import RUN_FILE
 from entropy_ddp.rollouts.batch import Ragged, Shard
 from entropy_ddp.rollouts.files import write_jsonl
 from entropy_ddp.rollouts.jsonlines import read_rows
 from entropy_ddp.tensors import write_tensors
 
-RUN_FILE = "run.json"
 _NAME = re.compile(r"(?P<phase>.+)\.(?P<rank>\d+)-of-(?P<ranks>\d+)\.(?P<run>\w+)")
 Named = dict[str, Tensor]
 

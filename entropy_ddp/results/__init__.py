@@ -1,8 +1,10 @@
 """What a run found: its schema, and the directory it is written to."""
 
 from entropy_ddp.results.folder import (
+    RUN_FILE,
     UNFINISHED,
     discard_unfinished,
+    nothing_left,
     prepare_folder,
     write_results,
 )
@@ -26,6 +28,7 @@ from entropy_ddp.results.schema import (
 )
 
 __all__ = [
+    "RUN_FILE",
     "SCHEMA_VERSION",
     "UNFINISHED",
     "AttributionResult",
@@ -43,6 +46,7 @@ __all__ = [
     "UpdateResult",
     "Verdict",
     "discard_unfinished",
+    "nothing_left",
     "prepare_folder",
     "read_results",
     "write_results",

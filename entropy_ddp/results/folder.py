@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from entropy_ddp.tensors import write_tensors
 
 # Where a run that is under way keeps what its phases leave.
 UNFINISHED = "unfinished"
+# In it, what the run depends on.
+RUN_FILE = "run.json"
 RESULTS = "results.json"
 # What a run may leave beside results.json; what this one does not make is removed.
 _OPTIONAL = (
@@ -53,8 +55,8 @@ def prepare_folder(
         InputError: it holds results or an unfinished run and may not be used so, or
             cannot be written.
     """
-    _require_usable(out, (overwrite, resume), results)
     try:
+        _require_usable(out, (overwrite, resume), results)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out):
             pass
@@ -92,6 +94,32 @@ def _require_usable(
                     f"{out / name}: exists; give --overwrite or another --out"
                 )
             raise InputError(f"{out}: holds {found}; give --overwrite or another --out")
+
+
+@contextmanager
+def nothing_left(out: Path, overwrite: bool) -> Iterator[None]:
+    """Leave nothing behind of wrong input, and no folder without a finished phase.
+
+    What a run that failed otherwise has finished stays, to be resumed.
+
+    Args:
+        out: the run directory, which is made within the context, or before.
+        overwrite: whether an unfinished run there is given up.
+    """
+    is_kept = os.path.exists(out / UNFINISHED) and not overwrite
+    above = [path for path in (out, *out.parents) if not os.path.exists(path)]
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            found = {path.name for path in (out / UNFINISHED).iterdir()}
+            useless = isinstance(error, InputError) or found <= {RUN_FILE}
+            if useless and not is_kept:
+                discard_unfinished(out)
+        with suppress(OSError):
+            for path in above:
+                path.rmdir()
+        raise
 
 
 def discard_unfinished(out: Path) -> None:
