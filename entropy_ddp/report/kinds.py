@@ -99,7 +99,7 @@ def sentence(found: SharesByKind, unit: str) -> str:
     begin += f"{percent(part.num_tokens / found.num_tokens)} of U's tokens and "
     ratio = part.share / total
     if ratio <= 1:
-        others = f"; all others together make {percent(1 - ratio)}" if ratio < 1 else ""
+        others = ", all others together the rest" if ratio < 1 else ""
         return f"{begin}make {percent(ratio)} of the gradient's part{others}."
     # More than all of it: a percentage would hide that others take it back.
     return (

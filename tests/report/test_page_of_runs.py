@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tiny_runs import make_run
 
 from entropy_ddp.cli import main
+from entropy_ddp.report.causes import BY_SHARE
 from entropy_ddp.report.writing import write_report
 
 pytestmark = pytest.mark.slow
@@ -49,6 +50,13 @@ def test_every_part_of_real_runs_has_its_section(runs: dict[str, Path]) -> None:
     truth = json.loads((runs["probe"] / "results.json").read_text())["truth"]
     for key in ("delta_h_true", "se", "H_orig", "ess"):
         assert f'title="{truth[key]!r}"' in html
+
+
+def test_rules_that_need_shares_are_known_by_name(runs: dict[str, Path]) -> None:
+    """A rule that an attribution renames would be missed here."""
+    document = json.loads((runs["attribute"] / "results.json").read_text())
+    rules = [row["rule"] for row in document["attribution"]["what_if"]]
+    assert len(rules) > 2 and sum(rule.startswith(BY_SHARE) for rule in rules) == 2
 
 
 def test_a_job_leaves_its_page_on_request(runs: dict[str, Path]) -> None:
