@@ -226,6 +226,7 @@ SCHEMA: dict[str, Any] = {
     "schema_version": int,
     "status": str,
     "run": {
+        "command": str,
         "versions": {"entropy_ddp": str, "torch": str, "transformers": str},
         "world_size": int,
         "seed": int,

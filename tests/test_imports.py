@@ -16,6 +16,7 @@ ROOMS = (
     "interruption",
     "atomic",
     "inputs",
+    "names",
     "memory",
     "tensors",
     "config",

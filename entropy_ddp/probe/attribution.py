@@ -72,7 +72,9 @@ def attribute_session(session: Session) -> Probed:
     """The attribution of what is open already; errors as of `run_attribution`."""
     require_attributable(session.config)
     measured = measure(session, len(session.batches["E"]), with_curvature=False)
-    return attributed(session, measured, audit_rows(session, measured, Extras()))
+    return attributed(
+        session, measured, audit_rows(session, measured, Extras()), "attribute"
+    )
 
 
 def require_attributable(config: Config) -> None:
@@ -103,7 +105,11 @@ def require_plain_slope(config: Config) -> None:
 
 
 def attributed(
-    session: Session, measured: Measured, rows: list[AuditRow], **parts: Any
+    session: Session,
+    measured: Measured,
+    rows: list[AuditRow],
+    command: str,
+    **parts: Any,
 ) -> Probed:
     """The results of what was measured on all of E, with the attribution to U.
 
@@ -111,6 +117,7 @@ def attributed(
         session: the run.
         measured: with the gradient of the entropy on all of E.
         rows: the audits.
+        command: the job.
         parts: other parts of the results.
     """
     assert measured.gradient is not None
@@ -127,7 +134,7 @@ def attributed(
     result = _attribution_result(session, measured, split, table)
     rows = [*rows, _gap_row(session, result)]
     probed = make_results(
-        session, measured, rows, shares=shares, attribution=result, **parts
+        session, measured, rows, command, shares=shares, attribution=result, **parts
     )
     tokens = Rows(lambda: token_rows(session, table))
     return replace(probed, tokens=tokens)

@@ -42,6 +42,7 @@ def make_results(
     session: Session,
     measured: Measured,
     rows: list[AuditRow],
+    command: str,
     shares: Tensor | None = None,
     **parts: Any,
 ) -> Probed:
@@ -51,10 +52,11 @@ def make_results(
         session: the run.
         measured: what the passes gave.
         rows: the audits.
+        command: the job.
         shares: share of each sequence of U, [N], of a run that attributes.
         parts: parts of the results that a job adds: gradient_dot, sweep, attribution.
     """
-    facts = _run_facts(session)
+    facts = _run_facts(session, command)
     rows = [*rows, *memory_checks(facts, session.config.compute.tokens_per_microbatch)]
     results = Results(
         status="untrusted" if worst_verdict(rows) == "fail" else "ok",
@@ -79,7 +81,7 @@ def make_results(
     )
 
 
-def _run_facts(session: Session) -> RunFacts:
+def _run_facts(session: Session, command: str) -> RunFacts:
     versions = {"entropy_ddp": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     allowance = session.passes.allowance
@@ -92,6 +94,7 @@ def _run_facts(session: Session) -> RunFacts:
         }
     )
     return RunFacts(
+        command=command,
         versions=versions,
         world_size=session.world.world_size,
         seed=session.config.seed,

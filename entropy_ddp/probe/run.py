@@ -53,8 +53,8 @@ def probe_session(session: Session) -> Probed:
     dot = _gradient_dot(session, measured)
     rows = audit_rows(session, measured, Extras(dot=dot))
     if attribute:
-        return attributed(session, measured, rows, gradient_dot=dot)
-    return make_results(session, measured, rows, gradient_dot=dot)
+        return attributed(session, measured, rows, "probe", gradient_dot=dot)
+    return make_results(session, measured, rows, "probe", gradient_dot=dot)
 
 
 def _gradient_dot(session: Session, measured: Measured) -> GradientDotResult | None:
@@ -94,4 +94,4 @@ def audit_session(session: Session) -> Probed:
             signal=proxy_gradient_norm(session, limit=len(session.batches["U"])),
         )
     rows = audit_rows(session, measured, extras)
-    return make_results(session, measured, rows, gradient_dot=dot)
+    return make_results(session, measured, rows, "audit", gradient_dot=dot)

@@ -54,7 +54,9 @@ def sweep_session(session: Session) -> Probed:
     points = [_point(session, measured, eta) for eta in _grid(session, measured)]
     summary = summarise(points, measured.noise_floor, session.config.truth.ess_abort)
     rows = audit_rows(session, measured, Extras())
-    return make_results(session, measured, rows, sweep=points, sweep_summary=summary)
+    return make_results(
+        session, measured, rows, "sweep", sweep=points, sweep_summary=summary
+    )
 
 
 def _grid(session: Session, measured: Measured) -> list[float]:

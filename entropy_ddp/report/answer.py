@@ -3,11 +3,14 @@
 import math
 from typing import Any
 
+from entropy_ddp.names import short_name
+from entropy_ddp.report import words
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.view import Complaint, Glance
 from entropy_ddp.report.words import (
     FIXED,
     LOSSES,
+    RESOLVED,
     UNITS,
     around,
     count,
@@ -15,7 +18,6 @@ from entropy_ddp.report.words import (
     number,
     percent,
     percent_with_error,
-    short_name,
     true_minus,
     typeset,
     visible,
@@ -23,8 +25,6 @@ from entropy_ddp.report.words import (
 )
 
 Document = dict[str, Any]
-# Changes smaller than this many standard errors are not called falls or rises.
-RESOLVED = 2.0
 # Characters on both sides of the strongest token.
 CONTEXT = 24
 
@@ -38,8 +38,7 @@ def subject_of(update: dict[str, Any]) -> str:
 
 def is_resolved(truth: dict[str, Any]) -> bool:
     """Whether the measured change stands out of its error."""
-    change = abs(truth["delta_h_true"])
-    return change > 0 and change >= RESOLVED * truth["se"]
+    return words.is_resolved(truth["delta_h_true"], truth["se"])
 
 
 def sign(document: Document) -> str:

@@ -4,8 +4,13 @@ import re
 from collections.abc import Sequence
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.report import answer
-from entropy_ddp.report.figures.progress import Stage, change_by_step, entropy_by_step
+from entropy_ddp.report import answer, causes
+from entropy_ddp.report.figures.progress import (
+    Stage,
+    change_by_step,
+    entropy_by_step,
+    falls_and_rises,
+)
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.view import (
     Cell,
@@ -19,8 +24,11 @@ from entropy_ddp.report.view import (
 from entropy_ddp.report.view import words as text_cell
 from entropy_ddp.report.words import (
     AXIS_UNITS,
+    FIXED,
+    RESOLVED,
     UNITS,
     count,
+    listed,
     number,
     percent,
     with_error,
@@ -44,7 +52,7 @@ def comparison_page(subjects: Sequence[Subject]) -> Page:
         subjects = [subjects[place] for place in order]
         steps = [steps[place] for place in order]
     places = steps if by_step else range(1, len(subjects) + 1)
-    labels = [f"step {step:,}" for step in steps] if by_step else _names(subjects)
+    labels = [f"step{FIXED}{step:,}" for step in steps] if by_step else _names(subjects)
     stages = [
         _stage(subject, place or 0, label)
         for subject, place, label in zip(subjects, places, labels, strict=True)
@@ -111,30 +119,25 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
         of_all = f"{len(bad)} of {count(len(subjects), things)}"
         alarm = f"{of_all} not to be trusted: {', '.join(bad)}."
     checks = sum(len(subject.document["audit"]) for subject in subjects)
-    complaints = _complaints(named)
-    checked = f"All {count(checks, 'check')} passed."
-    if complaints:
-        checked = f"{len(complaints)} of {count(checks, 'check')} complain."
-    figures = (
-        entropy_by_step(stages, by_step, AXIS_UNITS[normalize]),
-        change_by_step(stages, by_step, AXIS_UNITS[normalize]),
+    bad_checks = sum(
+        row["verdict"] != "ok" for s in subjects for row in s.document["audit"]
     )
+    checked = f"All {count(checks, 'check')} passed."
+    if bad_checks:
+        checked = f"{bad_checks} of {count(checks, 'check')} complain."
+    found = causes.read_causes(subjects, stages, by_step)
     return Page(
         title=f"Entropy change at {count(len(subjects), things)}",
         kicker=f"comparison of {count(len(subjects), things)}",
         alarm=alarm,
         headline=_headline(stages, things),
         lead=_lead(stages, unit),
-        glances=_glances(stages),
-        complaints=complaints,
+        glances=[*_glances(stages), *([causes.glance(found)] if found else [])],
+        complaints=_complaints(named),
         checked=checked,
         sections=[
-            Section(
-                id="progress",
-                title="Along the run" if by_step else "Run by run",
-                figures=figures,
-                tables=[_table(subjects, stages, unit)],
-            ),
+            _progress(subjects, stages, by_step),
+            *(causes.sections(found) if found else []),
             Section(
                 id="runs", title="The runs", tables=[_differences(subjects, stages)]
             ),
@@ -142,12 +145,26 @@ def _page(subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool) -
     )
 
 
+def _progress(
+    subjects: Sequence[Subject], stages: Sequence[Stage], by_step: bool
+) -> Section:
+    normalize = subjects[0].document["truth"]["normalize"]
+    unit = AXIS_UNITS[normalize]
+    return Section(
+        id="progress",
+        title="Along the run" if by_step else "Run by run",
+        figures=(
+            entropy_by_step(stages, by_step, unit),
+            change_by_step(stages, by_step, unit),
+        ),
+        tables=[_table(subjects, stages, UNITS[normalize])],
+    )
+
+
 def _headline(stages: Sequence[Stage], things: str) -> tuple[str, str, str]:
-    resolved = [s for s in stages if _is_resolved(s)]
-    falls = sum(stage.truth < 0 for stage in resolved)
-    rises = len(resolved) - falls
+    falls, rises = falls_and_rises(stages)
     total = count(len(stages), things)
-    if not resolved:
+    if not falls + rises:
         return (
             "One step changes the entropy at ",
             "none",
@@ -158,15 +175,26 @@ def _headline(stages: Sequence[Stage], things: str) -> tuple[str, str, str]:
     return "One step raises the entropy at ", f"{rises} of {total}", "."
 
 
-def _is_resolved(stage: Stage) -> bool:
-    return 0 < abs(stage.truth) >= answer.RESOLVED * stage.truth_error
-
-
 def _lead(stages: Sequence[Stage], unit: str) -> str:
     first, last = stages[0], stages[-1]
     return (
         f"The entropy goes from {number(first.entropy)} ({first.label}) to "
-        f"{number(last.entropy)} {unit} ({last.label})."
+        f"{number(last.entropy)} {unit} ({last.label}). {_counted(stages)}"
+    )
+
+
+def _counted(stages: Sequence[Stage]) -> str:
+    """What the headline counts, and what it leaves out."""
+    falls, rises = falls_and_rises(stages)
+    small = len(stages) - falls - rises
+    parts = [f"{falls} {'falls' if falls == 1 else 'fall'}"] * (falls > 0)
+    parts += [f"{rises} {'rises' if rises == 1 else 'rise'}"] * (rises > 0)
+    parts += [f"{small} {'is' if small == 1 else 'are'} too small to tell"] * (
+        small > 0
+    )
+    return (
+        f"Changes of at least {RESOLVED:g} standard errors are counted: "
+        f"{', '.join(parts)}."
     )
 
 
@@ -175,7 +203,7 @@ def _glances(stages: Sequence[Stage]) -> list[Glance]:
     share = (
         f" ({percent(steepest.truth / steepest.entropy)})" if steepest.entropy else ""
     )
-    pairs = [stage for stage in stages if _is_resolved(stage)]
+    pairs = [stage for stage in stages if stage.is_resolved]
     found = [
         Glance(
             question="Where does it fall most?"
@@ -200,18 +228,23 @@ def _glances(stages: Sequence[Stage]) -> list[Glance]:
 
 
 def _complaints(named: Sequence[tuple[str, Subject]]) -> list[Complaint]:
-    found = [
+    """What checks complain of, once for all checkpoints that share it."""
+    found: dict[tuple[str, ...], list[tuple[str, Complaint]]] = {}
+    for label, subject in named:
+        for c in answer.complaints(subject.document["audit"]):
+            same = (c.verdict, c.name, c.expected, c.hint)
+            found.setdefault(same, []).append((label, c))
+    together = [
         Complaint(
-            verdict=complaint.verdict,
-            name=f"{label}: {complaint.name}",
-            value=complaint.value,
-            expected=complaint.expected,
-            hint=complaint.hint,
+            verdict=verdict,
+            name=f"{listed(label for label, _ in rows)}: {name}",
+            value=listed(c.value for _, c in rows),
+            expected=expected,
+            hint=hint,
         )
-        for label, subject in named
-        for complaint in answer.complaints(subject.document["audit"])
+        for (verdict, name, expected, hint), rows in found.items()
     ]
-    return sorted(found, key=lambda complaint: complaint.verdict)
+    return sorted(together, key=lambda complaint: complaint.verdict)
 
 
 def _table(subjects: Sequence[Subject], stages: Sequence[Stage], unit: str) -> Table:

@@ -1,7 +1,9 @@
 """The tables of the page: every number of the files, rounded in view, whole on hover."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from entropy_ddp.names import short_name
 from entropy_ddp.report.answer import as_text
 from entropy_ddp.report.figures.change import estimator_rows
 from entropy_ddp.report.view import Cell, Table, digits, words
@@ -9,7 +11,6 @@ from entropy_ddp.report.words import (
     UNITS,
     around,
     percent,
-    short_name,
     typeset,
     visible,
     with_error,
@@ -178,38 +179,59 @@ def gradient_dot(document: Document) -> Table:
 
 def top_tokens(document: Document) -> Table:
     """The tokens with the largest shares, in their context."""
-    rows = []
-    for row in document["attribution"]["top_tokens"]:
-        before, token, after = row.get("context", ("", "–", ""))
-        before, after = around(before, after, CONTEXT)
-        rows.append(
-            [
-                digits(row["share"], 3, signed=True),
-                Cell(
-                    text="",
-                    marked=(before, visible(token), after),
-                    sign="cold" if row["share"] < 0 else "warm",
-                ),
-                digits(row["logp"]),
-                digits(row["entropy"], 3),
-                digits(row["advantage"], 3, signed=True),
-                digits(row["index"] + 1),
-                digits(row["k"]),
-            ]
-        )
-    unit = UNITS[document["linear"]["normalize"]]
+    return token_table(
+        "The tokens that matter most",
+        document["attribution"]["top_tokens"],
+        UNITS[document["linear"]["normalize"]],
+    )
+
+
+def token_table(
+    title: str, tokens: list[dict[str, Any]], unit: str, runs: Sequence[str] = ()
+) -> Table:
+    """Tokens in their context.
+
+    Args:
+        title: what they are.
+        tokens: rows of `attribution.top_tokens`.
+        unit: of shares.
+        runs: names the run that each is of; empty if there is only one.
+    """
+    rows = [_token_cells(token) for token in tokens]
+    columns = [
+        f"share, {unit}", "token in its context", "log p", "entropy", "advantage",
+        "line of U", "position",
+    ]  # fmt: skip
+    if runs:
+        rows = [[*row, words(run)] for row, run in zip(rows, runs, strict=True)]
+        columns.append("run")
     return Table(
-        title="The tokens that matter most",
-        columns=(
-            f"share, {unit}", "token in its context", "log p", "entropy", "advantage",
-            "line of U", "position",
-        ),
+        title=title,
+        columns=columns,
         rows=rows,
         caption=(
             "A negative share lowers the entropy. An improbable token that is rewarded "
             "lowers it where the policy was sure of another, and raises it otherwise."
         ),
-    )  # fmt: skip
+    )
+
+
+def _token_cells(row: dict[str, Any]) -> list[Cell]:
+    before, token, after = row.get("context", ("", "–", ""))
+    before, after = around(before, after, CONTEXT)
+    return [
+        digits(row["share"], 3, signed=True),
+        Cell(
+            text="",
+            marked=(before, visible(token), after),
+            sign="cold" if row["share"] < 0 else "warm",
+        ),
+        digits(row["logp"]),
+        digits(row["entropy"], 3),
+        digits(row["advantage"], 3, signed=True),
+        digits(row["index"] + 1),
+        digits(row["k"]),
+    ]
 
 
 def proxies(document: Document) -> Table:

@@ -17,6 +17,9 @@ from entropy_ddp.rollouts.jsonlines import read_rows
 READABLE_SCHEMA_VERSION = 1
 REQUIRED = ("status", "run", "E", "update", "truth", "linear", "audit")
 
+# The one that a page's headline comes from first.
+COMMANDS = ("probe", "attribute", "audit", "sweep")
+
 Columns = dict[str, list[Any]]
 
 
@@ -38,7 +41,10 @@ class StoredRun:
 
     @property
     def command(self) -> str:
-        """What made the run, told by the parts that it left."""
+        """What made the run, told by the parts that it left if the file does not say."""
+        named = self.document["run"].get("command")
+        if named is not None:
+            return str(named)
         if "sweep" in self.document:
             return "sweep"
         return "attribute" if "attribution" in self.document else "probe"
@@ -90,6 +96,12 @@ def read_run(folder: Path) -> StoredRun:
     missing = [key for key in REQUIRED if key not in document]
     if missing:
         raise InputError(f"{path}: lacks {', '.join(missing)}; run the job again")
+    command = document["run"].get("command", "probe")
+    if command not in COMMANDS:
+        raise InputError(
+            f"{path}: expected run.command to be one of {', '.join(COMMANDS)}, found "
+            f"{command!r}; run the job again"
+        )
     config_path = folder / "config.yaml"
     config = load_config(config_path, ())
     return StoredRun(

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from entropy_ddp.report import answer, details
+from entropy_ddp.report import answer, details, kinds
 from entropy_ddp.report.figures import attribution, change, sequences, sweep
 from entropy_ddp.report.files import Columns
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.token_text import read_tokens, token_texts
 from entropy_ddp.report.view import Listing, Page, Section
-from entropy_ddp.report.words import number, percent
+from entropy_ddp.report.words import UNITS, number, percent
 
 Document = dict[str, Any]
 
@@ -171,7 +171,15 @@ def _attribution(subject: Subject) -> Section:
         if moved
         else "No token of U has a share: its gradient is zero."
     )
-    tables = [details.top_tokens(document), details.proxies(document)] if moved else []
+    tables = []
+    if moved:
+        unit = UNITS[normalize]
+        lead = f"{lead} {kinds.sentence(tokens.by_kind, unit)}"
+        tables = [
+            kinds.table(tokens.by_kind, unit, "the tokens of U"),
+            details.top_tokens(document),
+            details.proxies(document),
+        ]
     return Section(
         id="attribution",
         title="Who moved the entropy",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.report.files import StoredRun
+from entropy_ddp.report.files import COMMANDS, StoredRun
 
 # Sections and keys of a configuration that choose parts of a page, or how a run is
 # computed, but not what its numbers mean.
@@ -86,8 +86,7 @@ def _join(runs: list[StoredRun]) -> Subject:
                 f"{other.folder} and {run.folder}: two {run.command} runs of the same "
                 "checkpoint, batches and step; give one of them"
             )
-    order = ("probe", "attribute", "sweep")
-    ordered = sorted(runs, key=lambda run: order.index(run.command))
+    ordered = sorted(runs, key=lambda run: COMMANDS.index(run.command))
     for run in ordered[1:]:
         _require_agreement(ordered[0], run)
     document = dict(ordered[0].document)

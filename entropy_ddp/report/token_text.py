@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from entropy_ddp.report.files import Columns, StoredRun
+from entropy_ddp.report.kinds import SharesByKind
 from entropy_ddp.report.view import Token, TokenText, TokenTexts
 from entropy_ddp.report.words import UNITS, number, visible
 
@@ -36,10 +37,12 @@ class TokenColumns:
     Attributes:
         values: share, log p and covariance score, [T] each.
         moved: sum of |share| of each response by its index in U.
+        by_kind: sums of shares by kind of token.
     """
 
     values: dict[str, np.ndarray]
     moved: dict[int, float]
+    by_kind: SharesByKind
 
 
 def read_tokens(run: StoredRun) -> TokenColumns:
@@ -50,12 +53,14 @@ def read_tokens(run: StoredRun) -> TokenColumns:
     """
     values: dict[str, list[float]] = {name: [] for name in COLUMNS}
     moved: dict[int, float] = {}
+    by_kind = SharesByKind()
     for row in run.tokens():
         for name, column in values.items():
             column.append(row[name])
         moved[row["index"]] = moved.get(row["index"], 0.0) + abs(row["share"])
+        by_kind.add(row)
     arrays = {name: np.array(column) for name, column in values.items()}
-    return TokenColumns(values=arrays, moved=moved)
+    return TokenColumns(values=arrays, moved=moved, by_kind=by_kind)
 
 
 def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenTexts:

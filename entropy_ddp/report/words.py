@@ -11,6 +11,8 @@ FIXED = "\N{NO-BREAK SPACE}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Below this a decimal number is mostly zeros.
 SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-3, 1e6
+# Changes smaller than this many standard errors are not called falls or rises.
+RESOLVED = 2.0
 
 UNITS = {
     "per_token": "nats per token",
@@ -26,6 +28,11 @@ AXIS_UNITS = {
     "sum": "nats",
 }
 LOSSES = {"dr_grpo": "Dr. GRPO", "grpo": "GRPO", "dapo": "DAPO", "nll": "NLL"}
+
+
+def is_resolved(change: float, error: float) -> bool:
+    """Whether a change stands out of its standard error."""
+    return change != 0 and abs(change) >= RESOLVED * error
 
 
 def true_minus(text: str) -> str:
@@ -139,10 +146,3 @@ def visible(token: str) -> str:
     if token == "":
         return "∅"
     return in_line(token if token.strip(" ") else token.replace(" ", "·"))
-
-
-def short_name(parameter: str) -> str:
-    """A parameter's name without what PEFT wraps around every one of them."""
-    for wrapping in ("base_model.model.", "model.", "transformer."):
-        parameter = parameter.removeprefix(wrapping)
-    return parameter.removesuffix(".weight").removesuffix(".default")

@@ -26,6 +26,8 @@ class RunFacts:
     """How the run was made.
 
     Attributes:
+        command: the job: probe, audit, attribute or sweep; absent in the results of
+            versions that did not write it.
         versions: versions of this package and of the libraries under it.
         world_size: number of ranks.
         seed: seed of everything random.
@@ -45,6 +47,7 @@ class RunFacts:
             absent if there was none. Their seconds and passes are counted.
     """
 
+    command: str
     versions: dict[str, str]
     world_size: int
     seed: int

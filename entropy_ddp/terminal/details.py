@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from entropy_ddp.names import short_name
 from entropy_ddp.results import AuditRow, GradientDotResult, Results
 from entropy_ddp.terminal.tables import (
     VERDICT_STYLES,
@@ -15,7 +16,6 @@ from entropy_ddp.terminal.tables import (
     new_table,
     number,
     plus_minus,
-    short_name,
 )
 
 # Both halves of the table of the step beside each other.

@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from entropy_ddp.names import short_name
+
 VERDICT_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 UNITS = {
     "per_token": "nats/token",
@@ -37,13 +39,6 @@ def number(value: float, digits: int = 6) -> str:
 
 def plus_minus(value: float, error: float) -> str:
     return f"{value:+.4e} ± {error:.1e}"
-
-
-def short_name(parameter: str) -> str:
-    """A parameter's name without what PEFT wraps around every one of them."""
-    for wrapping in ("base_model.model.", "model.", "transformer."):
-        parameter = parameter.removeprefix(wrapping)
-    return parameter.removesuffix(".weight").removesuffix(".default")
 
 
 def as_text(value: Any) -> str:

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from entropy_ddp import audit
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
+from entropy_ddp.names import short_name
 from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.probe import session
 from entropy_ddp.results import AuditRow, Probed, Results
 from entropy_ddp.terminal.runs import print_diagnosis, print_results
-from entropy_ddp.terminal.tables import short_name
 from entropy_ddp.update import step
 
 RTOL = 1e-10  # the contract's bar for float64

@@ -228,3 +228,32 @@ def test_all_text_has_contrast(browser: Any, dark: bool) -> None:
     found = browser.execute_script(CONTRASTS)
     assert {"SPAN cold", "SPAN warm", "text ", "P alarm", "H1 "} <= set(found)
     assert {kind: c for kind, c in found.items() if c < READABLE} == {}
+
+
+def test_a_comparison_is_read_on_any_screen(browser: Any, tmp_path: Path) -> None:
+    """Wide or narrow, light or dark, folded or not; the page before comes back."""
+    before = browser.current_url
+    runs = [
+        write_run(
+            tmp_path / f"step{step}",
+            config={"checkpoint.path": f"out/checkpoint-{step}"},
+            texts=TEXTS,
+        )
+        for step in (10, 20, 30)
+    ]
+    browser.get(write_report(runs, None).page.as_uri())
+    for width, dark in ((1280, False), (1280, True), (400, False), (400, True)):
+        look(browser, width=width, dark=dark)
+        name = f"comparison-{width}-{'dark' if dark else 'light'}.png"
+        _keep_screenshot(browser, tmp_path / name)
+        browser.execute_script(
+            "for (const d of document.querySelectorAll('details')) d.open = true"
+        )
+        scrolled, shown = browser.execute_script(
+            "return [document.scrollingElement.scrollWidth, innerWidth]"
+        )
+        assert scrolled <= shown
+        found = browser.execute_script(CONTRASTS)
+        assert {kind: c for kind, c in found.items() if c < READABLE} == {}
+    assert browser.get_log("browser") == []
+    browser.get(before)

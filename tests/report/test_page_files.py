@@ -81,6 +81,7 @@ def test_the_schema_that_is_read_is_the_one_that_is_written() -> None:
     assert READABLE_SCHEMA_VERSION == SCHEMA_VERSION
 
 
+@pytest.mark.slow
 def test_report_starts_without_torch(tmp_path: Path) -> None:
     """It needs no model: its start costs a second, not ten."""
     run = write_run(tmp_path / "run", texts=TEXTS)
@@ -95,6 +96,7 @@ def test_report_starts_without_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_what_is_written_where(tmp_path: Path) -> None:
     """Beside the run, or where --out says, with the plots beside it."""
     run = write_run(tmp_path / "run", {"curvature": CURVATURE, **sweep_part()})

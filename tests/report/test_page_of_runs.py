@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tiny_runs import make_run
 
 from entropy_ddp.cli import main
+from entropy_ddp.report.causes import BY_SHARE
 from entropy_ddp.report.writing import write_report
 
 pytestmark = pytest.mark.slow
@@ -27,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in launching.LAUNCHER_VARIABLES:
             patch.delenv(name, raising=False)
-        for command in ("probe", "sweep", "attribute"):
+        for command in ("probe", "sweep", "attribute", "audit"):
             out = found[command] = folder / command
             extra = ["--report"] if command == "attribute" else []
             arguments = ["--config", str(config), "--out", str(out), "--quiet", *extra]
@@ -43,9 +44,19 @@ def test_every_part_of_real_runs_has_its_section(runs: dict[str, Path]) -> None:
     sections = re.findall(r'<section id="([^"]+)">', html)
     assert sections == ["prediction", "sweep", "responses", "attribution", "run"]
     assert written.page.parent == runs["sweep"]
+    for command, folder in runs.items():
+        document = json.loads((folder / "results.json").read_text())
+        assert document["run"]["command"] == command
     truth = json.loads((runs["probe"] / "results.json").read_text())["truth"]
     for key in ("delta_h_true", "se", "H_orig", "ess"):
         assert f'title="{truth[key]!r}"' in html
+
+
+def test_rules_that_need_shares_are_known_by_name(runs: dict[str, Path]) -> None:
+    """A rule that an attribution renames would be missed here."""
+    document = json.loads((runs["attribute"] / "results.json").read_text())
+    rules = [row["rule"] for row in document["attribution"]["what_if"]]
+    assert len(rules) > 2 and sum(rule.startswith(BY_SHARE) for rule in rules) == 2
 
 
 def test_a_job_leaves_its_page_on_request(runs: dict[str, Path]) -> None:

@@ -61,6 +61,18 @@ def test_a_part_that_no_run_has_is_left_out(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_audit_is_called_by_its_name(tmp_path: Path) -> None:
+    """It leaves the parts of a probe; the file says which job it was."""
+    audit = write_run(tmp_path / "audit", {"run.command": "audit"})
+    assert run_page(subjects_of(audit)[0]).kicker.split(" · ")[1] == "audit"
+    probe = write_run(tmp_path / "probe", {"run.command": "probe"})
+    (subject,) = subjects_of(audit, probe)
+    assert [run.command for run in subject.runs] == ["probe", "audit"]
+    other = write_run(tmp_path / "other", {"run.command": "sing"})
+    with pytest.raises(InputError, match="run.command to be one of .*found 'sing'"):
+        subjects_of(other)
+
+
 def test_the_worst_status_is_the_page_s(tmp_path: Path) -> None:
     """An untrusted sweep cannot hide behind a trusted probe."""
     probe = write_run(tmp_path / "probe")
@@ -141,14 +153,38 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
     ]
     page = compare(*runs)
     rows = page.sections[0].tables[0].rows
-    assert [row[0].text for row in rows] == ["step 20", "step 40", "step 100"]
+    assert [row[0].text for row in rows] == [
+        "step\N{NO-BREAK SPACE}20",
+        "step\N{NO-BREAK SPACE}40",
+        "step\N{NO-BREAK SPACE}100",
+    ]
     assert [row[1].title for row in rows] == ["0.25", "0.2", "0.1"]
     assert [row[-1].text for row in rows] == ["ok", "untrusted", "ok"]
-    assert page.alarm == "1 of 3 checkpoints not to be trusted: step 40."
+    assert (
+        page.alarm == "1 of 3 checkpoints not to be trusted: step\N{NO-BREAK SPACE}40."
+    )
     assert (
         "".join(page.headline) == "One step lowers the entropy at 3 of 3 checkpoints."
     )
     assert page.figures[0].title == "The entropy falls from 0.25 to 0.1"
+
+
+def test_what_several_checkpoints_complain_of_is_said_once(tmp_path: Path) -> None:
+    """With all their values; every check counts."""
+    runs = [
+        write_run(
+            tmp_path / f"step{step}",
+            {"audit": [COMPLAINT | {"value": step}]},
+            {"checkpoint.path": f"out/checkpoint-{step}"},
+        )
+        for step in (20, 40, 60)
+    ]
+    page = compare(*runs)
+    (complaint,) = page.complaints
+    steps = [f"step\N{NO-BREAK SPACE}{step}" for step in (20, 40, 60)]
+    assert complaint.name == f"{steps[0]}, {steps[1]} and {steps[2]}: what is swept"
+    assert complaint.value == "20, 40 and 60"
+    assert page.checked == "3 of 3 checks complain."
 
 
 def test_runs_without_steps_keep_their_order(tmp_path: Path) -> None:

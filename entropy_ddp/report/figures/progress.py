@@ -15,8 +15,9 @@ from entropy_ddp.report.figures.canvas import (
     scale_ticks,
     unit_label,
 )
+from entropy_ddp.report.words import RESOLVED, is_resolved
 
-MOST_TICKS = 8
+MOST_TICKS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,11 @@ class Stage:
     linear: float
     linear_error: float
 
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the measured change stands out of its error."""
+        return is_resolved(self.truth, self.truth_error)
+
 
 def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
     """Entropy of each checkpoint."""
@@ -53,7 +59,7 @@ def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure
         axes.set_ylim(bottom=0)
         axes.set_ylabel(f"entropy H [{unit}]")
         scale_ticks(axes, "y", 0)
-        _label_stages(axes, stages, by_step)
+        label_stages(axes, stages, by_step)
 
     return Figure(
         name="entropy-by-step",
@@ -68,7 +74,9 @@ def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure
 
 def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
     """What one step does at each checkpoint, measured and predicted."""
-    falls = sum(stage.truth < 0 for stage in stages)
+    falls, rises = falls_and_rises(stages)
+    lower = sum(stage.truth < 0 for stage in stages)
+    title = f"One step lowers the entropy at {falls} of {len(stages)} checkpoints"
     values = [stage.truth for stage in stages] + [stage.linear for stage in stages]
     exponent = common_exponent(values)
     gaps = [b.place - a.place for a, b in pairwise(stages)]
@@ -93,21 +101,30 @@ def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
         axes.legend(labelcolor=palette.ink)
         scale_ticks(axes, "y", exponent)
         axes.set_ylabel(unit_label("entropy change", unit, exponent))
-        _label_stages(axes, stages, by_step)
+        label_stages(axes, stages, by_step)
 
     return Figure(
         name="change-by-step",
-        title=f"One step lowers the entropy at {falls} of {len(stages)} checkpoints",
+        title=f"{title}, raises it at {rises}" if rises else title,
         caption=(
             "The change that one optimizer step makes at every checkpoint, measured and "
             "predicted, with two standard errors. Where both lie together the prediction "
-            "can be read without the measurement."
+            "can be read without the measurement. The title counts measured changes of "
+            f"at least {RESOLVED:g} standard errors; by sign alone, {lower} lower it."
         ),
         draw=draw,
     )
 
 
-def _label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
+def falls_and_rises(stages: Sequence[Stage]) -> tuple[int, int]:
+    """How many measured changes are falls and rises beyond their error."""
+    resolved = [stage for stage in stages if stage.is_resolved]
+    falls = sum(stage.truth < 0 for stage in resolved)
+    return falls, len(resolved) - falls
+
+
+def label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
+    """Name the axis of checkpoints, and show where they stand."""
     if by_step:
         axes.set_xlabel("training step of the checkpoint")
     else:
@@ -116,4 +133,4 @@ def _label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
     if len(places) <= MOST_TICKS:
         axes.set_xticks(places, [f"{place:,g}" for place in places])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))

@@ -1,0 +1,151 @@
+"""Shares of U's tokens summed by the sign of the advantage and by probability."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from entropy_ddp.report.view import Cell, Table, digits, words
+from entropy_ddp.report.words import FIXED, number, percent
+
+# Below this log p a token is one that the policy held for less likely than not.
+IMPROBABLE = math.log(0.5)
+KINDS = (
+    "A < 0, p < 0.5",
+    "A < 0, p ≥ 0.5",
+    "A > 0, p < 0.5",
+    "A > 0, p ≥ 0.5",
+    "A = 0",
+)
+
+
+@dataclass(kw_only=True)
+class KindSum:
+    """Tokens of one kind: how many, and the sum of their shares."""
+
+    num_tokens: int = 0
+    share: float = 0.0
+
+
+class SharesByKind:
+    """Sums over tokens by kind, filled row by row.
+
+    Attributes:
+        sums: of every kind, whether or not it has tokens.
+    """
+
+    def __init__(self) -> None:
+        self.sums = {kind: KindSum() for kind in KINDS}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row of tokens.jsonl.gz."""
+        found = self.sums[_kind(row)]
+        found.num_tokens += 1
+        found.share += row["share"]
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens."""
+        return sum(found.num_tokens for found in self.sums.values())
+
+    @property
+    def share(self) -> float:
+        """The gradient's part: the sum of all shares."""
+        return math.fsum(found.share for found in self.sums.values())
+
+    def leading(self) -> str:
+        """The kind that does most of what all do together."""
+        direction = math.copysign(1, self.share)
+        return max(self.sums, key=lambda kind: direction * self.sums[kind].share)
+
+
+def together(several: Iterable[SharesByKind]) -> SharesByKind:
+    """The sums of several runs added up."""
+    found = SharesByKind()
+    for one in several:
+        for kind, part in one.sums.items():
+            found.sums[kind].num_tokens += part.num_tokens
+            found.sums[kind].share += part.share
+    return found
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    if row["advantage"] == 0:
+        return "A = 0"
+    sign = "<" if row["advantage"] < 0 else ">"
+    return f"A {sign} 0, p {'<' if row['logp'] < IMPROBABLE else '≥'} 0.5"
+
+
+def named(kind: str) -> str:
+    """A kind in a sentence."""
+    return f"tokens with {unbroken(kind).replace(', ', ' and ')}"
+
+
+def unbroken(kind: str) -> str:
+    """A kind whose comparisons stay on one line."""
+    return re.sub(r" ([<≥=]) ", rf"{FIXED}\1{FIXED}", kind)
+
+
+def sentence(found: SharesByKind, unit: str) -> str:
+    """What the leading kind is of the tokens, and of the gradient's part."""
+    total = found.share
+    if not total:
+        return "The shares of U's tokens add up to nothing."
+    kind = found.leading()
+    part = found.sums[kind]
+    tokens = named(kind)
+    begin = f"{tokens[0].upper()}{tokens[1:]} are "
+    begin += f"{percent(part.num_tokens / found.num_tokens)} of U's tokens and "
+    ratio = part.share / total
+    if ratio <= 1:
+        others = ", all others together the rest" if ratio < 1 else ""
+        return f"{begin}make {percent(ratio)} of the gradient's part{others}."
+    # More than all of it: a percentage would hide that others take it back.
+    return (
+        f"{begin}would alone move the entropy by {number(part.share, 3, signed=True)} "
+        f"{unit}; the others take {number(abs(total - part.share), 3)} of it back."
+    )
+
+
+def table(found: SharesByKind, unit: str, summed_over: str) -> Table:
+    """All kinds as numbers.
+
+    Args:
+        found: the sums.
+        unit: of shares.
+        summed_over: over what they are taken.
+    """
+    total = found.share
+    rows = []
+    for kind, part in found.sums.items():
+        if part.num_tokens:
+            of_all, of_total = part.num_tokens / found.num_tokens, None
+            if total:
+                of_total = part.share / total
+            rows.append(
+                [
+                    words(unbroken(kind)), digits(part.num_tokens), _share(of_all),
+                    digits(part.share, 3, signed=True), _share(of_total),
+                ]
+            )  # fmt: skip
+    rows.append(
+        [
+            words("all"), digits(found.num_tokens), _share(1.0),
+            digits(total, 3, signed=True), _share(1.0 if total else None),
+        ]
+    )  # fmt: skip
+    return Table(
+        title="Shares by sign of the advantage and by probability",
+        columns=(
+            "tokens", "number", "of all", f"share, {unit}", "of the gradient's part",
+        ),
+        rows=rows,
+        caption=f"Summed over {summed_over}. A negative share lowers the entropy.",
+    )  # fmt: skip
+
+
+def _share(value: float | None) -> Cell:
+    if value is None:
+        return Cell(text="–", is_number=True)
+    return Cell(text=percent(value), title=repr(value), is_number=True)
