@@ -5,6 +5,7 @@ recorded and refused, and in which nothing says that the hub is offline.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def test_commands_on_folders_ask_nothing(saved: Saved, tmp_path: Path) -> None:
         ["sample", *config, *setting, "--out", outs[2]],
     )
     assert found == {"codes": [0, 0, 0, 0], "asked": []}
+
+
+def test_the_base_that_an_adapter_was_trained_on_is_not_asked_for(
+    saved: Saved, tmp_path: Path
+) -> None:
+    """The one that is given serves, here and on every other machine."""
+    adapter = shutil.copytree(saved.folder, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "some/where"}
+    file.write_text(json.dumps(settings))
+    config = ["--config", str(saved.base.parent / "run.yaml"), "--quiet"]
+    place = ["--set", f"checkpoint.path={adapter}"]
+    found, errors = run_commands(["check", *config, *place])
+    assert (found, errors) == ({"codes": [0], "asked": []}, "")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_line(saved: Saved) -> None:
