@@ -169,8 +169,9 @@ def load_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
     """
     from peft import PeftModel
 
-    read_adapter_config(adapter)
+    settings = read_adapter_config(adapter)
     stored = read_adapter(adapter)
+    _require_base_of(model, adapter, settings.get("base_model_name_or_path"))
     with _misfit(adapter), warnings.catch_warnings():
         # They are told below, as an error.
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
@@ -179,6 +180,32 @@ def load_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
         )
     require_same_adapter_names(wrapped, adapter, name, stored)
     return wrapped
+
+
+def _require_base_of(model: nn.Module, adapter: Path, named: Any) -> None:
+    """Check a base model against the one that an adapter names, where that is a folder.
+
+    Adapters of two kinds of models can have the same names and shapes.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    file = Path(str(named)) / "config.json"
+    if not isinstance(named, str) or not file.is_file():
+        return
+
+    def describe(reason: str) -> str:
+        return f"base model {file}: cannot be read ({reason}); copy it again"
+
+    with fault_of_file(str(file), describe):
+        expected = json.loads(file.read_text(encoding="utf-8"))
+        kind = expected["model_type"]
+    found = model.config.model_type
+    if kind != found:
+        raise InputError(
+            f"adapter {adapter}: expected the base model {named}, a {kind}, found a "
+            f"{found}; is checkpoint.base the model it was trained on?"
+        )
 
 
 def read_adapter(adapter: Path) -> dict[str, Tensor]:
