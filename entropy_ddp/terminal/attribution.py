@@ -1,11 +1,15 @@
 """The attribution of a change to the update batch, as tables in the terminal."""
 
+from itertools import chain, zip_longest
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from entropy_ddp.estimators.attribution import TOP_SHARES
 from entropy_ddp.results import AttributionResult, Results
+from entropy_ddp.terminal.details import WIDTH_OF_TWO_HALVES
 from entropy_ddp.terminal.heading import print_heading, verdict_line
 from entropy_ddp.terminal.tables import new_table, number, plus_minus
 
@@ -23,7 +27,7 @@ def print_shares(console: Console, results: Results) -> None:
     assert found is not None
     console.print(_parts(found))
     console.print(_top_tokens(found))
-    console.print(_summaries(found))
+    console.print(_summaries(found, console.width))
     console.print(_proxies(found))
     console.print(_what_if(found))
 
@@ -75,15 +79,35 @@ def _top_tokens(found: AttributionResult) -> Table:
     return table
 
 
-def _summaries(found: AttributionResult) -> Table:
-    table = new_table("Shares summed by kind of token", "kind", "nats", "tokens")
-    for name, rows in found.summaries.items():
-        table.add_row(f"by {name}", style="bold")
-        for row in rows:
-            table.add_row(
-                f"  {row['label']}", f"{row['share']:+.4e}", f"{row['num_tokens']:,}"
-            )
+def _summaries(found: AttributionResult, width: int) -> Table:
+    """Sums of shares by several kinds; in a wide terminal in two halves."""
+    kinds = [_summary_rows(name, rows) for name, rows in found.summaries.items()]
+    columns = ("kind", "nats", "tokens")
+    if width < WIDTH_OF_TWO_HALVES or len(kinds) < 2:
+        table = new_table("Shares summed by kind of token", *columns)
+        for row in chain.from_iterable(kinds):
+            table.add_row(*row)
+        return table
+    half = min(range(1, len(kinds)), key=lambda n: _height(kinds, n))
+    table = new_table("Shares summed by kind of token", *columns, *columns)
+    table.columns[3].justify = "left"
+    left, right = chain(*kinds[:half]), chain(*kinds[half:])
+    for pair in zip_longest(left, right, fillvalue=("", "", "")):
+        table.add_row(*chain(*pair))
     return table
+
+
+def _summary_rows(name: str, rows: list[Any]) -> list[tuple[str, str, str]]:
+    kinds = [
+        (f"  {row['label']}", f"{row['share']:+.4e}", f"{row['num_tokens']:,}")
+        for row in rows
+    ]
+    return [(f"[bold]by {name}[/]", "", ""), *kinds]
+
+
+def _height(kinds: list[list[tuple[str, str, str]]], half: int) -> int:
+    """Rows of the table with so many kinds on the left."""
+    return max(sum(map(len, kinds[:half])), sum(map(len, kinds[half:])))
 
 
 def _proxies(found: AttributionResult) -> Table:

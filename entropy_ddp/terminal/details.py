@@ -18,8 +18,8 @@ from entropy_ddp.terminal.tables import (
     plus_minus,
 )
 
-# Both halves of the table of the step beside each other.
-WIDTH_OF_TWO_HALVES = 96
+# Columns in which both halves of a table stand beside each other.
+WIDTH_OF_TWO_HALVES = 100
 # What a probe shows of its audits: the sums, counts and gaps by which it can be wrong.
 CENTRAL_AUDITS = (
     "gradient coverage: entropy (X)",
