@@ -267,6 +267,19 @@ def test_a_stopped_rank_is_named_after_the_timeout(
     assert ended.returncode == 1
 
 
+def test_a_lost_connection_does_not_wait_for_a_store_that_hangs(ranks: Ranks) -> None:
+    """Rank 2 is killed while rank 0, which could tell, is stopped: rank 1 ends in time."""
+    ranks.start(3, "sleeps", 0, timeout=2)
+    ranks.signal(signal.SIGSTOP, [0])
+    ranks.signal(signal.SIGKILL, [2])
+    codes, printed = ranks.end(but=[0])
+    assert codes == [1, -signal.SIGKILL]
+    assert re.fullmatch(
+        r"error: rank 0, which holds the ranks' store, has not answered for \d s: .*\n",
+        printed,
+    )
+
+
 def test_a_busy_rank_is_not_taken_for_a_stopped_one(ranks: Ranks) -> None:
     """For a while it gives no sign, as a call into C keeps its interpreter."""
     ranks.start(2, "holds interpreter", timeout=10)

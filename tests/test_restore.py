@@ -32,6 +32,7 @@ from entropy_ddp.probe import session
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.results import discard_unfinished
 from entropy_ddp.update.step import optimizer_tensors
 
 # Everything on: the KL term's reference, both forms of gradient-dot, masked steps.
@@ -157,7 +158,8 @@ def watched(watch: Watch) -> Iterator[None]:
 def run_job(name: str, config: Config, watch: Watch, out: Path) -> None:
     """One job in this process."""
     out.mkdir(exist_ok=True)
-    (out / "sweep.jsonl").unlink(missing_ok=True)
+    # What a failed run has finished, another would not do again.
+    discard_unfinished(out)
     with watched(watch):
         JOBS[name](config, World(), out, watch.progress)
 

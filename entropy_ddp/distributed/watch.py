@@ -84,7 +84,7 @@ class Watch:
         self._answered = self._exchanged = now
         self._failure: Failure | None = None
         self._is_store_gone = False
-        self._is_finishing = False
+        self._is_finishing = self._is_settling = False
         self._leave_at: float | None = None
         self._code = _CODE_FAILED
         self._has_ended = False
@@ -143,10 +143,12 @@ class Watch:
             time.monotonic() + _GONE_SECONDS + _TELL_SECONDS + _GRACE_SECONDS
         )
         mine = Failure(rank=self._rank, code=code, message=message)
+        self._is_settling = True
         try:
             first = self._settle(mine, tell, is_suspect)
         except StoreGone:
             first = self._lose_store(f"{self._holder()} is gone")
+        self._is_settling = False
         try:
             self._end_together()
         except StoreGone:
@@ -273,7 +275,12 @@ class Watch:
                 self._answered = now
             looked = now
             if self._leave_at is not None:
-                if now > self._leave_at:
+                silent_for = now - self._answered
+                if self._is_settling and silent_for > self._silence_seconds:
+                    # The main thread waits for a store that does not answer.
+                    self._guard_store(now)
+                    self._leave_at = now
+                if now >= self._leave_at:
                     # No flush: the main thread may hold the streams.
                     os._exit(self._code)
             elif self._failure is None:
