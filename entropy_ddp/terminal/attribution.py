@@ -117,8 +117,11 @@ def _proxies(found: AttributionResult) -> Table:
         "How well cheap scores rank tokens against their exact share",
         "score",
         "Spearman",
-        *(f"overlap of top {float(f):.0%}" for f in fractions),
-        caption="a score that predicts entropy loss has a Spearman correlation near -1",
+        *(f"top {float(f):.0%}" for f in fractions),
+        caption=(
+            "a score that predicts entropy loss has a Spearman correlation near -1; top: "
+            "how much of the tokens with the largest |share| is among its largest"
+        ),
     )
     for name, judged in scores.items():
         correlation = judged.get("spearman")
