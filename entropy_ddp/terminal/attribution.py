@@ -114,7 +114,7 @@ def _proxies(found: AttributionResult) -> Table:
     scores = {"covariance": found.covariance, **found.proxies}
     fractions = [f"{fraction:g}" for fraction in TOP_SHARES]
     table = new_table(
-        "How well cheap scores rank tokens against their exact share",
+        "How well cheap scores rank tokens by their share",
         "score",
         "Spearman",
         *(f"top {float(f):.0%}" for f in fractions),
