@@ -118,8 +118,7 @@ def measure(
     del along
     curvature = curvature_step = None
     # A step that changed nothing has no direction to be curved along.
-    moved = bool(stepped.step.delta.any())
-    if with_curvature and config.curvature.enabled and moved:
+    if with_curvature and config.curvature.enabled and bool(stepped.step.delta.any()):
         second = score_twice_along_step(session, stepped.step, base)
         curvature = estimate_curvature(session, estimates, base, second)
         curvature_step = second.step
