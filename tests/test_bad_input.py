@@ -627,7 +627,7 @@ CASES: dict[str, tuple[Callable[[Spoilt], list[str]], str]] = {
                 shutil.copytree(base.parent / "other" / "base", base),
             )
         ),
-        r"adapter .*: does not fit the base model \(.*; is checkpoint.base the model",
+        r"adapter .*: expected the base model .*, a qwen2, found a gpt2; is checkpoint",
     ),
     "missing checkpoint": (
         set_keys("checkpoint.path=absent"),
