@@ -801,6 +801,19 @@ def test_a_probe_of_sampled_batches_keeps_them(
 
 @pytest.mark.usefixtures("rewards")
 @pytest.mark.parametrize("command", ["sample", "probe"])
+def test_prompts_that_are_absent_leave_no_folder(
+    sampled_config: Path, tmp_path: Path, command: str
+) -> None:
+    """The folder was made before the prompts were looked for."""
+    out = tmp_path / "made" / "out"
+    setting = ("--set", "batches.E.sample.prompts=absent.jsonl")
+    result = invoke(command, "--config", sampled_config, "--out", out, *setting)
+    assert result.exit_code == 2
+    assert "absent.jsonl" in result.stderr
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "probe"])
 def test_a_batch_that_was_sampled_is_not_sampled_again(
     sampled_config: Path,
     tmp_path: Path,

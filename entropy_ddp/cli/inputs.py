@@ -41,16 +41,15 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
     from entropy_ddp.terminal.inputs import print_samples
     from entropy_ddp.terminal.progress import phase_progress
 
-    files = sampled_files(config, out)
-    if world.is_main:
-        names = [path.name for path in files.values()]
-        prepare_folder(out, options.overwrite, options.resume, names)
+    names = [path.name for path in sampled_files(config, out).values()]
     console = table_console(world, options)
     with (
         nothing_left(out, options.overwrite),
         phase_progress(progress_console(world, options)) as progress,
         stdout_kept(options),
     ):
+        if world.is_main:
+            prepare_folder(out, options.overwrite, options.resume, names)
         summaries = run_sample(config, world, out, progress)
     if console is not None:
         print_samples(console, summaries, str(out))
