@@ -41,6 +41,8 @@ from entropy_ddp.results import (
     write_results,
 )
 from entropy_ddp.rollouts.batch import Batch
+from entropy_ddp.terminal.heading import verdict_counts
+from entropy_ddp.terminal.notebook import as_html
 
 __all__ = [
     "Config",
@@ -122,14 +124,11 @@ class Measured:
     def __repr__(self) -> str:
         """The answer in one sentence, and whether it may be trusted."""
         answer = "".join(headline(self.results.to_dict()))
-        verdicts = [row.verdict for row in self.results.audit]
-        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("ok", "warn", "fail"))
+        counts = verdict_counts(self.results)
         return f"{answer} Audits: {self.results.status} ({counts})."
 
     def _repr_html_(self) -> str:
         """The same for notebooks, with the numbers in a table."""
-        from entropy_ddp.terminal.notebook import as_html
-
         return as_html(self.results)
 
 

@@ -129,13 +129,17 @@ def _subject(update: UpdateResult) -> str:
     return "the given change" if given else f"one {update.loss} step"
 
 
-def verdict_line(results: Results, out: str | None) -> Text:
+def verdict_counts(results: Results) -> str:
+    """How many audits have each verdict."""
     verdicts: list[str] = [row.verdict for row in results.audit]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICT_STYLES)
+    return ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICT_STYLES)
+
+
+def verdict_line(results: Results, out: str | None) -> Text:
     style = "green" if results.status == "ok" else "bold red"
     seconds = sum(results.run.seconds.values())
     text = Text(f"{results.status}", style=style)
-    text.append(f" ({counts}; {seconds:.1f} s)", style="default")
+    text.append(f" ({verdict_counts(results)}; {seconds:.1f} s)", style="default")
     if out is not None:
         text.append(f", written to {out}", style="default")
     return text
