@@ -813,6 +813,7 @@ def test_prompts_that_are_absent_leave_no_folder(
     assert not out.parent.exists()
 
 
+@pytest.mark.usefixtures("rewards")
 @pytest.mark.parametrize("command", ["sample", "probe"])
 def test_a_batch_that_was_sampled_is_not_sampled_again(
     sampled_config: Path,
