@@ -229,8 +229,8 @@ def open_run(
         configuration: a YAML file, its content as a mapping, or what `load_config` gave.
         assignments: `key.sub=value`, as of the option `--set`; of a file only.
         world: the ranks; None for this process alone.
-        progress: called with the name of a phase, the units done, those to do, and
-            what they are.
+        progress: called with the name of a phase, the units done, those to do (0 if
+            not known), what they are, and the tokens done where they are not tokens.
 
     Raises:
         InputError: anything in the configuration, checkpoint or batches is wrong.

@@ -315,7 +315,9 @@ def _score_after_masked_step(session: Session, keep: Tensor) -> TokenScores:
         loss_weights(shard, config.update, session.reference_logp),
         keep[token_places(batch, shard)],
     )
-    with session.phase("what if: masked step", shard.ragged.num_tokens):
+    evaluation = session.shard(session.batches["E"])
+    num_tokens = shard.ragged.num_tokens + evaluation.ragged.num_tokens
+    with session.phase("what if: masked step", num_tokens):
         gradient, _ = passes.gradient(
             shard, weights, session.buffer_dtype, as_trained=True
         )
@@ -327,7 +329,7 @@ def _score_after_masked_step(session: Session, keep: Tensor) -> TokenScores:
             config.update,
             snapshot_device(config.compute),
         ):
-            return passes.score(session.shard(session.batches["E"]))
+            return passes.score(evaluation)
 
 
 def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:

@@ -90,7 +90,9 @@ def sample_batch(
             replace(settings, batch_size=size),
             session.world.rank,
             session.world.world_size,
-            lambda done, total: session.progress(name, done, total, "responses"),
+            lambda done, total, tokens: session.progress(
+                name, done, total, "responses", tokens
+            ),
         )
         session.responses.limit = sampled.allowance.of(size)
         session.responses.num_retries += sampled.allowance.num_retries

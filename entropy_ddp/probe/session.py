@@ -54,7 +54,9 @@ from entropy_ddp.update.loss import require_sampling_logprobs
 class Progress(Protocol):
     """What is told how far a phase is."""
 
-    def __call__(self, name: str, done: int, total: int, unit: str = ..., /) -> None:
+    def __call__(
+        self, name: str, done: int, total: int, unit: str = ..., tokens: int = ..., /
+    ) -> None:
         """Take notice.
 
         Args:
@@ -62,10 +64,13 @@ class Progress(Protocol):
             done: units done by this rank.
             total: units that this rank has to do; 0 if not known.
             unit: what is counted; response tokens, if it is not said.
+            tokens: response tokens done, where something else is counted.
         """
 
 
-def no_progress(name: str, done: int, total: int, unit: str = "tokens", /) -> None:
+def no_progress(
+    name: str, done: int, total: int, unit: str = "tokens", tokens: int = 0, /
+) -> None:
     """Tells nobody how far a phase is."""
 
 
@@ -122,7 +127,7 @@ class Session:
 
         Args:
             name: what the phase does.
-            tokens: response tokens that this rank will pass over.
+            tokens: response tokens that this rank will pass over; 0 if not known.
 
         Raises:
             RunError: one was raised within; with the phase's name before it.

@@ -10,7 +10,7 @@ Shape legend: B sequences of one call, V vocabulary, K = max_new_tokens.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,7 +108,11 @@ def sampling_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def generate_responses(
-    model: Any, prompts: list[list[int]], streams: list[str], temperature: float
+    model: Any,
+    prompts: list[list[int]],
+    streams: list[str],
+    temperature: float,
+    on_token: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> list[Response]:
     """Generate a response to each prompt in one call of the model in `sampling_mode`.
 
@@ -117,6 +121,8 @@ def generate_responses(
         prompts: token ids of each prompt, B of them.
         streams: name of each response's random stream, B of them.
         temperature: the logits are divided by it.
+        on_token: called after every token of all responses with the number of responses
+            that have ended and the number of tokens, both of this call.
 
     Returns:
         The responses in the order of the prompts; log-probabilities are not finite
@@ -128,13 +134,15 @@ def generate_responses(
     mask = _pad_left([torch.ones_like(row) for row in rows], 0).to(model.device)
     length = input_ids.shape[1]
     choice = _InverseTransform(
-        make_uniforms(streams, config.max_new_tokens), length, temperature
+        make_uniforms(streams, config.max_new_tokens),
+        length,
+        temperature,
     )
     output = model.generate(
         input_ids,
         attention_mask=mask,
         generation_config=config,
-        logits_processor=LogitsProcessorList([choice]),
+        logits_processor=LogitsProcessorList([choice, _Count(config, on_token)]),
     )
     responses = []
     for token_ids, logprobs in zip(
@@ -167,7 +175,10 @@ class _InverseTransform(LogitsProcessor):
     """
 
     def __init__(
-        self, uniforms: Tensor, prompt_length: int, temperature: float
+        self,
+        uniforms: Tensor,
+        prompt_length: int,
+        temperature: float,
     ) -> None:
         self.uniforms = uniforms
         self.prompt_length = prompt_length
@@ -195,6 +206,29 @@ class _InverseTransform(LogitsProcessor):
         chosen = chosen.clamp(max=scores.shape[1] - 1)
         self.logprobs[:, step : step + 1] = logprobs.gather(1, chosen).cpu()
         return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
+
+
+class _Count(LogitsProcessor):
+    """Counts the responses of one call that have ended, and the tokens of all."""
+
+    def __init__(
+        self, config: GenerationConfig, tell: Callable[[int, int], None]
+    ) -> None:
+        self._end_ids = torch.tensor(config.eos_token_id)
+        self._left, self._tell = config.max_new_tokens, tell
+        self._open: Tensor | None = None
+        self._tokens = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Count the chosen tokens, of which `_InverseTransform` has left the scores."""
+        if self._open is None:
+            self._open = torch.ones(len(scores), dtype=torch.bool)
+        self._tokens += int(self._open.sum())
+        self._left -= 1
+        self._open &= ~torch.isin(scores.argmax(dim=-1).cpu(), self._end_ids)
+        open_ones = int(self._open.sum()) if self._left else 0
+        self._tell(len(scores) - open_ones, self._tokens)
+        return scores
 
 
 def make_uniforms(streams: list[str], count: int) -> Tensor:

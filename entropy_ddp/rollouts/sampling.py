@@ -71,7 +71,7 @@ def sample_rollouts(
     settings: SamplingSettings,
     rank: int,
     world_size: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[int, int, int], None],
 ) -> SampledShard:
     """Sample this rank's share of a batch: prompt draws rank, rank + world_size, ...
 
@@ -84,8 +84,9 @@ def sample_rollouts(
         settings: what to sample.
         rank: this process.
         world_size: number of processes.
-        on_progress: called after every batch with the number of responses sampled by
-            this rank and the number known to be needed; redraws add to the latter.
+        on_progress: called after every token of every call with the number of
+            responses that this rank has sampled, the number known to be needed, to
+            which redraws add, and the number of their tokens.
 
     Returns:
         This rank's rows; `merge_rows` joins those of all ranks.
@@ -101,7 +102,11 @@ def sample_rollouts(
     config = make_generation_config(model, tokenizer, settings.max_new_tokens)
     draws = make_draws(model, tokenizer, settings)[rank::world_size]
     groups: dict[int, list[dict[str, Any]]] = {}
-    num_done = num_redraws = 0
+    num_done = num_tokens = num_redraws = total = 0
+
+    def on_token(done: int, tokens: int) -> None:
+        on_progress(num_done + done, total, num_tokens + tokens)
+
     with sampling_mode(model, config):
         for attempt in range(1 + settings.redraw_zero_advantage):
             jobs = _make_jobs(draws, settings.responses_per_prompt, attempt)
@@ -111,7 +116,7 @@ def sample_rollouts(
             while start < len(jobs):
                 size = allowance.of(settings.batch_size)
                 batch = jobs[start : start + size]
-                responses = _responses(model, settings, batch, allowance)
+                responses = _responses(model, settings, batch, allowance, on_token)
                 if responses is None:
                     continue
                 start += len(batch)
@@ -119,7 +124,7 @@ def sample_rollouts(
                     row = _make_row(job, response, tokenizer, terms, settings)
                     rows[job.draw.number, job.response] = row
                 num_done += len(batch)
-                on_progress(num_done, total)
+                num_tokens += sum(len(r.token_ids) for r in responses)
             for draw in draws:
                 groups[draw.number] = [
                     rows[draw.number, g] for g in range(settings.responses_per_prompt)
@@ -166,6 +171,7 @@ def _responses(
     settings: SamplingSettings,
     jobs: list[_Job],
     allowance: Allowance,
+    on_token: Callable[[int, int], None],
 ) -> list[Response] | None:
     """What one call of the model generates; None if it must be made with fewer jobs."""
     streams = [
@@ -175,7 +181,9 @@ def _responses(
     ]
     prompts = [job.draw.prompt_ids for job in jobs]
     responses, shortage = unless_out_of_memory(
-        lambda: generate_responses(model, prompts, streams, settings.temperature)
+        lambda: generate_responses(
+            model, prompts, streams, settings.temperature, on_token
+        )
     )
     if shortage is not None:
         if len(jobs) == 1:

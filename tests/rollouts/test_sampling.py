@@ -457,17 +457,35 @@ def test_an_empty_share_is_no_error(settings: Callable[..., SamplingSettings]) -
     assert shard == SampledShard(rows=[], num_redraws=0, allowance=Allowance())
 
 
-def test_progress_counts_responses(settings: Callable[..., SamplingSettings]) -> None:
-    seen: list[tuple[int, int]] = []
-    sample_rollouts(
+def test_progress_counts_responses_and_tokens(
+    settings: Callable[..., SamplingSettings],
+) -> None:
+    """After every token: the responses that have ended, of both calls, and tokens."""
+    seen: list[tuple[int, int, int]] = []
+    shard = sample_rollouts(
         make_model(),
         make_tokenizer(),
         settings(batch_size=4),
         1,
         2,
-        lambda done, total: seen.append((done, total)),
+        lambda *told: seen.append(told),
     )
-    assert seen == [(4, 6), (6, 6)]
+    done, totals, tokens = zip(*seen)
+    assert set(totals) == {6}
+    assert list(done) == sorted(done) and done[-1] == 6
+    lengths = [len(row["response_ids"]) for row in shard.rows]
+    assert list(tokens) == sorted(set(tokens)) and tokens[-1] == sum(lengths)
+    # At every token of a call every response that has not ended has one more.
+    calls = [sorted(lengths[:4]), sorted(lengths[4:])]
+    expected = []
+    before = (0, 0)
+    for call in calls:
+        for k in range(1, call[-1] + 1):
+            ended = sum(length <= k for length in call)
+            count = sum(min(length, k) for length in call)
+            expected.append((before[0] + ended, before[1] + count))
+        before = expected[-1]
+    assert list(zip(done, tokens)) == expected
 
 
 # --- memory ---------------------------------------------------------------------------
