@@ -9,10 +9,10 @@ For trainers of transformers and TRL that step with Adam or AdamW. The training 
 same with and without it, bit for bit: see `neutral`.
 """
 
-import functools
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from entropy_ddp.training.entries import (
     step_entry,
 )
 from entropy_ddp.training.lines import append_line, require_new
+from entropy_ddp.training.listening import listen
 from entropy_ddp.training.live import open_live_session
 from entropy_ddp.training.neutral import untouched
 from entropy_ddp.training.padding import padding_rows
@@ -74,7 +75,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._grad_norm: float | None = None
         self._unlogged: dict[str, Any] | None = None
         self._warned: set[str] = set()
-        self._originals: list[tuple[Any, str]] = []
+        self._listening: list[Callable[[], None]] = []
 
     def attach(self, trainer: Any) -> None:
         """Make this the first of a trainer's callbacks, before its reporters.
@@ -205,40 +206,30 @@ class EntropyProbeCallback(TrainerCallback):
         self._session = None
 
     def _watch(self, trainer: Any) -> None:
-        """See what the loss is called with, and the norm before clipping.
-
-        Both are functions of the instance for the time of the training.
-        """
+        """See what the loss is called with, and the norm before clipping."""
         # What an earlier training left when it failed.
         self._unwatch()
-        compute_loss, clip = trainer.compute_loss, trainer.accelerator.clip_grad_norm_
+        capture = self._capture
+        assert capture is not None
 
-        @functools.wraps(compute_loss)
-        def loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            assert self._capture is not None
-            self._capture.inputs = dict(inputs)
-            try:
-                return compute_loss(model, inputs, *args, **kwargs)
-            finally:
-                self._capture.inputs = {}
+        def before_loss(model: Any, inputs: Any, *_: Any, **__: Any) -> None:
+            capture.inputs = dict(inputs)
 
-        @functools.wraps(clip)
-        def clipped(*args: Any, **kwargs: Any) -> Any:
-            norm = clip(*args, **kwargs)
+        def after_loss(_: Any) -> None:
+            capture.inputs = {}
+
+        def after_clipping(norm: Any) -> None:
             self._grad_norm = float(norm)
-            return norm
 
-        for owner, name, function in (
-            (trainer, "compute_loss", loss),
-            (trainer.accelerator, "clip_grad_norm_", clipped),
-        ):
-            setattr(owner, name, function)
-            self._originals.append((owner, name))
+        self._listening = [
+            listen(trainer, "compute_loss", before=before_loss, after=after_loss),
+            listen(trainer.accelerator, "clip_grad_norm_", after=after_clipping),
+        ]
 
     def _unwatch(self) -> None:
-        for owner, name in self._originals:
-            delattr(owner, name)
-        self._originals = []
+        for end in self._listening:
+            end()
+        self._listening = []
 
     def _gathered(self, capture: BatchCapture) -> TrainedBatch:
         """The batch of all ranks, on every rank; what one refuses, all refuse."""
