@@ -12,10 +12,12 @@ from typing import Any
 
 import launching
 import pytest
+import torch
 import yaml
 from checkpoints import Saved, run_config, save_checkpoint, write_rows
 from click.testing import CliRunner, Result
 from reference import random_rows
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -682,6 +684,54 @@ def test_check_finds_what_probe_would_refuse(
     result = invoke("check", "--config", run.config, *options)
     assert result.exit_code == 2
     assert re.match(rf"error: .*{message}", result.stderr)
+
+
+def given_by(kind: str, split: str, run: Run, config: dict[str, Any]) -> list[str]:
+    """Settings that give a batch by file, by sampling it, or as a change in its place."""
+    if kind == "file":
+        return []
+    if kind == "delta":
+        path = run.folder / "delta.safetensors"
+        model = run.saved.model
+        names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        save_file({n: torch.full_like(p, 1e-3) for n, p in names.items()}, path)
+        return ["batches.U=null", f"update.delta={path}"]
+    source = config["batches"][split]["sample"]
+    return [f"batches.{split}={json.dumps({'sample': source})}"]
+
+
+@pytest.mark.usefixtures("rewards")
+@pytest.mark.parametrize("update", ["file", "sample", "delta"])
+@pytest.mark.parametrize("evaluation", ["file", "sample"])
+def test_check_takes_every_kind_of_batch(
+    run: Run, sampled_config: Path, evaluation: str, update: str
+) -> None:
+    """What is read is counted, what would be sampled is described."""
+    config = yaml.safe_load(sampled_config.read_text())
+    settings = [
+        *given_by(evaluation, "E", run, config),
+        *given_by(update, "U", run, config),
+    ]
+    options = [option for text in settings for option in ("--set", text)]
+    result = invoke("check", "--config", run.config, "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    told = {"file": "sequences", "sample": "prompt draws", "delta": None}
+    assert told[evaluation] in found["batch E"]
+    assert told[update] in found.get("batch U", {None: None})
+
+
+@pytest.mark.usefixtures("rewards")
+@pytest.mark.parametrize("responses", [1, 2])
+def test_check_knows_whether_sampled_batches_allow_the_gradient_dot_form(
+    sampled_config: Path, responses: int
+) -> None:
+    """Before anything is sampled, by the numbers that are asked for."""
+    size = f"batches.E.sample.responses_per_prompt={responses}"
+    options = ["--set", "gradient_dot.enabled=true", "--set", size]
+    result = invoke("check", "--config", sampled_config, *options)
+    assert result.exit_code == (0 if responses == 2 else 2)
+    assert ("responses_per_prompt of 1" in result.stderr) == (responses == 1)
 
 
 # sample

@@ -103,7 +103,7 @@ def tolerance_of(session: Session, tolerances: Mapping[torch.dtype, float]) -> f
 
 def _gradient_dot_row(session: Session) -> list[AuditRow]:
     """Why the gradient-dot form was not computed, where it was not."""
-    reason = obstacle(session.batches)
+    reason = obstacle(session.batches, session.planned)
     return [] if reason is None else [audit.fact("gradient-dot form", "no", reason)]
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import GradientDot
+from entropy_ddp.config import GradientDot, Sample
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.gradient_dot import estimate_dot
 from entropy_ddp.policy.parameters import global_norm, inner_product
@@ -51,14 +51,29 @@ from entropy_ddp.update.decomposition import gradient_gain, preconditioner
 from entropy_ddp.update.step import Step
 
 
-def obstacle(batches: dict[str, Batch]) -> str | None:
-    """Why the gradient-dot form cannot be computed from E and U; None if it can."""
-    if "U" not in batches:
+def obstacle(batches: dict[str, Batch], planned: dict[str, Sample]) -> str | None:
+    """Why the gradient-dot form cannot be computed from E and U; None if it can.
+
+    Args:
+        batches: what there is of E and U.
+        planned: by split, what is still to be sampled.
+    """
+    if "U" not in batches | planned:
         return "needs an update batch U; with update.delta there is none"
     for split in ("E", "U"):
-        count = batches[split].num_groups
+        if split in planned:
+            count = planned[split].num_prompts
+        else:
+            count = batches[split].num_groups
         if count < 2:
             return f"needs at least 2 groups in {split}, found {count}"
+    if "E" in planned:
+        if planned["E"].responses_per_prompt >= 2:
+            return None
+        return (
+            "needs at least 2 responses in every group of E, found "
+            "batches.E.sample.responses_per_prompt of 1"
+        )
     sizes = batches["E"].group_sizes.tolist()
     for sequence in batches["E"].sequences:
         if sizes[sequence.group] < 2:
@@ -70,19 +85,22 @@ def obstacle(batches: dict[str, Batch]) -> str | None:
     return None
 
 
-def is_wanted(settings: GradientDot, batches: dict[str, Batch]) -> bool:
+def is_wanted(
+    settings: GradientDot, batches: dict[str, Batch], planned: dict[str, Sample]
+) -> bool:
     """Whether to compute it: `true`, or `auto` and possible.
 
     Args:
         settings: which form.
-        batches: E and U.
+        batches: what there is of E and U.
+        planned: by split, what is still to be sampled.
 
     Raises:
         InputError: `enabled: true`, but E or U does not allow it.
     """
     if settings.enabled is False:
         return False
-    reason = obstacle(batches)
+    reason = obstacle(batches, planned)
     if settings.enabled is True and reason is not None:
         raise InputError(f"gradient_dot: {reason}; or set gradient_dot.enabled: auto")
     return reason is None
@@ -155,7 +173,7 @@ def gradient_dot(
             is asked for before the optimizer's first step.
         RunError: a value is not finite.
     """
-    if not is_wanted(settings, session.batches):
+    if not is_wanted(settings, session.batches, session.planned):
         return None
     assert gradient is not None
     if settings.direction == "step":

@@ -220,8 +220,7 @@ def _read_batches(session: Session) -> dict[str, Any]:
             "tokens": batch.num_tokens,
         }
     check_batches(batches, config)
-    if "E" in batches:
-        is_wanted(config.gradient_dot, batches)
+    is_wanted(config.gradient_dot, batches, session.planned)
     if "U" in batches and config.update.loss != "nll":
         compute_advantages(batches["U"], config.batches.advantage)
     return found

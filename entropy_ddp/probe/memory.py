@@ -91,8 +91,9 @@ def _vectors(session: Session) -> tuple[int, int]:
     # Gradient, change and the way back; or gradient, change, one more and `.grad`.
     stepping = 2 * buffer + weights + moments
     backward = 3 * buffer
-    if config.gradient_dot.enabled is True or (
-        config.gradient_dot.enabled == "auto" and obstacle(session.batches) is None
+    enabled = config.gradient_dot.enabled
+    if enabled is True or (
+        enabled == "auto" and obstacle(session.batches, session.planned) is None
     ):
         preconditioned = config.gradient_dot.direction == "preconditioned"
         backward = (6 if preconditioned else 5) * buffer

@@ -47,7 +47,7 @@ def probe_session(session: Session) -> Probed:
     if attribute:
         require_plain_slope(config)
     # Asked for but impossible: said before the first pass.
-    is_wanted(config.gradient_dot, session.batches)
+    is_wanted(config.gradient_dot, session.batches, session.planned)
     everything = len(session.batches["E"])
     measured = measure(session, everything if attribute else SAMPLE_SEQUENCES)
     dot = _gradient_dot(session, measured)
@@ -80,7 +80,7 @@ def run_audit(
 def audit_session(session: Session) -> Probed:
     """An audit of what is open already; errors as of `run_probe`."""
     config = session.config
-    is_wanted(config.gradient_dot, session.batches)
+    is_wanted(config.gradient_dot, session.batches, session.planned)
     everything = len(session.batches["E"])
     measured = measure(session, everything, noise_sequences=everything)
     dot = _gradient_dot(session, measured)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import Config
+from entropy_ddp.config import Config, Sample
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import Allowance, MemoryEstimate
@@ -120,6 +120,15 @@ class Session:
     def shard(self, batch: Batch) -> Shard:
         """This rank's share of a batch."""
         return batch.shard(self.world.rank, self.world.world_size)
+
+    @property
+    def planned(self) -> dict[str, Sample]:
+        """Of the batches that are not there yet, how they are to be sampled, by split."""
+        return {
+            split: source.sample
+            for split, source in self.config.batches.sources.items()
+            if source.sample is not None and split not in self.batches
+        }
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:

@@ -312,12 +312,12 @@ def test_auto_says_why_not_and_true_refuses(make_named_run: RunMaker) -> None:
         assert gradient_dot(*arguments, GradientDot()) is None
         with pytest.raises(InputError, match=f"gradient_dot: needs.*{reason}"):
             gradient_dot(*arguments, GradientDot(enabled=True))
-        found = obstacle(opened.session.batches)
+        found = obstacle(opened.session.batches, {})
         assert found is not None and found.startswith("needs at least 2")
         assert opened.session.world.collectives == before
     opened = Opened.of(run.open(update=LOSSES["dr_grpo"]))
     arguments = (opened.session, opened.stepped, opened.gradient, opened.base)
-    assert obstacle(opened.session.batches) is None
+    assert obstacle(opened.session.batches, {}) is None
     assert gradient_dot(*arguments, GradientDot(enabled=False)) is None
     assert gradient_dot(*arguments, GradientDot()) is not None
 
