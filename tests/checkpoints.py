@@ -12,8 +12,11 @@ from typing import Any
 
 import reference
 import torch
+import yaml
 from reference import Row
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 FAMILIES: dict[str, Callable[[int], nn.Module]] = {
     "gpt2": lambda seed: reference.tiny_gpt2(seed, attention="sdpa"),
@@ -26,6 +29,8 @@ TARGETS = {
     "llama": ["q_proj", "v_proj", "up_proj"],
 }
 LEARNING_RATE = 1e-3
+# Of the tokenizer below: one token a character.
+VOCABULARY = ["<eos>", "<unk>", "<pad>", *"0123456789+= ?"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,3 +149,36 @@ def run_config(
         "compute": {"device": "cpu", "tokens_per_microbatch": 24},
         "update": {"max_grad_norm": 0.5},
     } | sections
+
+
+def save_character_tokenizer(folder: Path) -> None:
+    """A tokenizer of one token a character, end-of-sequence token 0."""
+    vocabulary = {token: number for number, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    ).save_pretrained(folder)
+
+
+def write_sampling_run(folder: str | Path) -> Path:
+    """A checkpoint, prompts, and a configuration that samples E and U; its path."""
+    folder = Path(folder)
+    saved = save_checkpoint(folder, "qwen2")
+    save_character_tokenizer(saved.base)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{i}+{i}="}}\n' for i in range(10)))
+    source = {"prompts": str(prompts), "max_new_tokens": 6}
+    evaluation = source | {"num_prompts": 64, "with_replacement": True}
+    update = source | {"num_prompts": 4, "responses_per_prompt": 4}
+    batches = {
+        "E": {"sample": evaluation},
+        "U": {"sample": update | {"reward": {"regex": "[0-4]"}}},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config(saved, Path(), Path(), batches=batches)))
+    return path

@@ -14,20 +14,23 @@ import launching
 import pytest
 import torch
 import yaml
-from checkpoints import Saved, run_config, save_checkpoint, write_rows
+from checkpoints import (
+    VOCABULARY,
+    Saved,
+    run_config,
+    save_character_tokenizer,
+    save_checkpoint,
+    write_rows,
+)
 from click.testing import CliRunner, Result
 from reference import random_rows
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
 from entropy_ddp.probe import keeping
 from entropy_ddp.probe.unfinished import Unfinished
 
-CHARACTERS = "0123456789+= ?"
-VOCABULARY = ["<eos>", "<unk>", "<pad>", *CHARACTERS]
 HEAVY = ("torch", "numpy", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -51,20 +54,6 @@ class Run:
 def invoke(*arguments: str | Path) -> Result:
     """A command in this process."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def save_character_tokenizer(folder: Path) -> None:
-    """A tokenizer of one token a character, end-of-sequence token 0."""
-    vocabulary = {token: number for number, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)

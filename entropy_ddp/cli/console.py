@@ -40,3 +40,11 @@ def error_console() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True, width=None if sys.stderr.isatty() else 100)
+
+
+def print_warning(message: str) -> None:
+    """Say on standard error what the command did not do, also when it is quiet."""
+    from rich.text import Text
+
+    text = Text("warning: ", style="yellow").append(message, style="default")
+    error_console().print(text, soft_wrap=True)

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import progress_console, table_console
+from entropy_ddp.cli.console import (
+    print_warning,
+    progress_console,
+    table_console,
+)
 from entropy_ddp.cli.options import Options, configured
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, run_ranks
 
 if TYPE_CHECKING:
     from entropy_ddp.distributed import World
+    from entropy_ddp.ledger.accumulate import Ledger
 
 
 @click.command()
@@ -24,8 +29,8 @@ def ledger(options: Options, run: Path) -> None:
 
     RUN: the folder of `ledger.jsonl`, the callback's `out`. With --config (or --set) a
     trainer's output folder instead, whose checkpoints and completions are probed one
-    after the other. Writes ledger.json and ledger.html into --out, by default the
-    ledger's folder.
+    after the other. Writes ledger.json and, with the extra `report`, ledger.html into
+    --out, by default the ledger's folder.
     """
     sys.exit(run_ranks(lambda world: _ledger(world, run, options)))
 
@@ -59,23 +64,33 @@ def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
     from entropy_ddp.atomic import written_whole
     from entropy_ddp.ledger.accumulate import accumulate
     from entropy_ddp.ledger.reading import read_ledger
-    from entropy_ddp.report.writing import require_report_extra
+    from entropy_ddp.report.writing import missing_report_extra
     from entropy_ddp.terminal.ledger import print_ledger
-
-    require_report_extra()
-    from entropy_ddp.report.ledger_page import ledger_page
-    from entropy_ddp.report.page import render_page
 
     found = accumulate(read_ledger(folder))
     text = json.dumps(asdict(found), allow_nan=False, indent=1)
-    page = render_page(ledger_page(found, folder.resolve().name))
+    contents = {"ledger.json": text + "\n"}
+    missing = missing_report_extra()
+    if missing is None:
+        contents["ledger.html"] = _page(found, folder)
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in (("ledger.json", text + "\n"), ("ledger.html", page)):
+    for name, content in contents.items():
         with written_whole(out / name) as stream:
             stream.write(content.encode())
+    if missing is not None:
+        # The page of an earlier ledger would say another thing than ledger.json.
+        (out / "ledger.html").unlink(missing_ok=True)
+        print_warning(f"no page is made: {missing}")
     console = table_console(world, options)
     if console is not None:
-        print_ledger(console, found, str(out / "ledger.html"))
+        print_ledger(console, found, str(out / list(contents)[-1]))
     if options.as_json:
         click.echo(text)
     return 0 if found.trusted else EXIT_UNTRUSTED
+
+
+def _page(found: "Ledger", folder: Path) -> str:
+    from entropy_ddp.report.ledger_page import ledger_page
+    from entropy_ddp.report.page import render_page
+
+    return render_page(ledger_page(found, folder.resolve().name))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from entropy_ddp.cli.console import error_console
+from entropy_ddp.cli.console import error_console, print_warning
 from entropy_ddp.cli.options import Options
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.interruption import Interrupted, ignore_signals, signals_raise
@@ -39,7 +39,7 @@ def run_ranks(
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warning = distributed.single_process_warning(os.environ)
     if warning is not None:
-        error_console().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        print_warning(warning)
     timeout = rank_timeout_seconds or distributed.RANK_TIMEOUT_SECONDS
     world: World | None = None
     with signals_raise():

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.report.figures.canvas import Figure
 from entropy_ddp.report.words import exact, number
+
+if TYPE_CHECKING:
+    # Words and tables need no library for figures.
+    from entropy_ddp.report.figures.canvas import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +148,11 @@ class Section:
     id: str
     title: str
     lead: str = ""
-    figures: Sequence[Figure] = ()
+    figures: Sequence["Figure"] = ()
     token_texts: TokenTexts | None = None
     tables: Sequence[Table] = ()
     listings: Sequence[Listing] = ()
-    later_figures: Sequence[Figure] = ()
+    later_figures: Sequence["Figure"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +215,7 @@ class Page:
     sections: Sequence[Section] = field(default_factory=tuple)
 
     @property
-    def figures(self) -> list[Figure]:
+    def figures(self) -> "list[Figure]":
         """All figures, in order."""
         return [
             figure

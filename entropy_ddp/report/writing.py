@@ -34,18 +34,26 @@ class Written:
     num_figures: int
 
 
+def missing_report_extra() -> str | None:
+    """What a page needs and is not installed, and how to install it; None if all is."""
+    missing = [name for name in EXTRA_LIBRARIES if find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"{' and '.join(missing)} not installed; install the extra with "
+        "pip install 'entropy_ddp[report]'"
+    )
+
+
 def require_report_extra() -> None:
     """Check that the libraries of the extra `report` are there.
 
     Raises:
         InputError: one is not.
     """
-    missing = [name for name in EXTRA_LIBRARIES if find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"report: {' and '.join(missing)} not installed; install the extra with "
-            "pip install 'entropy_ddp[report]'"
-        )
+    missing = missing_report_extra()
+    if missing is not None:
+        raise InputError(f"report: {missing}")
 
 
 def write_report(folders: Sequence[Path], out: Path | None) -> Written:
