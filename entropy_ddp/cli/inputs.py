@@ -115,5 +115,6 @@ def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
             f"made {out / made.checkpoint.name} (TRL checkpoint), {out / made.base.name} "
             f"(its base model), {out / 'E.jsonl'} and {out / 'U.jsonl'} (rollouts)",
             soft_wrap=True,
+            markup=False,
         )
     return 0

@@ -127,7 +127,7 @@ def _job(
     if options.report:
         written = write_report([out], None)
         if console is not None:
-            console.print(f"page: {written.page}", soft_wrap=True)
+            console.print(f"page: {written.page}", soft_wrap=True, markup=False)
     if options.as_json:
         click.echo(json.dumps(probed.results.to_dict(), allow_nan=False))
     # Only this rank says so: a launcher stops the others at the first non-zero code.

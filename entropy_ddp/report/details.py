@@ -6,20 +6,16 @@ from typing import Any
 from entropy_ddp.names import short_name
 from entropy_ddp.report.answer import as_text
 from entropy_ddp.report.figures.change import estimator_rows
-from entropy_ddp.report.view import Cell, Table, digits, words
+from entropy_ddp.report.view import Cell, Table, digits, in_context, words
 from entropy_ddp.report.words import (
     UNITS,
-    around,
     percent,
     typeset,
-    visible,
     with_error,
 )
 
 Document = dict[str, Any]
 AUDITS_ID = "audits"
-# Characters on both sides of a token.
-CONTEXT = 60
 
 
 def _share(value: float | None) -> Cell:
@@ -217,15 +213,9 @@ def token_table(
 
 
 def _token_cells(row: dict[str, Any]) -> list[Cell]:
-    before, token, after = row.get("context", ("", "–", ""))
-    before, after = around(before, after, CONTEXT)
     return [
         digits(row["share"], 3, signed=True),
-        Cell(
-            text="",
-            marked=(before, visible(token), after),
-            sign="cold" if row["share"] < 0 else "warm",
-        ),
+        in_context(row["share"], row.get("context", ("", "–", ""))),
         digits(row["logp"]),
         digits(row["entropy"], 3),
         digits(row["advantage"], 3, signed=True),

@@ -7,8 +7,19 @@ from entropy_ddp.report.figures.ledger import (
     gradient_by_probability,
     parts_by_step,
 )
-from entropy_ddp.report.view import Cell, Page, Section, Table, digits, words
-from entropy_ddp.report.words import number, visible, with_error
+from entropy_ddp.report.view import (
+    Cell,
+    Page,
+    Section,
+    Table,
+    digits,
+    in_context,
+    words,
+)
+from entropy_ddp.report.words import differing, number, with_error
+
+# Characters of a prompt that are shown; hovering shows all.
+PROMPT = 160
 
 
 def ledger_page(ledger: Ledger, name: str) -> Page:
@@ -95,12 +106,17 @@ def _parts(ledger: Ledger) -> Section:
 def _influence(ledger: Ledger) -> Section:
     caption = "Sums over the steps in which they were among the largest."
     tokens = [
-        [words(visible(row["text"])), _signed(row["share"]), _count(row)]
+        [
+            in_context(row["share"], ("", row["text"], "")),
+            _signed(row["share"]),
+            _count(row),
+        ]
         for row in ledger.by_token
     ]
+    texts = differing([row["prompt"] for row in ledger.by_prompt])
     prompts = [
-        [words(row["prompt"]), _signed(row["share"]), _count(row)]
-        for row in ledger.by_prompt
+        [_prompt(text, row["prompt"]), _signed(row["share"]), _count(row)]
+        for text, row in zip(texts, ledger.by_prompt, strict=True)
     ]
     single = [
         [words(row["step"]), _signed(row["share"]), digits(row["logp"])]
@@ -160,6 +176,11 @@ def _count(row: Entry) -> Cell:
 def _context(row: Entry) -> Cell:
     if "context" not in row:
         return words("–")
-    before, token, after = row["context"]
-    sign = "cold" if row["share"] < 0 else "warm"
-    return Cell(text="", marked=(before, token, after), sign=sign)
+    return in_context(row["share"], row["context"])
+
+
+def _prompt(text: str, whole: str) -> Cell:
+    shown = " ".join(text.split())
+    if len(shown) > PROMPT:
+        shown = shown[:PROMPT] + "…"
+    return Cell(text=shown, title=whole)

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.report.words import exact, number
+from entropy_ddp.report.words import around, exact, number, visible
 
 if TYPE_CHECKING:
     # Words and tables need no library for figures.
     from entropy_ddp.report.figures.canvas import Figure
+
+# Characters of its context that are shown on either side of a token.
+CONTEXT = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,20 @@ def digits(value: Any, significant: int = 4, *, signed: bool = False) -> Cell:
         title=exact(value),
         is_number=True,
     )
+
+
+def in_context(share: float, pieces: Sequence[str], most: int = CONTEXT) -> Cell:
+    """A cell of a token, on a ground of its share's sign, between what surrounds it.
+
+    Args:
+        share: of the token.
+        pieces: text before it, the token, text after it.
+        most: characters that are shown on either side.
+    """
+    before, token, after = pieces
+    before, after = around(before, after, most)
+    sign = "cold" if share < 0 else "warm"
+    return Cell(text="", marked=(before, visible(token), after), sign=sign)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Numbers and names as a reader sees them: a true minus, sensible digits, units."""
 
 import math
+import os.path
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -13,6 +14,9 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-3, 1e6
 # Changes smaller than this many standard errors are not called falls or rises.
 RESOLVED = 2.0
+DECILE = "probability decile"
+# Characters below which what texts have in common is not a template.
+TEMPLATE = 16
 
 UNITS = {
     "per_token": "nats per token",
@@ -146,3 +150,43 @@ def visible(token: str) -> str:
     if token == "":
         return "∅"
     return in_line(token if token.strip(" ") else token.replace(" ", "·"))
+
+
+def tenth(place: int) -> str:
+    """A tenth of the tokens by their probability, from 0 for the least probable."""
+    ends = {0: "least probable tenth", 9: "most probable tenth"}
+    ordinals = {1: "2nd", 2: "3rd"}
+    return ends.get(place, f"{ordinals.get(place, f'{place + 1}th')} tenth")
+
+
+def title_of_kinds(name: str) -> str:
+    """By what a table of `attribution.summaries` sums shares."""
+    return {DECILE: "probability, in tenths of the tokens"}.get(name, name)
+
+
+def name_of_kind(name: str, label: str) -> str:
+    """A row of it: 0-10 % of the tokens in order of p are not tokens with p < 10 %."""
+    return tenth(int(label.split("-")[0]) // 10) if name == DECILE else label
+
+
+def differing(texts: Sequence[str]) -> list[str]:
+    """Texts without a long beginning and a long end that all have, as of a template.
+
+    Both are cut at a space or at a special token's bracket. A text of which nothing
+    would be left is whole.
+    """
+    if len(set(texts)) < 2:
+        return list(texts)
+    head = re.sub(r"[^\s>\]]+\Z", "", os.path.commonprefix(list(texts)))
+    if len(head) < TEMPLATE:
+        head = ""
+    rest = [text[len(head) :] for text in texts]
+    tail = os.path.commonprefix([text[::-1] for text in rest])[::-1]
+    tail = re.sub(r"\A[^\s<\[]+", "", tail)
+    if len(tail) < TEMPLATE:
+        tail = ""
+    cut = [text[: len(text) - len(tail)].strip() for text in rest]
+    return [
+        f"{'…' if head else ''}{short}{'…' if tail else ''}" if short else text
+        for short, text in zip(cut, texts, strict=True)
+    ]

@@ -8,10 +8,17 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_ddp.estimators.attribution import TOP_SHARES
+from entropy_ddp.report.words import name_of_kind, title_of_kinds
 from entropy_ddp.results import AttributionResult, Results
 from entropy_ddp.terminal.details import WIDTH_OF_TWO_HALVES
 from entropy_ddp.terminal.heading import print_heading, verdict_line
-from entropy_ddp.terminal.tables import new_table, number, plus_minus
+from entropy_ddp.terminal.tables import (
+    cells_beside,
+    in_context,
+    new_table,
+    number,
+    plus_minus,
+)
 
 
 def print_attribution(console: Console, results: Results, out: str | None) -> None:
@@ -26,7 +33,7 @@ def print_shares(console: Console, results: Results) -> None:
     found = results.attribution
     assert found is not None
     console.print(_parts(found))
-    console.print(_top_tokens(found))
+    console.print(_top_tokens(found, console.width))
     console.print(_summaries(found, console.width))
     console.print(_proxies(found))
     console.print(_what_if(found))
@@ -56,26 +63,28 @@ def _parts(found: AttributionResult) -> Table:
     return table
 
 
-def _top_tokens(found: AttributionResult) -> Table:
+def _top_tokens(found: AttributionResult, width: int) -> Table:
     columns = ("share, nats", "log p", "A", "line", "k", "token in its context")
     table = new_table(f"The {len(found.top_tokens)} tokens that matter most", *columns)
-    table.columns[0].justify = "right"
-    table.columns[-1].justify = "left"
-    for row in found.top_tokens:
-        context = Text("-")
-        if "context" in row:
-            before, token, after = row["context"]
-            context = Text(before, style="dim")
-            context.append(f"[{token}]", style="bold")
-            context.append(after, style="dim")
-        table.add_row(
+    shares, *_, contexts = table.columns
+    shares.justify, shares.no_wrap = "right", True
+    contexts.justify = "left"
+    numbers = [
+        (
             f"{row['share']:+.3e}",
             f"{row['logp']:.3f}",
             f"{row['advantage']:+.3f}",
             str(row["index"] + 1),
             str(row["k"]),
-            context,
         )
+        for row in found.top_tokens
+    ]
+    cells = cells_beside(numbers, columns, width)
+    for row, others in zip(found.top_tokens, numbers, strict=True):
+        context = Text("-")
+        if "context" in row:
+            context = in_context(*row["context"], cells)
+        table.add_row(*others, context)
     return table
 
 
@@ -97,15 +106,19 @@ def _summaries(found: AttributionResult, width: int) -> Table:
     return table
 
 
-def _summary_rows(name: str, rows: list[Any]) -> list[tuple[str, str, str]]:
-    kinds = [
-        (f"  {row['label']}", f"{row['share']:+.4e}", f"{row['num_tokens']:,}")
+def _summary_rows(name: str, rows: list[Any]) -> list[tuple[str | Text, str, str]]:
+    kinds: list[tuple[str | Text, str, str]] = [
+        (
+            f"  {name_of_kind(name, row['label'])}",
+            f"{row['share']:+.4e}",
+            f"{row['num_tokens']:,}",
+        )
         for row in rows
     ]
-    return [(f"[bold]by {name}[/]", "", ""), *kinds]
+    return [(Text(f"by {title_of_kinds(name)}", style="bold"), "", ""), *kinds]
 
 
-def _height(kinds: list[list[tuple[str, str, str]]], half: int) -> int:
+def _height(kinds: list[list[Any]], half: int) -> int:
     """Rows of the table with so many kinds on the left."""
     return max(sum(map(len, kinds[:half])), sum(map(len, kinds[half:])))
 

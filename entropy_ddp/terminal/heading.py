@@ -72,7 +72,7 @@ def _header(results: Results) -> Panel:
         lines.append(f"memory ran out: at most {fitted} in a microbatch")
     if run.resumed:
         lines.append(f"resumed, from before: {', '.join(run.resumed)}")
-    return Panel("\n".join(lines), title="entropy_ddp", expand=False)
+    return Panel(Text("\n".join(lines)), title="entropy_ddp", expand=False)
 
 
 def _complaint(row: AuditRow) -> Text:
@@ -119,6 +119,7 @@ def _answer(results: Results) -> Table:
         plus_minus(difference, linear.difference_se),
         in_errors,
     )
+    table.columns[0].no_wrap = True
     let_pairs_break(table, 1, 2, 3)
     return table
 

@@ -6,18 +6,29 @@ from rich.text import Text
 
 from entropy_ddp.ledger.accumulate import Ledger
 from entropy_ddp.ledger.names import NAMES, PART_NAMES, TOKEN_NAMES
-from entropy_ddp.terminal.tables import new_table, plus_minus
+from entropy_ddp.report.words import differing, in_line, tenth
+from entropy_ddp.terminal.tables import (
+    NAME_CELLS,
+    beginning,
+    cells_beside,
+    in_context,
+    new_table,
+    plus_minus,
+)
+
+# Tokens and prompts that are shown.
+MOST = 10
 
 
 def print_ledger(console: Console, ledger: Ledger, out: str) -> None:
     """Totals, the decomposition, the most influential tokens and prompts."""
     for note in ledger.notes:
-        console.print(f"note: {note}", style="yellow")
+        console.print(Text(f"note: {note}", style="yellow"))
     console.print(_totals(ledger))
     if ledger.parts:
         console.print(_decomposition(ledger))
-        console.print(_influential(ledger))
-    console.print(f"written to {out}", style="dim")
+        _print_influential(console, ledger)
+    console.print(Text(f"written to {out}", style="dim"))
 
 
 def _totals(ledger: Ledger) -> Table:
@@ -58,27 +69,30 @@ def _decomposition(ledger: Ledger) -> Table:
     for name, label in TOKEN_NAMES.items():
         if name in ledger.tokens:
             table.add_row(f"  {label}", f"{ledger.tokens[name]:+.4e}")
-    table.add_row("by probability of the token", style="bold")
-    for decile, value in enumerate(ledger.deciles):
-        table.add_row(f"  {10 * decile}-{10 * decile + 10} %", f"{value:+.4e}")
+    table.add_row("by probability, in tenths of the tokens", style="bold")
+    for place, value in enumerate(ledger.deciles):
+        table.add_row(f"  {tenth(place)}", f"{value:+.4e}")
     return table
 
 
-def _influential(ledger: Ledger) -> Table:
+def _print_influential(console: Console, ledger: Ledger) -> None:
+    """The tokens and the prompts with the largest sums of shares."""
+    shown = [row["text"] for row in ledger.by_token[:MOST]]
+    table = new_table("Tokens that moved it most", "token", "nats/token")
+    for row, text in zip(ledger.by_token, shown):
+        table.add_row(in_context("", text, "", NAME_CELLS), f"{row['share']:+.3e}")
+    console.print(table)
+    prompts = ledger.by_prompt[:MOST]
+    columns = ("nats/token", "prompt")
+    sums = [f"{row['share']:+.3e}" for row in prompts]
     table = new_table(
-        "Who moved it most",
-        *("token", "nats/token", "prompt", "nats/token"),
+        "Prompts that moved it most",
+        *columns,
         caption="sums over the steps in which they were among the largest",
     )
-    table.columns[2].justify = "left"
-    table.columns[2].no_wrap = False
-    for place in range(min(10, max(len(ledger.by_token), len(ledger.by_prompt)))):
-        cells: list[str | Text] = []
-        for rows, key in ((ledger.by_token, "text"), (ledger.by_prompt, "prompt")):
-            known = place < len(rows)
-            cells += [
-                Text(repr(rows[place][key])[1:-1][:40] if known else ""),
-                f"{rows[place]['share']:+.3e}" if known else "",
-            ]
-        table.add_row(*cells)
-    return table
+    cells = cells_beside([(text,) for text in sums], columns, console.width)
+    numbers, texts = table.columns
+    numbers.justify, numbers.no_wrap, texts.justify = "right", True, "left"
+    for total, text in zip(sums, differing([row["prompt"] for row in prompts])):
+        table.add_row(total, beginning(in_line(text), cells))
+    console.print(table)

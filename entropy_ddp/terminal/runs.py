@@ -61,6 +61,7 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
             second,
             f"{point.ess_fraction:.4g}",
         )
+    table.columns[0].no_wrap = True
     let_pairs_break(table, 1, 2)
     console.print(table)
     summary = results.sweep_summary

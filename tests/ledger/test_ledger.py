@@ -1,17 +1,24 @@
 """Do a run's entries add up? From lines typed by hand."""
 
+import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.cells import cell_len
+from rich.console import Console
 
 from entropy_ddp.cli import main
 from entropy_ddp.errors import InputError
 from entropy_ddp.ledger.accumulate import Ledger, accumulate
 from entropy_ddp.ledger.reading import read_ledger
+from entropy_ddp.report.ledger_page import ledger_page
+from entropy_ddp.report.page import render_page
+from entropy_ddp.terminal.ledger import print_ledger
 
 
 def run_line(first: int = 1, steps: int = 3) -> dict[str, Any]:
@@ -178,3 +185,49 @@ def test_the_command_prints_and_writes_the_ledger(tmp_path: Path) -> None:
     missing = CliRunner().invoke(main, ["ledger", str(tmp_path / "none")])
     assert missing.exit_code == 2
     assert "the callback was given as `out`" in missing.stderr
+
+
+CHAT = (
+    "<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+QUESTIONS = (
+    "Janet's ducks lay sixteen eggs a day.\nHow many are left? " + "Tell me. " * 60,
+    "James runs three sprints three times a week.",
+    "これは日本語の質問です。" * 9,
+)
+
+
+def test_prompts_are_told_apart(tmp_path: Path) -> None:
+    """Without the template that all share, in a terminal of any width and on the page."""
+    share = {"share": -0.25, "num_tokens": 3}
+    prompts = [share | {"prompt": CHAT.format(question)} for question in QUESTIONS]
+    tokens = [{"token_id": 1, "text": " so", "share": 0.125, "num_tokens": 2}]
+    lines = [run_line(), step_line(1, by_prompt=prompts, by_token=tokens), end_line()]
+    write(tmp_path, lines)
+    for width in (60, 80, 100, 120):
+        console = Console(file=io.StringIO(), width=width)
+        print_ledger(console, accumulate(read_ledger(tmp_path)), "ledger.json")
+        text = console.file.getvalue()
+        assert max(map(cell_len, text.splitlines())) <= width
+        assert "…Janet's ducks lay" in text and "…James runs three" in text
+        assert "…これは日本語" in text and "helpful" not in text
+        assert text.count("-2.500e-01") == 3
+        # A token with its space.
+        assert "[ so]" in text
+    page = render_page(ledger_page(accumulate(read_ledger(tmp_path)), "run"))
+    assert re.search(r"<mark[^>]*> so</mark>", page)
+    shown = re.sub(r'title="[^"]*"', "", page)
+    assert "…Janet&#39;s ducks lay sixteen eggs a day. How many" in shown
+    assert "helpful" not in shown and "helpful" in page
+    assert shown.count("Tell me.") < 20
+
+
+def test_tenths_are_called_tenths(tmp_path: Path) -> None:
+    """Of the tokens: 0-10 % of them are not those with p < 10 %."""
+    write(tmp_path, [run_line(), step_line(1), step_line(2), step_line(3), end_line()])
+    text = CliRunner().invoke(main, ["ledger", str(tmp_path)]).stdout
+    assert "by probability, in tenths of the tokens" in text
+    assert "least probable tenth" in text and "0-10" not in text
+    page = (tmp_path / "ledger.html").read_text()
+    assert "1 is the least probable tenth, 10 the most probable one" in page

@@ -8,6 +8,7 @@ from run_directories import DOCUMENT
 
 from entropy_ddp.report import answer
 from entropy_ddp.report.words import (
+    differing,
     number,
     percent,
     percent_with_error,
@@ -122,3 +123,19 @@ def test_a_given_change_is_no_step() -> None:
     update = {**DOCUMENT["update"], "delta": "delta.safetensors"}
     del update["loss"]
     assert answer.subject_of(update) == "The given change of the parameters"
+
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_texts_show_what_differs() -> None:
+    """Cut between words; short texts, equal ones and a single one stay whole."""
+    questions = ["Janet has 3 eggs and 2 hens.", "James runs 3 sprints."]
+    assert differing([TEMPLATE.format(q) for q in questions]) == [
+        f"…{question}…" for question in questions
+    ]
+    for whole in (["1+2=", "1+3="], [TEMPLATE], [TEMPLATE] * 3, []):
+        assert differing(whole) == whole
+    # Nothing would be left of the first.
+    nothing = [TEMPLATE.format(""), TEMPLATE.format("What?")]
+    assert differing(nothing) == [nothing[0], "…What?…"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import reference as ref
+from rich.cells import cell_len
 from rich.console import Console
 from tiny_runs import make_run
 
@@ -25,9 +26,14 @@ from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import AuditRow, Results
 from entropy_ddp.terminal import runs
 from entropy_ddp.terminal.attribution import print_attribution
-from entropy_ddp.terminal.inputs import print_inspection, print_samples
+from entropy_ddp.terminal.inputs import (
+    print_import,
+    print_inspection,
+    print_samples,
+)
+from entropy_ddp.terminal.tables import in_context
 
-WIDTHS = (80, 100, 120)
+WIDTHS = (60, 80, 100, 120)
 WITHOUT_AN_EDGE = 1000
 ESCAPE = "\x1b"
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d|10\d)(?:;\d+)*m")
@@ -175,7 +181,7 @@ def test_words_are_whole_in_100_columns(case: Shown) -> None:
     assert words == free
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS[1:])
 def test_prediction_truth_and_difference_share_a_row(
     measured: Results, width: int
 ) -> None:
@@ -383,6 +389,94 @@ def test_a_pipe_gets_plain_text_of_100_columns(
     assert text == shown(printer, results).replace(
         "runs/probe-20260101-000000", "runs/x"
     )
+
+
+# Text of rollouts
+
+CHAT = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n"
+# What surrounds a token, and how the token is shown.
+CONTEXTS: dict[str, tuple[str, str, str]] = {
+    "[ so]": ("she eats three for breakfast every morning", " so", " she has\n\nleft"),
+    "[<|im_end|>]": (CHAT, "<|im_end|>", ""),
+    "[↵↵]": ("", "\n\n", "\n\n\tThe answer is"),
+    "[漢字]": ("これは日本語の文章です。トークンの前" * 3, "漢字", "の後にも文章が続きます" * 9),
+    "[😀]": ("👩\u200d👩\u200d👧 café " * 9, "😀", "🎉" * 90),
+    "[\\x1b[Am]": ("\x1b[Bm\x07\x00" * 9, "\x1b[Am", "\u200b[bold]no markup[/bold]"),
+    "[" + "·" * 40 + "]": ("x" * 200, " " * 40, "y" * 200),
+    "[" + "supercalifragilistic" * 6 + "]": ("a", "supercalifragilistic" * 6, "z"),
+    "[∅]": ("a", "", "b"),
+}  # fmt: skip
+FRAME = re.compile("[\\s│┃]")
+
+
+def with_contexts(results: Results) -> Results:
+    assert results.attribution is not None
+    rows = results.attribution.top_tokens
+    numbers = {"index": 1023, "k": 511, "logp": -12.345}
+    found = [
+        rows[place % len(rows)] | numbers | {"context": list(context)}
+        for place, context in enumerate(CONTEXTS.values())
+    ]
+    return replace(results, attribution=replace(results.attribution, top_tokens=found))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_context_gives_way_to_numbers(measured: Results, width: int) -> None:
+    """Every number and every token whole, in as many cells as the terminal has."""
+    results = with_contexts(measured)
+    assert results.attribution is not None
+    text = shown(print_attribution, results, width)
+    lines = text.splitlines()
+    assert max(map(cell_len, lines)) <= width
+    begin = next(n for n, line in enumerate(lines) if "tokens that matter most" in line)
+    end = next(n for n, line in enumerate(lines) if "Shares summed" in line)
+    table = "\n".join(lines[begin + 1 : end])
+    assert all(c.isprintable() for c in table.replace("\n", ""))
+    rows = results.attribution.top_tokens
+    for row in rows:
+        assert f"{row['share']:+.3e}" in table
+    for number in ("-12.345", "1024", "511"):
+        assert len(re.findall(rf"(?<!\d){number}(?!\d)", table)) == len(rows)
+    together = FRAME.sub("", table)
+    for marked in CONTEXTS:
+        assert FRAME.sub("", marked) in together
+    # What is not cut off stands on the token's line.
+    assert "[ so] she" in table and "[↵↵]↵↵→The" in table and "…" in table
+
+
+def test_context_is_as_long_as_it_can_be() -> None:
+    """Of both sides, as much as fits; what one side does not need goes to the other."""
+    before, after = "left " * 20, " right" * 20
+    for cells in range(8, 240):
+        for context in ((before, "so", after), ("", "so", after), (before, "so", "")):
+            text = in_context(*context, cells).plain
+            whole = f"{context[0]}[so]{context[2]}"
+            assert cell_len(text) == min(cells, cell_len(whole))
+            head, tail = text.split("[so]")
+            assert context[0].endswith(head.removeprefix("…"))
+            assert context[2].startswith(tail.removesuffix("…"))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tenths_of_tokens_are_not_probabilities(measured: Results, width: int) -> None:
+    """The tokens are cut into ten parts of equal size, not at p = 10 %, 20 %, ..."""
+    text = shown(print_attribution, measured, width)
+    # Broken over lines where two halves stand beside each other.
+    assert "by probability, in" in text and "of the tokens" in text
+    assert "least probable tenth" in text and "most probable tenth" in text
+    assert "0-10 %" not in text and "90-100 %" not in text
+
+
+def test_brackets_in_a_path_are_no_markup(measured: Results) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    update = replace(measured.update, delta="runs/[red]/step.safetensors")
+    print_attribution(console, replace(measured, update=update), "runs/[red]")
+    print_samples(console, [{"split": "E", "groups": 3}], "runs/[red]")
+    print_import(
+        console, {"source": "runs/[red]/x.parquet", "notes": []}, "[red].jsonl"
+    )
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count("[red]") == 5
 
 
 # The other tables

@@ -23,7 +23,7 @@ from entropy_ddp.report.figures.forest import (
     forest_height,
 )
 from entropy_ddp.report.figures.scatter import Axis, scatter, what_is_drawn
-from entropy_ddp.report.words import AXIS_UNITS, percent
+from entropy_ddp.report.words import AXIS_UNITS, name_of_kind, percent, title_of_kinds
 
 Document = dict[str, Any]
 Bar = tuple[str, float]
@@ -58,7 +58,10 @@ def parts(document: Document) -> Figure:
 def kinds(document: Document) -> Figure:
     """Shares summed by kind of token."""
     groups = [
-        (name, [(row["label"], row["share"]) for row in rows])
+        (
+            title_of_kinds(name),
+            [(name_of_kind(name, row["label"]), row["share"]) for row in rows],
+        )
         for name, rows in document["attribution"]["summaries"].items()
     ]
     rows = sum(len(bars) + 1 for _, bars in groups)

@@ -102,10 +102,10 @@ def gradient_by_probability(ledger: Ledger) -> Figure:
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
-        labels = [f"{10 * decile}" for decile in range(len(values))]
+        labels = [str(place) for place in range(1, len(values) + 1)]
         axes.bar(labels, values, color=[sign_colour(palette, v) for v in values])
         axes.axhline(0, color=palette.muted, linewidth=1)
-        axes.set_xlabel("tokens by probability, from this percentile")
+        axes.set_xlabel("tenth of the tokens, from least to most probable")
         axes.set_ylabel(unit_label("sum of shares", UNIT, exponent))
         scale_ticks(axes, "y", exponent)
 
@@ -113,8 +113,8 @@ def gradient_by_probability(ledger: Ledger) -> Figure:
         name="ledger-deciles",
         title="Which tokens: improbable or probable ones",
         caption=(
-            "The gradient's part by the probability of the token in its batch, the least "
-            "probable tenth first."
+            "The gradient's part by tenths of the tokens of a batch in order of their "
+            "probability: 1 is the least probable tenth, 10 the most probable one."
         ),
         draw=draw,
     )
