@@ -83,7 +83,8 @@ def _top_tokens(found: AttributionResult, width: int) -> Table:
     for row, others in zip(found.top_tokens, numbers, strict=True):
         context = Text("-")
         if "context" in row:
-            context = in_context(*row["context"], cells)
+            before, token, after = row["context"]
+            context = in_context(before, token, after, cells)
         table.add_row(*others, context)
     return table
 
