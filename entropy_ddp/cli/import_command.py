@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     help="Responses of this many tokens were truncated; default: the checkpoint's.",
 )
 @click.option(
+    "--num-generations",
+    type=click.IntRange(min=1),
+    help="Responses of one draw of a prompt; default: the checkpoint's.",
+)
+@click.option(
     "--reward",
     "rewards",
     multiple=True,
@@ -83,8 +88,11 @@ def _import(
     from entropy_ddp.importers.table import parse_columns
     from entropy_ddp.terminal.inputs import print_import
 
-    rewards, columns = arguments.pop("rewards"), arguments.pop("columns")
-    source = Source(rewards=rewards, columns=parse_columns(columns))
+    source = Source(
+        rewards=arguments.pop("rewards"),
+        columns=parse_columns(arguments.pop("columns")),
+        num_generations=arguments.pop("num_generations"),
+    )
     options = ImportOptions(format=format_name, source=source, **arguments)
     summary = import_rollouts(options)
     if not quiet:

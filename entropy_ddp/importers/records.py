@@ -21,11 +21,13 @@ class Source:
         columns: for `table`: names of the file's columns by field.
         rewards: for `trl`: names of the reward columns; empty for all numeric ones.
         reward_weights: for `trl`: the trainer's weight of each reward, if known.
+        num_generations: responses of one prompt draw, if known.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
     rewards: tuple[str, ...] = ()
     reward_weights: list[float] | None = None
+    num_generations: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class Record:
     Attributes:
         where: file and row, for messages.
         group: key of its prompt draw; equal keys are one group.
+        grouped_by_prompt: the dump does not name the draws, which the trainer keeps
+            apart: the key is the prompt.
         prompt: text, or messages for the chat template; None if there are ids.
         prompt_lacks_special_tokens: the text was decoded without special tokens.
         prompt_encoded_by_default: the text was tokenised by a plain call of the
@@ -54,6 +58,7 @@ class Record:
 
     where: str
     group: Hashable
+    grouped_by_prompt: bool = False
     prompt: str | list[Message] | None = None
     prompt_lacks_special_tokens: bool = False
     prompt_encoded_by_default: bool = False

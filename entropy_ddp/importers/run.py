@@ -1,6 +1,7 @@
 """The `import` job: other trainers' rollout dumps to one rollout file."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,9 +92,7 @@ def import_rollouts(options: ImportOptions) -> dict[str, Any]:
     reader = _reader(options)
     files = find_checkpoint(_tokenizer_checkpoint(options.checkpoint))
     trained = _trained_with(options)
-    source = options.source
-    if isinstance(trained.get("reward_weights"), list):
-        source = replace(source, reward_weights=trained["reward_weights"])
+    source = _told(options.source, trained)
     records = [record for path in options.files for record in reader(path, source)]
     if not records:
         raise InputError(
@@ -103,11 +102,12 @@ def import_rollouts(options: ImportOptions) -> dict[str, Any]:
     tally = Tally()
     tokenising = _tokenising(options, files, trained)
     rows = make_rows(records, tokenising, tally)
+    _require_sizes(rows, options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(options.output, rows)
     notes = [
         *step_notes(records, options.checkpoint),
-        *group_notes(rows, trained),
+        *group_notes(records, rows, trained),
         *tally_notes(tally),
     ]
     if options.format == "trl":
@@ -137,6 +137,29 @@ def _reader(options: ImportOptions) -> Callable[[Path, Source], list[Record]]:
     if options.output.exists() and not options.overwrite:
         raise InputError(f"{options.output}: exists; give --overwrite or another name")
     return READERS[name]
+
+
+def _require_sizes(rows: list[dict[str, Any]], options: ImportOptions) -> None:
+    """Groups of as many responses as the command line says."""
+    size = options.source.num_generations
+    found = set(Counter(row["group"] for row in rows).values())
+    if size is not None and found != {size}:
+        raise InputError(
+            f"--num-generations {size}: expected so many responses in every group, found "
+            f"{min(found)} to {max(found)} in {options.files[0]}; rows are missing, or "
+            "the dump merges several draws of a prompt: give their own group to each in "
+            "a table"
+        )
+
+
+def _told(source: Source, trained: dict[str, Any]) -> Source:
+    """What the readers are told, with what the trainer's settings say beside it."""
+    weights, size = trained.get("reward_weights"), trained.get("num_generations")
+    if isinstance(weights, list):
+        source = replace(source, reward_weights=weights)
+    if source.num_generations is None and type(size) is int and size > 0:
+        source = replace(source, num_generations=size)
+    return source
 
 
 def _tokenizer_checkpoint(folder: Path) -> Checkpoint:

@@ -25,36 +25,34 @@ def summarise(
     sizes = Counter(row["group"] for row in rows)
     lengths = [len(row["response_ids"]) for row in rows]
     rewards = [row["reward"] for row in rows if "reward" in row]
-    with_advantage = sum("advantage" in row for row in rows)
     summary: dict[str, Any] = {
         "sequences": len(rows),
         "groups": len(sizes),
-        "responses per group": _range(list(sizes.values())),
-        "response tokens": sum(lengths),
-        "response length": _range(lengths),
-        "maximum completion length": max_length,
-        "truncated responses": sum(not row["finished"] for row in rows),
-        "end-of-sequence tokens restored": tally.restored,
-        "prompts through the chat template": tally.templated,
-        "tokens after responses dropped": tally.num_dropped,
-        "sequences with an advantage": with_advantage,
-        "sequences with a reward": len(rewards),
+        "responses_per_group": _range(list(sizes.values())),
+        "response_tokens": sum(lengths),
+        "response_length": _range(lengths),
+        "max_completion_length": max_length,
+        "truncated_responses": sum(not row["finished"] for row in rows),
+        "end_tokens_restored": tally.restored,
+        "prompts_through_chat_template": tally.templated,
+        "tokens_dropped_after_responses": tally.num_dropped,
+        "sequences_with_advantage": sum("advantage" in row for row in rows),
+        "sequences_with_reward": len(rewards),
     }
     if rewards:
-        summary["mean reward"] = sum(rewards) / len(rewards)
+        summary["mean_reward"] = sum(rewards) / len(rewards)
         summary["rewards"] = _range(rewards)
     if tally.known_ids:
-        summary["round trip: responses with known ids"] = tally.known_ids
-        summary["round trip: text tokenises to other ids"] = tally.retokenised
+        summary["round_trip_known_ids"] = tally.known_ids
+        summary["round_trip_other_ids"] = tally.retokenised
     if tally.known_ids < len(rows):
-        summary["round trip: ids not known"] = len(rows) - tally.known_ids
-        summary["round trip: text altered by the tokenizer"] = tally.altered
+        summary["round_trip_unknown_ids"] = len(rows) - tally.known_ids
+        summary["round_trip_altered_text"] = tally.altered
     return summary
 
 
-def _range(values: list[Any]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+def _range(values: list[Any]) -> dict[str, Any]:
+    return {"min": min(values), "max": max(values)}
 
 
 def step_notes(records: list[Record], checkpoint: Path) -> list[str]:
@@ -74,22 +72,33 @@ def step_notes(records: list[Record], checkpoint: Path) -> list[str]:
     return [note]
 
 
-def group_notes(rows: list[dict[str, Any]], trained: dict[str, Any]) -> list[str]:
+def group_notes(
+    records: list[Record], rows: list[dict[str, Any]], trained: dict[str, Any]
+) -> list[str]:
     """Sentences where the groups are not the trainer's own.
 
     Args:
-        rows: rows of the rollout file.
+        records: what was read.
+        rows: the row of each in the rollout file.
         trained: settings of the checkpoint's training_args.bin.
     """
     notes = []
     sizes = Counter(row["group"] for row in rows)
     expected = trained.get("num_generations")
     others = sum(size != expected for size in sizes.values())
+    merged = (
+        "rows are missing, or several draws of a prompt are one group, as the dump does "
+        "not name them; where the trainer kept them apart, its advantages and weights "
+        "in the loss are others"
+    )
     if expected is not None and others:
         notes.append(
             f"{others} of {len(sizes)} groups have not the {expected} responses that "
-            "the trainer drew for a prompt (rows missing, or a prompt drawn twice)"
+            f"the trainer drew for a prompt: {merged}"
         )
+    elif any(r.grouped_by_prompt for r in records) and len(set(sizes.values())) > 1:
+        low, high = min(sizes.values()), max(sizes.values())
+        notes.append(f"groups have {low} to {high} responses: {merged}")
     generated = trained.get("steps_per_generation") or 1
     accumulated = trained.get("gradient_accumulation_steps") or 1
     if generated > accumulated:

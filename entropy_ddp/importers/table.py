@@ -75,6 +75,7 @@ def _make_record(row: dict[str, Any], where: str, names: dict[str, str]) -> Reco
     return Record(
         where=where,
         group=("prompt", repr(prompt)) if key is None else ("group", key),
+        grouped_by_prompt=key is None,
         prompt=prompt,
         response=require_text(row, names["response"], where, ADVICE),
         finished=finished,

@@ -14,7 +14,7 @@ the first token in the loss, the response is what is in the loss, and tokens aft
 (the environment's answer, padding) touch nothing and are dropped. A response in several
 pieces is an error: tokens that the policy did not sample would be taken for its own.
 Neither dump names the prompt draws: a group is the sequences of equal prompt tokens of
-one step.
+one step. NeMo-RL's own baselines are of these groups too.
 """
 
 from collections.abc import Callable
@@ -56,6 +56,7 @@ def _prime_record(row: dict[str, Any], where: str) -> Record:
             repr(row.get("export_step")),
             tuple(ids[:begin]),
         ),
+        grouped_by_prompt=True,
         prompt_ids=ids[:begin],
         response_ids=ids[begin:end],
         reward=columns.constant("rewards", begin, end),

@@ -5,17 +5,25 @@ one for each reward function, further columns that the user logged, and advantag
 are without special tokens, so the end-of-sequence token is missing. The file of step
 N + 1 is the batch of the step that is taken from checkpoint-N.
 
+A group is a run of `num_generations` rows: processes are gathered in their order, and
+the advantages are computed by the same runs. So a prompt that was drawn twice is two
+groups. Where `num_generations` is not known, the rows of a prompt are one group, if that
+is the only way to read them.
+
 The total reward is the weighted sum of the reward columns, NaN counting as no reward.
 It is held against the advantages, which are a positive multiple of r - mean(r) within
 each group.
 """
 
 import math
+from collections.abc import Hashable
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.records import (
+    Message,
     Record,
     Source,
     read_messages,
@@ -24,6 +32,7 @@ from entropy_ddp.importers.records import (
 )
 from entropy_ddp.rollouts.jsonlines import make_problem, show
 
+Prompt = str | list[Message]
 FIXED_COLUMNS = ("step", "prompt", "completion", "advantage")
 ADVICE = "is it a file of TRL's log_completions?"
 # Of the largest in the group; the file's advantages were computed in float32.
@@ -40,10 +49,65 @@ def read_trl(path: Path, source: Source) -> list[Record]:
     rows = _read_parquet(path)
     wheres = [f"{path}: row {number}" for number in range(1, len(rows) + 1)]
     weights = _reward_weights(rows, path, source)
-    records = [_make_record(r, w, weights) for r, w in zip(rows, wheres)]
+    prompts = [_read_prompt(row, where) for row, where in zip(rows, wheres)]
+    groups = _groups(prompts, path, source.num_generations)
+    records = [
+        _make_record(row, where, weights, prompt, (str(path), group))
+        for row, where, prompt, group in zip(rows, wheres, prompts, groups)
+    ]
     if not source.rewards:
-        _check_rewards(records, weights, path)
+        _check_rewards(records, weights, source.num_generations is not None)
     return records
+
+
+def _read_prompt(row: dict[str, Any], where: str) -> Prompt:
+    prompt = require(row, "prompt", where, ADVICE)
+    return prompt if isinstance(prompt, str) else read_messages(prompt, "prompt", where)
+
+
+def _groups(prompts: list[Prompt], path: Path, size: int | None) -> list[int]:
+    """The number of each row's group: runs of rows that are one draw of a prompt."""
+    if size is None:
+        _require_one_reading(prompts, path)
+        same = [first == second for first, second in pairwise(prompts)]
+        return list(accumulate((not is_same for is_same in same), initial=0))
+    for start in range(0, len(prompts), size):
+        run = prompts[start : start + size]
+        if len(run) < size or any(prompt != run[0] for prompt in run):
+            different = len({repr(prompt) for prompt in run})
+            raise make_problem(
+                str(path),
+                f"runs of {size} rows with one prompt each (num_generations, by "
+                "--num-generations or the checkpoint's training_args.bin)",
+                f"{different} prompts in {_rows_of(start, len(run))}",
+                "give the trainer's --num-generations; a file that rows were taken from "
+                "or that an evaluation wrote to cannot be told into groups: import "
+                "another step's",
+            )
+    return [place // size for place in range(len(prompts))]
+
+
+def _require_one_reading(prompts: list[Prompt], path: Path) -> None:
+    """Every prompt stands in one run of rows, and all runs are of one length."""
+    lengths = [len(list(run)) for _, run in groupby(prompts, key=repr)]
+    different = len(set(map(repr, prompts)))
+    if different < len(lengths) or len(set(lengths)) > 1:
+        raise make_problem(
+            str(path),
+            "one run of rows for every prompt, all of one length, or to know how many "
+            "responses a draw of a prompt has (num_generations)",
+            f"{different} prompts in {len(lengths)} runs of {min(lengths)} to "
+            f"{max(lengths)} rows",
+            "give --num-generations N, or import with a checkpoint that has the "
+            "trainer's training_args.bin",
+        )
+
+
+def _rows_of(start: int, length: int) -> str:
+    """`row 3`, `rows 1 to 4`; `start` counts from 0."""
+    if length == 1:
+        return f"row {start + 1}"
+    return f"rows {start + 1} to {start + length}"
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -100,11 +164,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _make_record(row: dict[str, Any], where: str, weights: dict[str, float]) -> Record:
+def _make_record(
+    row: dict[str, Any],
+    where: str,
+    weights: dict[str, float],
+    prompt: Prompt,
+    group: Hashable,
+) -> Record:
     step = int(require_number(row, "step", where, ADVICE))
-    prompt = require(row, "prompt", where, ADVICE)
-    if not isinstance(prompt, str):
-        prompt = read_messages(prompt, "prompt", where)
     rewards = [
         weight * row[name]
         for name, weight in weights.items()
@@ -115,7 +182,7 @@ def _make_record(row: dict[str, Any], where: str, weights: dict[str, float]) -> 
         extra |= {name: row[name] for name in weights}
     return Record(
         where=where,
-        group=(step, repr(prompt)),
+        group=group,
         prompt=prompt,
         prompt_encoded_by_default=True,
         response=_completion_text(row, where),
@@ -142,7 +209,7 @@ def _completion_text(row: dict[str, Any], where: str) -> str:
 
 
 def _check_rewards(
-    records: list[Record], weights: dict[str, float], path: Path
+    records: list[Record], weights: dict[str, float], size_is_known: bool
 ) -> None:
     """Hold the total reward against the advantages, group by group."""
     groups: dict[Any, list[Record]] = {}
@@ -159,7 +226,8 @@ def _check_rewards(
                 f"advantages that follow from the sum of {', '.join(weights)}, times "
                 f"{list(weights.values())}",
                 f"others, for example {scored[0].advantage} in its group",
-                "name the reward functions' columns by --reward",
+                "name the reward functions' columns by --reward"
+                + ("" if size_is_known else ", or give --num-generations N"),
             )
 
 

@@ -50,6 +50,7 @@ def _make_record(row: dict[str, Any], path: Path, number: int) -> Record:
     return Record(
         where=where,
         group=(step, "uid" if by_uid else "prompt", str(key)),
+        grouped_by_prompt=not by_uid,
         prompt=prompt,
         prompt_lacks_special_tokens=True,
         response=require_text(row, "output", where, ADVICE),

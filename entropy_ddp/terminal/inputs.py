@@ -24,7 +24,7 @@ def print_import(console: Console, summary: dict[str, Any], output: str) -> None
     table = new_table(f"Rollouts written to {output}", "", "imported")
     for name, value in summary.items():
         if name != "notes":
-            table.add_row(name, as_text(value))
+            table.add_row(name.replace("_", " "), _one_line(value))
     console.print(table)
     for note in summary["notes"]:
         console.print(Text(f"warning: {note}", style=VERDICT_STYLES["warn"]))
@@ -47,6 +47,9 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
 
 
 def _one_line(value: Any) -> str:
+    if isinstance(value, dict) and set(value) == {"min", "max"}:
+        low, high = as_text(value["min"]), as_text(value["max"])
+        return low if low == high else f"{low} to {high}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {as_text(item)}" for name, item in value.items())
     return "none" if value is None else as_text(value)

@@ -98,7 +98,9 @@ class RolloutRecorder(TrainerCallback):
             InputError: it is another trainer.
         """
         classes = type(trainer).__mro__
-        if not any(c.__name__ == TRAINER and c.__module__[:3] == "trl" for c in classes):
+        if not any(
+            c.__name__ == TRAINER and c.__module__[:3] == "trl" for c in classes
+        ):
             raise InputError(
                 f"RolloutRecorder: expected TRL's {TRAINER}, found "
                 f"{type(trainer).__name__}; write its rollouts in the format of the "
@@ -264,9 +266,7 @@ def _end_ids(trainer: Any) -> list[int]:
     return [trainer.eos_token_id] if several is None else list(several)
 
 
-def _row(
-    inputs: dict[str, Any], number: int, own: Tensor | None, trainer: Any
-) -> Row:
+def _row(inputs: dict[str, Any], number: int, own: Tensor | None, trainer: Any) -> Row:
     """One sequence of a microbatch, without what its group and rewards say."""
     prompt_ids, prompt_mask, ids, mask = (
         inputs[name][number].cpu()

@@ -58,8 +58,8 @@ def test_the_end_token_is_restored_unless_truncated(
     assert [row["response_ids"] for row in got] == [
         ids_of(text) + [EOS] * end for text, end in zip(texts, ended)
     ]
-    assert summary["end-of-sequence tokens restored"] == 3
-    assert summary["truncated responses"] == 2
+    assert summary["end_tokens_restored"] == 3
+    assert summary["truncated_responses"] == 2
     assert any("more tokens than the maximum" in note for note in summary["notes"])
 
 
@@ -106,8 +106,8 @@ def test_text_that_the_tokenizer_alters_is_counted(
         output=output,
         max_completion_length=LENGTH,
     )
-    assert summary["round trip: text altered by the tokenizer"] == 1
-    assert summary["round trip: ids not known"] == 2
+    assert summary["round_trip_altered_text"] == 1
+    assert summary["round_trip_unknown_ids"] == 2
 
 
 # table
@@ -165,7 +165,7 @@ def test_messages_go_through_the_chat_template(
     rows, summary = imported("table", dump, checkpoint=chat, output=output)
     text = "<turn>user\n1+1=</turn>\n<turn>assistant\n"
     assert rows[0]["prompt_ids"] == ids_of(text)
-    assert summary["prompts through the chat template"] == 1
+    assert summary["prompts_through_chat_template"] == 1
 
 
 def test_messages_without_a_template_are_refused(
@@ -223,6 +223,20 @@ def test_verl_rows_without_uid_are_grouped_by_prompt(
     )  # fmt: skip
     assert [row["group"] for row in got] == [0, 1, 0, 2]
     assert any("step 5, 6" in note for note in summary["notes"])
+    assert any("groups have 1 to 2 responses" in note for note in summary["notes"])
+
+
+def test_groups_of_another_size_than_the_command_says_are_refused(
+    tmp_path: Path, checkpoint: Path, output: Path
+) -> None:
+    """The dump has no uid: a prompt that was drawn twice cannot be told."""
+    rows = [verl_row(prompt, "a") for prompt in "xxyyxx"]
+    dump = write_lines(tmp_path / "5.jsonl", rows)
+    options: dict[str, Any] = {"max_completion_length": LENGTH, "num_generations": 2}
+    result = run_import("verl", dump, checkpoint=checkpoint, output=output, **options)
+    assert result.exit_code == 2
+    assert "expected so many responses in every group, found 2 to 4" in result.stderr
+    assert not output.exists()
 
 
 def test_special_tokens_of_a_verl_prompt_are_restored(
@@ -288,8 +302,8 @@ def test_prime_rl_ids_are_taken_over(
     assert [row["finished"] for row in rows] == [True, False, True]
     assert [row["sampling_logprobs"] for row in rows] == [[-0.5] * n for n in (3, 1, 2)]
     assert {(row["reward"], row["advantage"]) for row in rows} == {(1.0, 0.5)}
-    assert summary["round trip: responses with known ids"] == 3
-    assert summary["round trip: text tokenises to other ids"] == 1
+    assert summary["round_trip_known_ids"] == 3
+    assert summary["round_trip_other_ids"] == 1
     assert any("1 of 3 responses" in note for note in summary["notes"])
 
 
@@ -357,7 +371,7 @@ def test_nemo_rl_rows_lose_what_is_not_in_the_loss(
     assert [row["reward"] for row in got] == [1.0, 0.0, 0.75]
     assert [len(row["sampling_logprobs"]) for row in got] == [3, 1, 1]
     assert {row["advantage"] for row in got} == {0.25}
-    assert summary["tokens after responses dropped"] == 2
+    assert summary["tokens_dropped_after_responses"] == 2
     assert summary["notes"] == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,14 +27,30 @@ def write_completions(path: Path, columns: dict[str, list[Any]]) -> Path:
 
 
 def columns(**more: list[Any]) -> dict[str, list[Any]]:
-    """Two groups of two, interleaved, and one with reward 0 throughout."""
+    """Groups of two, the last with reward 0 throughout."""
     return {
         "step": [5] * 6,
-        "prompt": ["x", "y", "x", "y", "z", "z"],
+        "prompt": ["x", "x", "y", "y", "z", "z"],
         "completion": ["c", "d", "e", "f", "g", "h"],
         "right": [1.0, 0.0, 0.0, 1.0, 0.0, 0.0],
         "advantage": [0.5, -0.5, -0.5, 0.5, 0.0, 0.0],
     } | more
+
+
+def drawn_twice() -> dict[str, list[Any]]:
+    """Groups of two: x, x again with rewards of its own, y, and x a third time."""
+    return {
+        "step": [5] * 8,
+        "prompt": ["x"] * 4 + ["y"] * 2 + ["x"] * 2,
+        "completion": list("cdefghij"),
+        "right": [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.5],
+        "advantage": [0.5, -0.5, 0.0, 0.0, -0.5, 0.5, -0.25, 0.25],
+    }
+
+
+def save_settings(checkpoint: Path, **settings: Any) -> None:
+    """A training_args.bin with these settings."""
+    torch.save(SimpleNamespace(**settings), checkpoint / "training_args.bin")
 
 
 @pytest.mark.slow
@@ -74,6 +91,7 @@ def test_the_ids_are_those_that_trl_trained_on(
                 for part in ("prompt", "completion")
             )
             assert row["prompt_ids"] == prompt
+            assert row["group"] == index // demo.RESPONSES_PER_PROMPT
             assert row["advantage"] == float(batch["advantages"][index])
             different += row["response_ids"] != response
             if min(response[:-1], default=4) >= 4:
@@ -87,18 +105,87 @@ def test_the_ids_are_those_that_trl_trained_on(
     assert 0 < truncated < compared
 
 
-def test_groups_are_found_by_prompt_and_advantages_taken_over(tmp_path: Path) -> None:
-    """Interleaved as they are."""
+def test_without_settings_a_run_of_one_prompt_is_a_group(tmp_path: Path) -> None:
+    """Where there is one reading only; advantages are taken over."""
     checkpoint, output = make_checkpoint(tmp_path), tmp_path / "U.jsonl"
     file = write_completions(tmp_path / "completions_00005.parquet", columns())
     rows, summary = imported(
         "trl", file, checkpoint=checkpoint, output=output, max_completion_length=3
     )
-    assert [row["group"] for row in rows] == [0, 1, 0, 1, 2, 2]
+    assert [row["group"] for row in rows] == [0, 0, 1, 1, 2, 2]
     assert [row["advantage"] for row in rows] == columns()["advantage"]
     assert [row["reward"] for row in rows] == columns()["right"]
     assert rows[0]["response_ids"] == [*ids_of("c"), EOS]
     assert summary["notes"] == []
+
+
+@pytest.mark.parametrize("told_by", ["settings", "option"])
+def test_a_prompt_that_was_drawn_twice_is_two_groups(
+    tmp_path: Path, told_by: str
+) -> None:
+    """A group is a run of `num_generations` rows, whatever its prompt."""
+    checkpoint = make_checkpoint(tmp_path)
+    settings = {"num_generations": 2, "max_completion_length": 3}
+    if told_by == "settings":
+        save_settings(checkpoint, **settings)
+    file = write_completions(tmp_path / "completions_00005.parquet", drawn_twice())
+    rows, summary = imported(
+        "trl", file, checkpoint=checkpoint, output=tmp_path / "U.jsonl",
+        **(settings if told_by == "option" else {}),
+    )  # fmt: skip
+    assert [row["group"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert summary["groups"] == 4
+    assert summary["responses_per_group"] == {"min": 2, "max": 2}
+    assert summary["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("xxxxyy", {}, "found 2 prompts in 2 runs of 2 to 4 rows; give --num-gen"),
+        ("xxyyxx", {}, "found 2 prompts in 3 runs of 2 to 2 rows; give --num-gen"),
+        ("xyxyzz", {"num_generations": 2}, "found 2 prompts in rows 1 to 2"),
+        ("xxyyzz", {"num_generations": 3}, "found 2 prompts in rows 1 to 3"),
+        ("xxxxyy", {"num_generations": 4}, "found 1 prompts in rows 5 to 6"),
+        # Two draws of each prompt: the advantages do not follow from one mean.
+        ("xxxxxx", {}, "or give --num-generations N"),
+    ],
+)
+def test_rows_that_cannot_be_told_into_groups_are_refused(
+    tmp_path: Path, prompts: str, options: dict[str, Any], message: str
+) -> None:
+    """Never a guess: what is needed is named."""
+    data = columns(prompt=list(prompts), right=[1.0, 0.0, 0.0, 1.0, 0.0, 3.0])
+    data["advantage"] = [0.5, -0.5, -0.5, 0.5, -1.5, 1.5]
+    file = write_completions(tmp_path / "completions_00005.parquet", data)
+    output = tmp_path / "U.jsonl"
+    result = run_import(
+        "trl", file, checkpoint=make_checkpoint(tmp_path), output=output,
+        max_completion_length=3, **options,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert str(file) in result.stderr and message in result.stderr
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("ranks", "per_device"), [(1, 8), (2, 6), (4, 3)])
+def test_trl_s_rows_of_several_ranks_are_runs_of_one_prompt(
+    ranks: int, per_device: int
+) -> None:
+    """Gathered in the order of the ranks, also where a group is on two of them."""
+    utilities = pytest.importorskip("trl.trainer.utils")
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    size, shards = 4, []
+    for rank in range(ranks):
+        sampler = utilities.RepeatSampler(
+            range(30), size, batch_size=per_device * ranks // size, seed=1
+        )
+        batches = torch.utils.data.BatchSampler(sampler, per_device, drop_last=False)
+        shards.append(data_loader.BatchSamplerShard(batches, ranks, rank))
+    for parts in zip(*shards):
+        rows = [index for part in parts for index in part]
+        runs = [rows[i : i + size] for i in range(0, len(rows), size)]
+        assert all(run == [run[0]] * size for run in runs)
 
 
 def test_messages_are_rendered(tmp_path: Path) -> None:
@@ -115,8 +202,8 @@ def test_messages_are_rendered(tmp_path: Path) -> None:
         "trl", file, checkpoint=checkpoint, output=tmp_path / "U.jsonl",
         max_completion_length=3,
     )  # fmt: skip
-    assert rows[1]["prompt_ids"] == ids_of("<turn>user\ny</turn>\n<turn>assistant\n")
-    assert rows[1]["response_ids"] == [*ids_of("d"), EOS]
+    assert rows[2]["prompt_ids"] == ids_of("<turn>user\ny</turn>\n<turn>assistant\n")
+    assert rows[2]["response_ids"] == [*ids_of("e"), EOS]
 
 
 def test_rewards_are_the_sum_of_the_columns(tmp_path: Path) -> None:

@@ -138,7 +138,11 @@ def require_described(
 @pytest.mark.parametrize("kind", ["full weights", "LoRA", "LoRA with dropout"])
 def test_log_probabilities_are_the_policy_s(kind: str, tmp_path: Path) -> None:
     """Of a plain forward pass; those of a pass with dropout are left out."""
-    lora = {"full weights": None, "LoRA": {}, "LoRA with dropout": {"lora_dropout": 0.1}}
+    lora = {
+        "full weights": None,
+        "LoRA": {},
+        "LoRA with dropout": {"lora_dropout": 0.1},
+    }
     trainer = make_trainer(
         tmp_path / "trainer", max_steps=1, temperature=0.7, lora=lora[kind]
     )
@@ -204,7 +208,9 @@ def test_refusals(tmp_path: Path) -> None:
     recorder = RolloutRecorder(out=tmp_path)
     with pytest.raises(InputError, match="every: expected 'step' or 'checkpoint'"):
         RolloutRecorder(out=tmp_path, every="epoch")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="GRPOTrainer, found SimpleNamespace; .*import"):
+    with pytest.raises(
+        InputError, match="GRPOTrainer, found SimpleNamespace; .*import"
+    ):
         recorder.attach(SimpleNamespace())
     state = SimpleNamespace(global_step=0)
     with pytest.raises(InputError, match="call recorder.attach"):
