@@ -30,6 +30,7 @@ from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
 from entropy_ddp.probe import keeping
 from entropy_ddp.probe.unfinished import Unfinished
+from entropy_ddp.rollouts import sampling
 
 HEAVY = ("torch", "numpy", "transformers", "peft", "accelerate", "safetensors")
 
@@ -731,6 +732,14 @@ import os
 def length_parity(prompt, response, row):
     return len(response) % 2 + row.get("bonus", 0)
 
+def of_a_batch(completions, answer, **kwargs):
+    return [1.0 for _ in completions]
+
+def fails_always(prompt, response, row):
+    if row["id"] >= 0:
+        raise ValueError("no reward of this row")
+    return 1.0
+
 def fails_on_rank_1(prompt, response, row):
     if os.environ.get("RANK") == "1":
         raise ValueError("no reward on this rank")
@@ -850,6 +859,71 @@ def test_prompts_that_are_absent_leave_no_folder(
     assert result.exit_code == 2
     assert "absent.jsonl" in result.stderr
     assert not out.parent.exists()
+
+
+U_SAMPLE = "batches.U.sample"
+# Settings that only U is at fault for, or a probe, and what is said.
+UNSAMPLED = {
+    f"{U_SAMPLE}.reward=no_such_rewards:score": "'no_such_rewards' to be importable",
+    f"{U_SAMPLE}.reward=cli_rewards:lenght": "a function 'lenght'",
+    f"{U_SAMPLE}.reward=cli_rewards:of_a_batch": "of_a_batch(prompt, response, row)",
+    f"{U_SAMPLE}.reward={{exact: answer}}": "a gold answer, text or a number",
+    f"{U_SAMPLE}.reward={{math: id}}": "expected math-verify to be installed",
+    f"{U_SAMPLE}.prompts=absent.jsonl": "absent.jsonl",
+    f"{U_SAMPLE}.max_new_tokens=1000": "to fit the model's",
+    "batches.E.sample.num_prompts=1": "batches.E.sample.num_prompts: expected at least 2",
+    "batches.U={file: unrewarded.jsonl}": "unrewarded.jsonl:1: expected",
+    "gradient_dot.enabled=true": "responses_per_prompt of 1",
+}
+
+
+@pytest.mark.usefixtures("rewards")
+@pytest.mark.parametrize("setting", UNSAMPLED)
+def test_everything_is_checked_before_the_first_token(
+    run: Run,
+    sampled_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+) -> None:
+    """By every job that samples E first; nothing is left, not even a folder."""
+    monkeypatch.chdir(tmp_path)
+    rows = rows_of(run.folder, "U.jsonl")
+    lines = [json.dumps(row | {"reward": None}) + "\n" for row in rows]
+    (tmp_path / "unrewarded.jsonl").write_text("".join(lines))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    sampled: list[Any] = []
+    monkeypatch.setattr(sampling, "generate_responses", sampled.append)
+    commands = ["sample", "attribute"] if U_SAMPLE in setting else ["probe"]
+    for command in commands:
+        out = tmp_path / "made" / "out"
+        options = ("--config", sampled_config, "--out", out, "--set", setting)
+        result = invoke(command, *options)
+        assert result.exit_code == 2, result.stderr
+        assert UNSAMPLED[setting] in result.stderr
+        assert not sampled and not out.parent.exists()
+
+
+@pytest.mark.usefixtures("rewards")
+def test_rollouts_of_e_stay_when_those_of_u_fail(
+    sampled_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message says where; what is mended goes on with them."""
+    out, kept = tmp_path / "out", tmp_path / "out" / "unfinished/rollouts/E.jsonl"
+    module = sampled_config.parent / "cli_rewards.py"
+    options = ("--set", f"{U_SAMPLE}.reward=cli_rewards:fails_always")
+    command = ("sample", "--config", sampled_config, "--out", out, *options)
+    failed = invoke(*command)
+    assert failed.exit_code == 1
+    assert "found ValueError: no reward of this row" in failed.stderr
+    assert f"; {kept} is kept: start again with --resume" in failed.stderr
+    before = kept.read_bytes()
+    monkeypatch.delitem(sys.modules, "cli_rewards")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "cli_rewards.py").write_text(module.read_text().replace(">= 0", "< 0"))
+    done = invoke(*command, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert (out / "E.jsonl").read_bytes() == before
 
 
 @pytest.mark.usefixtures("rewards")

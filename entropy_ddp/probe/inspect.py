@@ -16,7 +16,7 @@ from entropy_ddp.policy.training_arguments import (
     read_training_arguments,
 )
 from entropy_ddp.probe.gradient_dot import is_wanted
-from entropy_ddp.probe.keeping import sampling_settings
+from entropy_ddp.probe.keeping import plan_sample
 from entropy_ddp.probe.memory import described, estimate_memory
 from entropy_ddp.probe.session import (
     Progress,
@@ -26,8 +26,6 @@ from entropy_ddp.probe.session import (
     token_limits,
     verify_model,
 )
-from entropy_ddp.rollouts.advantages import compute_advantages
-from entropy_ddp.rollouts.draws import describe_sampling
 from entropy_ddp.rollouts.files import read_batch
 
 
@@ -206,10 +204,7 @@ def _read_batches(session: Session) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for split, source in config.batches.sources.items():
         if source.file is None:
-            settings = sampling_settings(config, split, source)
-            found[split] = describe_sampling(
-                session.policy.model, session.policy.tokenizer, settings
-            )
+            found[split] = plan_sample(session, split)
             continue
         batch = read_batch(Path(source.file), split, limits, tokenizer)
         batches[split] = batch
@@ -221,6 +216,4 @@ def _read_batches(session: Session) -> dict[str, Any]:
         }
     check_batches(batches, config)
     is_wanted(config.gradient_dot, batches, session.planned)
-    if "U" in batches and config.update.loss != "nll":
-        compute_advantages(batches["U"], config.batches.advantage)
     return found

@@ -14,7 +14,11 @@ from entropy_ddp.probe.identity import (
 )
 from entropy_ddp.probe.unfinished import open_unfinished
 from entropy_ddp.results import UNFINISHED
-from entropy_ddp.rollouts.draws import SamplingSettings
+from entropy_ddp.rollouts.draws import (
+    SamplingSettings,
+    describe_sampling,
+    plan_sampling,
+)
 from entropy_ddp.rollouts.sampling import merge_rows, sample_rollouts
 
 if TYPE_CHECKING:
@@ -86,19 +90,47 @@ def sample_batch(
     with session.phase(name), precision_context(session.policy.dtype):
         sampled = sample_rollouts(
             session.policy.model,
-            session.policy.tokenizer,
+            _require_tokenizer(session, split),
             replace(settings, batch_size=size),
             session.world.rank,
             session.world.world_size,
             lambda done, total, tokens: session.progress(
                 name, done, total, "responses", tokens
             ),
+            session.plans.pop(split, None),
         )
         session.responses.limit = sampled.allowance.of(size)
         session.responses.num_retries += sampled.allowance.num_retries
         shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
     session.num_redraws[split] = sum(redraws for _, redraws in shares)
     return merge_rows(rows for rows, _ in shares)
+
+
+def plan_sample(session: "Session", split: str) -> dict[str, Any]:
+    """Check everything that sampling a batch needs, before its first token.
+
+    Returns:
+        What would be sampled, described.
+
+    Raises:
+        InputError: something of it is missing or wrong.
+    """
+    source = session.config.batches.sources[split]
+    settings = sampling_settings(session.config, split, source)
+    tokenizer = _require_tokenizer(session, split)
+    plan = plan_sampling(session.policy.model, tokenizer, settings)
+    session.plans[split] = plan
+    return describe_sampling(settings, plan)
+
+
+def _require_tokenizer(session: "Session", split: str) -> Any:
+    if session.policy.tokenizer is None:
+        raise InputError(
+            f"batches.{split}.sample: expected a tokenizer beside the checkpoint, found "
+            f"none in {session.policy.files.tokenizer}; copy its files there, or give "
+            "the batch as a `file` of token ids"
+        )
+    return session.policy.tokenizer
 
 
 def sampling_settings(

@@ -37,7 +37,9 @@ def run_probe(
     """
     if config.attribution.enabled:
         require_plain_slope(config)
-    return probe_session(open_session(config, world, out, progress))
+    return probe_session(
+        open_session(config, world, out, progress, require=_require_gradient_dot)
+    )
 
 
 def probe_session(session: Session) -> Probed:
@@ -46,8 +48,7 @@ def probe_session(session: Session) -> Probed:
     attribute = config.attribution.enabled
     if attribute:
         require_plain_slope(config)
-    # Asked for but impossible: said before the first pass.
-    is_wanted(config.gradient_dot, session.batches, session.planned)
+    _require_gradient_dot(session)
     everything = len(session.batches["E"])
     measured = measure(session, everything if attribute else SAMPLE_SEQUENCES)
     dot = _gradient_dot(session, measured)
@@ -55,6 +56,11 @@ def probe_session(session: Session) -> Probed:
     if attribute:
         return attributed(session, measured, rows, "probe", gradient_dot=dot)
     return make_results(session, measured, rows, "probe", gradient_dot=dot)
+
+
+def _require_gradient_dot(session: Session) -> None:
+    """Asked for but impossible is said before the first token and the first pass."""
+    is_wanted(session.config.gradient_dot, session.batches, session.planned)
 
 
 def _gradient_dot(session: Session, measured: Measured) -> GradientDotResult | None:
@@ -74,13 +80,14 @@ def run_audit(
 
     Arguments and errors as of `run_probe`.
     """
-    return audit_session(open_session(config, world, out, progress, "audit"))
+    return audit_session(
+        open_session(config, world, out, progress, "audit", _require_gradient_dot)
+    )
 
 
 def audit_session(session: Session) -> Probed:
     """An audit of what is open already; errors as of `run_probe`."""
-    config = session.config
-    is_wanted(config.gradient_dot, session.batches, session.planned)
+    _require_gradient_dot(session)
     everything = len(session.batches["E"])
     measured = measure(session, everything, noise_sequences=everything)
     dot = _gradient_dot(session, measured)

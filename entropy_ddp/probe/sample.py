@@ -8,7 +8,7 @@ from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.checkpoint import find_checkpoint
-from entropy_ddp.probe.keeping import keep_unfinished, sampled_rows
+from entropy_ddp.probe.keeping import keep_unfinished, plan_sample, sampled_rows
 from entropy_ddp.probe.session import Progress, open_policy
 from entropy_ddp.results import UNFINISHED, discard_unfinished
 
@@ -41,13 +41,15 @@ def run_sample(
         (their rewards are all equal) and number of redraws.
 
     Raises:
-        InputError: nothing is to be sampled, or the unfinished run in `out` depends on
-            something else.
+        InputError: nothing is to be sampled, anything that sampling needs is wrong, or
+            the unfinished run in `out` depends on something else.
         RunError: a reward or a log-probability is not finite.
     """
     files = sampled_files(config, out)
     sources = config.batches.sources
     session = open_policy(config, world, find_checkpoint(config.checkpoint), progress)
+    for split in files:
+        plan_sample(session, split)
     keep_unfinished(session, out, "sample")
     rows_of = {s: sampled_rows(session, s, sources[s]) for s in files}
     if world.is_main:

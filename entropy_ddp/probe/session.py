@@ -37,10 +37,15 @@ from entropy_ddp.policy.selfcheck import (
     check_sharing,
 )
 from entropy_ddp.policy.trained_settings import with_training_arguments
-from entropy_ddp.probe.keeping import keep_unfinished, sampled_rows
+from entropy_ddp.probe.keeping import (
+    keep_unfinished,
+    plan_sample,
+    sampled_rows,
+)
 from entropy_ddp.probe.unfinished import Costs, Record, Unfinished
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.draws import Plan
 from entropy_ddp.rollouts.files import (
     make_batch,
     read_batch,
@@ -93,6 +98,7 @@ class Session:
         seconds: wall-clock seconds of each finished phase.
         self_checks: what was verified of the model.
         sharing: whether responses to one prompt may share a row; None if not asked.
+        plans: what is ready for the batches that are to be sampled, by split.
         num_redraws: groups of U or E that were sampled again, by split.
         responses: how many responses of one call fit into memory, as far as is known.
         memory: what the run was estimated to need; None until then.
@@ -112,6 +118,7 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
     sharing: SharingCheck | None = None
+    plans: dict[str, Plan] = field(default_factory=dict)
     num_redraws: dict[str, int] = field(default_factory=dict)
     responses: Allowance = field(default_factory=Allowance)
     memory: MemoryEstimate | None = None
@@ -215,8 +222,11 @@ def open_session(
     out: Path | None,
     progress: Progress,
     command: str = "probe",
+    require: Callable[["Session"], object] = lambda session: None,
 ) -> Session:
     """Open the checkpoint, verify the model, read or sample both batches.
+
+    Whatever can be checked is checked before the first token is sampled.
 
     Args:
         config: the run's configuration.
@@ -224,6 +234,7 @@ def open_session(
         out: run directory, where finished phases are kept; None keeps none.
         progress: told how far the current phase is.
         command: which job it is: another one cannot go on with what this one leaves.
+        require: what else the job needs of the batches; told before any is sampled.
 
     Raises:
         InputError: anything in the configuration, checkpoint or batches is wrong, or
@@ -238,6 +249,9 @@ def open_session(
         if source.file is not None:
             path = Path(source.file)
             session.batches[split] = read_batch(path, split, limits, tokenizer)
+    check_batches(session.batches, config)
+    check_samples(session)
+    require(session)
     # The others follow from the rest.
     keep_unfinished(session, out, command)
     for split, source in sources.items():
@@ -363,7 +377,7 @@ def token_limits(policy: Policy) -> TokenLimits:
 
 
 def check_batches(batches: dict[str, Batch], config: Config) -> None:
-    """What the estimators need of both batches.
+    """What the estimators need of those of both batches that are there.
 
     Raises:
         InputError: fewer than two groups in E, no tokens, or missing rewards in U.
@@ -387,8 +401,26 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
     if "U" in batches and config.update.loss != "nll":
         source = config.batches.sources["U"].file or "sampled U"
         require_rewards(batches["U"], Path(source))
+        compute_advantages(batches["U"], config.batches.advantage)
     if "U" in batches and config.update.ratio == "clipped":
         require_sampling_logprobs(batches["U"])
+
+
+def check_samples(session: Session) -> None:
+    """What the estimators, and sampling itself, need of the batches to be sampled.
+
+    Raises:
+        InputError: fewer than two prompt draws for E, or a batch cannot be sampled as
+            it is asked for.
+    """
+    planned = session.planned
+    if "E" in planned and planned["E"].num_prompts < 2:
+        raise InputError(
+            "batches.E.sample.num_prompts: expected at least 2 (a standard error needs "
+            f"independent groups), found {planned['E'].num_prompts}; sample more"
+        )
+    for split in planned:
+        plan_sample(session, split)
 
 
 def _score_reference(session: Session) -> Tensor:

@@ -100,26 +100,38 @@ def _require_usable(
 def nothing_left(out: Path, overwrite: bool) -> Iterator[None]:
     """Leave nothing behind of wrong input, and no folder without a finished phase.
 
-    What a run that failed otherwise has finished stays, to be resumed.
+    What a run that failed otherwise has finished stays, to be resumed; and so do
+    rollouts that it has sampled, whatever failed, which the message then says.
 
     Args:
         out: the run directory, which is made within the context, or before.
         overwrite: whether an unfinished run there is given up.
     """
     is_kept = os.path.exists(out / UNFINISHED) and not overwrite
+    before = _sampled(out)
     above = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:
         yield
     except BaseException as error:
+        new = sorted(path for path, _ in _sampled(out) - before)
         with suppress(OSError):
             found = {path.name for path in (out / UNFINISHED).iterdir()}
-            useless = isinstance(error, InputError) or found <= {RUN_FILE}
-            if useless and not is_kept:
+            is_wrong = isinstance(error, InputError) and not new
+            if (is_wrong or found <= {RUN_FILE}) and not is_kept:
                 discard_unfinished(out)
         with suppress(OSError):
             for path in above:
                 path.rmdir()
+        if new and isinstance(error, (InputError, RunError)):
+            kept = f"{' and '.join(new)} {'are' if new[1:] else 'is'} kept"
+            error.args = (f"{error}; {kept}: start again with --resume",)
         raise
+
+
+def _sampled(out: Path) -> set[tuple[str, int]]:
+    """The rollouts that an unfinished run has sampled, each with its time."""
+    files = (out / UNFINISHED).glob("rollouts/*.jsonl")
+    return {(str(path), path.stat().st_mtime_ns) for path in files}
 
 
 def discard_unfinished(out: Path) -> None:

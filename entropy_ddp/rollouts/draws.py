@@ -17,11 +17,15 @@ from entropy_ddp.rollouts.prompts import (
     encode_prompt,
     read_prompts,
 )
-from entropy_ddp.rollouts.rewards import load_rewards
+from entropy_ddp.rollouts.rewards import Term, load_rewards
 from entropy_ddp.rollouts.rows import TokenLimits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,21 @@ class Draw:
     prompt: Prompt
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is needed to sample a batch, beside the model.
+
+    Attributes:
+        terms: of the reward.
+        generation: configuration of `generate`.
+        draws: all prompt draws, in order.
+    """
+
+    terms: list[Term]
+    generation: "GenerationConfig"
+    draws: list[Draw]
+
+
 def make_draws(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -156,28 +175,41 @@ def make_draws(
     ]
 
 
-def describe_sampling(
+def plan_sampling(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     settings: SamplingSettings,
-) -> dict[str, Any]:
-    """What would be sampled; everything is checked that sampling needs.
+) -> Plan:
+    """Everything that sampling needs, found and checked before the first token.
 
     Args:
         model: the causal language model.
         tokenizer: its tokenizer.
         settings: what to sample.
 
+    Raises:
+        InputError: if the prompts, the reward or the tokenizer is wrong, a gold answer
+            is missing, or a prompt leaves no room for `max_new_tokens`.
+    """
+    return Plan(
+        terms=load_rewards(settings.reward),
+        generation=make_generation_config(model, tokenizer, settings.max_new_tokens),
+        draws=make_draws(model, tokenizer, settings),
+    )
+
+
+def describe_sampling(settings: SamplingSettings, plan: Plan) -> dict[str, Any]:
+    """What would be sampled.
+
+    Args:
+        settings: what to sample.
+        plan: from `plan_sampling`.
+
     Returns:
         Source, numbers of draws and responses, longest drawn prompt in tokens, rewards
         and the text of the first draw.
-
-    Raises:
-        InputError: whatever `sample_rollouts` would raise it for.
     """
-    load_rewards(settings.reward)
-    make_generation_config(model, tokenizer, settings.max_new_tokens)
-    draws = make_draws(model, tokenizer, settings)
+    draws = plan.draws
     return {
         "sampled from": describe_source(settings.prompts),
         "prompt draws": len(draws),

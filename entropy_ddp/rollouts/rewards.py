@@ -1,14 +1,18 @@
 """How a response is rewarded: reward = Σ over terms of weight × score.
 
 A term is a function `module:function` of (prompt, response, row), the prompt's and the
-response's text and the row of the prompt source; or it compares the response's answer
-with a gold answer of the row (`math`, `exact`); or it searches the response (`regex`). A
-failing term stops the run; it is never counted as 0.
+response's text and the row of the prompt source, found from the working directory as by
+`python -m`; or it compares the response's answer with a gold answer of the row (`math`,
+`exact`); or it searches the response (`regex`). A failing term stops the run; it is never
+counted as 0.
 """
 
 import importlib
+import inspect
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -114,8 +118,8 @@ def load_function(name: str) -> Score:
         The function.
 
     Raises:
-        InputError: if the name is malformed, the module cannot be imported, or it has
-            no such function.
+        InputError: if the name is malformed, the module cannot be imported, it has no
+            such function, or that does not take these arguments.
     """
     module_name, colon, function_name = name.partition(":")
     if not (
@@ -127,14 +131,18 @@ def load_function(name: str) -> Score:
             f"reward: expected module:function, found {name!r}; name a function of an "
             "importable module"
         )
+    # A console script's path begins with its own folder instead. Functions may import
+    # more when they are called, so this stays.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # any: importing runs the user's code
         raise_if_out_of_memory(error)
         raise InputError(
             f"reward: expected the module {module_name!r} to be importable, found "
-            f"{type(error).__name__}: {error}; install it or add its folder to "
-            "PYTHONPATH"
+            f"{type(error).__name__}: {error}; install it, start in its folder, or add "
+            "that to PYTHONPATH"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -143,7 +151,24 @@ def load_function(name: str) -> Score:
             f"reward: expected a function {function_name!r} in module "
             f"{module_name!r}, found {found}; correct the name"
         )
+    _require_arguments(function, name)
     return function
+
+
+def _require_arguments(function: Callable[..., Any], name: str) -> None:
+    """Check that a reward function can be called with prompt, response and row."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of some functions written in C
+        return
+    try:
+        signature.bind("prompt", "response", {})
+    except TypeError as error:
+        raise InputError(
+            f"reward: expected {name} to be called as "
+            f"{name.rpartition(':')[2]}(prompt, response, row) with one response, found "
+            f"{name.rpartition(':')[2]}{signature}; correct the function"
+        ) from error
 
 
 def score_rewards(

@@ -26,15 +26,14 @@ import torch
 from entropy_ddp.errors import RunError
 from entropy_ddp.memory import Allowance, unless_out_of_memory
 from entropy_ddp.rollouts.batch import Sequence
-from entropy_ddp.rollouts.draws import Draw, SamplingSettings, make_draws
+from entropy_ddp.rollouts.draws import Draw, Plan, SamplingSettings, plan_sampling
 from entropy_ddp.rollouts.files import decode_response, sequence_to_row
 from entropy_ddp.rollouts.generation import (
     Response,
     generate_responses,
-    make_generation_config,
     sampling_mode,
 )
-from entropy_ddp.rollouts.rewards import Sample, Term, load_rewards, score_rewards
+from entropy_ddp.rollouts.rewards import Sample, Term, score_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,6 +71,7 @@ def sample_rollouts(
     rank: int,
     world_size: int,
     on_progress: Callable[[int, int, int], None],
+    plan: Plan | None = None,
 ) -> SampledShard:
     """Sample this rank's share of a batch: prompt draws rank, rank + world_size, ...
 
@@ -87,27 +87,26 @@ def sample_rollouts(
         on_progress: called after every token of every call with the number of
             responses that this rank has sampled, the number known to be needed, to
             which redraws add, and the number of their tokens.
+        plan: what `plan_sampling` made of the settings, if it was called before.
 
     Returns:
         This rank's rows; `merge_rows` joins those of all ranks.
 
     Raises:
-        InputError: if the prompts, the reward or the tokenizer is wrong, a gold answer
-            is missing, or a prompt leaves no room for `max_new_tokens`.
+        InputError: whatever `plan_sampling` raises it for.
         RunError: if the reward or the model yields no finite number, or a single
             response does not fit into memory.
     """
     allowance = Allowance()
-    terms = load_rewards(settings.reward)
-    config = make_generation_config(model, tokenizer, settings.max_new_tokens)
-    draws = make_draws(model, tokenizer, settings)[rank::world_size]
+    plan = plan or plan_sampling(model, tokenizer, settings)
+    draws = plan.draws[rank::world_size]
     groups: dict[int, list[dict[str, Any]]] = {}
     num_done = num_tokens = num_redraws = total = 0
 
     def on_token(done: int, tokens: int) -> None:
         on_progress(num_done + done, total, num_tokens + tokens)
 
-    with sampling_mode(model, config):
+    with sampling_mode(model, plan.generation):
         for attempt in range(1 + settings.redraw_zero_advantage):
             jobs = _make_jobs(draws, settings.responses_per_prompt, attempt)
             total = num_done + len(jobs)
@@ -121,7 +120,7 @@ def sample_rollouts(
                     continue
                 start += len(batch)
                 for job, response in zip(batch, responses, strict=True):
-                    row = _make_row(job, response, tokenizer, terms, settings)
+                    row = _make_row(job, response, tokenizer, plan.terms, settings)
                     rows[job.draw.number, job.response] = row
                 num_done += len(batch)
                 num_tokens += sum(len(r.token_ids) for r in responses)

@@ -1,6 +1,8 @@
 """Is the user's reward function found, called and believed only when it can be?"""
 
+import os
 import re
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,36 @@ def test_a_name_that_is_no_function_is_an_error(module: str) -> None:
         load_function(f"{module}:lenght")
     with pytest.raises(InputError, match="a function 'constant'.*found a int"):
         load_function(f"{module}:constant")
+
+
+def test_a_module_is_found_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a console script, whose path begins with its own folder."""
+    (tmp_path / "rewards_here.py").write_text(
+        "def score(prompt, response, row): return 2"
+    )
+    monkeypatch.setattr(
+        sys, "path", [p for p in sys.path if p not in ("", os.getcwd())]
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_function("rewards_here:score")("", "", {}) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["completions, **kwargs", "prompt, response", "*, prompt, response, row"],
+)
+def test_a_function_of_other_arguments_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    """TRL's are of a whole batch. Found before anything is sampled."""
+    name = f"rewards_{len(arguments)}"
+    (tmp_path / f"{name}.py").write_text(f"def score({arguments}): return 0.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = rf"score\(prompt, response, row\) .*found score\({re.escape(arguments)}\)"
+    with pytest.raises(InputError, match=message):
+        load_function(f"{name}:score")
 
 
 @pytest.mark.parametrize(
