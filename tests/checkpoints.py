@@ -166,7 +166,10 @@ def save_character_tokenizer(folder: Path) -> None:
 
 
 def write_sampling_run(folder: str | Path) -> Path:
-    """A checkpoint, prompts, and a configuration that samples E and U; its path."""
+    """A checkpoint, prompts, and a configuration that samples E and U; its path.
+
+    U is rewarded by a function of a module in the same folder.
+    """
     folder = Path(folder)
     saved = save_checkpoint(folder, "qwen2")
     save_character_tokenizer(saved.base)
@@ -177,8 +180,11 @@ def write_sampling_run(folder: str | Path) -> Path:
     update = source | {"num_prompts": 4, "responses_per_prompt": 4}
     batches = {
         "E": {"sample": evaluation},
-        "U": {"sample": update | {"reward": {"regex": "[0-4]"}}},
+        "U": {"sample": update | {"reward": "rewards:score"}},
     }
+    (folder / "rewards.py").write_text(
+        "def score(prompt, response, row):\n    return len(set(response))\n"
+    )
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run_config(saved, Path(), Path(), batches=batches)))
     return path

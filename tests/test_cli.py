@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -652,6 +653,9 @@ def test_check_describes_everything_and_writes_nothing(
     assert "Configuration, checkpoint and batches are valid" in table.stdout
     result = invoke("check", "--config", run.config, "--json", "--quiet")
     found = json.loads(result.stdout)
+    used = re.search(r"of the machine, in use by a rank now +│ (\S+) GB", table.stdout)
+    assert used is not None and "host_now" not in table.stdout
+    assert float(used[1]) == pytest.approx(found["memory"]["host_now"] / 1e9, rel=0.1)
     assert found["model"]["trainable tensors"] == 12
     assert found["model"]["vocabulary"] == 17
     assert found["optimizer"]["kind"] == "AdamW"
@@ -674,6 +678,24 @@ def test_check_finds_what_probe_would_refuse(
     result = invoke("check", "--config", run.config, *options)
     assert result.exit_code == 2
     assert re.match(rf"error: .*{message}", result.stderr)
+
+
+def test_a_missing_tokenizer_is_named_with_what_follows(
+    run: Run, tmp_path: Path
+) -> None:
+    """In words; and what needs one says so."""
+    base = tmp_path / "base"
+    shutil.copytree(run.saved.base, base)
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    setting = ("--set", f"checkpoint.base={base}")
+    found = invoke("check", "--config", run.config, "--json", *setting)
+    told = f"none in {base}: rollout files must hold token ids, nothing can be sampled"
+    assert json.loads(found.stdout)["model"]["tokenizer"].startswith(told)
+    source = "batches.E={sample: {prompts: p.jsonl, num_prompts: 2, max_new_tokens: 1}}"
+    refused = invoke("check", "--config", run.config, *setting, "--set", source)
+    assert refused.exit_code == 2
+    assert "batches.E.sample: expected a tokenizer" in refused.stderr
 
 
 def given_by(kind: str, split: str, run: Run, config: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from entropy_ddp.policy.layouts import (
     DEFAULT_ADAPTER,
     SAFE_FILES,
     adapters_in,
+    existing_folder,
     has_full_model,
     is_training_state,
     listing,
@@ -119,7 +120,7 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
         InputError: a folder or file is missing, the folder is of a kind that cannot be
             read, or holds several adapters of which none is named.
     """
-    folder = None if checkpoint.path is None else _existing_folder(checkpoint.path)
+    folder = None if checkpoint.path is None else existing_folder(checkpoint.path)
     state = folder if folder is not None and is_training_state(folder) else None
     adapter, name = _find_adapter(checkpoint, folder)
     if state is not None:
@@ -254,13 +255,6 @@ def _find_tokenizer(folder: Path | None, adapter: Path | None, base: str) -> str
         if place is not None and (place / "tokenizer_config.json").exists():
             return str(place)
     return base
-
-
-def _existing_folder(name: str) -> Path:
-    path = Path(name)
-    if not path.is_dir():
-        raise InputError(f"{path}: expected a checkpoint folder, found none there")
-    return path
 
 
 def resolve_device(compute: Compute, local_rank: int) -> torch.device:

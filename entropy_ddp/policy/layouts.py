@@ -165,3 +165,15 @@ def listing(folder: Path) -> str:
     """The first names of a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
+
+
+def existing_folder(name: str) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        raise InputError(f"{path}: expected a checkpoint folder, found none there")
+    return path

@@ -15,8 +15,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_ddp.config import Config, validated
+from entropy_ddp.config import Checkpoint, Config, validated
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.layouts import existing_folder
 from entropy_ddp.policy.training_arguments import (
     FILE_NAME,
     TrainingArguments,
@@ -94,6 +95,19 @@ def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
+def trained_limit(checkpoint: Checkpoint) -> int | None:
+    """Tokens after which the trainer cut responses off; None where that is not told."""
+    path = find_training_arguments(checkpoint)
+    if path is None:
+        return None
+    try:
+        limit = read_training_arguments(path).values.get("max_completion_length")
+    except InputError:
+        # That the file cannot be read is told by an audit of its own.
+        return None
+    return limit if type(limit) is int else None
+
+
 def _number(value: Any) -> float | None:
     """A finite number; None for whatever else stands in a damaged or foreign file."""
     is_number = isinstance(value, int | float) and abs(value) < 2**1023
@@ -161,12 +175,14 @@ def with_training_arguments(config: Config) -> Config:
     returned as it is.
 
     Raises:
-        InputError: the checkpoint has no training_args.bin, it lacks a setting that the
+        InputError: the checkpoint or its training_args.bin is not there, it lacks a setting that the
             configuration does not give, or the trainer's loss is not one of this
             package's.
     """
     if not config.update.from_checkpoint:
         return config
+    if config.checkpoint.path is not None:
+        existing_folder(config.checkpoint.path)
     path = find_training_arguments(config.checkpoint)
     if path is None:
         raise InputError(

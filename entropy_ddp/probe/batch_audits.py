@@ -6,6 +6,7 @@ import torch
 
 from entropy_ddp import audit
 from entropy_ddp.policy.scores import TokenScores
+from entropy_ddp.policy.trained_settings import trained_limit
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
@@ -48,7 +49,7 @@ def batch_rows(session: Session) -> list[AuditRow]:
                 truncated / len(batch),
                 "< 0.5 of all",
                 truncated < 0.5 * len(batch),
-                "most responses were cut off: raise max_new_tokens",
+                _truncation_hint(session, batch),
                 fatal=False,
             ),
         ]
@@ -56,6 +57,28 @@ def batch_rows(session: Session) -> list[AuditRow]:
         if split in session.num_redraws:
             rows.append(audit.fact(f"{split} redraws", session.num_redraws[split]))
     return rows
+
+
+def _truncation_hint(session: Session, batch: Batch) -> str:
+    """What a limit that cuts most responses off means, and whose it is."""
+    cut = [s.num_tokens for s in batch.sequences if s.finished is False]
+    if not cut:
+        return ""
+    told = f"most responses were cut off, the longest after {max(cut)} tokens"
+    trained = trained_limit(session.config.checkpoint)
+    if trained == max(cut):
+        return (
+            f"{told}, which is the trainer's own limit (max_completion_length): the "
+            "policy is measured as it is trained, and only a longer limit in the "
+            "training would change that"
+        )
+    longer = "" if trained is None else f" (the trainer's is {trained})"
+    if session.config.batches.sources[batch.split].sample is not None:
+        return f"{told}: raise batches.{batch.split}.sample.max_new_tokens{longer}"
+    return (
+        f"{told}: unless that is the trainer's own limit{longer}, sample the batch with "
+        "a larger one"
+    )
 
 
 def _prompt_lengths(batch: Batch) -> str:

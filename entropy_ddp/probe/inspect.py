@@ -7,6 +7,7 @@ from typing import Any
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.layouts import DEFAULT_ADAPTER
 from entropy_ddp.policy.parameters import global_norm
@@ -89,7 +90,7 @@ def _model(session: Session) -> dict[str, Any]:
     routes = slower_routes(policy.model, session.config.compute.attention, policy.dtype)
     found |= {f"{r.part} implementation": f"eager: {r.reason}" for r in routes}
     return found | {
-        "tokenizer": "none" if policy.tokenizer is None else files.tokenizer,
+        "tokenizer": _tokenizer(policy),
         "vocabulary": policy.vocabulary_size,
         "embeddings": _embeddings(policy.model),
         "stored as": policy.stored or "not told by the files",
@@ -97,6 +98,16 @@ def _model(session: Session) -> dict[str, Any]:
         "trainable tensors": len(policy.parameters),
         "trainable elements": session.passes.layout.numel,
     }
+
+
+def _tokenizer(policy: Policy) -> str:
+    """Where it is, or what follows from there being none."""
+    if policy.tokenizer is not None:
+        return policy.files.tokenizer
+    return (
+        f"none in {policy.files.tokenizer}: rollout files must hold token ids, nothing "
+        "can be sampled, and tokens are shown by their ids"
+    )
 
 
 def _adapter_kind(config: Any) -> str:

@@ -15,6 +15,8 @@ from entropy_ddp.rollouts.jsonlines import read_rows
 
 # What this package reads; `results.SCHEMA_VERSION` is what it writes.
 READABLE_SCHEMA_VERSION = 1
+# Where a run keeps what its phases leave: `results.UNFINISHED`, read without torch.
+UNFINISHED = "unfinished"
 REQUIRED = ("status", "run", "E", "update", "truth", "linear", "audit")
 
 # The one that a page's headline comes from first.
@@ -118,8 +120,8 @@ def _what_it_is(folder: Path) -> str:
         return expected + "nothing there; check the path"
     if folder.is_file():
         return expected + "a file; give the folder that it lies in"
-    if (folder / "sweep.jsonl").exists():
-        return expected + "an unfinished sweep; run the same sweep again, it continues"
+    if (folder / UNFINISHED).is_dir():
+        return expected + "an unfinished run; start it again with --resume"
     return (
         expected
         + "a folder without results.json, which a run writes last; wait for the "

@@ -7,6 +7,15 @@ from rich.text import Text
 
 from entropy_ddp.terminal.tables import VERDICT_STYLES, as_text, new_table
 
+# What is found of memory, in bytes, by its names in JSON.
+MEMORY = {
+    "host_now": "of the machine, in use by a rank now",
+    "host_more": "of the machine, needed beside that",
+    "host_free": "of the machine, free for a rank",
+    "device_more": "of the GPU, needed beside what is in use",
+    "device_free": "of the GPU, free",
+}
+
 
 def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -> None:
     """What `sample` rolled out."""
@@ -42,6 +51,8 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
         for name, value in facts.items():
             lines = value if isinstance(value, list) else [value]
             text = "\n".join(_one_line(line) for line in lines)
+            if name in MEMORY:
+                name, text = MEMORY[name], f"{value / 1e9:.2f} GB"
             table.add_row(f"  {name}", Text(text))
     console.print(table)
 

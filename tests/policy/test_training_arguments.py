@@ -284,6 +284,16 @@ def test_a_setting_that_the_configuration_gives_need_not_be_in_the_file(
     assert resolved(run, loss="grpo").update.loss == "grpo"
 
 
+def test_a_folder_that_is_not_there_is_named_itself(tmp_path: Path) -> None:
+    """Not the settings that would be in it."""
+    update = {"from_checkpoint": True}
+    document = {"checkpoint": {"path": str(tmp_path / "none")}, "update": update}
+    batches = {split: {"file": f"{split}.jsonl"} for split in "EU"}
+    config = Config.model_validate(document | {"batches": batches})
+    with pytest.raises(InputError, match="none: expected a checkpoint folder, found"):
+        with_training_arguments(config)
+
+
 def test_from_checkpoint_needs_the_file(run: TinyRun) -> None:
     """No silent defaults."""
     with pytest.raises(InputError, match=r"training_args\.bin .*found none"):

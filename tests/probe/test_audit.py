@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import planted
@@ -31,6 +32,7 @@ from entropy_ddp.errors import RunError
 from entropy_ddp.names import short_name
 from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.probe import session
+from entropy_ddp.probe.batch_audits import batch_rows
 from entropy_ddp.results import AuditRow, Probed, Results
 from entropy_ddp.terminal.runs import print_diagnosis, print_results
 from entropy_ddp.update import step
@@ -356,7 +358,7 @@ FAULTS: dict[str, Fault] = {
             lr_override=1e-5
         ),
         complaints=warned("E truncated responses"),
-        cause="raise max_new_tokens",
+        cause="sample the batch with a larger one",
     ),
 }
 
@@ -372,6 +374,29 @@ def test_a_fault_is_named_and_nothing_else(
     assert found.keys() - fault.complaints.keys() <= fault.perhaps
     assert fault.cause in find(probed, next(iter(fault.complaints))).hint
     require_complete(probed.results)
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (4, "which is the trainer's own limit"),
+        (100, "limit (the trainer's is 100), sample"),
+    ],
+)
+def test_whose_limit_cut_the_responses_off(
+    plain: Scene, tmp_path: Path, limit: int, said: str
+) -> None:
+    """Where it is the trainer's, nothing in the probe is to be raised."""
+    saved = planted.copy_checkpoint(plain.saved, tmp_path)
+    settings = SimpleNamespace(max_completion_length=limit)
+    torch.save(settings, saved.folder / "training_args.bin")
+    cut = replace(plain.with_rows("E", cut_off), saved=saved)
+    opened = session.open_session(
+        cut.config(tmp_path), World(), None, session.no_progress
+    )
+    rows = batch_rows(opened)
+    hint = next(row.hint for row in rows if row.name == "E truncated responses")
+    assert "cut off, the longest after 4 tokens" in hint and said in hint
 
 
 def require_complete(results: Results) -> None:

@@ -12,7 +12,7 @@ from run_directories import CURVATURE, sweep_part, write_run
 from entropy_ddp.cli import main
 from entropy_ddp.report import writing
 from entropy_ddp.report.files import READABLE_SCHEMA_VERSION
-from entropy_ddp.results import SCHEMA_VERSION
+from entropy_ddp.results import SCHEMA_VERSION, UNFINISHED
 
 TEXTS = [["1", "2"], ["3"], ["4", "5", "6"]]
 
@@ -39,8 +39,8 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     file.write_text("")
     assert_refused(report(file), "found a file")
     assert_refused(report(tmp_path), "without results.json", "run it again")
-    (tmp_path / "sweep.jsonl").write_text("{}\n")
-    assert_refused(report(tmp_path), "unfinished sweep", "it continues")
+    (tmp_path / UNFINISHED).mkdir()
+    assert_refused(report(tmp_path), "an unfinished run; start it again with --resume")
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
