@@ -200,7 +200,7 @@ def write_run(
     changes: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
     texts: list[list[str]] | None = None,
-    prompt: str = "2+2=",
+    prompt: str | list[str] = "2+2=",
 ) -> Path:
     """A run directory.
 
@@ -209,16 +209,17 @@ def write_run(
         changes: keys of results.json; a dotted key names one of a section.
         config: the same of config.yaml.
         texts: tokens of the responses of U of an attribution.
-        prompt: every response's prompt.
+        prompt: every response's prompt, or one for each.
     """
     document, settings = copy.deepcopy(DOCUMENT), copy.deepcopy(CONFIG)
     rows: list[dict[str, Any]] = []
     folder.mkdir(parents=True)
     if texts is not None:
+        prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
         document |= attribution_part(
-            texts, [prompt, texts[0][0], "".join(texts[0][1:])]
+            texts, [prompts[0], texts[0][0], "".join(texts[0][1:])]
         )
-        rows = update_rows(texts, [prompt] * len(texts))
+        rows = update_rows(texts, prompts)
         with gzip.open(folder / "tokens.jsonl.gz", "wt") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in token_rows(texts))
     _apply(document, changes or {})

@@ -195,7 +195,7 @@ def token_table(
     """
     rows = [_token_cells(token) for token in tokens]
     columns = [
-        f"share, {unit}", "token in its context", "log p", "entropy", "advantage",
+        "share", "token in its context", "log p", "entropy", "advantage",
         "line of U", "position",
     ]  # fmt: skip
     if runs:
@@ -206,7 +206,7 @@ def token_table(
         columns=columns,
         rows=rows,
         caption=(
-            "A negative share lowers the entropy. An improbable token that is rewarded "
+            f"Shares in {unit}; a negative one lowers the entropy. An improbable token that is rewarded "
             "lowers it where the policy was sure of another, and raises it otherwise."
         ),
     )

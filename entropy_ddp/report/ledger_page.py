@@ -16,7 +16,7 @@ from entropy_ddp.report.view import (
     in_context,
     words,
 )
-from entropy_ddp.report.words import differing, number, with_error
+from entropy_ddp.report.words import differing, number, one_line, with_error
 
 # Characters of a prompt that are shown; hovering shows all.
 PROMPT = 160
@@ -115,7 +115,7 @@ def _influence(ledger: Ledger) -> Section:
     ]
     texts = differing([row["prompt"] for row in ledger.by_prompt])
     prompts = [
-        [_prompt(text, row["prompt"]), _signed(row["share"]), _count(row)]
+        [_signed(row["share"]), _prompt(text, row["prompt"]), _count(row)]
         for text, row in zip(texts, ledger.by_prompt, strict=True)
     ]
     single = [
@@ -136,7 +136,7 @@ def _influence(ledger: Ledger) -> Section:
             ),
             Table(
                 title="Prompts",
-                columns=["prompt", *columns],
+                columns=[columns[0], "prompt", columns[1]],
                 rows=prompts,
                 caption=caption,
             ),
@@ -180,7 +180,4 @@ def _context(row: Entry) -> Cell:
 
 
 def _prompt(text: str, whole: str) -> Cell:
-    shown = " ".join(text.split())
-    if len(shown) > PROMPT:
-        shown = shown[:PROMPT] + "…"
-    return Cell(text=shown, title=whole)
+    return Cell(text=one_line(text, PROMPT), title=whole, is_long=True)

@@ -14,7 +14,7 @@ import numpy as np
 from entropy_ddp.report.files import Columns, StoredRun
 from entropy_ddp.report.kinds import SharesByKind
 from entropy_ddp.report.view import Token, TokenText, TokenTexts
-from entropy_ddp.report.words import UNITS, number, visible
+from entropy_ddp.report.words import UNITS, differing, number, one_line, visible
 
 NUM_RESPONSES = 12
 # Of a long response so many tokens around the strongest one are open, and so many on
@@ -22,8 +22,9 @@ NUM_RESPONSES = 12
 OPEN_TOKENS, FOLDED_TOKENS = 300, 400
 # Responses that are no longer fit side by side.
 SHORT_TOKENS = 40
-# Of a long prompt so many characters are shown, its last ones.
-PROMPT_END = 300
+# Longer prompts, and those of several lines, are folded. Of a long one so many
+# characters are shown, its last ones; on the line that stands for it, its first.
+SHORT_PROMPT, PROMPT_END, PROMPT_LINE = 60, 3000, 200
 DIGITS = 4
 COLUMNS = ("share", "logp", "covariance")
 
@@ -79,7 +80,8 @@ def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenT
             rows[row["index"]].append(row)
     largest = max(abs(row["share"]) for found in rows.values() for row in found)
     unit = UNITS[run.document["linear"]["normalize"]]
-    texts = [_text(index, rows[index], update, largest) for index in chosen]
+    prompts = _prompts(update)
+    texts = [_text(i, rows[i], update, prompts, largest) for i in chosen]
     return TokenTexts(
         caption=(
             f"The {len(texts)} responses of U whose tokens move the entropy most. The "
@@ -93,7 +95,23 @@ def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenT
     )
 
 
-def _text(index: int, rows: list[Row], update: Columns, largest: float) -> TokenText:
+def _prompts(update: Columns) -> dict[str, str]:
+    """Every prompt of U, and what tells it from the others, on one line."""
+    found = {text for text in update.get("prompt", ()) if isinstance(text, str)}
+    texts = sorted(found)
+    return {
+        text: one_line(short, PROMPT_LINE)
+        for text, short in zip(texts, differing(texts), strict=True)
+    }
+
+
+def _text(
+    index: int,
+    rows: list[Row],
+    update: Columns,
+    prompts: dict[str, str],
+    largest: float,
+) -> TokenText:
     place = update["index"].index(index)
     title = f"Line {index + 1}"
     for name in ("group", "reward"):
@@ -104,6 +122,8 @@ def _text(index: int, rows: list[Row], update: Columns, largest: float) -> Token
     title += f" · share {number(update['share'][place], 3, signed=True)}"
     prompt = update["prompt"][place] if "prompt" in update else ""
     prompt = prompt if isinstance(prompt, str) else ""
+    is_short = len(prompt) <= SHORT_PROMPT and "\n" not in prompt
+    line = "" if is_short else prompts[prompt]
     if len(prompt) > PROMPT_END:
         prompt = "…" + prompt[-PROMPT_END:]
     start, end = _window([abs(row["share"]) for row in rows])
@@ -111,6 +131,7 @@ def _text(index: int, rows: list[Row], update: Columns, largest: float) -> Token
     return TokenText(
         title=title,
         prompt=prompt,
+        prompt_line=line,
         advantage=number(rows[0]["advantage"], DIGITS, signed=True),
         before=_tokens(rows[first:start], largest),
         shown=_tokens(rows[start:end], largest),

@@ -25,6 +25,7 @@ class Cell:
         marked: text with a part to be marked: (before, marked, after).
         sign: `cold` or `warm`, the ground of the marked part.
         verdict: ok, warn or fail, which is shown in its colour.
+        is_long: text that keeps some width where there is little.
     """
 
     text: str
@@ -33,6 +34,7 @@ class Cell:
     marked: tuple[str, str, str] | None = None
     sign: str = ""
     verdict: str = ""
+    is_long: bool = False
 
 
 def words(text: Any) -> Cell:
@@ -62,7 +64,8 @@ def in_context(share: float, pieces: Sequence[str], most: int = CONTEXT) -> Cell
     before, token, after = pieces
     before, after = around(before, after, most)
     sign = "cold" if share < 0 else "warm"
-    return Cell(text="", marked=(before, visible(token), after), sign=sign)
+    marked = (before, visible(token), after)
+    return Cell(text="", marked=marked, sign=sign, is_long=bool(before + after))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +128,8 @@ class TokenText:
     Attributes:
         title: which response it is.
         prompt: the prompt's text, or empty.
+        prompt_line: what tells a long prompt, which is folded, from others; empty if
+            the prompt is short.
         advantage: its advantage.
         before, shown, after: its tokens; the first and the last part are folded.
         left_out: how many tokens at both ends are not on the page.
@@ -132,6 +137,7 @@ class TokenText:
 
     title: str
     prompt: str
+    prompt_line: str
     advantage: str
     before: Sequence[Token]
     shown: Sequence[Token]

@@ -137,6 +137,12 @@ def in_line(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
 
 
+def one_line(text: str, most: int) -> str:
+    """The beginning of a text of sentences, with a space for every white space."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most] + "…"
+
+
 def around(before: str, after: str, most: int) -> tuple[str, str]:
     """What stands directly before and after a token, this many characters of each."""
     before, after = in_line(before), in_line(after)

@@ -137,8 +137,9 @@ def test_text_from_files_stays_text(outline: Outline, html: str) -> None:
     assert sum(tag == "script" for tag, _ in outline.tags) == 1
     assert not any(tag == "img" for tag, _ in outline.tags)
     assert not any(name.startswith("on") for _, f in outline.tags for name in f)
-    # Two prompts and a token, and the context of the strongest one in two lengths.
-    assert outline.text.count(HOSTILE) == 3
+    # Two prompts, folded and on the line that stands for them, and a token; then the
+    # context of the strongest one in two lengths.
+    assert outline.text.count(HOSTILE) == 5
     for most in (24, 60):
         assert f"…{HOSTILE[-most:]}" in outline.text
         assert f"{HOSTILE[:most]}…" in outline.text
@@ -202,9 +203,27 @@ def test_long_responses_fold(tmp_path: Path) -> None:
     texts = [["ab "] * 900, ["3"]]
     run = write_run(tmp_path / "run", texts=texts, prompt="p" * 5000 + "end")
     html = render_page(page_of(run))
-    assert "…" + "p" * 297 + "end" in html and "p" * 298 not in html
+    assert "…" + "p" * 2997 + "end" in html and "p" * 2998 not in html
     assert html.count("data-n=") == 300 + 400 + 1
     assert "400 tokens after, and 200 more that are not on this page" in html
+
+
+def test_long_prompts_are_folded(tmp_path: Path) -> None:
+    """On a line, what tells them from others; short ones stand before the response."""
+    chat = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<bot>\n"
+    questions = ["How many eggs are left?", "Does James run?"]
+    prompts = [chat.format(question) for question in questions]
+    texts = [["1", "2"], ["3"], ["4"], ["5"]]
+    folder = write_run(tmp_path / "run", texts=texts, prompt=[*prompts, *prompts])
+    html = render_page(page_of(folder))
+    for question in questions:
+        assert html.count(f'<summary class="line">Prompt: …{question}…</summary>') == 2
+    folded = re.findall(r"<details class=.more.>.*?</details>", html, re.DOTALL)
+    assert sum("Be kind." in part for part in folded) == html.count("Be kind.") == 4
+    short = render_page(page_of(write_run(tmp_path / "short", texts=texts)))
+    assert (
+        short.count('<span class="prompt">2+2=</span>') == 4 and "Prompt:" not in short
+    )
 
 
 def test_many_sequences_stay_small(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from entropy_ddp.report.figures.canvas import (
     Figure,
     Palette,
     common_exponent,
+    label_below_names,
     scale_ticks,
     sign_colour,
     unit_label,
@@ -102,7 +103,8 @@ def _bars(groups: Sequence[tuple[str, list[Bar]]], unit: str) -> Any:
         axes.spines["left"].set_visible(False)
         exponent = common_exponent([value or 0 for _, value in labels])
         scale_ticks(axes, "x", exponent)
-        axes.set_xlabel(unit_label("entropy change, first order", unit, exponent))
+        label = unit_label("entropy change, first order", unit, exponent)
+        label_below_names(axes, label)
 
     return draw
 

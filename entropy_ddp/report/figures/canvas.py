@@ -210,6 +210,24 @@ def _tick(value: float) -> str:
     return f"{round(value, 9):,g}".replace("-", MINUS)
 
 
+def label_below_names(axes: Axes, text: str) -> None:
+    """Label the axis below bars or dots whose names take much of the width.
+
+    To the left, below the names: in the middle of what they leave it would be cut off.
+    """
+    axes.set_xlabel(text, loc="right")
+
+
+def whole_ticks(axes: Axes, which: str) -> None:
+    """Show an axis' ticks at whole numbers only, as of steps and counts."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    # Also where only one of them is in view.
+    axis.set_major_locator(
+        MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+
+
 def log_ticks(axes: Axes, which: str) -> None:
     """Show the ticks of a logarithmic axis as powers of ten, in plain text."""
     axis = axes.xaxis if which == "x" else axes.yaxis

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from entropy_ddp.report.figures.canvas import (
     Palette,
     common_exponent,
+    label_below_names,
     scale_ticks,
     unit_label,
 )
@@ -69,4 +70,4 @@ def draw_forest(
     furthest = max(abs(row.value) + 2 * (row.error or 0) for row in rows)
     exponent = common_exponent([furthest])
     scale_ticks(axes, "x", exponent)
-    axes.set_xlabel(unit_label(label, unit, exponent))
+    label_below_names(axes, unit_label(label, unit, exponent))

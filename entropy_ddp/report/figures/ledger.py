@@ -14,6 +14,7 @@ from entropy_ddp.report.figures.canvas import (
     scale_ticks,
     sign_colour,
     unit_label,
+    whole_ticks,
 )
 
 UNIT = "nats/token"
@@ -46,6 +47,7 @@ def curve_and_sums(ledger: Ledger) -> Figure:
             line = _band(axes, points, getattr(palette, colour), label, begin["value"])
             line.set_linestyle(style)
         axes.set_xlabel("optimizer step")
+        whole_ticks(axes, "x")
         axes.set_ylabel(f"entropy H [{UNIT}]")
         scale_ticks(axes, "y", 0)
         axes.legend(labelcolor=palette.ink)
@@ -80,6 +82,7 @@ def parts_by_step(ledger: Ledger) -> Figure:
                 label=label,
             )
         axes.set_xlabel("optimizer step")
+        whole_ticks(axes, "x")
         axes.set_ylabel(unit_label("sum", UNIT, exponent))
         scale_ticks(axes, "y", exponent)
         axes.legend(labelcolor=palette.ink)

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
-from matplotlib.ticker import MaxNLocator
 
 from entropy_ddp.report.figures.canvas import (
     Figure,
@@ -14,6 +13,7 @@ from entropy_ddp.report.figures.canvas import (
     common_exponent,
     scale_ticks,
     unit_label,
+    whole_ticks,
 )
 from entropy_ddp.report.words import RESOLVED, is_resolved
 
@@ -56,7 +56,7 @@ def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure
         places = [stage.place for stage in stages]
         values = [stage.entropy for stage in stages]
         axes.plot(places, values, "o-", color=palette.ink, markersize=6, linewidth=1.4)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values) or 1)
         axes.set_ylabel(f"entropy H [{unit}]")
         scale_ticks(axes, "y", 0)
         label_stages(axes, stages, by_step)
@@ -133,4 +133,4 @@ def label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
     if len(places) <= MOST_TICKS:
         axes.set_xticks(places, [f"{place:,g}" for place in places])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+        whole_ticks(axes, "x")

@@ -15,6 +15,7 @@ from entropy_ddp.report.figures.canvas import (
     common_exponent,
     scale_ticks,
     unit_label,
+    whole_ticks,
 )
 
 NUM_BINS = 60
@@ -92,9 +93,17 @@ def _draw_hexagons(axes: Axes, palette: Palette, x: np.ndarray, y: np.ndarray) -
 
 def _label_axis(axes: Axes, which: str, axis: Axis, values: np.ndarray) -> None:
     exponent = 0 if axis.whole else common_exponent([float(abs(values).max())])
-    scale_ticks(axes, which, exponent)
+    if axis.whole:
+        whole_ticks(axes, which)
+    else:
+        scale_ticks(axes, which, exponent)
     label = unit_label(axis.label, axis.unit, exponent) if axis.unit else axis.label
     getattr(axes, f"set_{which}label")(label)
+
+
+def _between_powers(count: float) -> str:
+    """2 and 5 of every power of ten: of few responses there is only one power."""
+    return f"{count:,.0f}" if f"{count:.0e}"[0] in "25" else ""
 
 
 def histogram(
@@ -130,7 +139,7 @@ def histogram(
         axes.set_xlabel(unit_label(label, unit, exponent))
         axes.set_ylabel(counted)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.yaxis.set_minor_formatter(lambda value, _: _between_powers(value))
         if len(series) > 1:
             axes.legend(labelcolor=palette.ink)
 
