@@ -24,6 +24,7 @@ it counts in the loss's mean over responses and in nothing else. Its ids are kep
 `masked_response_ids`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,7 +307,7 @@ def _scored(rewards: Tensor, trainer: Any) -> Row:
     row: Row = {"reward": float((rewards * weights).nansum())}
     names = trainer.reward_func_names
     if len(names) > 1:
-        values = [None if value != value else value for value in rewards.tolist()]
+        values = [None if math.isnan(v) else v for v in rewards.tolist()]
         row["rewards"] = dict(zip(names, values))
     return row
 
