@@ -143,16 +143,17 @@ def make_trainer(
         "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
-    peft = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    peft = {
+        "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+    }  # fmt: skip
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=arbitrary_reward,
         args=GRPOConfig(**arguments | settings),
         train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS]),
-        peft_config=None
-        if lora is None
-        else LoraConfig(task_type="CAUSAL_LM", **peft | dict(lora)),
+        peft_config=None if lora is None else LoraConfig(**peft | dict(lora)),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

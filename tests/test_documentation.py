@@ -35,6 +35,25 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not place or place in anchors(target), link
 
 
+# A path in running text or in a command; capitals and stars stand for any name.
+PLACE = re.compile(
+    r"\b(?:benchmarks|configs|docs|entropy_ddp|examples|launch|tests)/[\w./*-]*\w"
+)
+MODULE = re.compile(r"`([\w/]+\.py)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """By their path, by their path in the package, or by their name alone."""
+    text = page.read_text()
+    for place in PLACE.findall(text):
+        assert re.search(r"NAME|\*", place) or (ROOT / place).exists(), place
+    names = {path.name for path in ROOT.glob("*/**/*.py")}
+    for module in MODULE.findall(text):
+        is_there = (ROOT / module).exists() or (ROOT / "entropy_ddp" / module).exists()
+        assert is_there or module in names or "NAME" in module, module
+
+
 def keys(section: type[BaseModel], before: str = "") -> Iterator[str]:
     """Every key of the configuration, `section.key`."""
     for name, field in section.model_fields.items():

@@ -159,8 +159,13 @@ def _dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
 
 
 def _own(tangent: Tensor, primal: Tensor) -> Tensor:
-    """A copy in the primal's shape: an operation in place would change both of two."""
-    return tangent.expand_as(primal).clone(memory_format=torch.contiguous_format)
+    """A copy in the primal's shape: an operation in place would change both of two.
+
+    And in its dtype: of a bfloat16 and a float32 operand the sum is float32, and so is
+    the tangent of a sum.
+    """
+    wide = tangent.expand_as(primal)
+    return wide.to(primal.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _product_tangent(

@@ -34,7 +34,8 @@ CHUNK_TOKENS = 112
 # A chunk's gradient of a trainable output layer is as large as the layer: fewer chunks.
 TRAINABLE_CHUNK_TOKENS = 256
 
-# (flat token places [m], log p [m], H [m]) -> weights a [m] of log p and b [m] of H.
+# (flat token places [m], log p [m], H [m]) -> weights a [m] of log p and b [m] of H. Of
+# any m tokens, as many as a block of logits holds: not of whole sequences.
 TokenWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -204,16 +205,23 @@ class ResponseTokens(nn.Module):
         return blocks
 
     def forward(
-        self, microbatch: Microbatch, weights: TokenWeights
+        self, microbatch: Microbatch, weights: TokenWeights, settings: ScoringSettings
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The surrogate whose gradient is wanted, and log p [m] and H [m] without one.
+
+        Args:
+            microbatch: the tokens.
+            weights: gives a and b.
+            settings: those of the pass, in place of the module's own: a wrapper around
+                the module cannot be had anew for other settings.
 
         Returns:
             sum(a log p + b H) as a differentiable scalar, log p, H.
         """
         hidden = self.hidden_states(microbatch)
         trainable = [p for p in self.output_layer.parameters() if p.requires_grad]
-        return _WeightedSum.apply(self, microbatch, weights, hidden, *trainable)
+        how = (microbatch, weights, settings)
+        return _WeightedSum.apply(self, how, hidden, *trainable)
 
 
 def _derivatives(
@@ -238,11 +246,11 @@ class _WeightedSum(torch.autograd.Function):
     def forward(
         ctx: Any,
         policy: ResponseTokens,
-        microbatch: Microbatch,
-        weights: TokenWeights,
+        how: tuple[Microbatch, TokenWeights, ScoringSettings],
         hidden: Tensor,
         *trainable: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        microbatch, weights, settings = how
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         logps, entropies, hidden_gradients = [], [], []
         # Wide enough for a sum over many chunks.
@@ -253,7 +261,7 @@ class _WeightedSum(torch.autograd.Function):
         for chunk in policy.chunks(len(hidden), trainable=bool(trainable)):
             token, targets = microbatch.token[chunk], microbatch.target_ids[chunk]
             surrogate, values, into_hidden, *into_layer = _chunk_gradients(
-                policy, hidden[chunk], (token, targets), weights, trainable
+                policy, hidden[chunk], (token, targets), (weights, settings), trainable
             )
             total += surrogate
             logps.append(values[0])
@@ -273,7 +281,6 @@ class _WeightedSum(torch.autograd.Function):
         return (
             None,
             None,
-            None,
             *(saved * scale.to(saved.dtype) for saved in ctx.saved_tensors),
         )
 
@@ -282,7 +289,7 @@ def _chunk_gradients(
     policy: ResponseTokens,
     hidden: Tensor,
     tokens: tuple[Tensor, Tensor],
-    weights: TokenWeights,
+    how: tuple[TokenWeights, ScoringSettings],
     trainable: tuple[Tensor, ...],
 ) -> tuple[Any, ...]:
     """sum(a log p + b H) of a chunk, (log p, H), and the sum's gradients.
@@ -291,11 +298,11 @@ def _chunk_gradients(
         policy: whose output layer it is.
         hidden: hidden states, [m, width].
         tokens: their places and their targets, each [m].
-        weights: gives a and b.
+        how: what gives a and b, and the settings of the pass.
         trainable: parameters of the output layer whose gradients follow that of the
             hidden states.
     """
-    settings, (places, targets) = policy.settings, tokens
+    (weights, settings), (places, targets) = how, tokens
     with torch.enable_grad():
         piece = hidden.detach().requires_grad_()
         logits = policy.output_layer(piece)

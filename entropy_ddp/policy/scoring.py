@@ -61,7 +61,7 @@ class Passes:
     Attributes:
         tokens: the policy as a function of response tokens.
         wrapped: the same module inside DistributedDataParallel, or itself when there
-            is no process group.
+            is no process group. Its own settings are not read.
         parameters: the trainable parameters by name.
         dtype: the model's dtype.
         device: the model's device.
@@ -216,7 +216,8 @@ class Passes:
 
         Args:
             shard: this rank's sequences; may be empty.
-            weights: gives a and b of each token; called for a few rows at a time.
+            weights: gives a and b of each token; called for a few tokens at a time, which
+                need not be whole sequences.
             collect: called after the backward pass of every microbatch, to move the
                 gradients elsewhere; None: they are summed in `.grad`, which is None
                 before.
@@ -236,7 +237,8 @@ class Passes:
             nonlocal backward
             backward = False
             with precision_context(self.dtype):
-                total, logp, entropy = self.wrapped(microbatch, weights)
+                settings = self.tokens.settings
+                total, logp, entropy = self.wrapped(microbatch, weights, settings)
                 scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
                 backward = True
                 add_gradients(total, self.parameters.values(), self.runs_hooks)
@@ -284,7 +286,9 @@ class Passes:
             replace(self.tokens.settings, **settings),
             self.tokens.sharing,
         )
-        return replace(self, tokens=tokens)
+        # Inside DistributedDataParallel the module stays, and is told the settings.
+        wrapped = tokens if self.wrapped is self.tokens else self.wrapped
+        return replace(self, tokens=tokens, wrapped=wrapped)
 
     @property
     def layout(self) -> ParameterLayout:

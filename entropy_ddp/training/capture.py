@@ -88,22 +88,23 @@ class BatchCapture:
     num_ranks: int
     inputs: dict[str, Any] = field(default_factory=dict)
     _microbatches: list[_Microbatch] = field(default_factory=list)
-    _handle: Any = None
+    _handles: list[Any] = field(default_factory=list)
+    _is_seen: bool = False
 
     def arm(self) -> None:
         """Watch from now on, from an empty batch."""
         self.disarm()
         self._microbatches = []
-        # PEFT calls the `forward` of the innermost model, past its hooks.
-        peft = hasattr(self.model, "get_base_model")
-        called: Any = self.model.base_model if peft else self.model
-        self._handle = called.register_forward_hook(self._seen, with_kwargs=True)
+        self._handles = [self.model.register_forward_pre_hook(self._begun)]
+        for module in _layers_of(self.model):
+            hook = module.register_forward_hook(self._returned, with_kwargs=True)
+            self._handles.append(hook)
 
     def disarm(self) -> None:
         """Watch no longer; what was seen is kept."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def rows(self) -> list[TrainedRow]:
         """This rank's sequences of the batch, in the order they were passed in.
@@ -121,9 +122,14 @@ class BatchCapture:
             )
         return [row for batch in self._microbatches for row in self._rows_of(batch)]
 
-    def _seen(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+    def _begun(self, module: nn.Module, args: Any) -> None:
+        self._is_seen = False
+
+    def _returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """The first to return is the innermost that was called as a module."""
+        if self._is_seen or not (module.training and torch.is_grad_enabled()):
             return
+        self._is_seen = True
         batch = self._microbatch(args, kwargs)
         logp = getattr(output, "log_probs", None)
         if logp is not None and logp.requires_grad:
@@ -196,6 +202,19 @@ class BatchCapture:
                 )
             )
         return rows
+
+
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    """The model and what PEFT has wrapped, each once.
+
+    Of these PEFT calls some past their hooks, by `forward`: with a task type the
+    innermost, without one the tuner in between.
+    """
+    if not hasattr(model, "get_base_model"):
+        return [model]
+    tuner, base = model.base_model, model.get_base_model()
+    layers = {id(layer): layer for layer in (model, tuner, base)}
+    return list(layers.values())
 
 
 def _keeper(batch: _Microbatch, name: str) -> Callable[[Tensor | None], None]:

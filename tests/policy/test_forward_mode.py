@@ -126,6 +126,31 @@ def test_a_sum_in_place_leaves_its_operands_tangent_alone() -> None:
         torch.testing.assert_close(halves(total)[1], 6 * da, **TOLERANCES)
 
 
+@pytest.mark.parametrize("narrow_first", [True, False])
+@pytest.mark.parametrize("operation", [torch.add, torch.mul])
+def test_operands_of_two_dtypes(
+    operation: Callable[..., Tensor], narrow_first: bool
+) -> None:
+    """The tangent of a float32 result is float32, whichever operand has one."""
+    narrow, wide = random((4,), 0).bfloat16(), random((3, 4), 1).float()
+    operands = [narrow, wide] if narrow_first else [wide, narrow]
+    for chosen in subsets(2):
+        tangents = [
+            random(x.shape, 5).to(x) if has else None
+            for x, has in zip(operands, chosen, strict=True)
+        ]
+        value, tangent = by_rules(operation, operands, tangents)
+        assert tangent is not None
+        assert value.dtype == tangent.dtype == torch.float32
+        # A product with the narrow operand's tangent is of float32 numbers too.
+        _, expected = by_stock(
+            operation,
+            [x.double() for x in operands],
+            [t if t is None else t.double() for t in tangents],
+        )
+        torch.testing.assert_close(tangent, expected.float(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name: str) -> None:
     function, shapes = PRODUCTS[name]

@@ -279,6 +279,38 @@ def test_microbatches_are_counted_and_reported(qwen2: Case) -> None:
     )
 
 
+class Wrapper(nn.Module):
+    """What DistributedDataParallel is to the module inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_other_settings_hold_for_both_passes(is_wrapped: bool, qwen2: Case) -> None:
+    """Also for the backward pass, which goes through the wrapper."""
+    passes = make_passes(qwen2.model)
+    if is_wrapped:
+        passes = replace(passes, wrapped=Wrapper(passes.tokens))
+    cold = passes.with_settings(temperature=0.5)
+    ones = torch.ones(qwen2.batch.num_tokens, dtype=torch.float64)
+
+    def weights(token: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return ones[token], ones[token]
+
+    expected = make_passes(qwen2.model, temperature=0.5)
+    own, scores = expected.gradient(qwen2.shard, weights, torch.float64)
+    found, again = cold.gradient(qwen2.shard, weights, torch.float64)
+    assert torch.equal(found, own)
+    assert torch.equal(again.logp, scores.logp)
+    assert torch.equal(again.logp, cold.score(qwen2.shard).logp)
+    assert not torch.equal(again.logp, passes.score(qwen2.shard).logp)
+
+
 def test_sums_over_the_vocabulary_are_float64_in_a_float32_model() -> None:
     """Entropies of nearly certain tokens, from the very logits of the pass."""
     model = ref.tiny_llama(0, attention="sdpa").float()

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.ledger.reading import read_ledger
-from entropy_ddp.training import EntropyProbeCallback, callback
+from entropy_ddp.rollouts.jsonlines import read_rows
+from entropy_ddp.training import EntropyProbeCallback, RolloutRecorder, callback
 from entropy_ddp.training.capture import TrainedBatch
 from entropy_ddp.training.lines import append_line
 
@@ -82,10 +83,46 @@ def max_part(entry: Mapping[str, Any]) -> float:
     return max(map(abs, (*entry["parts"].values(), *entry["tokens"].values())))
 
 
-def test_weights_are_those_of_the_loss_s_formula(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ADAPTERS: dict[str, Any] = {
+    "all weights": None,
+    "LoRA with a task type": {},
+    "LoRA without a task type": {"task_type": None},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_model_is_seen_where_it_is_called(
+    adapter: str, checkpointing: bool, tmp_path: Path, batches: list[TrainedBatch]
 ) -> None:
-    """dr_grpo on policy: dL / d log p = -A / (N L)."""
+    """Whichever of its layers PEFT calls; and the recorder has seen the same."""
+    trainer = make_trainer(
+        tmp_path / "trainer",
+        lora=ADAPTERS[adapter],
+        gradient_checkpointing=checkpointing,
+    )
+    EntropyProbeCallback(out=tmp_path, **PROBE, truth=False).attach(trainer)
+    recorder = RolloutRecorder(out=tmp_path / "rollouts")
+    recorder.attach(trainer)
+    trainer.train()
+    assert trainer.model.is_gradient_checkpointing == checkpointing
+    for entry, trained in zip(steps_of(tmp_path), batches, strict=True):
+        checks = entry["checks"]
+        assert checks["identity_gap"] < 1e-5
+        assert checks["step_gap"] < 1e-5
+        assert checks["logp_gap"] < 1e-3
+        rows = [*read_rows(recorder.file(entry["step"]))]
+        names = ("prompt_ids", "response_ids", "advantage", "sampling_logprobs")
+        recorded = sorted([row[name] for name in names] for row in rows)
+        seen = sorted(
+            [r.prompt_ids, r.response_ids, r.advantage, r.logp] for r in trained.rows
+        )
+        assert recorded == seen
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[TrainedBatch]:
+    """The batches that the callback was given, to be filled by a training."""
     seen: list[TrainedBatch] = []
     original = callback.probe_before
 
@@ -94,8 +131,15 @@ def test_weights_are_those_of_the_loss_s_formula(
         return original(session, pending)
 
     monkeypatch.setattr(callback, "probe_before", spy)
+    return seen
+
+
+def test_weights_are_those_of_the_loss_s_formula(
+    tmp_path: Path, batches: list[TrainedBatch]
+) -> None:
+    """dr_grpo on policy: dL / d log p = -A / (N L)."""
     train(tmp_path, probe={}, lora={}, max_steps=1, gradient_accumulation_steps=2)
-    (trained,) = seen
+    (trained,) = batches
     assert len(trained.rows) == 16
     for row in trained.rows:
         assert 0 < len(row.response_ids) <= 6

@@ -1,7 +1,11 @@
 """Is the gradient of every loss that of the loss written out?"""
 
 import math
+import re
+import runpy
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +15,10 @@ from reference import LossSettings, Row
 from tiny_runs import as_batch, make_passes
 from torch import Tensor, nn
 
+import entropy_ddp
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy import head
 from entropy_ddp.rollouts.advantages import compute_advantages
 from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.loss import loss_weights, sequence_coefficients
@@ -204,3 +210,64 @@ def test_the_clipped_ratio_needs_the_sampler_in_every_row() -> None:
     for rank in range(2):  # every rank refuses, also the one without the row
         with pytest.raises(InputError, match="sampling_logprobs.*line 4 has none"):
             loss_weights(batch.shard(rank, 2), Update(ratio="clipped"))
+
+
+# The recipe of docs/extending.md
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Any]:
+    """The loss that the page adds, run from the page."""
+    page = Path(entropy_ddp.__file__).parents[1] / "docs" / "extending.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    script = tmp_path / "recipe.py"
+    script.write_text("\n".join(blocks))
+    return runpy.run_path(str(script))["gspo_weights"]
+
+
+def gspo_gradient(
+    model: nn.Module, rows: list[Row], update: Update
+) -> dict[str, Tensor]:
+    """The loss written out with q_i = 1 / (N T_i), by autograd."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row, advantage in zip(rows, ref.advantages(rows, "centered"), strict=True):
+        if not row.response_ids:
+            continue
+        logp, _ = ref.token_scores(model, row, 1.0)
+        ratio = (
+            (logp - torch.tensor(row.sampling_logprobs, dtype=logp.dtype)).mean().exp()
+        )
+        inside = ratio.clamp(1 - update.epsilon_low, 1 + update.epsilon_high)
+        surrogate = torch.minimum(ratio * advantage, inside * advantage)
+        total = total - surrogate / len(rows)
+    parameters = ref.trainable(model)
+    gradients = torch.autograd.grad(total, list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def test_the_recipe_for_a_loss_of_whole_sequences(
+    model: nn.Module,
+    rows: list[Row],
+    recipe: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Right although its weights are asked for parts of sequences."""
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 2 * VOCABULARY)
+    update = Update(loss="grpo", epsilon_low=0.05, epsilon_high=0.1)
+    shard, asked = with_advantages(rows).shard(0, 1), []
+    passes = make_passes(model, tokens_per_microbatch=1000)
+    weights = recipe(shard, update, passes.score(shard).logp)
+
+    def watched(token: Tensor, logp: Tensor, entropy: Tensor) -> Any:
+        asked.append(len(token))
+        return weights(token, logp, entropy)
+
+    flat, _ = passes.gradient(shard, watched, torch.float64)
+    assert max(asked) == 2 < int(shard.ragged.lengths.max())
+    expected = gspo_gradient(model, rows, update)
+    assert_same(passes.layout.views(flat), expected)
+    wide = Update(loss="grpo", epsilon_low=0.99, epsilon_high=99.0)
+    unclipped = gspo_gradient(model, rows, wide)
+    assert norm({n: unclipped[n] - e for n, e in expected.items()}) > 0.05 * norm(
+        expected
+    )
