@@ -9,6 +9,11 @@ import math
 from typing import Any
 
 from entropy_ddp.results import AuditRow, RunFacts, Verdict
+from entropy_ddp.rollouts.rows import listed_lines
+
+# How many end tokens of a batch may be expected to be as improbable as one that is
+# taken for genuine.
+RARE_ENDS = 1e-3
 
 
 def check(
@@ -293,6 +298,67 @@ def scale_checks(
             "tokens were lost or counted twice between the file and the passes",
         ),
     ]
+
+
+def text_checks(
+    split: str, size: int, doubtful: int, named: list[int]
+) -> list[AuditRow]:
+    """Responses whose ids were tokenised from text, and those that may be others.
+
+    Args:
+        split: the batch.
+        size: how many responses are from text.
+        doubtful: of how many the file says that their ids are in doubt.
+        named: lines of those that are so by themselves, and not by their step's log.
+    """
+    lines = f" ({listed_lines(named)})" if named else ""
+    return [
+        fact(f"{split} responses with ids from text", size),
+        check(
+            f"{split} responses with ids in doubt",
+            f"{doubtful}{lines}",
+            "0",
+            doubtful == 0,
+            "their text may not lead back to the tokens that were sampled (the row's "
+            "`ids_from_text` says why), and a token that was not sampled can dominate "
+            "the step: record exact ids (entropy_ddp.training.RolloutRecorder), or leave "
+            "their groups out",
+            fatal=False,
+        ),
+    ]
+
+
+def restored_end_check(
+    split: str, least: float, tokens: int, improbable: list[int], matters: bool
+) -> AuditRow:
+    """Whether end-of-sequence tokens that were put back behind text can be genuine.
+
+    Of T sampled tokens at most T p are expected to be end tokens whose probability is p
+    or less, whatever the policy.
+
+    Args:
+        split: the batch.
+        least: the smallest log-probability of a restored end token, nats.
+        tokens: response tokens of the batch, T.
+        improbable: lines of the restored ends whose T p is below `RARE_ENDS`.
+        matters: whether one of them has a part in the results.
+    """
+    return check(
+        f"{split} restored end of sequence, least log p",
+        least,
+        f">= {least_end_logp(tokens):.4g}",
+        not improbable,
+        f"{listed_lines(improbable) if improbable else ''}: a batch in a thousand has a "
+        "genuine end token so improbable: the response was cut off, and its text lacks a "
+        "token of it; set `finished: false` there and leave the end token out, or record "
+        "exact ids (entropy_ddp.training.RolloutRecorder)",
+        fatal=matters,
+    )
+
+
+def least_end_logp(tokens: int) -> float:
+    """The log-probability below which an end token among so many is not genuine."""
+    return math.log(RARE_ENDS / tokens)
 
 
 def sampler_checks(split: str, mean: float, largest: float) -> list[AuditRow]:

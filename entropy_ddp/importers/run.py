@@ -11,10 +11,10 @@ from entropy_ddp.config import Checkpoint
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.records import Record, Source
 from entropy_ddp.importers.summary import (
+    doubt_notes,
     group_notes,
     step_notes,
     summarise,
-    tally_notes,
 )
 from entropy_ddp.importers.table import read_table
 from entropy_ddp.importers.token_exports import read_nemo_rl, read_prime_rl
@@ -34,6 +34,7 @@ from entropy_ddp.policy.training_arguments import (
     read_training_arguments,
 )
 from entropy_ddp.rollouts.files import write_jsonl
+from entropy_ddp.rollouts.rows import LOG_DIFFERS
 
 READERS: dict[str, Callable[[Path, Source], list[Record]]] = {
     "trl": read_trl,
@@ -103,15 +104,20 @@ def import_rollouts(options: ImportOptions) -> dict[str, Any]:
     tokenising = _tokenising(options, files, trained)
     rows = make_rows(records, tokenising, tally)
     _require_sizes(rows, options)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(options.output, rows)
     notes = [
         *step_notes(records, options.checkpoint),
         *group_notes(records, rows, trained),
-        *tally_notes(tally),
+        *doubt_notes(rows, tally),
     ]
     if options.format == "trl":
-        notes += log_notes(options.files, rows, [record.step for record in records])
+        steps = [record.step for record in records]
+        told = log_notes(options.files, rows, steps)
+        for row, step in zip(rows, steps):
+            if step in told:
+                row["ids_from_text"].append(LOG_DIFFERS)
+        notes += told.values()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(options.output, rows)
     return summarise(rows, tally, tokenising.max_length) | {"notes": notes}
 
 

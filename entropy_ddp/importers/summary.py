@@ -7,6 +7,14 @@ from typing import Any
 
 from entropy_ddp.importers.records import Record
 from entropy_ddp.importers.tokenising import Tally
+from entropy_ddp.rollouts.rows import (
+    DOUBTS,
+    END_RESTORED,
+    NEAR_LIMIT,
+    OTHER_TEXT,
+    TOO_LONG,
+    listed_lines,
+)
 
 # Folders of the common trainers: checkpoint-N, global_step_N, step_N.
 STEP_FOLDER = re.compile(r"(?:checkpoint-|global_step_?|step_)(\d+)")
@@ -33,7 +41,7 @@ def summarise(
         "response_length": _range(lengths),
         "max_completion_length": max_length,
         "truncated_responses": sum(not row["finished"] for row in rows),
-        "end_tokens_restored": tally.restored,
+        "end_tokens_restored": len(marked(rows, END_RESTORED)),
         "prompts_through_chat_template": tally.templated,
         "tokens_dropped_after_responses": tally.num_dropped,
         "sequences_with_advantage": sum("advantage" in row for row in rows),
@@ -47,8 +55,17 @@ def summarise(
         summary["round_trip_other_ids"] = tally.retokenised
     if tally.known_ids < len(rows):
         summary["round_trip_unknown_ids"] = len(rows) - tally.known_ids
-        summary["round_trip_altered_text"] = tally.altered
+        summary["round_trip_altered_text"] = len(marked(rows, OTHER_TEXT))
+        summary["responses_in_doubt"] = len(marked(rows, *DOUBTS))
     return summary
+
+
+def marked(rows: list[dict[str, Any]], *marks: str) -> list[int]:
+    """Numbers of the rows, from 1, whose `ids_from_text` has one of these marks."""
+    wanted = set(marks)
+    return [
+        n for n, r in enumerate(rows, 1) if wanted & set(r.get("ids_from_text", ()))
+    ]
 
 
 def _range(values: list[Any]) -> dict[str, Any]:
@@ -109,28 +126,27 @@ def group_notes(
     return notes
 
 
-def tally_notes(tally: Tally) -> list[str]:
-    """Sentences where text did not lead back to the sampled tokens."""
+def doubt_notes(rows: list[dict[str, Any]], tally: Tally) -> list[str]:
+    """Sentences where text did not lead back to the sampled tokens, with the lines."""
     notes = []
     if tally.retokenised:
         notes.append(
             f"{tally.retokenised} of {tally.known_ids} responses tokenise to other ids "
             "than were sampled; the sampled ids were kept"
         )
-    if tally.altered:
-        notes.append(
-            f"{tally.altered} responses are not what their tokens decode to: the "
-            "sampled tokens were others"
-        )
-    if tally.nearly_full:
-        notes.append(
-            f"{tally.nearly_full} responses got the end-of-sequence token back although "
-            "they nearly have the maximum completion length: truncated ones whose text "
-            "lacks a token would look the same"
-        )
-    if tally.longer:
-        notes.append(
-            f"{tally.longer} responses have more tokens than the maximum completion "
-            "length: the sampled tokens were others, or the length is another"
-        )
+    for mark, what in _WHAT_IT_MEANS.items():
+        lines = marked(rows, mark)
+        if lines:
+            notes.append(f"{len(lines)} {what} ({listed_lines(lines)})")
     return notes
+
+
+_WHAT_IT_MEANS = {
+    OTHER_TEXT: "responses are not what their tokens decode to: the sampled tokens were "
+    "others",
+    NEAR_LIMIT: "responses got the end-of-sequence token back although they nearly have "
+    "the maximum completion length: truncated ones whose text lacks a token would look "
+    "the same",
+    TOO_LONG: "responses have more tokens than the maximum completion length: the "
+    "sampled tokens were others, or the length is another",
+}

@@ -9,9 +9,9 @@ Where the dump has token ids they are taken over. Text is tokenised as it stands
   rendered by the chat template, and accepted only if that gives the same text again.
 
 Text need not tokenise to the tokens that were sampled: special tokens inside of it are
-lost, and a response that loses some may look finished when it was truncated. Where ids are known, the
-responses whose text tokenises to others are counted; where they are not, the responses
-whose text is not what its tokens decode to.
+lost, and a response that loses some may look finished when it was truncated. Where ids
+are known, the responses whose text tokenises to others are counted; where they are not,
+the row's `ids_from_text` says what makes them doubtful.
 """
 
 import re
@@ -24,7 +24,11 @@ from entropy_ddp.rollouts.files import decode_prompt, decode_response
 from entropy_ddp.rollouts.jsonlines import make_problem, show
 from entropy_ddp.rollouts.prompts import render_messages
 from entropy_ddp.rollouts.rows import (
+    END_RESTORED,
     KNOWN_KEYS,
+    NEAR_LIMIT,
+    OTHER_TEXT,
+    TOO_LONG,
     TokenLimits,
     check_vocabulary,
     make_sequence,
@@ -64,25 +68,16 @@ class Tally:
     """What was counted on the way, in sequences unless said otherwise.
 
     Attributes:
-        restored: responses that got the end-of-sequence token back.
         templated: prompts that the chat template rendered.
         num_dropped: masked tokens after responses.
         known_ids: responses whose sampled ids the dump has.
         retokenised: of these, those whose text tokenises to other ids.
-        altered: responses of text only whose tokens decode to another text.
-        longer: responses of text only with more tokens than the maximum length.
-        nearly_full: responses that got the end-of-sequence token back although only a
-            twentieth of the maximum length, or one token, was left.
     """
 
-    restored: int = 0
     templated: int = 0
     num_dropped: int = 0
     known_ids: int = 0
     retokenised: int = 0
-    altered: int = 0
-    longer: int = 0
-    nearly_full: int = 0
 
 
 def make_rows(
@@ -126,8 +121,9 @@ def _check_same_group(row: dict[str, Any], first: dict[str, Any], where: str) ->
 
 def _make_row(record: Record, tokenising: Tokenising, tally: Tally) -> dict[str, Any]:
     prompt_ids = _prompt_ids(record, tokenising, tally)
+    marks = None
     if record.response_ids is None:
-        response_ids, finished = _encode_response(record, tokenising, tally)
+        response_ids, finished, marks = _encode_response(record, tokenising)
     else:
         response_ids = record.response_ids
         for key, ids in (("prompt_ids", prompt_ids), ("response_ids", response_ids)):
@@ -145,6 +141,7 @@ def _make_row(record: Record, tokenising: Tokenising, tally: Tally) -> dict[str,
         "advantage": record.advantage,
         "sampling_logprobs": record.sampling_logprobs,
         "finished": finished,
+        "ids_from_text": marks,
     }
     row = {key: value for key, value in row.items() if value is not None}
     # A key of the dump that means another thing here must not be read as ours.
@@ -183,16 +180,13 @@ def _decode_all(ids: list[int], tokenising: Tokenising) -> str:
 
 
 def _encode_response(
-    record: Record, tokenising: Tokenising, tally: Tally
-) -> tuple[list[int], bool]:
+    record: Record, tokenising: Tokenising
+) -> tuple[list[int], bool, list[str]]:
+    """Token ids, whether they end in the end-of-sequence token, and what is doubtful."""
     assert record.response is not None
     ids = _encode(record.response, tokenising)
-    end = tokenising.tokenizer.eos_token_id
     has_end = bool(ids) and ids[-1] in tokenising.end_ids
-    tally.altered += _decode_all(ids, tokenising) != record.response
-    limit = tokenising.max_length
-    tally.longer += limit is not None and len(ids) - has_end > limit
-    finished = record.finished
+    limit, finished = tokenising.max_length, record.finished
     if finished is None and limit is None and not has_end:
         raise make_problem(
             record.where,
@@ -203,8 +197,13 @@ def _encode_response(
         )
     if finished is None:
         finished = has_end or len(ids) < (limit or 0)
+    is_altered = _decode_all(ids, tokenising) != record.response
+    marks = [OTHER_TEXT] if is_altered else []
+    if limit is not None and len(ids) - has_end > limit:
+        marks.append(TOO_LONG)
     if not finished or has_end:
-        return ids, finished
+        return ids, finished, marks
+    end = tokenising.tokenizer.eos_token_id
     if end is None:
         raise make_problem(
             record.where,
@@ -212,10 +211,11 @@ def _encode_response(
             "none",
             "add it to the checkpoint's tokenizer_config.json",
         )
-    tally.restored += 1
-    if limit is not None and record.finished is None:
-        tally.nearly_full += len(ids) + max(1, limit // 20) >= limit
-    return [*ids, end], True
+    # A twentieth of the limit, or one token, is left.
+    is_full = limit is not None and len(ids) + max(1, limit // 20) >= limit
+    if is_full and record.finished is None:
+        marks.append(NEAR_LIMIT)
+    return [*ids, end], True, [*marks, END_RESTORED]
 
 
 def _audit_round_trip(ids: list[int], tokenising: Tokenising, tally: Tally) -> None:

@@ -20,8 +20,8 @@ TOLERANCE = 1e-5
 
 def log_notes(
     files: tuple[Path, ...], rows: list[dict[str, Any]], steps: list[int | None]
-) -> list[str]:
-    """Sentences on the steps whose log says another thing than their rows.
+) -> dict[int, str]:
+    """By step, a sentence where the log says another thing than its rows.
 
     Steps that no log beside the files mentions are left out.
 
@@ -36,15 +36,15 @@ def log_notes(
     logged: dict[int, dict[str, Any]] = {}
     for folder in {path.resolve().parent.parent for path in files}:
         logged |= _read_log(folder)
-    notes = []
-    for step in sorted({step for step in steps if step in logged}, key=str):
+    notes = {}
+    for step in sorted({step for step in steps if step is not None and step in logged}):
         own = [row for row, its in zip(rows, steps) if its == step]
         length = sum(len(row["response_ids"]) for row in own) / len(own)
         truncated = sum(not row["finished"] for row in own) / len(own)
-        entry = logged[step] if step is not None else {}
+        entry = logged[step]
         expected = entry["completions/mean_length"], entry["completions/clipped_ratio"]
         if not all(map(_agree, expected, (length, truncated))):
-            notes.append(
+            notes[step] = (
                 f"TRL logged a mean length of {expected[0]:.6g} tokens and a truncated "
                 f"share of {expected[1]:.6g} for step {step}, the rows have "
                 f"{length:.6g} and {truncated:.6g}: some responses are not what was "

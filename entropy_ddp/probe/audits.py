@@ -17,6 +17,7 @@ from entropy_ddp.probe.batch_audits import (
     batch_rows,
     on_policy_row,
     sampler_rows,
+    text_rows,
     update_batch_rows,
 )
 from entropy_ddp.probe.gradient_dot import obstacle
@@ -67,6 +68,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         *batch_rows(session),
         *moment_rows(session),
         *_scale_rows(session, measured),
+        *text_rows(session, measured),
         *sampler_rows(session, measured),
         on_policy_row(session, measured),
         audit.close(

@@ -11,6 +11,7 @@ from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 from entropy_ddp.rollouts.batch import Batch, Ragged
+from entropy_ddp.rollouts.rows import DOUBTS, END_RESTORED, LOG_DIFFERS
 
 
 def update_batch_rows(session: Session) -> list[AuditRow]:
@@ -107,13 +108,61 @@ def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
     ]
 
 
+def text_rows(session: Session, measured: Measured) -> list[AuditRow]:
+    """Responses whose ids were tokenised from text: what is doubtful, and their ends."""
+    rows = []
+    for split, scores in _scores_of(measured).items():
+        batch = session.batches[split]
+        marks_of = {s.index: s.ids_from_text for s in batch.sequences}
+        from_text = {i: marks for i, marks in marks_of.items() if marks is not None}
+        if not from_text:
+            continue
+        doubts = {i + 1: set(marks) & set(DOUBTS) for i, marks in from_text.items()}
+        doubtful = sum(map(bool, doubts.values()))
+        named = [line for line, found in doubts.items() if found - {LOG_DIFFERS}]
+        rows += audit.text_checks(split, len(from_text), doubtful, named)
+        if any(END_RESTORED in marks for marks in from_text.values()):
+            rows.append(_restored_end_row(session, batch, scores))
+    return rows
+
+
+def _restored_end_row(session: Session, batch: Batch, scores: TokenScores) -> AuditRow:
+    """Whether the ends that were put back are as probable as genuine ones."""
+    shard = session.shard(batch)
+    lasts = (shard.ragged.starts + shard.ragged.lengths - 1).tolist()
+    own = {
+        sequence.index: float(scores.logp[last])
+        for sequence, last in zip(shard.sequences, lasts)
+        if END_RESTORED in (sequence.ids_from_text or ())
+    }
+    ends: dict[int, float] = {}
+    for shares in session.world.gather_objects(own):
+        ends |= shares
+    limit = audit.least_end_logp(batch.num_tokens)
+    improbable = sorted(index for index, logp in ends.items() if logp < limit)
+    by_index = {sequence.index: sequence for sequence in batch.sequences}
+    return audit.restored_end_check(
+        batch.split,
+        min(ends.values()),
+        batch.num_tokens,
+        [index + 1 for index in improbable],
+        # Without advantage a response of U moves nothing.
+        any(by_index[index].advantage != 0 for index in improbable),
+    )
+
+
+def _scores_of(measured: Measured) -> dict[str, TokenScores]:
+    """This rank's tokens of the batches that were scored, by split."""
+    found: dict[str, TokenScores] = {"E": measured.base}
+    if measured.update_scores is not None:
+        found["U"] = measured.update_scores
+    return found
+
+
 def sampler_rows(session: Session, measured: Measured) -> list[AuditRow]:
     """Log-probabilities against those that the sampler recorded, where it did."""
     rows = []
-    scores_of: dict[str, TokenScores] = {"E": measured.base}
-    if measured.update_scores is not None:
-        scores_of["U"] = measured.update_scores
-    for split, scores in scores_of.items():
+    for split, scores in _scores_of(measured).items():
         shard = session.shard(session.batches[split])
         count, total, largest = 0, 0.0, 0.0
         starts = shard.ragged.starts.tolist()

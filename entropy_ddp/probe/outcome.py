@@ -325,5 +325,7 @@ def _row(split: str, sequence: Sequence, values: dict[str, Any]) -> dict[str, An
         "group": sequence.group_key,
         "num_tokens": sequence.num_tokens,
     } | values
+    if sequence.ids_from_text is not None:
+        row["ids_from_text"] = list(sequence.ids_from_text)
     carried = sequence.extra.items()
     return row | {f"input_{k}" if k in row else k: value for k, value in carried}

@@ -40,6 +40,8 @@ class Sequence:
             needs none.
         sampling_logprobs: the sampler's log-probabilities, float64, [T_i], in nats.
         finished: whether the end-of-sequence token ended it; None if not recorded.
+        ids_from_text: of a response that was tokenised from text, what may make its ids
+            others than were sampled (`rows.DOUBTS`, `rows.END_RESTORED`); else None.
         extra: the row's remaining keys, carried to the per-sequence output.
     """
 
@@ -52,6 +54,7 @@ class Sequence:
     advantage: float | None = None
     sampling_logprobs: Tensor | None = None
     finished: bool | None = None
+    ids_from_text: tuple[str, ...] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

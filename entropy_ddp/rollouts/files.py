@@ -209,6 +209,9 @@ def sequence_to_row(
         "advantage": sequence.advantage,
         "sampling_logprobs": None if logprobs is None else logprobs.tolist(),
         "finished": sequence.finished,
+        "ids_from_text": (
+            None if sequence.ids_from_text is None else list(sequence.ids_from_text)
+        ),
     }
     row.update({key: value for key, value in known.items() if value is not None})
     return row | sequence.extra

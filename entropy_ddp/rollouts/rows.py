@@ -10,6 +10,8 @@ Rules where a row could be read in two ways:
 - Response text is tokenised as it stands. Because the end-of-sequence token counts when
   it was generated, it is appended (unless the text ends with it) when `finished` is
   true; text without `finished` is an error, never a guess.
+- `ids_from_text` stands in a row whose response ids were tokenised from text, by an
+  importer or here, and lists what may make them others than the policy sampled.
 - Keys that are not in `KNOWN_KEYS` are kept in `Sequence.extra`.
 """
 
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 
 # A log-probability above 0 by less than this is float32 rounding in the sampler.
 LOGPROB_ROUNDING_NATS = 1e-5
+# Of `ids_from_text`: the end-of-sequence token was put back behind the text.
+END_RESTORED = "end restored"
+# And what makes ids doubtful: it was put back close to the maximum length; the ids decode
+# to another text; they are more than that length; the trainer logged another length.
+NEAR_LIMIT, OTHER_TEXT = "near the limit", "other text"
+TOO_LONG, LOG_DIFFERS = "too long", "log differs"
+DOUBTS = (NEAR_LIMIT, OTHER_TEXT, TOO_LONG, LOG_DIFFERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,12 @@ def _is_list_of_integers(value: object) -> bool:
     return isinstance(value, list) and all(type(element) is int for element in value)
 
 
+def _is_list_of_marks(value: object) -> bool:
+    return isinstance(value, list) and all(
+        mark == END_RESTORED or mark in DOUBTS for mark in value
+    )
+
+
 KNOWN_KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
     "group": (lambda value: type(value) in (int, str), "an integer or a string"),
     "prompt_ids": (_is_list_of_integers, "a list of integers"),
@@ -73,7 +88,21 @@ KNOWN_KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
     "advantage": (is_number, "a number"),
     "sampling_logprobs": (_is_list_of_numbers, "a list of numbers"),
     "finished": (lambda value: type(value) is bool, "true or false"),
+    "ids_from_text": (
+        _is_list_of_marks,
+        f"a list of {', '.join(map(repr, (END_RESTORED, *DOUBTS)))}",
+    ),
 }
+
+
+def listed_lines(lines: list[int], most: int = 8) -> str:
+    """`line 3`, `lines 3, 7 and 9`, and how many more there are."""
+    shown = [str(line) for line in lines[:most]]
+    if len(lines) > most:
+        shown.append(f"{len(lines) - most} more")
+    *head, last = shown
+    listed = f"{', '.join(head)} and {last}" if head else last
+    return f"line{'s' if len(lines) > 1 else ''} {listed}"
 
 
 def check_types(row: dict[str, Any], where: str) -> None:
@@ -136,10 +165,11 @@ def _read_response_ids(
     where: str,
     limits: TokenLimits,
     tokenizer: "PreTrainedTokenizerBase | None",
-) -> list[int]:
-    ids = row.get("response_ids")
+) -> tuple[list[int], tuple[str, ...] | None]:
+    ids, marks = row.get("response_ids"), row.get("ids_from_text")
     finished = row.get("finished")
     if ids is None:
+        marks = []
         text, tokenizer = _require_text(row, "response", where, tokenizer)
         ids = _encode(text, tokenizer)
         if finished is None:
@@ -159,7 +189,7 @@ def _read_response_ids(
                 "give `response_ids`",
             )
         if finished and ids[-1:] != [end]:
-            ids = [*ids, end]
+            ids, marks = [*ids, end], [END_RESTORED]
     if finished and not ids:
         raise make_problem(
             where,
@@ -168,7 +198,7 @@ def _read_response_ids(
             "add the token's id or set `finished` to false",
         )
     check_vocabulary(ids, "response_ids", where, limits)
-    return ids
+    return ids, None if marks is None else tuple(marks)
 
 
 def _require_text(
@@ -258,7 +288,7 @@ def make_sequence(
             where, "the key `group`", "none", "give the responses of a prompt one group"
         )
     prompt_ids = read_prompt_ids(row, where, limits, tokenizer)
-    response_ids = _read_response_ids(row, where, limits, tokenizer)
+    response_ids, marks = _read_response_ids(row, where, limits, tokenizer)
     positions = len(prompt_ids) + len(response_ids) - 1
     if limits.max_positions is not None and positions > limits.max_positions:
         raise make_problem(
@@ -283,5 +313,6 @@ def make_sequence(
             None if logprobs is None else torch.tensor(logprobs, dtype=torch.float64)
         ),
         finished=row.get("finished"),
+        ids_from_text=marks,
         extra={key: value for key, value in row.items() if key not in KNOWN_KEYS},
     )

@@ -1,6 +1,7 @@
 """Importers: what each trainer's dump becomes, and what is refused by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,33 @@ def test_text_that_the_tokenizer_alters_is_counted(
     )
     assert summary["round_trip_altered_text"] == 1
     assert summary["round_trip_unknown_ids"] == 2
+    assert summary["responses_in_doubt"] == 1
+
+
+def test_rows_from_text_say_what_is_doubtful(
+    tmp_path: Path, checkpoint: Path, output: Path
+) -> None:
+    """Ids that the dump has are in no doubt; nor is an end that the dump tells of."""
+    cases: list[tuple[str, dict[str, Any], list[str]]] = [
+        ("ab", {}, ["end restored"]),
+        ("cdefg", {}, ["near the limit", "end restored"]),
+        ("cdefg", {"finished": True}, ["end restored"]),
+        ("cdefgh", {}, []),
+        ("cdefghi", {}, ["too long"]),
+        ("a?", {}, ["other text", "end restored"]),
+    ]
+    rows = [{"prompt": "x", "response": t, "reward": 1} | m for t, m, _ in cases]
+    dump = write_lines(tmp_path / "t.jsonl", rows)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "output": output}
+    got, summary = imported("table", dump, max_completion_length=LENGTH, **options)
+    assert [row["ids_from_text"] for row in got] == [marks for *_, marks in cases]
+    assert summary["responses_in_doubt"] == 3
+    for line in ("1 responses got .* back .*\\(line 2\\)", ".*others \\(line 6\\)"):
+        assert any(re.match(line, note) for note in summary["notes"])
+    output.unlink()
+    exact = write_lines(tmp_path / "rank_0.jsonl", [prime_row([9], [10, EOS])])
+    (row,), _ = imported("prime-rl", exact, **options)
+    assert "ids_from_text" not in row
 
 
 # table

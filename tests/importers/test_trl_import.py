@@ -321,8 +321,10 @@ def test_the_trainers_log_is_held_against_the_rows(
     later.mkdir()
     (later / "trainer_state.json").write_text(json.dumps(state))
     file = write_completions(folder / "completions_00005.parquet", columns())
-    _, summary = imported(
+    rows, summary = imported(
         "trl", file, checkpoint=checkpoint, output=tmp_path / "U.jsonl",
-        max_completion_length=3,
+        max_completion_length=30,
     )  # fmt: skip
     assert any("TRL logged" in note for note in summary["notes"]) == is_told
+    marks = ["end restored", *(["log differs"] if is_told else [])]
+    assert [row["ids_from_text"] for row in rows] == [marks] * len(rows)

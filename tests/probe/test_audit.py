@@ -20,9 +20,11 @@ import planted
 import pytest
 import reference as ref
 import torch
+from checkpoints import save_checkpoint
 from planted import END, Document, Scene
 from reference import LossSettings, Objective
 from rich.console import Console
+from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ from entropy_ddp.names import short_name
 from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.probe import session
 from entropy_ddp.probe.batch_audits import batch_rows
+from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import AuditRow, Probed, Results
 from entropy_ddp.terminal.runs import print_diagnosis, print_results
 from entropy_ddp.update import step
@@ -397,6 +400,116 @@ def test_whose_limit_cut_the_responses_off(
     rows = batch_rows(opened)
     hint = next(row.hint for row in rows if row.name == "E truncated responses")
     assert "cut off, the longest after 4 tokens" in hint and said in hint
+
+
+# Responses from text
+
+
+@pytest.fixture(scope="module")
+def peaked(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """A policy that is sure of most tokens, and batches sampled from it."""
+    root = tmp_path_factory.mktemp("peaked")
+    model = ref.tiny_qwen2(11, attention="sdpa")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(8.0)
+    saved = save_checkpoint(root, "qwen2", model=model)
+    return Scene(
+        saved=saved,
+        **planted.sample_batches(saved.model),
+        sections={"compute": planted.COMPUTE, "update": {"lr_override": 1e-5}},
+    )
+
+
+def from_text(row: Document) -> Document:
+    """As the importer has it: where the response had ended, the end was put back."""
+    return row | {"ids_from_text": ["end restored"] if row["finished"] else []}
+
+
+def cut_and_ended(scene: Scene) -> tuple[Scene, int, float]:
+    """A response of U that was cut off gets an end; its place, and the end's log p."""
+    cuts = [
+        (
+            place,
+            row | {"response_ids": [*row["response_ids"][:k], END], "finished": True},
+        )
+        for place, row in enumerate(scene.U)
+        for k in range(1, len(row["response_ids"]))
+    ]
+    ends = [end_logp(scene, row) for _, row in cuts]
+    least = min(range(len(cuts)), key=ends.__getitem__)
+    place, row = cuts[least]
+    rows = [*scene.U]
+    rows[place] = from_text(row) | {"ids_from_text": ["near the limit", "end restored"]}
+    return replace(scene, U=rows), place, ends[least]
+
+
+@torch.no_grad()
+def end_logp(scene: Scene, row: Document) -> float:
+    """Log p of a row's last token by the reference."""
+    keys = ("group", "prompt_ids", "response_ids")
+    given = ref.Row(**{key: row[key] for key in keys})
+    return float(ref.token_scores(scene.saved.model, given, 1.0)[0][-1])
+
+
+def test_genuine_ends_from_text_are_in_no_doubt(peaked: Scene, tmp_path: Path) -> None:
+    """The rows are counted; the least probable end is that of the reference."""
+    scene = peaked.with_rows("U", from_text).with_rows(
+        "E", lambda row: row | {"ids_from_text": ["log differs"]}
+    )
+    probed = run_probe(scene.config(tmp_path), World(), None, session.no_progress)
+    assert find(probed, "U responses with ids from text").value == len(scene.U)
+    assert find(probed, "U responses with ids in doubt").verdict == "ok"
+    row = find(probed, "U restored end of sequence, least log p")
+    expected = min(end_logp(scene, row) for row in scene.U if row["finished"])
+    assert row.verdict == "ok" and row.value == pytest.approx(expected, rel=1e-9)
+    doubtful = find(probed, "E responses with ids in doubt")
+    assert (doubtful.value, doubtful.verdict) == (str(len(scene.E)), "warn")
+    names = [row.name for row in probed.results.audit]
+    assert "E restored end of sequence, least log p" not in names
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_false_end_of_sequence_is_named_by_its_line(
+    peaked: Scene, tmp_path: Path, ranks: int
+) -> None:
+    """A response that was cut off and got an end makes the run untrusted."""
+    scene, place, logp = cut_and_ended(peaked.with_rows("U", from_text))
+    config = scene.config(tmp_path)
+    probed = run_thread_ranks(
+        ranks, lambda world: run_probe(config, world, None, session.no_progress)
+    )[0]
+    row = find(probed, "U restored end of sequence, least log p")
+    assert row.verdict == "fail" and probed.results.status == "untrusted"
+    assert row.value == pytest.approx(logp, rel=1e-9)
+    assert row.hint.startswith(f"line {place + 1}: ")
+    doubtful = find(probed, "U responses with ids in doubt")
+    assert (doubtful.value, doubtful.verdict) == (f"1 (line {place + 1})", "warn")
+    rows = [r for r in probed.sequences if r["split"] == "U"]
+    assert rows[place]["ids_from_text"] == ["near the limit", "end restored"]
+
+
+def test_a_false_end_that_moves_nothing_is_a_warning(
+    peaked: Scene, tmp_path: Path
+) -> None:
+    scene, place, _ = cut_and_ended(peaked.with_rows("U", from_text))
+    group = scene.U[place]["group"]
+    rows = [row | ({"reward": 1.0} if row["group"] == group else {}) for row in scene.U]
+    config = replace(scene, U=rows).config(tmp_path)
+    probed = run_probe(config, World(), None, session.no_progress)
+    assert find(probed, "U restored end of sequence, least log p").verdict == "warn"
+
+
+def test_no_more_than_the_announced_share_of_batches_has_such_an_end() -> None:
+    """Whatever the policy: ends drawn with probabilities of any size."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (20_000, 40)
+    # From 1e-6 to 1, and so that rare ends are as frequent as can be.
+    ends = 10 ** (-6 * torch.rand(shape, generator=draw, dtype=torch.float64) ** 0.5)
+    sampled = torch.rand(shape, generator=draw, dtype=torch.float64) < ends
+    for share in (1e-2, 1e-1):
+        improbable = sampled & (ends.log() < math.log(share / shape[1]))
+        found = improbable.any(dim=1).double().mean()
+        assert 0 < found <= share
 
 
 def require_complete(results: Results) -> None:

@@ -497,3 +497,35 @@ def test_responses_of_a_group_share_one_copy_of_its_prompt() -> None:
     first, second, third = make_batch(rows, "rows", "U", LIMITS).sequences
     assert first.prompt_ids is second.prompt_ids
     assert third.prompt_ids is not first.prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("row", "marks"),
+    [
+        (ROW, None),
+        (ROW | {"ids_from_text": []}, ()),
+        (ROW | {"ids_from_text": ["other text"]}, ("other text",)),
+        ({"group": 0, "prompt": "a", "response": "b", "finished": False}, ()),
+        (
+            {"group": 0, "prompt": "a", "response": "b", "finished": True},
+            ("end restored",),
+        ),
+    ],
+)
+def test_ids_from_text_are_told_and_written_again(
+    row: dict[str, Any], marks: tuple[str, ...] | None
+) -> None:
+    """By the file, or because the text is tokenised here."""
+    sequence = make_sequence(row, 0, "rows:1", LIMITS, make_tokenizer())
+    assert sequence.ids_from_text == marks
+    written = sequence_to_row(sequence)
+    assert written.get("ids_from_text") == (None if marks is None else list(marks))
+    again = make_sequence(written, 0, "rows:1", LIMITS, None)
+    assert again.ids_from_text == marks
+
+
+@pytest.mark.parametrize("marks", ["other text", ["no such mark"], [1], {}])
+def test_a_mark_that_is_none_is_refused(marks: Any) -> None:
+    message = r"`ids_from_text` to be a list of 'end restored', 'near the limit'"
+    with pytest.raises(InputError, match=message):
+        make_sequence(ROW | {"ids_from_text": marks}, 0, "rows:1", LIMITS, None)
