@@ -53,10 +53,10 @@ class Made:
         return json.loads((self.folder / command / "results.json").read_text())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / name
-        opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-        with opened:
-            return [json.loads(line) for line in opened]
+        content = (self.folder / name).read_bytes()
+        if name.endswith(".gz"):
+            content = gzip.decompress(content)
+        return [json.loads(line) for line in content.splitlines()]
 
 
 def command(*arguments: str | Path, ranks: int = 1) -> str:
