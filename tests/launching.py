@@ -1,6 +1,7 @@
 """Commands in processes of their own, started the way users start them.
 
-Every command has a time limit. When it passes, the processes are stopped and the test
+A command of Python is forked from a process that has loaded torch, which takes seconds,
+unless a test asks for a fresh start; the process is the same. Every command has a time limit. When it passes, the processes are stopped and the test
 fails with what they had printed.
 """
 
@@ -13,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from fork_server import Forked, can_fork, require_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = (
@@ -27,6 +30,13 @@ LAUNCHER_VARIABLES = (
     "ACCELERATE_USE_CPU",
 )
 PACKAGE = ("-m", "entropy_ddp")
+# One thread and no network; before any test changes the environment.
+USUAL = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(REPOSITORY),
+}
+Process = subprocess.Popen[str] | Forked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +71,30 @@ def accelerate(*arguments: str | Path) -> list[str]:
 
 
 def start(
-    command: Sequence[str], environment: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
-    """Start a command with one thread, no network and no launcher's variables."""
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    fresh: bool = False,
+) -> Process:
+    """Start a command with one thread, no network and no launcher's variables.
+
+    Args:
+        command: an executable and its arguments.
+        environment: further variables; the repository is added to a PYTHONPATH.
+        fresh: load all libraries anew, as a user's command does.
+    """
     inherited = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     given = dict(environment or {})
-    folders = (given.pop("PYTHONPATH", None), str(REPOSITORY))
+    folders = (given.pop("PYTHONPATH", None), USUAL["PYTHONPATH"])
+    variables = (
+        inherited
+        | {k: USUAL[k] for k in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
+        | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+        | given
+    )
+    if not fresh and can_fork(command, variables, USUAL):
+        require_server(USUAL)
+        return Forked.start(command, variables)
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -74,14 +102,11 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=inherited
-        | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-        | given,
+        env=variables,
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_seconds: float = 120.0) -> Finished:
+def finish(process: Process, timeout_seconds: float = 120.0) -> Finished:
     """Wait for a command to end by itself."""
     begin = time.monotonic()
     try:
@@ -103,9 +128,11 @@ def run(
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
     timeout_seconds: float = 120.0,
+    *,
+    fresh: bool = False,
 ) -> Finished:
     """Run a command to its end."""
-    return finish(start(command, environment), timeout_seconds)
+    return finish(start(command, environment, fresh=fresh), timeout_seconds)
 
 
 def run_ranks(
@@ -128,7 +155,7 @@ def start_ranks(
     num_ranks: int,
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
-) -> list[subprocess.Popen[str]]:
+) -> list[Process]:
     """Start a command once per rank."""
     shared = {
         "WORLD_SIZE": str(num_ranks),
@@ -146,7 +173,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _stop(process: subprocess.Popen[str]) -> tuple[str, str]:
+def _stop(process: Process) -> tuple[str, str]:
     """Stop a command; a launcher is given the time to stop its workers first."""
     process.terminate()
     try:

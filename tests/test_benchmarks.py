@@ -1,9 +1,12 @@
 """The benchmarks run, and what they compare are two ways to the same numbers."""
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import launching
 import pytest
 import torch
 from click.testing import CliRunner
@@ -30,6 +33,18 @@ LONG = ("all-reduce", "probe", "ranks")
 TOLERANCE = 1e-5
 
 
+@pytest.fixture
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the benchmarks are forked; the row `all-reduce` starts its own."""
+
+    def run(
+        command: Sequence[str], *, env: Mapping[str, str], timeout: float, **_: Any
+    ) -> launching.Finished:
+        return launching.run(command, env, timeout)
+
+    monkeypatch.setattr("benchmarks.processes.subprocess.run", run)
+
+
 @cache
 def rows_of(name: str) -> list[Comparison]:
     """The lines of a row at tiny size; skips a row this version has no API for."""
@@ -46,7 +61,11 @@ def rows_of(name: str) -> list[Comparison]:
         for name in ROWS
     ],
 )
-def test_a_row_compares_what_is_equal(name: str) -> None:
+def test_a_row_compares_what_is_equal(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    if name == "ranks":
+        request.getfixturevalue("forked_processes")
     lines = rows_of(name)
     assert lines
     for line in lines:
@@ -156,6 +175,7 @@ def test_what_cannot_be_run_is_refused(arguments: list[str], message: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_processes")
 def test_communication_does_not_grow_with_the_batch() -> None:
     small, large = scale_rows(SETTING)
     assert large["num_sequences"] == 2 * small["num_sequences"]

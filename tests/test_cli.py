@@ -202,7 +202,7 @@ def test_quiet_prints_nothing(run: Run, tmp_path: Path) -> None:
     """Not even a library's warning on standard error, as a user would see it."""
     arguments = ("probe", "--config", run.config, "--out", tmp_path / "out", "--quiet")
     command = launching.python(*launching.PACKAGE, *arguments)
-    finished = launching.run(command).require_success()
+    finished = launching.run(command, fresh=True).require_success()
     assert (finished.stdout, finished.stderr) == ("", "")
     assert document_of(tmp_path / "out")["status"] == "ok"
 

@@ -193,5 +193,6 @@ def test_an_interrupted_probe_says_so_in_one_line(
 def test_an_interrupted_start_says_so_in_one_line(config: Path, tmp_path: Path) -> None:
     """Libraries take seconds to import; Ctrl-C then shows none of them."""
     check = ("check", "--config", config)
-    finished = launching.run(faulty(tmp_path, "interrupted import", 0, *check))
+    command = faulty(tmp_path, "interrupted import", 0, *check)
+    finished = launching.run(command, fresh=True)
     assert (finished.returncode, said(finished)) == (1, ["interrupted"])

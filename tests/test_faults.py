@@ -7,7 +7,6 @@ the start of its processes; tests/test_fault_commands.py plants faults in comman
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -88,7 +87,7 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[launching.Process] = []
         self.begin = 0.0
 
     def start(
@@ -100,13 +99,15 @@ class Ranks:
         others: str = "wait",
         timeout: float = 60,
         agent: bool = False,
+        fresh: bool = False,
     ) -> None:
         """Start ranks, and wait until every one is at the fault."""
         script = self.folder / "body.py"
         script.write_text(BODY)
         given = (script, self.folder, fault, str(faulty), others, str(timeout))
         if agent:
-            self.processes = [launching.start(launching.torchrun(size, *given))]
+            command = launching.torchrun(size, *given)
+            self.processes = [launching.start(command, fresh=fresh)]
         else:
             self.processes = launching.start_ranks(size, launching.python(*given))
         wait_for(lambda: len(self.pids()) == size, 60)
@@ -223,7 +224,7 @@ def test_a_rank_that_is_killed_is_named(ranks: Ranks) -> None:
 
 def test_a_rank_that_is_killed_is_named_under_a_launcher(ranks: Ranks) -> None:
     """The launcher stops the others within a moment; they find out who is missing."""
-    ranks.start(3, "sleeps", agent=True)
+    ranks.start(3, "sleeps", agent=True, fresh=True)
     ranks.signal(signal.SIGKILL, [1])
     (code,), printed = ranks.end()
     assert code != 0

@@ -170,11 +170,13 @@ class Workplace:
         """Configuration file of a case."""
         return self.folder / f"{name}.yaml"
 
-    def probe(self, num_processes: int, name: str, out: Path, *options: str) -> Probed:
+    def probe(
+        self, num_processes: int, name: str, out: Path, *options: str, fresh: bool
+    ) -> Probed:
         """Probe a case with the command line under torchrun."""
         arguments = ("probe", "--config", self.config(name), "--out", out, *options)
         command = launching.torchrun(num_processes, *launching.PACKAGE, *arguments)
-        finished = launching.run(command).require_success()
+        finished = launching.run(command, fresh=fresh).require_success()
         if "--json" in options:
             assert json.loads(finished.stdout) == Probed(out).results
         return Probed(out)
@@ -231,7 +233,8 @@ def four(
 @pytest.fixture(scope="module")
 def two(place: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Probed:
     """The ragged case, probed by two processes."""
-    return place.probe(2, "ragged", tmp_path_factory.mktemp("two") / "out", "--json")
+    out = tmp_path_factory.mktemp("two") / "out"
+    return place.probe(2, "ragged", out, "--json", fresh=True)
 
 
 # Comparison
@@ -323,7 +326,7 @@ def test_three_processes_give_the_numbers_of_one(
     place: Workplace, single: dict[str, Probed], tmp_path: Path
 ) -> None:
     """The same command with three."""
-    found = place.probe(3, "ragged", tmp_path / "out", "--json")
+    found = place.probe(3, "ragged", tmp_path / "out", "--json", fresh=False)
     assert found.results["run"]["world_size"] == 3
     require_equal(found, single["ragged"])
 
@@ -411,7 +414,8 @@ def test_accelerate_repeats_torchrun_bit_for_bit(
     config = launching.REPOSITORY / "launch" / "accelerate_cpu.yaml"
     arguments = ("probe", "--config", place.config("ragged"), "--out", tmp_path / "out")
     command = launching.accelerate("--config_file", config, *launching.PACKAGE)
-    launching.run([*command, *map(str, arguments)]).require_success()
+    command += map(str, arguments)
+    launching.run(command, fresh=True).require_success()
     again = Probed(tmp_path / "out")
     assert again.results["run"]["world_size"] == 2
     assert without_times(again) == without_times(two)

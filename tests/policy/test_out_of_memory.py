@@ -368,7 +368,7 @@ def test_a_real_shortage_of_the_host(tmp_path: Path) -> None:
     path = tmp_path / "real.py"
     path.write_text(REAL)
     tests = str(Path(__file__).resolve().parent.parent)
-    done = launching.run(launching.python(path), {"PYTHONPATH": tests})
+    done = launching.run(launching.python(path), {"PYTHONPATH": tests}, fresh=True)
     retries, gradient_error, logp_error = done.require_success().stdout.split()
     assert int(retries) > 0
     assert float(gradient_error) < 1e-5
