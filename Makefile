@@ -20,16 +20,18 @@ REAL_TRAINED := $(REAL)/trained-$(REAL_SIZE)
 REAL_PROMPTS_full := 128
 REAL_PROMPTS_small := 16
 RUN := $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m entropy_ddp
-PYTEST := $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile
+PYTEST := $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal
 
 # One thread per process: torchrun sets the same, with a warning, when it is unset.
 export OMP_NUM_THREADS ?= 1
 # The demo, its probe and the tests need nothing from the hub and must not ask it.
 export HF_HUB_OFFLINE ?= 1
+# The package is compiled once, and not by each of the processes that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute report ledger real bench test test-fast test-real lint clean
+.PHONY: help install demo probe sweep attribute report ledger real bench test test-fast test-long test-real lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -122,11 +124,14 @@ real: $(REAL_STAMP) $(REAL_TRAINED) ## train and probe a model of 135 million pa
 bench: $(RUN_STAMP) ## time every part against what it is made of, some 12 minutes
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-test: $(TEST_STAMP) ## run all tests but those of the real model
-	$(PYTEST) -m "not real" $(PYTEST_ARGS)
+test: $(TEST_STAMP) ## run all tests but the long ones and those of the real model
+	$(PYTEST) -m "not long and not real" $(PYTEST_ARGS)
 
 test-fast: $(TEST_STAMP) ## run the tests that are not marked slow either
-	$(PYTEST) -m "not slow and not real" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not long and not real" $(PYTEST_ARGS)
+
+test-long: $(TEST_STAMP) ## run the tests that are marked long, some 20 minutes
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 test-real: $(TEST_STAMP) $(REAL_STAMP) ## run the tests of the real model, some ten minutes
 	$(BIN)/pytest -m real tests/system $(PYTEST_ARGS)

@@ -185,7 +185,7 @@ def test_an_interrupted_training_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_is_a_policy_worth_probing(tmp_path: Path) -> None:
-    """Right about half of the time, undecided, with a warm optimizer; repeatable."""
+    """Right about half of the time, undecided, with a warm optimizer."""
     made = train_demo(tmp_path / "first")
     state = json.loads((made.checkpoint / "trainer_state.json").read_text())
     last = [step for step in state["log_history"] if "reward" in step][-5:]
@@ -196,4 +196,10 @@ def test_the_demo_is_a_policy_worth_probing(tmp_path: Path) -> None:
     tensors = trained_tensors(made)
     moments = [value for name, value in tensors.items() if "exp_avg" in name]
     assert moments and all(bool((value != 0).all()) for value in moments)
-    assert_same_training(made, train_demo(tmp_path / "second"))
+
+
+@pytest.mark.long
+def test_the_whole_demo_again_gives_the_same_bits(tmp_path: Path) -> None:
+    """As the short one above does."""
+    made, again = (train_demo(tmp_path / name) for name in ("first", "second"))
+    assert_same_training(made, again)

@@ -103,7 +103,6 @@ class Family:
 
     make: Callable[[Bench, Random], Path]
     read: Callable[[Bench, Path], Any]
-    share: float = 1.0
 
 
 def json_lines(rows: list[dict[str, Any]]) -> bytes:
@@ -427,8 +426,7 @@ FAMILIES: dict[str, Family] = {
     "prompts": Family(make=make_prompts, read=read_all_prompts),
     "weights": Family(make=make_weights, read=read_weights),
     "delta": Family(make=make_delta, read=read_delta),
-    # A model is made for each.
-    "checkpoint": Family(make=make_checkpoint_files, read=read_checkpoint, share=0.2),
+    "checkpoint": Family(make=make_checkpoint_files, read=read_checkpoint),
     "optimizer": Family(make=make_optimizer, read=read_optimizer),
     "training arguments": Family(make=make_settings, read=read_settings),
 }
@@ -455,7 +453,7 @@ def run_cases(name: str, bench: Bench, count: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(
-        max_examples=max(1, int(count * family.share)),
+        max_examples=count,
         derandomize=True,
         database=None,
         deadline=None,
@@ -474,13 +472,14 @@ def run_cases(name: str, bench: Bench, count: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_damaged_file_is_read_or_refused(name: str, bench: Bench) -> None:
-    """500 cases of each kind, a fifth of them where each makes a model."""
-    run_cases(name, bench, 500)
+    """250 cases of each kind."""
+    run_cases(name, bench, 250)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_many_damaged_files_are_read_or_refused(name: str, bench: Bench) -> None:
-    """10,000 cases over all kinds."""
-    run_cases(name, bench, 10_000 // len(FAMILIES) + 60)
+    """10,000 cases of each kind."""
+    run_cases(name, bench, 10_000)
