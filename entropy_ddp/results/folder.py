@@ -130,8 +130,12 @@ def nothing_left(out: Path, overwrite: bool) -> Iterator[None]:
 
 def _sampled(out: Path) -> set[tuple[str, int]]:
     """The rollouts that an unfinished run has sampled, each with its time."""
-    files = (out / UNFINISHED).glob("rollouts/*.jsonl")
-    return {(str(path), path.stat().st_mtime_ns) for path in files}
+    found = set()
+    # What cannot be looked into has none of this run's; that it cannot be used is said.
+    with suppress(OSError):
+        for path in (out / UNFINISHED).glob("rollouts/*.jsonl"):
+            found.add((str(path), path.stat().st_mtime_ns))
+    return found
 
 
 def discard_unfinished(out: Path) -> None:
