@@ -24,7 +24,13 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.adam import AdamState, gradient_of
-from entropy_ddp.training.capture import BatchCapture, TrainedBatch, TrainedRow
+from entropy_ddp.training.capture import (
+    SAMPLING,
+    BatchCapture,
+    SamplingOrder,
+    TrainedBatch,
+    TrainedRow,
+)
 from entropy_ddp.training.entries import (
     PREFIX,
     entropy_entry,
@@ -107,7 +113,9 @@ class EntropyProbeCallback(TrainerCallback):
         self._world = joined_world()
         self._session = open_live_session(trainer, self.settings, self._world)
         self._capture = BatchCapture(
-            model=trainer.model, num_ranks=self._world.world_size
+            model=trainer.model,
+            num_ranks=self._world.world_size,
+            draw_size=getattr(trainer, "num_generations", 1),
         )
         self._watch(trainer)
         self._write(self._run_entry(args, state))
@@ -225,6 +233,9 @@ class EntropyProbeCallback(TrainerCallback):
             listen(trainer, "compute_loss", before=before_loss, after=after_loss),
             listen(trainer.accelerator, "clip_grad_norm_", after=after_clipping),
         ]
+        if hasattr(trainer, SAMPLING):
+            number = SamplingOrder(trainer=trainer).number
+            self._listening.append(listen(trainer, SAMPLING, after=number))
 
     def _unwatch(self) -> None:
         for end in self._listening:

@@ -24,6 +24,10 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
 
 IGNORED_LABEL = -100
+# Place of each response in the order of sampling, in the batches of a trainer that samples.
+ORDER = "entropy_ddp_order"
+# What a trainer of TRL that samples calls for each batch.
+SAMPLING = "_generate_and_score_completions"
 # Part of the gradient by the logits that may be rounding, relative to its norm.
 LOGITS_RESIDUAL = 1e-2
 # Positions whose softmax is computed at a time.
@@ -42,6 +46,7 @@ class TrainedRow:
         logp: log p of each response token as the trainer computed it; NaN where it did
             not.
         advantage: its advantage; 1 where there are none.
+        draw: number of the draw of its prompt; None where the trainer does not sample.
     """
 
     prompt_ids: list[int]
@@ -50,6 +55,7 @@ class TrainedRow:
     on_entropy: list[float]
     logp: list[float]
     advantage: float
+    draw: int | None
 
 
 @dataclass(kw_only=True)
@@ -59,7 +65,7 @@ class _Microbatch:
     Attributes:
         input_ids, attended: [B, L].
         counted: whether the loss may depend on the token, [B, L - 1].
-        advantages: [B]; None if there are none.
+        advantages, draws: [B]; None if there are none.
         logp, on_logp, on_entropy: [B, L - 1]; None until known.
         residual: share of the logits' gradient that is not of log p.
     """
@@ -68,10 +74,37 @@ class _Microbatch:
     attended: Tensor
     counted: Tensor
     advantages: Tensor | None
+    draws: Tensor | None
     logp: Tensor | None = None
     on_logp: Tensor | None = None
     on_entropy: Tensor | None = None
     residual: float = 0.0
+
+
+@dataclass(kw_only=True)
+class SamplingOrder:
+    """Numbers the responses that a trainer samples, before it mixes and splits them.
+
+    A run of `num_generations` of them, over all ranks, is one draw of a prompt: rows of
+    equal prompts may be of two.
+
+    Attributes:
+        trainer: TRL's GRPOTrainer, or one that samples as it does.
+        num_sampled: number of responses so far, of all ranks.
+    """
+
+    trainer: Any
+    num_sampled: int = 0
+
+    def number(self, batch: dict[str, Any]) -> None:
+        """Give every row of a batch that was just sampled for training its place."""
+        if not self.trainer.model.training:
+            return
+        accelerator = self.trainer.accelerator
+        size = len(batch["completion_ids"])
+        first = self.num_sampled + accelerator.process_index * size
+        batch[ORDER] = torch.arange(first, first + size)
+        self.num_sampled += accelerator.num_processes * size
 
 
 @dataclass(kw_only=True)
@@ -81,11 +114,13 @@ class BatchCapture:
     Attributes:
         model: the trained model, not wrapped.
         num_ranks: number of ranks, over which gradients are averaged.
+        draw_size: how many responses in the order of sampling are of one draw.
         inputs: what the loss was last called with.
     """
 
     model: nn.Module
     num_ranks: int
+    draw_size: int = 1
     inputs: dict[str, Any] = field(default_factory=dict)
     _microbatches: list[_Microbatch] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)
@@ -166,11 +201,13 @@ class BatchCapture:
                 f"advantages of shape {list(advantages.shape)} for {len(ids)} sequences; "
                 "advantages by token are not supported"
             )
+        order = self.inputs.get(ORDER)
         return _Microbatch(
             input_ids=ids.detach(),
             attended=attended.detach() != 0,
             counted=counted,
             advantages=advantages,
+            draws=None if order is None else order // self.draw_size,
         )
 
     def _rows_of(self, batch: _Microbatch) -> list[TrainedRow]:
@@ -192,13 +229,14 @@ class BatchCapture:
             places = batch.counted[number].nonzero()[:, 0].cpu() + 1
             if not len(places):
                 continue
-            advantages = batch.advantages
+            advantages, draws = batch.advantages, batch.draws
             rows.append(
                 _row(
                     (batch.input_ids[number].cpu(), batch.attended[number].cpu()),
                     columns[:, number],
                     (int(places[0]), int(places[-1]) + 1),
-                    1.0 if advantages is None else float(advantages[number]),
+                    advantage=1.0 if advantages is None else float(advantages[number]),
+                    draw=None if draws is None else int(draws[number]),
                 )
             )
         return rows
@@ -269,7 +307,9 @@ def _row(
     tokens: tuple[Tensor, Tensor],
     columns: Tensor,
     span: tuple[int, int],
+    *,
     advantage: float,
+    draw: int | None,
 ) -> TrainedRow:
     """A row of (token ids, attended) [L] whose loss is on the tokens of a span."""
     (ids, attended), (first, last) = tokens, span
@@ -286,6 +326,7 @@ def _row(
         on_entropy=on_entropy,
         logp=logp,
         advantage=advantage,
+        draw=draw,
     )
 
 
@@ -294,7 +335,8 @@ class TrainedBatch:
     """The rows of all ranks as a batch U.
 
     Attributes:
-        batch: the batch; responses to one prompt are one group.
+        batch: the batch; a draw of a prompt is one group, and where the trainer does
+            not sample, responses to one prompt are.
         rows: the rows in its order.
     """
 
@@ -308,7 +350,7 @@ class TrainedBatch:
         Raises:
             InputError: a sequence has no token before its first token of the loss.
         """
-        groups: dict[tuple[int, ...], int] = {}
+        groups: dict[Any, int] = {}
         sequences = []
         for index, row in enumerate(rows):
             if not row.prompt_ids:
@@ -316,7 +358,8 @@ class TrainedBatch:
                     "entropy probe: expected a token before the first token of the loss, "
                     f"found none in sequence {index + 1} of the batch"
                 )
-            group = groups.setdefault(tuple(row.prompt_ids), len(groups))
+            draw = tuple(row.prompt_ids) if row.draw is None else row.draw
+            group = groups.setdefault(draw, len(groups))
             sequence = Sequence(
                 index=index,
                 group=group,

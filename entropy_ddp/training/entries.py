@@ -259,14 +259,19 @@ def _by_prompt(
 ) -> list[dict[str, Any]]:
     """Sums of shares by prompt, the largest by absolute value."""
     batch, table = attributed.batch, attributed.table
-    group = batch.groups[table.sequence]
-    totals = table.share.new_zeros(batch.num_groups).index_add_(0, group, table.share)
-    counts = torch.bincount(group, minlength=batch.num_groups)
-    prompts = {s.group: s.prompt_ids for s in batch.sequences}
-    tokenizer = session.policy.tokenizer
+    # Not by group: a prompt may have been drawn twice.
+    numbers: dict[tuple[int, ...], int] = {}
+    prompt_of = [
+        numbers.setdefault(tuple(s.prompt_ids.tolist()), len(numbers))
+        for s in batch.sequences
+    ]
+    place = torch.tensor(prompt_of)[table.sequence]
+    totals = table.share.new_zeros(len(numbers)).index_add_(0, place, table.share)
+    counts = torch.bincount(place, minlength=len(numbers))
+    prompts, tokenizer = list(numbers), session.policy.tokenizer
     return [
         {
-            "prompt": decode_prompt(prompts[i].tolist(), tokenizer),
+            "prompt": decode_prompt(list(prompts[i]), tokenizer),
             "share": float(totals[i]),
             "num_tokens": int(counts[i]),
         }

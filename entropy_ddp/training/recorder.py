@@ -37,12 +37,12 @@ from transformers import TrainerCallback
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
 from entropy_ddp.rollouts.files import write_jsonl
+from entropy_ddp.training.capture import ORDER, SAMPLING, SamplingOrder
 from entropy_ddp.training.listening import listen
 
 Which = Literal["step", "checkpoint"]
 TRAINER = "GRPOTrainer"
 # What a batch carries beside the trainer's own tensors, from sampling to the loss.
-ORDER = "entropy_ddp_order"
 REWARDS = "entropy_ddp_rewards"
 # What a batch has in it whose sequences are more than a prompt and a response.
 FOREIGN = {
@@ -83,7 +83,7 @@ class RolloutRecorder(TrainerCallback):
         self._world = World()
         self._follows_checkpoint = False
         self._is_recording = False
-        self._num_sampled = 0
+        self._order: SamplingOrder | None = None
         self._rewards: Tensor | None = None
         self._open: _Microbatch | None = None
         self._microbatches: list[_Microbatch] = []
@@ -138,9 +138,10 @@ class RolloutRecorder(TrainerCallback):
         # What an earlier training left when it failed.
         self._stop_listening()
         self._microbatches = []
+        self._order = SamplingOrder(trainer=trainer)
         self._listening = [
             listen(trainer, "_calculate_rewards", after=self._on_rewards),
-            listen(trainer, "_generate_and_score_completions", after=self._on_sampled),
+            listen(trainer, SAMPLING, after=self._on_sampled),
             listen(
                 trainer,
                 "_get_per_token_logps_and_entropies",
@@ -194,15 +195,15 @@ class RolloutRecorder(TrainerCallback):
         self._rewards = rewards
 
     def _on_sampled(self, batch: dict[str, Any]) -> None:
-        """Number the rows in the order of sampling, before the trainer mixes them."""
+        """Give the rows their place and their rewards, before the trainer mixes them."""
         trainer, rewards = self._trainer, self._rewards
+        assert self._order is not None
         if not trainer.model.training or rewards is None:
             return
+        self._order.number(batch)
         size = len(batch["completion_ids"])
         first = trainer.accelerator.process_index * size
-        batch[ORDER] = torch.arange(size) + (self._num_sampled + first)
         batch[REWARDS] = rewards[first : first + size].cpu()
-        self._num_sampled += len(rewards)
         self._rewards = None
 
     def _before_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> None:
@@ -249,7 +250,7 @@ class RolloutRecorder(TrainerCallback):
 
 def _require_text(inputs: dict[str, Any]) -> None:
     found = [what for name, what in FOREIGN.items() if inputs.get(name) is not None]
-    if ORDER not in inputs:
+    if REWARDS not in inputs:
         found.append("rows that did not come from the trainer's own sampling")
     elif inputs["advantages"].dim() != 1:
         found.append("advantages by token")

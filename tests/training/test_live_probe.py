@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import live_training
 import pytest
 import torch
 from live_training import (
     PROBE,
+    PROMPTS,
     Records,
     ledger_of,
     make_trainer,
@@ -147,6 +149,25 @@ def test_weights_are_those_of_the_loss_s_formula(
         assert row.on_logp == pytest.approx(expected, rel=1e-5)
         assert row.on_entropy == [0.0] * len(row.response_ids)
     assert {math.copysign(1, row.advantage) for row in trained.rows} == {-1, 1}
+
+
+def test_two_draws_of_one_prompt_are_two_groups(
+    tmp_path: Path, batches: list[TrainedBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a step of two batches mixes them; and in the ledger they are one prompt."""
+    monkeypatch.setattr(live_training, "PROMPTS", PROMPTS[:1] * len(PROMPTS))
+    settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    train(tmp_path, probe={"truth": False}, lora={}, **settings)
+    for entry, trained in zip(steps_of(tmp_path), batches, strict=True):
+        assert trained.batch.group_sizes.tolist() == [4, 4, 4, 4]
+        for group in range(4):
+            members = trained.batch.groups == group
+            # Of a group, and of no other set of rows, the advantages sum to 0.
+            total = sum(r.advantage for r, m in zip(trained.rows, members) if m)
+            assert abs(total) < 1e-6
+        assert entry["U"]["num_groups"] == 4
+        (prompt,) = entry["by_prompt"]
+        assert prompt["num_tokens"] == entry["U"]["num_tokens"]
 
 
 def test_dropout_is_warned_about_and_unattributed(
