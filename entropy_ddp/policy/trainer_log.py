@@ -1,0 +1,67 @@
+"""What a Trainer's checkpoints say of its steps, from their trainer_state.json.
+
+checkpoint-N holds the log up to step N. What was logged of step N + 1, which is taken
+from it, stands in the next checkpoint of the same training, beside it.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def last_step(folder: Path) -> int | None:
+    """How many steps a checkpoint has behind it; None where its folder does not say."""
+    step = _state(folder).get("global_step")
+    return step if type(step) is int else None
+
+
+def next_grad_norm(folder: Path) -> float | None:
+    """Norm of the gradient, before clipping, of the step that was taken from it.
+
+    None where no later checkpoint of the training is beside it, or it was not logged.
+
+    Args:
+        folder: a Trainer's checkpoint folder.
+    """
+    step, history = last_step(folder), _history(folder)
+    if step is None:
+        return None
+    for later in _later_checkpoints(folder, step):
+        entries = _history(later)
+        # A training that was resumed goes on with the log; another begins its own.
+        if entries[: len(history)] != history:
+            continue
+        for entry in entries[len(history) :]:
+            norm = entry.get("grad_norm")
+            if entry.get("step") == step + 1 and isinstance(norm, float):
+                return norm if math.isfinite(norm) else None
+    return None
+
+
+def _later_checkpoints(folder: Path, step: int) -> list[Path]:
+    numbers = {
+        int(match[1]): path
+        for path in folder.resolve().parent.iterdir()
+        if (match := CHECKPOINT.fullmatch(path.name)) is not None
+    }
+    return [numbers[number] for number in sorted(numbers) if number > step]
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    history = _state(folder).get("log_history")
+    entries = history if isinstance(history, list) else []
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """The file's content; nothing where it is not one: no result depends on it."""
+    try:
+        state = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
