@@ -78,6 +78,7 @@ class LossSettings:
 
     loss: str = "dr_grpo"
     length_norm: str | int = "group_max"
+    average_over: str = "groups"
     ratio: str = "on_policy"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
@@ -880,7 +881,8 @@ def rl_loss(
 ) -> Tensor:
     """The loss of the batch, differentiable in the parameters. []
 
-    dr_grpo: -(1/N_b) sum_b (1/G_b) sum_g (1/L_b) S;  grpo: -(1/N) sum_i (1/T_i) S;
+    dr_grpo: -(1/N_b) sum_b (1/G_b) sum_g (1/L_b) S, or averaged over responses
+    -(1/N) sum_i (1/L_b) S;  grpo: -(1/N) sum_i (1/T_i) S;
     dapo: -sum_i S / sum_i T_i;  nll: dapo with A = 1;  S the row's surrogate.
     Empty responses count in N and G_b and add 0, whatever they are divided by. With
     ``kl_coefficient`` beta, S is less beta times the row's :func:`_divergence`.
@@ -901,8 +903,11 @@ def rl_loss(
         longest = settings.length_norm
         if longest == "group_max":
             longest = max(group)
+        of_one = num_groups * len(group)
+        if settings.average_over == "responses":
+            of_one = len(rows)
         divisor = {
-            "dr_grpo": num_groups * len(group) * longest,
+            "dr_grpo": of_one * longest,
             "grpo": len(rows) * len(row.response_ids),
             "dapo": sum(len(r.response_ids) for r in rows),
             "nll": sum(len(r.response_ids) for r in rows),

@@ -96,6 +96,8 @@ class Update(Section):
         loss: reduction of the policy-gradient loss.
         length_norm: the divisor L_b of `dr_grpo`: longest response of the group, or a
             constant (the maximum completion length).
+        average_over: what `dr_grpo` is a mean over: `groups`, of the means over their
+            responses, or `responses`, all alike. The same for groups of one size.
         ratio: `on_policy` (A log p) or `clipped` (the PPO surrogate).
         epsilon_low, epsilon_high: clipping range of the ratio.
         kl_coefficient: weight of the divergence from the reference policy, which is the
@@ -103,8 +105,8 @@ class Update(Section):
         kl_estimator: `k3`, or `k3_weighted` by the ratio (TRL's bias correction).
         max_grad_norm: the gradient's global norm is clipped to this; 0 turns it off.
         lr_override: learning rate in place of the saved one.
-        from_checkpoint: take loss, length norm, clipping, KL term, gradient norm,
-            advantage and temperature from the checkpoint's training_args.bin where not
+        from_checkpoint: take loss, length norm, what it averages over, clipping, KL
+            term, gradient norm, advantage and temperature from the checkpoint's training_args.bin where not
             given here.
         save_delta: write the parameter change to delta_theta.safetensors.
         delta: a change of the parameters that is probed in place of a step: a
@@ -116,6 +118,7 @@ class Update(Section):
 
     loss: Loss = "dr_grpo"
     length_norm: Literal["group_max"] | int = "group_max"
+    average_over: Literal["groups", "responses"] = "groups"
     ratio: Literal["on_policy", "clipped"] = "on_policy"
     epsilon_low: float = Field(default=0.2, ge=0, lt=1)
     epsilon_high: float = Field(default=0.2, ge=0, allow_inf_nan=False)

@@ -157,6 +157,18 @@ def inner_product(left: Tensor, right: Tensor, block: int = 1 << 22) -> float:
     return float(sum(torch.dot(a.double(), b.double()) for a, b in pairs))
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether passes in training mode are not those of the policy."""
+    for module in model.modules():
+        # A dropout layer keeps its probability as `p`, others under the name.
+        is_layer = "drop" in type(module).__name__.lower()
+        for name, value in vars(module).items():
+            is_probability = "drop" in name or (is_layer and name == "p")
+            if is_probability and isinstance(value, float) and value > 0:
+                return True
+    return False
+
+
 def differentiate_padding_tokens(model: nn.Module) -> None:
     """Give the padding token of every embedding its gradient, as any other token.
 

@@ -3,6 +3,7 @@
 training_args.bin                            configuration
 loss_type                                    update.loss
 max_completion_length                        update.length_norm (of dr_grpo)
+(TRL's dr_grpo)                              update.average_over responses
 epsilon; epsilon_high, or else epsilon       update.epsilon_low; .epsilon_high
 beta                                         update.kl_coefficient
 use_bias_correction_kl                       update.kl_estimator k3_weighted, or else k3
@@ -24,6 +25,7 @@ from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.rollouts.batch import Batch
 
 LOSSES = ("dr_grpo", "grpo", "dapo")
 ADVANTAGES = {
@@ -36,7 +38,6 @@ ADVANTAGES = {
 # the values with which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": ("token",),
-    "mask_truncated_completions": (False,),
     "top_entropy_quantile": (1, 1.0),
     "entropy_coef": (0, 0.0),
     "use_adaptive_entropy": (False,),
@@ -74,6 +75,7 @@ def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
     loss = values.get("loss_type")
     if isinstance(loss, str) and loss in LOSSES:
         settings["update.loss"] = loss
+        settings["update.average_over"] = "responses"
     if type(values.get("max_completion_length")) is int:
         settings["update.length_norm"] = values["max_completion_length"]
     low, high = _number(values.get("epsilon")), values.get("epsilon_high")
@@ -114,18 +116,29 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number and math.isfinite(value) else None
 
 
-def contradictions(config: Config, arguments: TrainingArguments) -> list[Contradiction]:
+def contradictions(
+    config: Config, arguments: TrainingArguments, update: Batch | None
+) -> list[Contradiction]:
     """Keys whose value in the configuration is not what the trainer used.
 
-    Keys that the configured loss does not read are not compared: the clipping range
-    without `ratio: clipped`, the length norm of other losses than `dr_grpo`; of a given
-    change (`update.delta`) nothing but the temperature.
+    Keys that change nothing are not compared: the clipping range without `ratio:
+    clipped`, the length norm of other losses than `dr_grpo`, what it averages over where
+    all groups of U are of one size; of a given change (`update.delta`) all but the
+    temperature.
+
+    Args:
+        config: the resolved configuration.
+        arguments: the trainer's settings.
+        update: U, if it is known.
     """
     if config.update.delta is not None:
         return _temperature_contradiction(config, arguments)
+    alike = update is None or len(update.group_sizes.unique()) == 1
     found = []
     for key, trained in trained_settings(arguments).items():
         configured = _value_at(config, key)
+        if key == "update.average_over" and alike:
+            continue
         if configured != trained and _is_read(config, key):
             found.append(Contradiction(key=key, configured=configured, trained=trained))
     loss = arguments.values.get("loss_type")
@@ -152,7 +165,7 @@ def _is_read(config: Config, key: str) -> bool:
     """Whether the configured loss has a use for a key; `nll` has no trainer's KL term."""
     if key in ("update.epsilon_low", "update.epsilon_high"):
         return config.update.ratio == "clipped"
-    if key == "update.length_norm":
+    if key in ("update.length_norm", "update.average_over"):
         return config.update.loss == "dr_grpo"
     if key == "update.kl_coefficient":
         return config.update.loss != "nll"
@@ -210,6 +223,7 @@ def with_training_arguments(config: Config) -> Config:
 _SOURCES = {
     "update.loss": "loss_type",
     "update.length_norm": "max_completion_length",
+    "update.average_over": "loss_type",
     "update.epsilon_low": "epsilon",
     "update.epsilon_high": "epsilon",
     "update.kl_coefficient": "beta",
@@ -229,10 +243,64 @@ def _make_missing(key: str, arguments: TrainingArguments) -> InputError:
     )
 
 
+def require_masked(
+    config: Config, update: Batch | None, end_ids: set[int], padding_id: int | None
+) -> None:
+    """Check that U is without the truncated responses that the trainer's loss leaves out.
+
+    They count in the loss's mean over responses and in nothing else: as responses
+    without a token. To the trainer a response is truncated that ends in neither an end
+    token nor a padding token.
+
+    Args:
+        config: the resolved configuration; only `update.from_checkpoint` is held to it.
+        update: U; None if it is to be sampled.
+        end_ids: token ids that end a response.
+        padding_id: that of the padding token.
+
+    Raises:
+        InputError: a truncated response has tokens, or U is to be sampled.
+    """
+    path = find_training_arguments(config.checkpoint)
+    if not config.update.from_checkpoint or config.batches.U is None or path is None:
+        return
+    masking = "mask_truncated_completions"
+    if not read_training_arguments(path).values.get(masking):
+        return
+    advice = (
+        f"{path}: {masking} leaves truncated responses out of the loss; write them "
+        "without response_ids, as RolloutRecorder does, or set update.from_checkpoint: "
+        "false to probe a step with them"
+    )
+    if update is None:
+        raise InputError(f"batches.U: expected a file, found `sample`; {advice}")
+    ending = end_ids | {padding_id}
+    for sequence in update.sequences:
+        if sequence.num_tokens and int(sequence.response_ids[-1]) not in ending:
+            raise InputError(
+                f"batch U, line {sequence.index + 1}: expected a response that ends or "
+                f"has no tokens, found {sequence.num_tokens} tokens without an end; "
+                f"{advice}"
+            )
+
+
 def _require_same_loss(arguments: TrainingArguments) -> None:
     """Refuse what would make the trainer's step another one than the loss here gives."""
+    values = arguments.values
+    per_step, sampled = (
+        values.get(name)
+        for name in ("gradient_accumulation_steps", "steps_per_generation")
+    )
+    if values.get("loss_type") == "dapo" and sampled not in (None, per_step):
+        raise InputError(
+            f"{arguments.path}: update.from_checkpoint expected steps_per_generation "
+            f"{per_step}, the gradient_accumulation_steps, found {sampled}: the "
+            "trainer's dapo is divided by the tokens of all that was sampled at once, "
+            "and not by those of the step; set update.from_checkpoint: false to probe "
+            "the step with the latter"
+        )
     for name, neutral in NEUTRAL.items():
-        value = arguments.values.get(name, neutral[0])
+        value = values.get(name, neutral[0])
         if value not in neutral:
             raise InputError(
                 f"{arguments.path}: update.from_checkpoint expected {name} "

@@ -20,6 +20,16 @@ def last_step(folder: Path) -> int | None:
     return step if type(step) is int else None
 
 
+def numbered_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a Trainer's output folder, in the order of their steps."""
+    found = {
+        int(match[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := CHECKPOINT.fullmatch(path.name)) is not None
+    }
+    return {step: found[step] for step in sorted(found)}
+
+
 def next_grad_norm(folder: Path) -> float | None:
     """Norm of the gradient, before clipping, of the step that was taken from it.
 
@@ -31,9 +41,9 @@ def next_grad_norm(folder: Path) -> float | None:
     step, history = last_step(folder), _history(folder)
     if step is None:
         return None
-    for later in _later_checkpoints(folder, step):
-        entries = _history(later)
-        # A training that was resumed goes on with the log; another begins its own.
+    for number, later in numbered_checkpoints(folder.resolve().parent).items():
+        entries = _history(later) if number > step else []
+        # A training that was resumed goes on with the log; another has its own.
         if entries[: len(history)] != history:
             continue
         for entry in entries[len(history) :]:
@@ -43,16 +53,8 @@ def next_grad_norm(folder: Path) -> float | None:
     return None
 
 
-def _later_checkpoints(folder: Path, step: int) -> list[Path]:
-    numbers = {
-        int(match[1]): path
-        for path in folder.resolve().parent.iterdir()
-        if (match := CHECKPOINT.fullmatch(path.name)) is not None
-    }
-    return [numbers[number] for number in sorted(numbers) if number > step]
-
-
 def _history(folder: Path) -> list[dict[str, Any]]:
+    """The log's entries; what is not a number in them is none, which equals itself."""
     history = _state(folder).get("log_history")
     entries = history if isinstance(history, list) else []
     return [entry for entry in entries if isinstance(entry, dict)]
@@ -61,7 +63,8 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 def _state(folder: Path) -> dict[str, Any]:
     """The file's content; nothing where it is not one: no result depends on it."""
     try:
-        state = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = (folder / FILE_NAME).read_text(encoding="utf-8")
+        state = json.loads(text, parse_constant=lambda name: None)
+    except (OSError, ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}

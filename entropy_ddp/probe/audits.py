@@ -29,6 +29,7 @@ from entropy_ddp.probe.model_audits import (
     training_rows,
 )
 from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.trainer_audits import trainer_rows
 from entropy_ddp.results import AuditRow, GradientDotResult
 from entropy_ddp.rollouts.microbatch import plan_microbatches
 from entropy_ddp.update.step import Step, learning_rate_of
@@ -65,6 +66,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         *_step_rows(session, measured),
         *update_batch_rows(session),
         *training_rows(session),
+        *trainer_rows(session, measured.step),
         *batch_rows(session),
         *moment_rows(session),
         *_scale_rows(session, measured),

@@ -23,6 +23,7 @@ from entropy_ddp.probe.session import (
     Progress,
     Session,
     check_batches,
+    check_masked,
     open_checkpoint,
     token_limits,
     verify_model,
@@ -51,7 +52,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     found["self-checks"] = {c.name: c.error for c in session.self_checks} | _shared(
         session
     )
-    found |= _trained_with(session.config)
+    found |= _trained_with(session)
     found["memory"] = {"at the peak of a run": estimate.line} | described(estimate)
     return found | {
         f"batch {split}": description for split, description in batches.items()
@@ -181,8 +182,9 @@ def _change(session: Session) -> dict[str, Any]:
     }
 
 
-def _trained_with(config: Config) -> dict[str, Any]:
+def _trained_with(session: Session) -> dict[str, Any]:
     """The trainer's settings, and where the configuration says another thing."""
+    config = session.config
     path = find_training_arguments(config.checkpoint)
     if path is None:
         return {"training arguments": {"file": None}}
@@ -199,7 +201,7 @@ def _trained_with(config: Config) -> dict[str, Any]:
             "used in the configuration": config.update.from_checkpoint,
         }
     }
-    differences = contradictions(config, arguments)
+    differences = contradictions(config, arguments, session.batches.get("U"))
     if differences:
         found["configuration against trainer"] = {
             item.key: {"configured": item.configured, "trained with": item.trained}
@@ -226,5 +228,6 @@ def _read_batches(session: Session) -> dict[str, Any]:
             "tokens": batch.num_tokens,
         }
     check_batches(batches, config)
+    check_masked(session)
     is_wanted(config.gradient_dot, batches, session.planned)
     return found

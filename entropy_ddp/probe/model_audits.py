@@ -48,7 +48,7 @@ def training_rows(session: Session) -> list[AuditRow]:
             f"{found.key} to what the trainer used if it is to be that one",
             fatal=False,
         )
-        for found in contradictions(session.config, arguments)
+        for found in contradictions(session.config, arguments, update)
         if not (given and found.key == "batches.advantage")
     ]
 

@@ -36,7 +36,10 @@ from entropy_ddp.policy.selfcheck import (
     check_model,
     check_sharing,
 )
-from entropy_ddp.policy.trained_settings import with_training_arguments
+from entropy_ddp.policy.trained_settings import (
+    require_masked,
+    with_training_arguments,
+)
 from entropy_ddp.probe.keeping import (
     keep_unfinished,
     plan_sample,
@@ -250,6 +253,7 @@ def open_session(
             path = Path(source.file)
             session.batches[split] = read_batch(path, split, limits, tokenizer)
     check_batches(session.batches, config)
+    check_masked(session)
     check_samples(session)
     require(session)
     # The others follow from the rest.
@@ -404,6 +408,17 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
         compute_advantages(batches["U"], config.batches.advantage)
     if "U" in batches and config.update.ratio == "clipped":
         require_sampling_logprobs(batches["U"])
+
+
+def check_masked(session: Session) -> None:
+    """Whether U has what the trainer's loss had of truncated responses.
+
+    Raises:
+        InputError: it has more of them, or is to be sampled.
+    """
+    policy = session.policy
+    padding = getattr(policy.tokenizer, "pad_token_id", None)
+    require_masked(session.config, session.batches.get("U"), policy.end_ids, padding)
 
 
 def check_samples(session: Session) -> None:

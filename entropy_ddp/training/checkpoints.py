@@ -13,7 +13,6 @@ In the trainer's output folder:
 """
 
 import json
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.importers.run import ImportOptions, import_rollouts
 from entropy_ddp.policy.checkpoint import OPTIMIZER_FILES
 from entropy_ddp.policy.parameters import inner_product
+from entropy_ddp.policy.trainer_log import numbered_checkpoints
 from entropy_ddp.probe.attribution import score_shares, split_step
 from entropy_ddp.probe.estimation import estimate, predict
 from entropy_ddp.probe.measure import measure
@@ -45,7 +45,6 @@ from entropy_ddp.training.step_probe import measured_entropy, middle_slope
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import given_change
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # The estimators of a ledger; those of the callback too.
 ESTIMATORS = (
     "objective.integrand=rb",
@@ -152,11 +151,7 @@ def probe_checkpoints(run: CheckpointRun, world: World, progress: Progress) -> N
 
 def _intervals(run: CheckpointRun) -> list[Interval]:
     """All of a run's checkpoints, by step."""
-    found = {
-        int(match[1]): path
-        for path in (run.folder.iterdir() if run.folder.is_dir() else ())
-        if (match := CHECKPOINT.fullmatch(path.name)) is not None
-    }
+    found = numbered_checkpoints(run.folder)
     if len(found) < 2:
         raise InputError(
             f"{run.folder}: expected at least 2 folders checkpoint-N, found {len(found)}; "
@@ -170,7 +165,7 @@ def _intervals(run: CheckpointRun) -> list[Interval]:
             after=found[last],
             kept=run.out / "checkpoints" / str(first),
         )
-        for first, last in pairwise(sorted(found))
+        for first, last in pairwise(found)
     ]
 
 

@@ -36,6 +36,7 @@ from transformers import TrainerCallback
 
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.parameters import has_dropout
 from entropy_ddp.rollouts.files import write_jsonl
 from entropy_ddp.training.capture import ORDER, SAMPLING, SamplingOrder
 from entropy_ddp.training.listening import listen
@@ -236,11 +237,11 @@ class RolloutRecorder(TrainerCallback):
     def _rows(self, step: int) -> dict[int, Row]:
         """This rank's rows by their place in the order of sampling."""
         trainer = self._trainer
-        has_dropout = _has_dropout(trainer.model)
+        exact = not has_dropout(trainer.model)
         rows = {}
         for batch in self._microbatches:
             _require_text(batch.inputs)
-            own = None if has_dropout else batch.logp
+            own = batch.logp if exact else None
             for number, place in enumerate(batch.inputs[ORDER].tolist()):
                 row = _row(batch.inputs, number, own, trainer)
                 rewards = batch.inputs[REWARDS][number].double()
@@ -321,15 +322,3 @@ def _with_groups(rows: dict[int, Row], num_generations: int) -> list[Row]:
         | rows[place]
         for place in sorted(rows)
     ]
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether the passes of a training are not those of the policy."""
-    for module in model.modules():
-        # A dropout layer keeps its probability as `p`, others under the name.
-        is_layer = "drop" in type(module).__name__.lower()
-        for name, value in vars(module).items():
-            is_probability = "drop" in name or (is_layer and name == "p")
-            if is_probability and isinstance(value, float) and value > 0:
-                return True
-    return False

@@ -4,7 +4,8 @@ Every loss has the form L = -sum_i q_i sum_k (f(log p_{i,k}) - beta KL_{i,k}) wi
 sequence i in group b of G_b responses (N sequences, N_b groups, lengths T_i, advantages
 A_i):
 
-    dr_grpo   q_i = 1 / (N_b G_b L_b)       f = A log p
+    dr_grpo   q_i = 1 / (N_b G_b L_b)       f = A log p    averaged over groups
+    dr_grpo   q_i = 1 / (N L_b)             f = A log p    averaged over responses
     grpo      q_i = 1 / (N T_i)             f = A log p
     dapo      q_i = 1 / sum_j T_j           f = A log p
     nll       q_i = 1 / sum_j T_j           f = log p
@@ -47,6 +48,8 @@ def sequence_coefficients(batch: Batch, update: Update) -> Tensor:
         divisor = longest[batch.groups]
     else:
         divisor = torch.full_like(lengths, update.length_norm)
+    if update.average_over == "responses":
+        return 1 / (len(batch) * divisor)
     return 1 / (batch.num_groups * batch.group_sizes[batch.groups] * divisor)
 
 

@@ -52,6 +52,7 @@ SIGNAL = "norm of the gradient of mean log p"
 RMS = "rms of the step / learning rate"
 MOMENTS = ("second moments equal to 0", "second moments below eps^2")
 GROUPS = "U groups with std(A) > 0"
+STEP = "U step of the trainer"
 SURPRISAL = "E surprisal against entropy, in SD"
 SAMPLER = {split: f"{split} sampler mismatch, mean |Δ log p|" for split in "EU"}
 NOISE = "noise floor of delta_h_true"
@@ -236,6 +237,13 @@ def cut_off(row: Document) -> Document:
     return row | {"response_ids": ids, "finished": ids[-1] == END}
 
 
+def after_three_steps(scene: Scene, root: Path) -> Scene:
+    """The checkpoint says how many steps it has behind it."""
+    saved = planted.copy_checkpoint(scene.saved, root)
+    (saved.folder / "trainer_state.json").write_text('{"global_step": 3}')
+    return replace(scene, saved=saved)
+
+
 FAULTS: dict[str, Fault] = {
     "a step below the rounding of most weights": Fault(
         of="float32",
@@ -355,6 +363,13 @@ FAULTS: dict[str, Fault] = {
         plant=lambda scene, root: scene.with_rows("U", stripped),
         complaints=warned("U finished responses that end in an end token"),
         cause="the end-of-sequence token was stripped",
+    ),
+    "U of another step than the checkpoint's next": Fault(
+        plant=lambda scene, root: after_three_steps(scene, root).with_rows(
+            "U", lambda row: row | {"step": 2}
+        ),
+        complaints={STEP: "fail"},
+        cause="name the file of step 4",
     ),
     "most responses cut off": Fault(
         plant=lambda scene, root: scene.with_rows("E", cut_off).with_step(

@@ -30,6 +30,7 @@ SAMPLER_NOISE = 0.3  # in nats: ratios leave [0.8, 1.2] on every second token
 LOSSES: dict[str, dict[str, Any]] = {
     "dr_grpo": {},
     "dr_grpo, constant": {"length_norm": 10},
+    "dr_grpo, responses": {"length_norm": 10, "average_over": "responses"},
     "grpo": {"loss": "grpo"},
     "dapo": {"loss": "dapo"},
     "nll": {"loss": "nll"},
@@ -151,6 +152,7 @@ HAND_ROWS = [
     [
         ("dr_grpo", [1 / 12, 1 / 12, 1 / 8, 1 / 8]),
         ("dr_grpo, constant", [1 / 40] * 4),
+        ("dr_grpo, responses", [1 / 40] * 4),
         ("grpo", [1 / 12, 1 / 4, 1 / 4, 1 / 8]),
         ("dapo", [1 / 6] * 4),
         ("nll", [1 / 6] * 4),
