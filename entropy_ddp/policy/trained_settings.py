@@ -117,7 +117,7 @@ def _number(value: Any) -> float | None:
 
 
 def contradictions(
-    config: Config, arguments: TrainingArguments, update: Batch | None
+    config: Config, arguments: TrainingArguments, update: Batch | None = None
 ) -> list[Contradiction]:
     """Keys whose value in the configuration is not what the trainer used.
 

@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,14 @@ def test_of_a_given_change_only_the_temperature_is_held_against_the_trainer(
         ({"loss_type": "cispo"}, "set update.loss in the configuration"),
         ({"scale_rewards": "batch"}, "set batches.advantage in the configuration"),
         ({"temperature": None}, "set objective.temperature in the configuration"),
-        ({"mask_truncated_completions": True}, "mask_truncated_completions False"),
+        (
+            {
+                "loss_type": "dapo",
+                "gradient_accumulation_steps": 2,
+                "steps_per_generation": 4,
+            },
+            "expected steps_per_generation 2, .* found 4",
+        ),
         ({"importance_sampling_level": "sequence"}, "found 'sequence'"),
     ],
 )
@@ -274,6 +282,63 @@ def test_what_has_no_form_here_is_refused(
     save_settings(checkpoint, **values)
     with pytest.raises(InputError, match=message):
         resolved(run)
+
+
+def test_a_step_of_all_that_was_sampled_is_divided_as_here(
+    run: TinyRun, checkpoint: Path
+) -> None:
+    """And other losses than dapo do not ask."""
+    save_settings(
+        checkpoint,
+        loss_type="dapo",
+        gradient_accumulation_steps=2,
+        steps_per_generation=2,
+    )
+    assert resolved(run).update.loss == "dapo"
+    save_settings(checkpoint, gradient_accumulation_steps=2, steps_per_generation=4)
+    assert resolved(run).update.average_over == "responses"
+
+
+def test_what_a_mean_is_over_matters_where_groups_differ_in_size(
+    run: TinyRun, checkpoint: Path
+) -> None:
+    """To TRL's dr_grpo all responses are alike."""
+    save_settings(checkpoint)
+    config = resolved(run, average_over="groups")
+    arguments = read_training_arguments(checkpoint / FILE_NAME)
+    uneven = run.open().batches["U"]
+    (only,) = contradictions(config, arguments, uneven)
+    assert (only.key, only.trained) == ("update.average_over", "responses")
+    even = replace(uneven, sequences=uneven.sequences[:2])
+    assert contradictions(config, arguments, even) == []
+
+
+def test_truncated_responses_that_the_trainer_masks(
+    run: TinyRun, checkpoint: Path
+) -> None:
+    """They have no tokens in U; one that has is named."""
+    save_settings(checkpoint, mask_truncated_completions=True)
+    end = run.saved.model.config.eos_token_id
+    ended = [
+        replace(row, response_ids=[*row.response_ids[:-1], end], sampling_logprobs=None)
+        for row in run.U
+    ]
+    ended[1] = replace(ended[1], response_ids=[])
+    masked = replace(run, U=ended)
+    update = {"from_checkpoint": True}
+    assert masked.open(update=update).batches["U"].lengths[1] == 0
+    ended[2] = replace(ended[2], response_ids=[end + 1] * 3)
+    with pytest.raises(
+        InputError, match="line 3: expected a response that ends or has"
+    ):
+        masked.open(update=update)
+    assert len(masked.open().batches["U"]) == len(ended)
+    sample = {"prompts": "prompts.jsonl", "num_prompts": 2, "max_new_tokens": 2}
+    reward = {"reward": {"exact": "answer"}, "responses_per_prompt": 2}
+    files = masked.config().batches.model_dump(exclude_none=True)
+    batches = files | {"U": {"sample": sample | reward}}
+    with pytest.raises(InputError, match="U: expected a file, found `sample`"):
+        masked.open(update=update, batches=batches)
 
 
 def test_a_setting_that_the_configuration_gives_need_not_be_in_the_file(
