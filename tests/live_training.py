@@ -161,13 +161,22 @@ def make_trainer(
 
 
 def train(
-    folder: str | Path, *, probe: Mapping[str, Any] | None = None, **settings: Any
+    folder: str | Path,
+    *,
+    probe: Mapping[str, Any] | None = None,
+    record: bool = False,
+    **settings: Any,
 ) -> Records:
-    """Train, with the callback if it has settings; its ledger is in `folder`."""
-    from entropy_ddp.training import EntropyProbeCallback
+    """Train, with the callback if it has settings, and with the recorder.
+
+    The ledger is in `folder`, the recorded batches in `folder / "trainer/rollouts"`.
+    """
+    from entropy_ddp.training import EntropyProbeCallback, RolloutRecorder
 
     folder, records = Path(folder), Records()
     trainer = make_trainer(folder / "trainer", callbacks=[records], **settings)
+    if record:
+        RolloutRecorder(out=folder / "trainer" / "rollouts").attach(trainer)
     if probe is not None:
         EntropyProbeCallback(out=folder, **PROBE | dict(probe)).attach(trainer)
     trainer.train()

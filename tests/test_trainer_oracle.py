@@ -2,8 +2,9 @@
 
 The change of every parameter between two of the trainer's checkpoints is held against
 `delta_theta.safetensors` of a probe of the first of the two, on the batch of the step:
-as it went into the trainer's loss (exact token ids), and as `import` restores it from
-the trainer's log, whose texts lack special tokens that were sampled inside a response.
+as `RolloutRecorder` wrote it, whose rows are held against those that went into the
+trainer's loss, and as `import` restores it from the trainer's log, whose texts lack
+special tokens that were sampled inside a response.
 """
 
 import json
@@ -23,6 +24,7 @@ from trainers import MAX_LENGTH, Row, batch_of, train_with_accelerate, train_wit
 
 from entropy_ddp import demo
 from entropy_ddp.cli import main
+from entropy_ddp.rollouts.jsonlines import read_rows
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
@@ -124,9 +126,20 @@ class Probe:
         return load_file(folder / "run" / "delta_theta.safetensors")
 
 
+def recorded(folder: Path, step: int) -> Path:
+    """The recorder's file of a step, which has the rows that TRL's loss was given."""
+    file = folder / "rollouts" / f"U-{step:06d}.jsonl.gz"
+
+    def own(row: Row) -> Any:
+        return row["prompt_ids"], row["response_ids"], row["advantage"]
+
+    assert sorted(map(own, read_rows(file))) == sorted(map(own, batch_of(folder, step)))
+    return file
+
+
 def probe(folder: Path, step: int, **update: Any) -> dict[str, Tensor]:
-    """The probe's version of a step of TRL's, on the batch as TRL had it."""
-    batch = write_rows(folder / f"U{step}.jsonl", batch_of(folder, step))
+    """The probe's version of a step of TRL's, on the batch as it was recorded."""
+    batch = recorded(folder, step)
     checkpoint = {"path": str(folder / f"checkpoint-{step - 1}")}
     update = {"from_checkpoint": True} | update
     name = "-".join(["probe", str(step), *map(str, update.values())])
@@ -170,6 +183,14 @@ def test_the_step_after_a_checkpoint(
     one_more_step(task, tmp_path, loss_type=loss, full=full)
     step = STEPS + 1
     assert error_of_the_step(tmp_path, step) < RTOL
+    (results,) = tmp_path.glob(f"probe-{step}-*/run/results.json")
+    audits = {a["name"]: a for a in json.loads(results.read_text())["audit"]}
+    norm = audits[f"gradient norm over the trainer's of step {step}"]
+    assert abs(norm["value"] - 1) < RTOL
+    assert norm["verdict"] == audits["U step of the trainer"]["verdict"] == "ok"
+    for split in "EU":
+        # The policy's own, in float32.
+        assert audits[f"{split} sampler mismatch, mean |Δ log p|"]["value"] < 1e-6
     exact, (restored, notes) = batch_of(tmp_path, step), imported(tmp_path, step)
     assert len(restored) == len(exact)
     # The importer says of itself whether texts had lost tokens.
@@ -247,11 +268,20 @@ def test_a_kl_term(task: Task, tmp_path: Path, loss: str, weighted: bool) -> Non
     [
         {"gradient_accumulation_steps": 2, "loss_type": "dapo"},
         {"gradient_accumulation_steps": 2, "loss_type": "grpo"},
-        {"scale_rewards": "group", "max_grad_norm": 0.01},
+        {
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 4,
+            "loss_type": "dr_grpo",
+        },
+        {
+            "scale_rewards": "group",
+            "max_grad_norm": 0.01,
+            "mask_truncated_completions": True,
+        },
         {"max_grad_norm": 0.0, "temperature": 1.3},
         {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 9},
         {"optim": "adamw_torch", "adam_beta1": 0.8, "adam_epsilon": 1e-6},
-        {"peft": {"bias": "all"}},
+        {"peft": {"bias": "all", "task_type": None}},
         {"peft": {"use_rslora": True, "target_modules": ["q_proj", "v_proj"]}},
         {"peft": {"modules_to_save": ["norm"]}, "beta": 0.04},
     ],
@@ -306,7 +336,7 @@ def test_a_probe_on_two_ranks(two_ranks: Path, tmp_path: Path) -> None:
     folder = two_ranks / "kl"
     probe = Probe(
         checkpoint={"path": str(folder / "checkpoint-2")},
-        batch=write_rows(tmp_path / "U.jsonl", batch_of(folder, 3)),
+        batch=recorded(folder, 3),
     )
     out = tmp_path / "run"
     options = ("--config", probe.config(tmp_path / "probe"), "--out", out, "--quiet")

@@ -1,7 +1,8 @@
 """Trainers at work on the demo's task: TRL's GRPOTrainer, a plain loop with accelerate.
 
-Each leaves checkpoints and, of every step, the batch as it went into the loss. Run as a
-script under torchrun, this file trains with TRL on several ranks:
+Each leaves checkpoints and, of every step, the batch as it went into the loss; TRL's also
+as `RolloutRecorder` records it. Run as a script under torchrun, this file trains with TRL
+on several ranks:
 
     torchrun --nproc_per_node=2 tests/trainers.py JOBS.json
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_ddp.demo import PROJECTIONS, running_total_rewards
+from entropy_ddp.training import RolloutRecorder
 
 RESPONSES_PER_PROMPT = 4
 MAX_LENGTH = 9  # some responses are truncated
@@ -39,7 +41,8 @@ def train_with_trl(
     """Train up to a step and save every step's checkpoint, batch and completions.
 
     Args:
-        folder: TRL's output folder; `batches/STEP-RANK.json` are the batches.
+        folder: TRL's output folder; `batches/STEP-RANK.json` are the batches, and
+            `rollouts` holds those that were recorded.
         base: the base model.
         prompts: the prompts file.
         steps: the last step.
@@ -75,7 +78,9 @@ def train_with_trl(
         "logging_steps": 1, "log_completions": True, "num_completions_to_print": 0,
         "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
-    lora = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS} | dict(peft or {})
+    lora = {
+        "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS,
+    } | dict(peft or {})  # fmt: skip
     with Path(prompts).open() as stream:
         rows = [json.loads(line) for line in stream]
     trainer = Recording(
@@ -84,9 +89,10 @@ def train_with_trl(
         reward_funcs=running_total_rewards,
         args=GRPOConfig(**arguments | settings),
         train_dataset=Dataset.from_list(rows),
-        peft_config=None if full else LoraConfig(task_type="CAUSAL_LM", **lora),
+        peft_config=None if full else LoraConfig(**lora),
     )
     trainer.remove_callback(PrinterCallback)
+    RolloutRecorder(out=Path(folder) / "rollouts").attach(trainer)
     trainer.train(resume_from_checkpoint=resume)
 
 

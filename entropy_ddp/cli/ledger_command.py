@@ -28,8 +28,8 @@ def ledger(options: Options, run: Path) -> None:
     """Add up the entropy changes of a whole training.
 
     RUN: the folder of `ledger.jsonl`, the callback's `out`. With --config (or --set) a
-    trainer's output folder instead, whose checkpoints and completions are probed one
-    after the other. Writes ledger.json and, with the extra `report`, ledger.html into
+    trainer's output folder instead, whose checkpoints and batches (rollouts/ of a
+    RolloutRecorder, or else completions/ of TRL) are probed one after the other. Writes ledger.json and, with the extra `report`, ledger.html into
     --out, by default the ledger's folder.
     """
     sys.exit(run_ranks(lambda world: _ledger(world, run, options)))

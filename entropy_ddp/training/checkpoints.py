@@ -3,13 +3,15 @@
 Between two checkpoints, saved after steps s and s + n, the change of all n steps together
 is probed as a given change of the parameters: entropy, truth, first and second order on
 responses sampled from the first of the two. Step s + 1 can moreover be taken again from
-the saved optimizer state on the trainer's dump of its batch, and split into its parts:
-with a checkpoint of every step the whole run is, otherwise one step in n.
+the saved optimizer state on its batch, as it was recorded or else from the trainer's
+dump of its texts, and split into its parts: with a checkpoint of every step the whole
+run is, otherwise one step in n.
 
 In the trainer's output folder:
 
     checkpoint-{s}/                                  weights, optimizer state after step s
-    completions/completions_{s + 1:05d}.parquet      batch of step s + 1 (TRL)
+    rollouts/U-{s + 1:06d}.jsonl.gz                  batch of step s + 1 (RolloutRecorder)
+    completions/completions_{s + 1:05d}.parquet      the same, texts only (TRL)
 """
 
 import json
@@ -41,6 +43,7 @@ from entropy_ddp.training.entries import (
 )
 from entropy_ddp.training.lines import append_line, require_new
 from entropy_ddp.training.live import seeded
+from entropy_ddp.training.recorder import batch_file
 from entropy_ddp.training.step_probe import measured_entropy, middle_slope
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import given_change
@@ -208,7 +211,12 @@ def _keep_evaluation(session: Session, file: Path) -> None:
 
 def _can_be_split(run: CheckpointRun, interval: Interval) -> bool:
     saved = any((interval.before / name).exists() for name in OPTIMIZER_FILES)
-    return saved and _completions(run, interval).exists()
+    batches = (_recorded(run, interval), _completions(run, interval))
+    return saved and any(file.exists() for file in batches)
+
+
+def _recorded(run: CheckpointRun, interval: Interval) -> Path:
+    return batch_file(run.folder / "rollouts", interval.first + 1)
 
 
 def _completions(run: CheckpointRun, interval: Interval) -> Path:
@@ -216,10 +224,8 @@ def _completions(run: CheckpointRun, interval: Interval) -> Path:
     return run.folder / "completions" / name
 
 
-def _split(
-    run: CheckpointRun, interval: Interval, world: World, progress: Progress
-) -> dict[str, Any]:
-    """The parts of the first step after a checkpoint, on the same E."""
+def _imported(run: CheckpointRun, interval: Interval, world: World) -> Path:
+    """The batch of the first step after a checkpoint, from its texts."""
     update = interval.kept / "U.jsonl"
     if world.is_main:
         options = ImportOptions(
@@ -232,6 +238,16 @@ def _split(
         import_rollouts(options)
     # Not read before it is there.
     world.gather_objects(None)
+    return update
+
+
+def _split(
+    run: CheckpointRun, interval: Interval, world: World, progress: Progress
+) -> dict[str, Any]:
+    """The parts of the first step after a checkpoint, on the same E."""
+    update = _recorded(run, interval)
+    if not update.exists():
+        update = _imported(run, interval, world)
     values = {
         "checkpoint.path": str(interval.before),
         "batches.E": {"file": str(interval.evaluation)},

@@ -61,6 +61,11 @@ class _Microbatch:
     logp: Tensor | None = None
 
 
+def batch_file(folder: Path, step: int) -> Path:
+    """The file of a step in a folder of recorded batches."""
+    return folder / f"U-{step:06d}.jsonl.gz"
+
+
 class RolloutRecorder(TrainerCallback):
     """Writes the batch of every optimizer step into a rollout file of its own.
 
@@ -114,7 +119,7 @@ class RolloutRecorder(TrainerCallback):
 
     def file(self, step: int) -> Path:
         """Where the batch of a step is written: of step N + 1 for checkpoint-N."""
-        return self.folder / f"U-{step:06d}.jsonl.gz"
+        return batch_file(self.folder, step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Listen to the trainer.
