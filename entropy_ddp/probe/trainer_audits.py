@@ -67,24 +67,24 @@ def _norm_rows(session: Session, saved: int, step: Step) -> list[AuditRow]:
     """The norm before clipping; a fact where U is not said to be that batch."""
     assert step.grad_norm is not None and session.config.checkpoint.path is not None
     logged = next_grad_norm(Path(session.config.checkpoint.path))
-    if not logged:
+    if logged is None:
         return []
-    name = f"gradient norm over the trainer's of step {saved + 1}"
-    ratio = step.grad_norm / logged
+    name = f"gradient norm, the trainer's of step {saved + 1}"
     if set(_steps_of_update(session)) != {saved + 1}:
-        return [audit.fact(name, ratio, "1 if U is its batch")]
+        expected = f"{logged:.10g} if U is its batch"
+        return [audit.fact(name, step.grad_norm, expected)]
     narrow = _computed_narrowly(session)
     tolerance = NARROW_NORM_TOLERANCE if narrow else NORM_TOLERANCE
     return [
         audit.check(
             name,
-            ratio,
-            f"1 within {tolerance:.0e}",
-            abs(ratio - 1) <= tolerance,
-            f"it logged {logged:.6g}, this step has {step.grad_norm:.6g}: ids that are "
-            "not what was sampled (record them with RolloutRecorder; texts lose some), "
-            "another loss, KL term or temperature than the trainer's (set "
-            "update.from_checkpoint: true), dropout, or padding tokens inside responses",
+            step.grad_norm,
+            f"{logged:.10g} within {tolerance:.0e} of it",
+            abs(step.grad_norm - logged) <= tolerance * logged,
+            f"the trainer logged {logged:.6g}: ids that are not what was sampled "
+            "(record them with RolloutRecorder; texts lose some), another loss, KL "
+            "term or temperature than the trainer's (set update.from_checkpoint: true), "
+            "dropout, or padding tokens inside responses",
             fatal=_is_replay(session) and not narrow,
         )
     ]

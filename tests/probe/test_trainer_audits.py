@@ -21,7 +21,7 @@ from entropy_ddp.probe.trainer_audits import trainer_rows
 from entropy_ddp.results import AuditRow
 from entropy_ddp.update.step import Step
 
-NORM = "gradient norm over the trainer's of step 4"
+NORM = "gradient norm, the trainer's of step 4"
 STEP = "U step of the trainer"
 LENGTH = 40
 HISTORY = [{"step": step, "grad_norm": 0.1 * step, "reward": None} for step in (1, 3)]
@@ -73,7 +73,7 @@ def test_the_batch_of_the_next_step_is_known_as_such(
     """By its rows, and by the norm that the trainer logged."""
     rows = {row.name: row for row in scene.audit(tmp_path).results.audit}
     assert rows[STEP].value == 4
-    assert rows[NORM].value == pytest.approx(1, rel=1e-9)
+    assert rows[NORM].value == pytest.approx(norm_of_the_loss(scene), rel=1e-9)
     assert rows[STEP].verdict == rows[NORM].verdict == "ok"
 
 
@@ -163,8 +163,18 @@ def test_another_norm_than_the_trainer_s(
     norm = factor * norm_of_the_loss(scene)
     row = rows_of(opened, norm)[NORM]
     assert row.verdict == verdict
-    assert row.value == pytest.approx(factor, rel=1e-9)
-    assert (f"has {norm:.6g}" in row.hint) == (verdict != "ok")
+    assert row.value == norm
+    assert (f"logged {norm / factor:.6g}" in row.hint) == (verdict != "ok")
+
+
+def test_a_step_without_a_gradient(scene: Scene, tmp_path: Path) -> None:
+    """Every group's rewards were equal: the norm is 0 and nothing is divided by it."""
+    saved = planted.copy_checkpoint(scene.saved, tmp_path)
+    logged_by(tmp_path / "checkpoint-6", 6, {"step": 4, "grad_norm": 0.0})
+    config = replace(scene, saved=saved).config(tmp_path)
+    session = open_session(config, World(), None, no_progress)
+    assert rows_of(session, 0.0)[NORM].verdict == "ok"
+    assert rows_of(session, 1e-9)[NORM].verdict == "fail"
 
 
 def test_what_else_can_explain_another_norm(opened: Session, scene: Scene) -> None:
