@@ -78,6 +78,22 @@ def proxies(table: TokenTable) -> dict[str, Tensor]:
     }
 
 
+def graded(values: Tensor) -> Tensor:
+    """Integers in the order of these values, equal where they agree to 0.1 %, [T].
+
+    Tokens in the same context have the same numbers, of which every pass computes other
+    last digits: to choose tokens by those would be to choose by rounding.
+    """
+    # The sign, the exponent and ten digits of the fraction, rounded.
+    bits = values.double().abs().view(torch.int64)
+    return ((bits + (1 << 41)) >> 42) * values.sign().long()
+
+
+def first_places(grades: Tensor, count: int) -> Tensor:
+    """Places of the largest, in their order; of equal ones those that come first."""
+    return grades.argsort(descending=True, stable=True)[:count]
+
+
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 0, ties sharing the mean of theirs, [T]."""
     _, place, count = values.unique(return_inverse=True, return_counts=True)
@@ -102,9 +118,8 @@ def top_overlap(score: Tensor, share: Tensor, fraction: float) -> float | None:
     if not bool(score.any() and share.any()):
         return None
     count = max(1, round(fraction * len(share)))
-    chosen = score.abs().topk(count).indices
-    wanted = share.abs().topk(count).indices
-    return len(set(chosen.tolist()) & set(wanted.tolist())) / count
+    chosen, wanted = (_largest(values.abs(), count) for values in (score, share))
+    return int((chosen & wanted).sum()) / count
 
 
 def judge_proxy(score: Tensor, share: Tensor) -> dict[str, Any]:
@@ -155,9 +170,15 @@ def share_by(labels: list[str], label_of_token: Tensor, share: Tensor) -> list[A
 
 
 def probability_deciles(logp: Tensor) -> Tensor:
-    """Decile of each token by its probability, 0 the least probable, [T]."""
-    place = ranks(logp) / max(len(logp), 1)
-    return (place * NUM_DECILES).long().clamp(max=NUM_DECILES - 1)
+    """Tenth of the tokens that each is in by its probability, 0 the least probable, [T].
+
+    As many in each, or one more; tokens of one probability come in their order. They
+    are compared by -log p, which tells apart the probable from the certain.
+    """
+    decile = torch.empty(len(logp), dtype=torch.int64)
+    places = first_places(graded(-logp), len(logp))
+    decile[places] = torch.arange(len(logp)) * NUM_DECILES // max(len(logp), 1)
+    return decile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +222,7 @@ def rules(table: TokenTable, fraction: float) -> list[Rule]:
 
 
 def _largest(score: Tensor, count: int) -> Tensor:
+    """The tokens with the largest scores; of equal ones those that come first, [T]."""
     mask = torch.zeros_like(score, dtype=torch.bool)
-    mask[score.topk(count).indices] = True
+    mask[first_places(graded(score), count)] = True
     return mask

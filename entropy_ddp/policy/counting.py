@@ -22,20 +22,34 @@ class PassCount:
         positions: tokens that went through the model, prompts and padding included.
         microbatches: forward passes of the model.
         operations: floating-point operations of matrix products and attention, of which
-            causal attention is counted as the full square; 0 unless counted.
+            causal attention is counted as the full square; None where a part of them
+            was not counted.
     """
 
     sequences: int = 0
     tokens: int = 0
     positions: int = 0
     microbatches: int = 0
-    operations: int = 0
+    operations: int | None = 0
 
     def add(self, other: "PassCount") -> None:
         """Add another count to this one."""
-        for field in fields(self):
-            total = getattr(self, field.name) + getattr(other, field.name)
-            setattr(self, field.name, total)
+        for name, value in self._with(other, 1).items():
+            setattr(self, name, value)
+
+    def less(self, other: "PassCount") -> "PassCount":
+        """This count without another one that it includes."""
+        return PassCount(**self._with(other, -1))
+
+    def _with(self, other: "PassCount", sign: int) -> dict[str, int | None]:
+        pairs = {
+            f.name: (getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)
+        }
+        return {
+            name: None if a is None or b is None else a + sign * b
+            for name, (a, b) in pairs.items()
+        }
 
     def add_microbatch(self, microbatch: Microbatch) -> None:
         """Count one forward pass."""
@@ -48,6 +62,7 @@ def counted(shard: Shard, count_operations: bool) -> Iterator[PassCount]:
     """The count of one pass over a shard, to which the pass adds its microbatches."""
     count = PassCount(sequences=len(shard.positions), tokens=shard.ragged.num_tokens)
     if not count_operations:
+        count.operations = None
         yield count
         return
     with OperationCounter() as operations:

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Elements of a buffer that are worked on together: they stay in the processor's cache,
+# and torch leaves so few to one thread.
+BLOCK_ELEMENTS = 1 << 14
+
 
 @dataclass(frozen=True)
 class ParameterLayout:
@@ -67,13 +71,44 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """A cheap fingerprint of the frozen parameters: names, shapes, float64 sums."""
+    """A cheap fingerprint of the frozen parameters: names, dtypes, shapes, mixed bits.
+
+    It sees every change of a bit, and elements that have changed places. The bits are
+    added as integers where they lie, on a GPU too: in any order the sum is the same, and
+    so is the fingerprint on any number of threads.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            total = parameter.detach().sum(dtype=torch.float64).item()
-            digest.update(f"{name} {tuple(parameter.shape)} {total.hex()};".encode())
+            shape = tuple(parameter.shape)
+            digest.update(f"{name} {parameter.dtype} {shape};".encode())
+            for total in _mixed_sums(parameter.detach().reshape(-1)):
+                digest.update(total.to_bytes(8, "little", signed=True))
     return digest.hexdigest()
+
+
+# Odd, so that no bit is lost: MurmurHash3's, and for places the golden ratio's, as signed
+# 64-bit integers.
+_MIXERS = (-0xAE502812AA7333, -0x3B314601E57A13AD)
+_PLACE = -0x61C8864680B583EB
+
+
+def _mixed_sums(flat: Tensor) -> Iterator[int]:
+    """Sums of a flat tensor's 64-bit words, block by block, modulo 2^64.
+
+    Each word is mixed with its place in the block first: a plain sum would not see words
+    that are swapped, nor a sign that two of them change.
+    """
+    stored = flat.new_zeros(BLOCK_ELEMENTS)
+    words = stored.view(torch.int64)
+    places = torch.arange(1, len(words) + 1, device=flat.device) * _PLACE
+    for piece in flat.split(len(stored)):
+        if len(piece) < len(stored):
+            stored.zero_()
+        stored[: len(piece)] = piece
+        mixed = (words ^ places).mul_(_MIXERS[0])
+        mixed ^= mixed >> 32
+        yield int(mixed.mul_(_MIXERS[1]).sum())
 
 
 @contextmanager
@@ -148,13 +183,33 @@ def global_norm(flat: Tensor) -> float:
     return math.sqrt(inner_product(flat, flat))
 
 
-def inner_product(left: Tensor, right: Tensor, block: int = 1 << 22) -> float:
+@torch.no_grad()
+def inner_product(left: Tensor, right: Tensor, block: int = BLOCK_ELEMENTS) -> float:
     """Inner product of two flat buffers, accumulated in float64.
 
-    Taken block by block, so that no second copy of the buffers is made.
+    Its bits depend on the values, their number and the block only: a run that goes on
+    must find the norm that it had clipped by. BLAS and vectorised sums add in an order
+    that depends on where a buffer lies in memory, on the instruction set and on the
+    number of threads; here arrays are added element by element. Products go into the
+    sums of a block, side by side, which are then folded in halves.
+
+    Args:
+        left, right: the buffers, [P].
+        block: number of those sums, a power of two.
     """
-    pairs = zip(left.split(block), right.split(block), strict=True)
-    return float(sum(torch.dot(a.double(), b.double()) for a, b in pairs))
+    if len(left) != len(right):
+        raise ValueError(f"buffers of {len(left)} and {len(right)} elements")
+    width = min(block, 1 << max(len(left) - 1, 0).bit_length())
+    sums, products = left.new_zeros((2, width), dtype=torch.float64)
+    for a, b in zip(left.split(width), right.split(width)):
+        here = products[: len(a)]
+        # A product of its own: fused with the addition it would not be rounded.
+        torch.mul(a.double(), b.double(), out=here)
+        sums[: len(a)] += here
+    while len(sums) > 1:
+        low, high = sums.chunk(2)
+        sums = low.add_(high)
+    return float(sums)
 
 
 def has_dropout(model: nn.Module) -> bool:

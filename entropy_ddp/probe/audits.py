@@ -198,7 +198,7 @@ def _rms_without_decay(session: Session, step: Step) -> float:
     for name, view in layout.views(step.delta).items():
         parameter = session.policy.parameters[name]
         rest = view + decay[id(parameter)] * parameter.detach().to(view)
-        total += float(rest.double().square().sum())
+        total += inner_product(rest.reshape(-1), rest.reshape(-1))
     return math.sqrt(total / layout.numel)
 
 

@@ -2,7 +2,8 @@
 
 Keys of the configuration stand with their values, except those that change no number
 (how the work is cut) and paths, in whose place the content stands: a hash of the
-parameters, the optimizer state, the batches. Names are what a message calls them by.
+parameters, the optimizer state, the batches; the device stands there as it was chosen.
+Names are what a message calls them by.
 """
 
 import hashlib
@@ -17,18 +18,29 @@ from entropy_ddp.policy.parameters import fingerprint, frozen_fingerprint
 from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.update.step import optimizer_tensors
 
-# What changes no number, or stands there by its content; `sweep`: a point depends on its
-# own eta, so that a grid may be extended.
 _LEFT_OUT = (
-    "out",
-    "sweep",
+    # What stands there by its content.
     "checkpoint",
     "batches.E.file",
     "batches.U.file",
     "update.delta",
+    # Whose values stand there, whoever gave them.
+    "update.from_checkpoint",
+    # A point depends on its own eta: a grid may be extended.
+    "sweep",
+    # What is written and shown.
+    "out",
     "update.save_delta",
+    "attribution.top",
+    "compute.count_operations",
+    # What a number is held against when all are there.
+    "truth.ess_warn",
+    "truth.ess_abort",
+    # How the work is cut, where it is done, and how long ranks wait for each other.
+    "compute.device",
     "compute.tokens_per_microbatch",
     "compute.snapshot_device",
+    "compute.rank_timeout_seconds",
     "batches.E.sample.sequences_per_call",
     "batches.U.sample.sequences_per_call",
 )
@@ -60,6 +72,7 @@ def identity_of_checkpoint(
 ) -> dict[str, Any]:
     """Content of the trained and frozen weights, and of what the step is made of."""
     identity = {
+        "device": policy.device.type,
         "trained weights": fingerprint(policy.parameters.items())[:_HASH_DIGITS],
         "other weights": frozen_fingerprint(policy.model)[:_HASH_DIGITS],
     }

@@ -127,7 +127,7 @@ def _passes(
     rows = []
     for (kind, split), count in totals.items():
         row = {"pass": kind, "batch": split} | asdict(count)
-        if not session.config.compute.count_operations:
+        if count.operations is None:
             del row["operations"]
         rows.append(row)
     return rows

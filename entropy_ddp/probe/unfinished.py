@@ -77,10 +77,9 @@ class Costs:
         """These costs without others that they include."""
         performed = {}
         for key, count in self.performed.items():
-            before = asdict(other.performed.get(key, PassCount()))
-            fields = {n: v - before[n] for n, v in asdict(count).items()}
-            if any(fields.values()):
-                performed[key] = PassCount(**fields)
+            fresh = count.less(other.performed.get(key, PassCount()))
+            if fresh.sequences:
+                performed[key] = fresh
         collectives = {
             key: (number - before, size - known)
             for key, (number, size) in self.collectives.items()
@@ -260,7 +259,9 @@ def _read(path: Path, *parts: str) -> tuple[Record, Tensor]:
     for key in opened.keys():  # noqa: SIM118
         part, _, name = key.partition(".")
         if name and (not parts or part in parts):
-            named.setdefault(part, {})[name] = opened.get_tensor(key)
+            # A copy lies in memory as a new tensor does, not as it does in the file:
+            # matrix products, too, depend on that in the last bit.
+            named.setdefault(part, {})[name] = opened.get_tensor(key).clone()
     return Record(**named), opened.get_tensor("positions")
 
 

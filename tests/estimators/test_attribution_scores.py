@@ -4,6 +4,7 @@ Every expectation is a double loop over the definition, or an array made by hand
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from entropy_ddp.estimators.attribution import (
     TokenTable,
     concentration,
     covariance_score,
+    first_places,
+    graded,
     judge_proxy,
     probability_deciles,
     proxies,
@@ -201,10 +204,46 @@ def test_probability_deciles_hold_a_tenth_each() -> None:
 
 
 def test_probability_deciles_of_equal_and_of_few_tokens() -> None:
-    """Equal tokens share a decile, in the middle of those they would fill."""
-    assert probability_deciles(torch.zeros(7, dtype=DOUBLE)).tolist() == [4] * 7
+    """Equal tokens come in their order."""
+    equal = torch.zeros(20, dtype=DOUBLE)
+    assert probability_deciles(equal).tolist() == [t // 2 for t in range(20)]
+    assert probability_deciles(equal[:0]).tolist() == []
     assert probability_deciles(tensor(-1.0)).tolist() == [0]
     assert probability_deciles(tensor(-1.0, -3.0, -2.0)).tolist() == [6, 0, 3]
+
+
+def noisy(values: Tensor, seed: int, relative: float = 1e-7) -> Tensor:
+    """The values as another pass computes them."""
+    return values * (1 + relative * random_scores(seed, len(values)))
+
+
+def test_rounding_does_not_choose_among_tokens_in_one_context() -> None:
+    """Eight responses of one beginning: its tokens have the same numbers eight times."""
+    shared = torch.cat([random_scores(10, 30)] * 8)
+    logp, score = -(4 * shared).exp(), shared
+    table = make_table()
+    for seed in range(20):
+        again = probability_deciles(noisy(logp, seed))
+        assert torch.equal(again, probability_deciles(logp))
+        found, expected = (
+            rules(replace(table, share=share, logp=share, advantage=share), 0.1)
+            for share in (noisy(score, seed), score)
+        )
+        for one, other in zip(found[:3], expected[:3], strict=True):
+            assert torch.equal(one.mask, other.mask), one.name
+        assert top_overlap(noisy(score, seed), score, 0.1) == 1.0
+
+
+def test_what_differs_by_a_hundredth_is_told_apart() -> None:
+    """By -log p: of certain tokens, too, the less certain come first."""
+    surprisal = 1.01 ** -torch.arange(2000, dtype=DOUBLE)
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    grades = graded(surprisal[order])
+    assert torch.equal(first_places(grades, 2000), order.argsort())
+    assert torch.equal(graded(-surprisal), -graded(surprisal))
+    assert graded(tensor(0.0, -0.0, math.inf)).tolist()[:2] == [0, 0]
+    found = probability_deciles(-surprisal[order])
+    assert found[order.argsort()].tolist() == [place // 200 for place in range(2000)]
 
 
 def test_share_by_label() -> None:

@@ -1,6 +1,7 @@
 """Are parameter vectors laid out, hashed and put back to the last bit?"""
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -111,6 +112,74 @@ def test_the_frozen_fingerprint_is_of_frozen_parameters_only() -> None:
     assert frozen_fingerprint(model) != before
 
 
+def frozen(tensor: Tensor) -> nn.Module:
+    """A module that holds one frozen parameter."""
+    module = nn.Module()
+    module.weight = nn.Parameter(tensor, requires_grad=False)
+    return module
+
+
+@pytest.mark.bits
+def test_the_frozen_fingerprint_does_not_depend_on_threads_or_places() -> None:
+    """As one process has two threads where the ranks of a launcher have one each."""
+    numbers = torch.Generator().manual_seed(0)
+    matrices = torch.randn(8, 1024, 2048, generator=numbers)
+    models = [frozen(matrix) for matrix in matrices]
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append([frozen_fingerprint(model) for model in models])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+    assert len(set(found[0])) == len(models)
+    small = matrices.flatten()[:1000].clone()
+    moved = placed(small.tolist(), 1, torch.float32)
+    assert frozen_fingerprint(frozen(moved)) == frozen_fingerprint(frozen(small))
+
+
+def swapped(x: Tensor) -> Tensor:
+    x[[3, 40_000]] = x[[40_000, 3]]
+    return x
+
+
+def with_two_signs(x: Tensor) -> Tensor:
+    x[[3, 40_000]] *= -1
+    return x
+
+
+def with_last_bit(x: Tensor) -> Tensor:
+    bits = x.view(torch.int64 if x.element_size() == 8 else torch.int16)
+    bits[-1] ^= 1
+    return x
+
+
+FROZEN_CHANGES = {
+    "swapped": swapped,
+    "two signs": with_two_signs,
+    "last bit": with_last_bit,
+    "swapped halves": lambda x: torch.cat(x.chunk(2)[::-1]),
+    "shape": lambda x: x.view(2, -1),
+    "one more": lambda x: torch.cat([x, torch.zeros(1, dtype=x.dtype)]),
+    "not a number": lambda x: x.index_fill(0, torch.tensor(7), math.nan),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FROZEN_CHANGES)
+def test_the_frozen_fingerprint_sees_every_change(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Also what leaves the sum of the values as it was."""
+    values = (torch.arange(65_536) - 32_000).to(dtype)
+    values[40_000] = -values[3]
+    before = frozen_fingerprint(frozen(values))
+    changed = FROZEN_CHANGES[name](values.clone())
+    assert frozen_fingerprint(frozen(changed)) != before
+
+
 @pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=str)
 @pytest.mark.parametrize("fails", [False, True])
 def test_preserved_tensors_get_every_bit_back(
@@ -140,22 +209,66 @@ def test_norm_and_product_accumulate_in_float64() -> None:
     flat[0] = 1e2
     exact = math.sqrt(float(flat.double().square().sum()))
     assert math.isclose(global_norm(flat), exact, rel_tol=NORM_RTOL)
-    product = inner_product(flat, flat, block=1000)
+    product = inner_product(flat, flat, block=1024)
     assert math.isclose(product, exact**2, rel_tol=NORM_RTOL)
     half = torch.full((4,), 3e4, dtype=torch.float16)
     assert global_norm(half) == 2 * float(half[0])
     assert inner_product(half, half) == 4 * float(half[0]) ** 2
 
 
-def test_product_does_not_depend_on_the_blocks() -> None:
-    generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(2, 1001, generator=generator, dtype=torch.float64)
-    expected = float(left @ right)
-    for block in (1, 7, 1000, 1001, 5000):
-        assert math.isclose(inner_product(left, right, block), expected, rel_tol=1e-12)
-    assert inner_product(left[:0], right[:0]) == 0.0
-    with pytest.raises(ValueError, match="zip"):
-        inner_product(left, right[:500], 100)
+def folded_product(left: list[float], right: list[float], block: int) -> float:
+    """The sum in its order, number by number: lanes of a block, folded in halves."""
+    width = 1
+    while width < min(block, len(left)):
+        width *= 2
+    sums = [0.0] * width
+    for place, (a, b) in enumerate(zip(left, right, strict=True)):
+        sums[place % width] += a * b
+    while len(sums) > 1:
+        half = len(sums) // 2
+        sums = [low + high for low, high in zip(sums[:half], sums[half:])]
+    return sums[0]
+
+
+def placed(values: list[float], offset: int, dtype: torch.dtype) -> Tensor:
+    """The values so many elements behind the beginning of a piece of memory."""
+    memory = torch.empty(len(values) + offset, dtype=dtype)
+    memory[offset:] = torch.tensor(values, dtype=dtype)
+    return memory[offset:]
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("block", [1, 64, 1 << 14])
+def test_the_bits_of_a_product_depend_on_the_values_only(
+    block: int, dtype: torch.dtype
+) -> None:
+    """Not on where they lie in memory, on threads, or on the instruction set."""
+    numbers = random.Random(0)
+    threads = torch.get_num_threads()
+    for size in (0, 1, 2, 3, 5, 7, 8, 31, 33, 100, 255, 257, 1001, 40_000):
+        if size > 1001 * block:
+            continue
+        pair = [[numbers.gauss(0, 1) for _ in range(size)] for _ in range(2)]
+        stored = [torch.tensor(values, dtype=dtype).tolist() for values in pair]
+        expected = folded_product(*stored, block)
+        for offset in range(8) if size < 1000 else (0, 3):
+            buffers = [placed(values, offset, dtype) for values in pair]
+            assert inner_product(*buffers, block) == expected
+        try:
+            torch.set_num_threads(2)
+            assert inner_product(*buffers, block) == expected
+        finally:
+            torch.set_num_threads(threads)
+        exact = math.fsum(a * b for a, b in zip(*stored))
+        scale = math.fsum(abs(a * b) for a, b in zip(*stored))
+        # Of as many additions as a lane has, and of the folding.
+        assert abs(expected - exact) <= (size / block + 20) * 2**-53 * scale
+
+
+def test_a_product_is_of_buffers_of_one_size() -> None:
+    with pytest.raises(ValueError, match="buffers of 1001 and 500 elements"):
+        inner_product(torch.zeros(1001), torch.zeros(500))
 
 
 def test_the_padding_token_has_a_gradient_where_it_is_read() -> None:

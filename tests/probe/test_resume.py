@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import launching
@@ -18,11 +19,18 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_runs import TinyRun, make_run
+from torch import nn
 
 from entropy_ddp.cli import main
+from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.probe.attribution import run_attribution
+from entropy_ddp.probe.identity import (
+    differences,
+    identity_of_checkpoint,
+    identity_of_configuration,
+)
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.probe.unfinished import Costs, Unfinished
@@ -111,6 +119,7 @@ def comparable(document: Document) -> Document:
     return document
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", JOBS)
 def test_a_run_that_is_killed_after_any_phase_goes_on(
     run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -210,6 +219,97 @@ def flat(value: Any, name: str = "") -> Document:
             found |= flat(item, f"{name}.{key}")
         return found
     return {} if name == ".duality_gap" else {name: value}
+
+
+# What changes no number may differ too, of which the same run is told.
+UNLIKE: Document = {
+    "compute": {
+        "device": "auto",
+        "tokens_per_microbatch": 31,
+        "snapshot_device": "device",
+        "rank_timeout_seconds": 7.0,
+    },
+    "attribution": {"top": 3},
+    "truth": {"ess_warn": 0.999, "ess_abort": 0.0},
+    "update": {"save_delta": True},
+    "sweep": {"etas": [0.25]},
+    "out": "elsewhere",
+}
+
+
+@pytest.mark.parametrize("section", UNLIKE)
+def test_settings_that_change_no_number_are_not_the_run_s(
+    run: TinyRun, section: str
+) -> None:
+    """Each by itself: what the run depends on stays the same."""
+    plain = run.config(compute=COMPUTE)
+    before = identity_of_configuration(plain, "attribute")
+    given = UNLIKE[section]
+    pairs = given.items() if isinstance(given, dict) else [(None, given)]
+    for key, value in pairs:
+        document = plain.model_dump(mode="json")
+        if key is None:
+            document[section] = value
+        else:
+            assert document[section][key] != value
+            document[section][key] = value
+        now = identity_of_configuration(Config.model_validate(document), "attribute")
+        assert differences(before, now) == [], key
+
+
+def test_settings_that_change_no_number_may_differ(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on with all of them changed, to the same numbers."""
+    changes = {name: UNLIKE[name] for name in ("attribution", "truth")}
+    changes["update"] = {"max_grad_norm": 0.5} | UNLIKE["update"]
+    changes["compute"] = UNLIKE["compute"] | COMPUTE | {"count_operations": True}
+    whole = perform(run, "attribute", tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 3)
+        perform(run, "attribute", tmp_path / "out")
+    found = perform(run, "attribute", tmp_path / "out", **changes)
+    assert len(found["run"]["resumed"]) == 3
+    assert_close(found, whole)
+    assert len(found["attribution"]["top_tokens"]) == 3
+    # Of passes that are only in part of this start, the operations are not known.
+    counted = {
+        (row["pass"], row["batch"]): row.get("operations")
+        for row in found["run"]["passes"]
+    }
+    known = {
+        (row["pass"], row["batch"]): row["operations"] for row in whole["run"]["passes"]
+    }
+    assert {key for key, value in counted.items() if value is None} == {
+        ("pull_back", "U"),
+        ("score order 0", "E"),
+        ("score order 1", "E"),
+    }
+    assert all(value in (None, known[key]) for key, value in counted.items())
+
+
+@pytest.mark.bits
+def test_the_number_of_threads_is_not_the_run_s() -> None:
+    """A launcher gives each rank one thread, a process alone has as many as cores."""
+    base = nn.Linear(2048, 1024, bias=False).requires_grad_(False)
+    adapter = nn.Linear(3, 2)
+    policy: Any = SimpleNamespace(
+        model=nn.Sequential(base, adapter),
+        parameters=dict(adapter.named_parameters()),
+        device=torch.device("cpu"),
+    )
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for _ in range(6):
+            base.weight.data.normal_(generator=generator)
+            found = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found.append(identity_of_checkpoint(policy, None, None))
+            assert differences(*found) == []
+    finally:
+        torch.set_num_threads(threads)
 
 
 # What differs is said
