@@ -3,6 +3,8 @@
 import json
 import re
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import launching
@@ -14,7 +16,8 @@ from entropy_ddp.distributed import (
     process_group,
     single_process_warning,
 )
-from entropy_ddp.distributed.ledger import Sign
+from entropy_ddp.distributed import watch as watch_module
+from entropy_ddp.distributed.ledger import Failure, Sign
 from entropy_ddp.distributed.watch import Watch
 from entropy_ddp.errors import InputError
 
@@ -217,3 +220,139 @@ def test_a_rank_that_has_ended_keeps_nobody_waiting() -> None:
         watches[0].finish()
         assert time.monotonic() - begin < 5
     assert not told
+
+
+class CountedStore:
+    """A store in this process that counts the values read from it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.reads = 0
+
+    def clone(self) -> "CountedStore":
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.reads += len(keys)
+        return [self.values[key] for key in keys]
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        assert not expected
+        return self.values.setdefault(key, desired.encode())
+
+    def wait(self, keys: list[str], seconds: Any) -> None:
+        assert self.check(keys)
+
+
+class Clock:
+    """In place of `time`: it stands still, and is set on."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@dataclass
+class Watched:
+    """Watches of many ranks without threads, over one store."""
+
+    store: CountedStore
+    clock: Clock
+    watches: list[Watch]
+    told: list[str]
+
+    def rounds(self, count: int, silent: Collection[int] = ()) -> None:
+        """Every rank but the silent ones looks, half a second apart."""
+        for _ in range(count):
+            self.clock.now += 0.5
+            for rank, watch in enumerate(self.watches):
+                if rank not in silent:
+                    watch._exchange(Sign(number=int(2 * self.clock.now)))
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """Forty ranks that have seen each other."""
+    clock, store, told = Clock(), CountedStore(), []
+    monkeypatch.setattr(watch_module, "time", clock)
+    monkeypatch.setattr(Watch, "_unwind", lambda self: None)
+    watches = [Watch(store, rank, 40, 10.0, told.append) for rank in range(40)]
+    found = Watched(store, clock, watches, told)
+    found.rounds(2)
+    return found
+
+
+def test_reads_of_the_store_grow_with_the_ranks_not_with_their_square(
+    watched: Watched,
+) -> None:
+    before = watched.store.reads
+    watched.rounds(10)
+    assert watched.store.reads - before <= 10 * 3 * 40
+    assert not watched.told
+
+
+@pytest.mark.parametrize(
+    ("silent", "names"),
+    [([17], "rank 17 has"), ([5, 17, 39], "ranks 5, 17, 39 have"), ([0], "rank 0 has")],
+)
+def test_all_silent_ranks_are_named_once(
+    watched: Watched, silent: list[int], names: str
+) -> None:
+    """By rank 0, or by one of the others where it is silent itself."""
+    watched.rounds(30, silent)
+    (message,) = watched.told
+    assert message.startswith(f"{names} not answered for 10 s")
+    alive = [w for rank, w in enumerate(watched.watches) if rank not in silent]
+    ends = {watch._failure and watch._failure.message for watch in alive}
+    assert ends == {message}
+
+
+def test_the_lowest_rank_that_is_alive_speaks(watched: Watched) -> None:
+    """When the store is gone nobody can be asked: each knows one that is below it."""
+    watched.rounds(60, [1, 2, 3, 11])
+    watched.told.clear()
+    for watch in watched.watches[1:]:
+        # As of a store that rank 0 holds, and that is gone with it.
+        watch._store_rank, watch._failure = 0, None
+    speakers = [
+        rank
+        for rank, watch in enumerate(watched.watches)
+        if rank not in (0, 1, 2, 3, 11) and watch._is_speaker()
+    ]
+    assert speakers == [4]
+
+
+def test_a_rank_that_comes_late_to_a_collective_is_known_to_all(
+    watched: Watched,
+) -> None:
+    for rank, watch in enumerate(watched.watches):
+        watch._sign(watch._ledger, Sign(number=9, collectives=7 - (rank == 23)))
+        watch.collectives = 7
+    assert watched.watches[5].behind() == [23]
+    assert watched.watches[23].behind() == []
+
+
+def test_one_of_the_ranks_that_lose_a_connection_looks_who_is_gone(
+    watched: Watched,
+) -> None:
+    """The others take its word."""
+    watched.rounds(1)
+    gone = watched.watches[3]._fallen_silent()
+    assert gone == [rank for rank in range(40) if rank != 3]
+    before = watched.store.reads
+    watched.watches[4]._failure = Failure(rank=3, code=1, message="gone")
+    assert watched.watches[4]._fallen_silent() == []
+    assert watched.store.reads == before

@@ -9,6 +9,7 @@ from typing import Any
 
 _FAILURE = "entropy_ddp/first_failure"
 _TOLD = "entropy_ddp/failure_told"
+_LOOKER = "entropy_ddp/looks_for_the_gone"
 _SIGN = "entropy_ddp/sign_of_life"
 
 
@@ -65,6 +66,12 @@ class Ledger:
             if not self._store.check([_FAILURE]):
                 return None
             return _failure(self._store.get(_FAILURE))
+
+    def looks_first(self, rank: int) -> bool:
+        """Whether this rank is the first to look which of all the ranks are gone."""
+        with _answering():
+            found = self._store.compare_set(_LOOKER, "", str(rank))
+            return found == str(rank).encode()
 
     def set_told(self) -> None:
         """Let the other ranks know that the message of the failure is out."""

@@ -1,8 +1,10 @@
 """A watch over the other ranks: no rank waits for one that has failed, hangs or is gone.
 
-Every rank leaves signs of life in the store and looks at those of the others. A rank
-that fails, or finds another one silent, claims the run's failure; the first to claim
-prints, the others end without a word and with the same exit code. Who ends how:
+Every rank leaves signs of life in the store. Rank 0 looks at all of them, the others at
+those of rank 0 and of the nearest rank below them: a few reads for each rank, however
+many there are. A rank that fails, or finds another one silent, claims the run's failure;
+the first to claim prints, the others end without a word and with the same exit code. Who
+ends how:
 
 - the main thread unwinds, by a signal to this process, so that files are cleaned up;
 - a process whose main thread does not come back from a call in time is ended hard.
@@ -79,8 +81,9 @@ class Watch:
         self._tell = tell
         self._ledger, self._threads_ledger = Ledger(store), Ledger(store)
         now = time.monotonic()
-        others = (other for other in range(world_size) if other != rank)
-        self._seen = {other: _Seen(Sign(), now) for other in others}
+        self._others = [other for other in range(world_size) if other != rank]
+        watched = self._others if rank == 0 else {0, rank - 1}
+        self._seen = {other: _Seen(Sign(), now) for other in watched}
         self._answered = self._exchanged = now
         self._failure: Failure | None = None
         self._is_store_gone = False
@@ -117,10 +120,15 @@ class Watch:
 
     def behind(self) -> list[int]:
         """The ranks that have come to fewer collectives than this one."""
+        try:
+            signs = self._ledger.signs(self._others)
+        except StoreGone:
+            return []
+        found = {rank: signs.get(rank, Sign()) for rank in self._others}
         return [
             rank
-            for rank, seen in self._seen.items()
-            if seen.sign.collectives < self.collectives and not seen.sign.ended
+            for rank, sign in found.items()
+            if sign.collectives < self.collectives and not sign.ended
         ]
 
     def fail(
@@ -177,20 +185,31 @@ class Watch:
         return first
 
     def _fallen_silent(self) -> list[int]:
-        """The ranks that give no sign any more; empty as soon as all have given one."""
-        others = self._remaining()
+        """The ranks that give no sign any more; empty as soon as all have given one.
+
+        One rank looks, if many have lost a connection: its failure is that of the run.
+        """
+        if not self._ledger.looks_first(self._rank):
+            self._wait_for_failure(_GONE_SECONDS + 2 * _SIGN_SECONDS)
+        if self._failure is not None:
+            return []
         # What a killed rank had sent already is in the store before the first look.
         time.sleep(_GUARD_SECONDS)
-        before = self._ledger.signs(others)
+        before = self._ledger.signs(self._others)
+        silent = [r for r in self._others if not before.get(r, Sign()).ended]
         begin = time.monotonic()
         while self._failure is None:
-            now = self._ledger.signs(others)
-            silent = [r for r in others if now.get(r) == before.get(r, Sign())]
-            silent = [r for r in silent if not before.get(r, Sign()).ended]
+            now = self._ledger.signs(silent)
+            silent = [r for r in silent if now.get(r) == before.get(r, Sign())]
             if not silent or time.monotonic() - begin > _GONE_SECONDS:
                 return silent
             time.sleep(_GUARD_SECONDS)
         return []
+
+    def _wait_for_failure(self, seconds: float) -> None:
+        begin = time.monotonic()
+        while self._failure is None and time.monotonic() - begin < seconds:
+            time.sleep(_GUARD_SECONDS)
 
     def _sign(self, ledger: Ledger, sign: Sign) -> None:
         """Leave a sign; none of the other thread's comes after the one that ends."""
@@ -231,19 +250,22 @@ class Watch:
     def _exchange(self, sign: Sign) -> None:
         ledger = self._threads_ledger
         self._sign(ledger, sign)
-        signs = ledger.signs(list(self._seen))
+        signs = ledger.signs(self._remaining())
         now = time.monotonic()
         was_absent = now - self._exchanged > _ABSENT_SECONDS
         for rank, seen in self._seen.items():
             found = signs.get(rank, seen.sign)
             if found != seen.sign or was_absent:
                 self._seen[rank] = _Seen(found, now)
+        self._look_lower(now)
         self._answered = self._exchanged = now
         if self._failure is not None:
             return
         first = ledger.first_failure()
         silent = self._silent(self._silence_seconds)
-        if first is None and silent:
+        # Rank 0 knows of all that are silent, unless it is silent itself or has ended.
+        is_told = self._rank and 0 in set(self._remaining()) - set(silent)
+        if first is None and silent and not is_told:
             first = self._accuse(silent)
         if first is not None:
             self._failure = first
@@ -251,6 +273,18 @@ class Watch:
             self._unwind()
             ledger.wait_told(_TELL_SECONDS)
             self._leave_at = time.monotonic() + _GRACE_SECONDS
+
+    def _look_lower(self, now: float) -> None:
+        """Watch one rank more if the lowest but rank 0 has no more to do, or is gone."""
+        lowest = min((rank for rank in self._seen if rank), default=1)
+        if self._rank and lowest > 1 and not self._is_alive(lowest):
+            # Other threads read the old one, or the new one.
+            self._seen = self._seen | {lowest - 1: _Seen(Sign(), now)}
+
+    def _is_alive(self, rank: int) -> bool:
+        seen = self._seen[rank]
+        is_recent = time.monotonic() - seen.at <= _GONE_SECONDS
+        return is_recent and not seen.sign.ended
 
     def _silent(self, seconds: float) -> list[int]:
         now = time.monotonic()

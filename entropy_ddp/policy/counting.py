@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,22 +34,19 @@ class PassCount:
 
     def add(self, other: "PassCount") -> None:
         """Add another count to this one."""
-        for name, value in self._with(other, 1).items():
-            setattr(self, name, value)
+        self._add(other, 1)
 
     def less(self, other: "PassCount") -> "PassCount":
         """This count without another one that it includes."""
-        return PassCount(**self._with(other, -1))
+        rest = replace(self)
+        rest._add(other, -1)
+        return rest
 
-    def _with(self, other: "PassCount", sign: int) -> dict[str, int | None]:
-        pairs = {
-            f.name: (getattr(self, f.name), getattr(other, f.name))
-            for f in fields(self)
-        }
-        return {
-            name: None if a is None or b is None else a + sign * b
-            for name, (a, b) in pairs.items()
-        }
+    def _add(self, other: "PassCount", sign: int) -> None:
+        for field in fields(self):
+            own, more = getattr(self, field.name), getattr(other, field.name)
+            is_known = own is not None and more is not None
+            setattr(self, field.name, own + sign * more if is_known else None)
 
     def add_microbatch(self, microbatch: Microbatch) -> None:
         """Count one forward pass."""

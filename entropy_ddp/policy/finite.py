@@ -1,9 +1,10 @@
 """Which token of which sequence makes a gradient NaN or infinite.
 
-Looked for only when a gradient is: the pass is repeated sequence by sequence, and the
-first bad one token by token.
+Looked for only when a gradient is: the pass is repeated sequence by sequence, and of the
+first bad one for ever shorter beginnings.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -36,20 +37,25 @@ def require_finite_gradient(
     if all(bool(block.isfinite().all()) for block in flat.split(_BLOCK)):
         return
     place = f"the gradient of batch {shard.batch.split}"
-    for number in range(len(shard.positions)):
+    spans = zip(shard.ragged.starts.tolist(), shard.ragged.ends.tolist())
+    for number, (begin, end) in enumerate(spans):
         one = Shard(batch=shard.batch, positions=shard.positions[number : number + 1])
-        tokens = (shard.ragged.sequence_of_token == number).nonzero().flatten()
-        if not len(tokens) or not _bad_parameter(passes, one, weights, tokens):
+        bad = partial(_bad_parameter, passes, one, weights, begin)
+        if begin == end or not bad(begin, end):
             continue
         place += f", line {shard.sequences[number].index + 1}"
-        for position, token in enumerate(tokens, start=1):
-            name = _bad_parameter(passes, one, weights, tokens, only=int(token))
-            if name:
-                raise RunError(
-                    f"{place}, response token {position} is NaN or infinite in {name}; "
-                    "are its advantage and its sampling log-probability right?"
-                )
-        raise RunError(f"{place} is NaN or infinite in the sum over its tokens")
+        # The shortest beginning that is bad ends with the first bad token.
+        good, worst = begin, end
+        while worst - good > 1:
+            middle = (good + worst) // 2
+            good, worst = (good, middle) if bad(begin, middle) else (middle, worst)
+        name = bad(worst - 1, worst)
+        if name is None:
+            raise RunError(f"{place} is NaN or infinite in the sum over its tokens")
+        raise RunError(
+            f"{place}, response token {worst - begin} is NaN or infinite in {name}; "
+            "are its advantage and its sampling log-probability right?"
+        )
     raise RunError(f"{place} is NaN or infinite in the sum over its sequences")
 
 
@@ -57,8 +63,9 @@ def _bad_parameter(
     passes: "Passes",
     one: Shard,
     weights: TokenWeights,
-    tokens: Tensor,
-    only: int | None = None,
+    start: int,
+    first: int,
+    last: int,
 ) -> str | None:
     """The first parameter whose gradient is not finite, for one sequence.
 
@@ -66,16 +73,14 @@ def _bad_parameter(
         passes: what it is taken with.
         one: the sequence alone.
         weights: of the tokens by their places in the whole shard.
-        tokens: the places of the sequence's tokens there, [t].
-        only: the one of them that counts; None for all.
+        start: place of the sequence's first token there.
+        first, last: first and one past the last place of the tokens that count.
     """
 
     def shifted(place: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        whole = tokens.to(place)[place]
+        whole = place + start
         a, b = weights(whole, logp, entropy)
-        if only is None:
-            return a, b
-        other = (whole != only).to(a.device)
+        other = ((whole < first) | (whole >= last)).to(a.device)
         return a.masked_fill(other, 0.0), b.masked_fill(other, 0.0)
 
     parameters = passes.parameters

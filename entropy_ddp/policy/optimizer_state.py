@@ -16,6 +16,7 @@ next step.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def _unwrapped_names(names: list[str]) -> list[str]:
 def _require_same_names(
     path: Path, stored: list[str], parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    twice = sorted({name for name in stored if stored.count(name) > 1})
+    twice = sorted(name for name, count in Counter(stored).items() if count > 1)
     if twice:
         raise InputError(f"{path}: parameter {twice[0]} stands in its groups twice")
     for name in sorted(set(stored) ^ parameters.keys()):

@@ -246,19 +246,18 @@ def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
     world, batch, base = session.world, session.batches["E"], measured.base
     size = measured.estimates.original.denominator
     counts = (base.num_microbatches, base.num_extra_microbatches)
-    local = torch.tensor(
-        [count / size for count in counts] + [float(base.logp.isfinite().sum())],
-        dtype=torch.float64,
-    )
-    scale_sum, extra, used = world.sum(local, "scalars").tolist()
     ranks, budget = measured.cut
+    # Those of a pass that other ranks may have run, each planned by one of these.
     planned = sum(
         len(plan_microbatches(block.shard, budget, session.passes.sharing))
-        for rank in range(ranks)
+        for rank in range(world.rank, ranks, world.world_size)
         for block in batch.shard(rank, ranks).blocks()
     )
-    expected = planned / size + extra
-    return audit.scale_checks(scale_sum, expected, (int(used), batch.num_tokens))
+    numbers = [*counts, planned, int(base.logp.isfinite().sum())]
+    local = torch.tensor(numbers, dtype=torch.float64)
+    run, extra, expected, used = world.sum(local, "scalars").tolist()
+    tokens = int(used), batch.num_tokens
+    return audit.scale_checks(run / size, (expected + extra) / size, tokens)
 
 
 def _routing_rows(session: Session, measured: Measured) -> list[AuditRow]:

@@ -177,10 +177,10 @@ def first_sequences(session: Session, count: int) -> Shard:
 
     They are the first of its sequences, and their tokens the first in its token arrays.
     """
-    sample, whole = (
-        session.batches["E"].first(count),
-        session.shard(session.batches["E"]),
-    )
+    batch = session.batches["E"]
+    sample, whole = batch.first(count), session.shard(batch)
+    if sample is batch:
+        return whole
     return Shard(batch=sample, positions=whole.positions[whole.positions < len(sample)])
 
 

@@ -76,7 +76,12 @@ class Ragged:
     @cached_property
     def starts(self) -> Tensor:
         """First flat position of each sequence, [n]."""
-        return self.lengths.cumsum(0) - self.lengths
+        return self.ends - self.lengths
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """One past the last flat position of each sequence, [n]."""
+        return self.lengths.cumsum(0)
 
     # Not cached: an index for every token would outlive its use.
     @property
@@ -97,7 +102,7 @@ class Ragged:
 
     def sequence_at(self, token: Tensor) -> Tensor:
         """Sequence of each of these flat places, [m]; needs no array of all tokens."""
-        return torch.searchsorted(self.starts + self.lengths, token, right=True)
+        return torch.searchsorted(self.ends, token, right=True)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a flat token array [t] within each sequence, [n].
@@ -294,29 +299,38 @@ class Shard:
         """Each of this rank's groups by number, ascending, and its sequences."""
         numbers, places = _places_by_group(self.groups)
         for number, here in zip(numbers, places):
-            yield number, self._block(here)
+            yield number, self._block(self._part(here), here)
 
     def blocks(self) -> Iterator["Block"]:
         """The shard cut into blocks of whole groups, in the order of their numbers.
 
         Each is filled up to `BLOCK_TOKENS` response tokens; a longer group is a block
-        of its own. A shard without sequences has no block.
+        of its own. A shard without sequences has no block. Cut once.
         """
-        waiting: list[Tensor] = []
-        count = 0
-        for here in _places_by_group(self.groups)[1]:
-            added = int(self.ragged.lengths[here].sum())
-            if waiting and count + added > BLOCK_TOKENS:
-                yield self._block(torch.cat(waiting))
-                waiting, count = [], 0
-            waiting.append(here)
-            count += added
-        if waiting:
-            yield self._block(torch.cat(waiting))
+        for places, part in self._cut:
+            yield self._block(part, places)
 
-    def _block(self, places: Tensor) -> "Block":
-        places = places.sort().values
-        part = Shard(batch=self.batch, positions=self.positions[places])
+    @cached_property
+    def _cut(self) -> list[tuple[Tensor, "Shard"]]:
+        """Places of each block's sequences, ascending, and the block's shard."""
+        numbers, places = _places_by_group(self.groups)
+        sizes = torch.bincount(self.groups, self.ragged.lengths)[numbers].long()
+        cut: list[list[Tensor]] = []
+        count = 0
+        for here, added in zip(places, sizes.tolist()):
+            if not cut or count + added > BLOCK_TOKENS:
+                cut.append([])
+                count = 0
+            cut[-1].append(here)
+            count += added
+        joined = [torch.cat(block).sort().values for block in cut]
+        return [(block, self._part(block)) for block in joined]
+
+    def _part(self, places: Tensor) -> "Shard":
+        return Shard(batch=self.batch, positions=self.positions[places])
+
+    def _block(self, part: "Shard", places: Tensor) -> "Block":
+        # Not kept: an index for every token would outlive its use.
         starts = part.ragged.spread(self.ragged.starts[places])
         tokens = starts.add_(part.ragged.position)
         return Block(shard=part, sequences=places, tokens=tokens)

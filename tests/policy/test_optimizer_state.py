@@ -24,6 +24,9 @@ from transformers import Adafactor, GPT2Config, GPT2LMHeadModel
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.checkpoint import find_checkpoint, load_policy
+from entropy_ddp.policy.optimizer_state import (
+    _require_same_names as require_same_names,
+)
 from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.policy.parameters import trainable_parameters
 
@@ -456,6 +459,26 @@ def test_stored_names_of_other_parameters_are_refused(saved: Saved) -> None:
     marked(optimizer, named)
     message = "parameter an.other.name is missing from the model's trainable ones"
     refused(saved, message, optimizer.state_dict())
+
+
+def test_names_are_compared_once_each() -> None:
+    """A mixture of experts has ten thousand of them."""
+    compared = 0
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str(self) == other
+
+    names = [f"layers.{number}.weight" for number in range(300)]
+    parameters: Any = dict.fromkeys(map(Name, names))
+    require_same_names(Path("optimizer.pt"), [*map(Name, names)], parameters)
+    assert compared <= 3 * len(names)
+    with pytest.raises(InputError, match="parameter layers.7.weight stands in its gro"):
+        require_same_names(Path("optimizer.pt"), [*names, names[7]], parameters)
 
 
 def test_a_gathered_state_of_other_parameters_is_refused(saved: Saved) -> None:

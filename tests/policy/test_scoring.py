@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from entropy_ddp.errors import RunError
 from entropy_ddp.policy import response_tokens
 from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.rollouts.batch import Batch, Ragged, Shard
 
 RTOL = 1e-10  # the contract's bar for float64, of the largest value of its kind
 TEMPERATURE = 1.3
@@ -261,12 +261,13 @@ def test_microbatches_are_counted_and_reported(qwen2: Case) -> None:
             if row.response_ids
         ),
         microbatches=sequences,
+        operations=None,
     )
+    twice = {f.name: getattr(of_one, f.name) for f in fields(of_one)}
+    twice |= {name: 2 * count for name, count in twice.items() if count is not None}
     assert passes.performed == {
         ("score order 0", "E"): of_one,
-        ("score order 1", "E"): replace(
-            of_one, **{f.name: 2 * getattr(of_one, f.name) for f in fields(of_one)}
-        ),
+        ("score order 1", "E"): PassCount(**twice),
         ("pull_back", "E"): of_one,
     }
     assert len(reported) == 4 * sequences
@@ -354,6 +355,44 @@ def test_a_value_that_is_not_finite_names_line_and_token() -> None:
         passes.score(shard, direction)
     with pytest.raises(RunError, match=message):
         passes.pull_back(shard, lambda place, *_: (ones[place], ones[place]))
+
+
+@pytest.mark.parametrize("bad", [(2, 0), (2, 20), (2, 36), (0, 1)])
+def test_a_gradient_that_is_not_finite_is_searched_by_halves(
+    monkeypatch: pytest.MonkeyPatch, bad: tuple[int, int]
+) -> None:
+    """One look at each sequence, then as many as its length has digits."""
+    model = ref.tiny_llama(0, attention="sdpa")
+    rows = [ref.Row(0, [1], [3, 5]), ref.Row(1, [1], []), ref.Row(2, [2], [4] * 37)]
+    rows += [ref.Row(3 + number, [2], [3]) for number in range(20)]
+    passes, shard = make_passes(model), as_batch(rows, 15, "U").shard(0, 1)
+    sequence, token = bad
+    weights = torch.ones(shard.ragged.num_tokens, dtype=torch.float64)
+    weights[int(shard.ragged.starts[sequence]) + token :] = torch.inf
+    looks: list[int] = []
+    pull_back = Passes.pull_back
+
+    def counted(self: Passes, part: Shard, *rest: Any, **options: Any) -> Any:
+        looks.append(len(part.positions))
+        return pull_back(self, part, *rest, **options)
+
+    places: list[int] = []
+    whole = Ragged.sequence_of_token.fget
+
+    def built(self: Ragged) -> Any:
+        places.append(self.num_tokens)
+        return whole(self)
+
+    monkeypatch.setattr(Passes, "pull_back", counted)
+    monkeypatch.setattr(Ragged, "sequence_of_token", property(built))
+    message = rf"U, line {sequence + 1}, response token {token + 1} is NaN or infinite"
+    with pytest.raises(RunError, match=message):
+        passes.gradient(
+            shard, lambda place, *_: (weights[place], 0.0 * place), torch.float64
+        )
+    # The pass itself, each sequence before it, the halves, the token.
+    assert len(looks) <= 1 + 3 + 6 + 1
+    assert shard.ragged.num_tokens not in places
 
 
 @pytest.mark.parametrize("order", [0, 1])

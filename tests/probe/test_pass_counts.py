@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import reference as ref
+from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, make_run
 
 from entropy_ddp.distributed import World
+from entropy_ddp.probe import audits
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES as SAMPLE
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
+from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.rollouts.microbatch import plan_microbatches
 
 ETAS = [1e-4, 3e-4, 2e-3]
 Counts = dict[tuple[str, str], int]
@@ -115,6 +119,25 @@ def test_no_pass_too_many(tiny: TinyRun, tmp_path: Path, job: str, budget: int) 
         rest = row["sequences"] % len(lengths[split])
         expected = whole * sum(lengths[split]) + sum(lengths[split][:rest])
         assert row["tokens"] == expected, (kind, split)
+
+
+def test_every_rank_plans_its_own_microbatches_again(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the audit of the derivative's scale: of all ranks together each sequence once."""
+    planned: list[int] = []
+
+    def counted(shard: Shard, *rest: Any) -> Any:
+        planned.append(len(shard.positions))
+        return plan_microbatches(shard, *rest)
+
+    monkeypatch.setattr(audits, "plan_microbatches", counted)
+    config = tiny.config(curvature={"enabled": False}, gradient_dot={"enabled": False})
+    found = run_thread_ranks(3, lambda world: run_probe(config, world, None, quiet))
+    assert sum(planned) == len(tiny.E)
+    for probed in found:
+        (row,) = (r for r in probed.results.audit if r.name == "sum_deriv_scales")
+        assert row.verdict == "ok"
 
 
 def test_operations_are_counted_on_request(tiny: TinyRun, tmp_path: Path) -> None:

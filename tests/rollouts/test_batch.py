@@ -2,9 +2,11 @@
 
 import random
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from entropy_ddp.rollouts import batch as batch_module
 from entropy_ddp.rollouts.batch import Batch, Ragged, Sequence
@@ -219,6 +221,24 @@ def test_blocks_cut_a_shard_into_whole_groups(
         assert seen == sorted(set(shard.groups.tolist()))
         assert sorted(tokens) == list(range(shard.ragged.num_tokens))
         assert [number for number, _ in shard.by_group()] == seen
+
+
+def test_a_shard_is_cut_into_blocks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every phase of a run goes through them; its groups are looked for once."""
+    calls: list[int] = []
+    find = batch_module._places_by_group
+
+    def counted(groups: Tensor) -> Any:
+        calls.append(len(groups))
+        return find(groups)
+
+    monkeypatch.setattr(batch_module, "_places_by_group", counted)
+    shard = make_random_batch(3, num_groups=20).shard(0, 2)
+    first, again = list(shard.blocks()), list(shard.blocks())
+    assert calls == [len(shard.positions)]
+    for one, other in zip(first, again, strict=True):
+        assert one.shard is other.shard
+        assert torch.equal(one.tokens, other.tokens)
 
 
 def test_sequence_of_single_places() -> None:
