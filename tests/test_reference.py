@@ -211,6 +211,7 @@ def test_probabilities_of_all_responses_sum_to_one() -> None:
 # The truth
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("objective", truth_objectives(clip_c=1.01), ids=str)
 def test_contributions_sum_and_errors_match_group_weights(
     gpt2: Case, objective: Objective

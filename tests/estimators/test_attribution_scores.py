@@ -217,6 +217,7 @@ def noisy(values: Tensor, seed: int, relative: float = 1e-7) -> Tensor:
     return values * (1 + relative * random_scores(seed, len(values)))
 
 
+@pytest.mark.bits
 def test_rounding_does_not_choose_among_tokens_in_one_context() -> None:
     """Eight responses of one beginning: its tokens have the same numbers eight times."""
     shared = torch.cat([random_scores(10, 30)] * 8)

@@ -169,6 +169,7 @@ def test_order_of_rows_does_not_matter(run: TinyRun, expected: Probed) -> None:
     assert_same(replace(probed, sequences=back), expected)
 
 
+@pytest.mark.bits
 def test_a_repeated_run_gives_the_same_bits(run: TinyRun, expected: Probed) -> None:
     again = run.probe(**SECTIONS)
     documents = [probed.results.to_dict() for probed in (again, expected)]

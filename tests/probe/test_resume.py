@@ -71,6 +71,8 @@ JOBS: dict[str, tuple[Callable[..., Any], Document]] = {
     "attribute": (run_attribution, {}),
     "audit": (run_audit, {"gradient_dot": {"enabled": True}}),
 }
+# These have every kind of phase between them.
+MARKS = {"probe": pytest.mark.bits, "sweep": pytest.mark.bits}
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +123,9 @@ def comparable(document: Document) -> Document:
     return document
 
 
-@pytest.mark.bits
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in JOBS]
+)
 def test_a_run_that_is_killed_after_any_phase_goes_on(
     run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full weights": {},
     "full weights, accumulation": {"gradient_accumulation_steps": 2},
 }
+MARKS = {"LoRA with dropout, accumulation": pytest.mark.bits}
 
 
 def require_same(plain: Records, probed: Records) -> None:
@@ -41,7 +42,9 @@ def require_same(plain: Records, probed: Records) -> None:
     assert plain.logs == probed.logs
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES]
+)
 def test_a_training_is_the_same_with_and_without(case: str, tmp_path: Path) -> None:
     """On one rank."""
     plain = train(tmp_path / "plain", **CASES[case])
