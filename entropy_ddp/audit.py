@@ -6,6 +6,7 @@ cannot be trusted); whatever is not ok carries the likely cause and the next thi
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.results import AuditRow, RunFacts, Verdict
@@ -14,6 +15,19 @@ from entropy_ddp.rollouts.rows import listed_lines
 # How many end tokens of a batch may be expected to be as improbable as one that is
 # taken for genuine.
 RARE_ENDS = 1e-3
+
+# Standard deviations beyond which a deviation is no accident.
+SURPRISING = 5.0
+# Mean |d| of log p against a sampler's: more than the rounding of float32 sums makes; as
+# much as that of a sampler that computes in bfloat16 may.
+ROUNDING, ROUNDED_SAMPLER = 1e-3, 1e-2
+# Root mean square of d over that of log p + H. A sampler that computes in bfloat16 has
+# 0.025, of 0.3 nats per token and a hundred thousand parameters as of 1.8 and 135 million.
+BEYOND_ROUNDING = 0.05
+# Of a standard error: what is smaller is lost in it.
+LOST = 0.1
+# A correlation, or a share, of a pattern that leaves nothing for chance.
+NEARLY_ALL = 0.9
 
 
 def check(
@@ -161,22 +175,99 @@ def unchanged_check(unchanged_share: float) -> AuditRow:
     )
 
 
-def on_policy_check(split: str, score: float) -> AuditRow:
+@dataclass(frozen=True, kw_only=True)
+class Surprise:
+    """Surprisal against entropy of a batch that should be samples of the policy.
+
+    Attributes:
+        total: sum of -log p - H over tokens; of mean 0 for samples of the policy.
+        variance: sum of the variances of -log p, each given what comes before.
+        line: of the response that adds most to the total, from 1.
+        part: what it adds.
+        later: total and variance without the first token of each response.
+    """
+
+    total: float
+    variance: float
+    line: int
+    part: float
+    later: tuple[float, float]
+
+    @property
+    def score(self) -> float:
+        """The total in standard deviations: about standard normal, whatever the policy."""
+        return self.total / math.sqrt(self.variance) if self.variance else 0.0
+
+    @property
+    def score_of_others(self) -> float:
+        """The same without that response, whose variance is left in."""
+        rest = self.total - self.part
+        return rest / math.sqrt(self.variance) if self.variance else 0.0
+
+    @property
+    def is_of_first_tokens(self) -> bool:
+        """Whether the first tokens of responses are all that surprises."""
+        total, variance = self.later
+        return self.score > 0 and abs(total) <= SURPRISING / 2 * math.sqrt(variance)
+
+
+def on_policy_check(split: str, found: Surprise, temperature: float) -> AuditRow:
     """Whether responses look like samples of this policy at this temperature.
+
+    Samples at temperature tau / beta have an expected surprisal of H - (beta - 1) V to
+    first order, V the variance of -log p: so beta is about 1 - total / variance.
 
     Args:
         split: the batch.
-        score: sum of (-log p - H) over tokens, in standard deviations. For samples of
-            the policy it is about standard normal, whatever the policy.
+        found: surprisal and entropy.
+        temperature: at which the policy is scored, tau.
     """
+    others = abs(found.score_of_others) > SURPRISING
+    hint = (
+        f"one response, line {found.line}, is most of it: is its prompt the one that it "
+        "was sampled for?"
+    )
+    if others:
+        hint = (
+            "the responses are not samples of this policy at objective.temperature: "
+            f"{_surprising_cause(found, temperature)}; H and its change are of another "
+            "policy's responses"
+        )
     return check(
         f"{split} surprisal against entropy, in SD",
-        score,
+        found.score,
         "-5 to 5",
-        abs(score) <= 5,
-        "the responses are not samples of this policy at objective.temperature: other "
-        "weights, top-p or top-k sampling, or prompt and response are misaligned",
-        fatal=False,
+        abs(found.score) <= SURPRISING,
+        hint,
+        fatal=others,
+    )
+
+
+def _surprising_cause(found: Surprise, temperature: float) -> str:
+    """What makes responses too probable, or too improbable."""
+    beta = 1 - found.total / found.variance
+    if found.is_of_first_tokens:
+        return (
+            "the first tokens alone are too improbable: prompt and response are "
+            "misaligned (a mask that begins a token early or late), or the prompt ends "
+            "otherwise than the sampler's (chat template, generation prompt)"
+        )
+    if beta > 1:
+        return (
+            f"they are too probable, as of a lower temperature ({temperature:g} is set; "
+            f"about {temperature / beta:.2g} if that is all), of top-p or top-k sampling, "
+            "or of a checkpoint that was trained further"
+        )
+    if beta > 0.5:
+        return (
+            f"they are too improbable, as of a higher temperature ({temperature:g} is "
+            f"set; about {temperature / beta:.2g} if that is all), of another checkpoint "
+            "or of weights without this adapter; or prompt and response are misaligned"
+        )
+    return (
+        "they are far too improbable: prompt and response are misaligned (a mask that "
+        "begins a token early or late, another chat template or tokenizer), or other "
+        "weights sampled them"
     )
 
 
@@ -190,19 +281,24 @@ def linearity_checks(
             linear one; None if unknown.
         difference: delta_h_true - delta_h1.
         error: standard error of delta_h_true.
-        noise: noise floor of delta_h_true; a difference below it says nothing.
+        noise: noise floor of delta_h_true; above the error it is what is seen.
     """
     eta, eta_star = etas
     hint = (
         "the step leaves the linear regime: read delta_h2 or the truth, or probe a "
         "smaller update.lr_override"
     )
+    if noise > error:
+        # The check of the noise floor fails: no step size mends the rounding.
+        ratio = abs(difference) / error if error else 0.0
+        name = "|true - first order| / SE of the truth"
+        return [fact(name, ratio, "nothing: rounding is above the SE")]
     rows = [
         check(
             "|true - first order| / SE of the truth",
             abs(difference) / error if error else 0.0,
             "<= 2",
-            abs(difference) <= max(2 * error, noise),
+            abs(difference) <= 2 * math.hypot(error, noise),
             hint,
             fatal=False,
         )
@@ -361,32 +457,145 @@ def least_end_logp(tokens: int) -> float:
     return math.log(RARE_ENDS / tokens)
 
 
-def sampler_checks(split: str, mean: float, largest: float) -> list[AuditRow]:
-    """Mean and largest |log p - sampling log p| of tokens with sampling log-probs."""
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """Log-probabilities here less the sampler's, d, of the tokens that have both.
+
+    x = log p + H is what another temperature changes first: at tau / beta the sampler's
+    log p is higher by (beta - 1) x.
+
+    Attributes:
+        count: number of tokens.
+        absolute, signed, squares: sums of |d|, d and d^2.
+        largest: largest |d|.
+        products: sum of d x.
+        product_squares: sum of (d x)^2.
+        spread: sum of x^2.
+        recurrence: whether tokens of one id are off alike under different prompts, in
+            standard deviations of rounding, whose sign is another everywhere.
+    """
+
+    count: int
+    absolute: float
+    signed: float
+    squares: float
+    largest: float
+    products: float
+    product_squares: float
+    spread: float
+    recurrence: float
+
+    @property
+    def mean(self) -> float:
+        """Mean |d|."""
+        return self.absolute / self.count
+
+    @property
+    def beta(self) -> float:
+        """beta of the temperature tau / beta that fits best, to first order."""
+        return 1 - self.products / self.spread if self.spread else 1.0
+
+    @property
+    def is_temperature(self) -> bool:
+        """Whether another temperature is nearly all of it, and no accident."""
+        size = math.sqrt(self.squares * self.spread)
+        return abs(self.products) > NEARLY_ALL * size and (
+            abs(self.products) > SURPRISING * math.sqrt(self.product_squares)
+        )
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether nearly all of it has one sign, and no accident."""
+        return abs(self.signed) > NEARLY_ALL * self.absolute and (
+            abs(self.signed) > SURPRISING * math.sqrt(self.squares)
+        )
+
+    @property
+    def is_other_weights(self) -> bool:
+        """Whether it is no rounding: systematic, or larger than any."""
+        beyond = self.squares > BEYOND_ROUNDING**2 * self.spread
+        return self.recurrence > SURPRISING or beyond
+
+
+def sampler_checks(
+    split: str, found: Mismatch, temperature: float, stale: str
+) -> list[AuditRow]:
+    """Whether the sampler had these weights and this temperature, up to its rounding.
+
+    Args:
+        split: the batch.
+        found: its log-probabilities here and there.
+        temperature: at which the policy is scored.
+        stale: why other weights are legal for this batch; empty if they are not.
+    """
+    patterned = found.is_temperature or found.is_one_sided
+    others = found.is_other_weights
+    small = found.mean <= (ROUNDING if patterned or others else ROUNDED_SAMPLER)
+    if found.is_temperature:
+        hint = (
+            f"they fit a temperature of about {temperature / found.beta:.2g}, not "
+            f"{temperature:g}: set objective.temperature to the sampler's; if that is "
+            "what it is, the sampler recorded log-probabilities before it divided by the "
+            "temperature (vLLM: logprobs_mode: processed_logprobs records them after)"
+        )
+    elif found.is_one_sided:
+        hint = (
+            "nearly all are off to one side, as of a truncated distribution (top-p, "
+            "top-k, min-p) or a penalty: sample with neither"
+        )
+    elif others:
+        hint = stale or (
+            "no rounding, that of a bfloat16 sampler included, is so large or off alike "
+            "where a token recurs: the rollouts come from other weights (another "
+            "checkpoint, with or without an adapter, quantised), or prompt and response "
+            "are misaligned; for a U of earlier steps set update.ratio: clipped"
+        )
+    else:
+        hint = (
+            "as much as rounding makes of a sampler that computes in bfloat16, and "
+            "without a pattern"
+        )
     return [
         check(
             f"{split} sampler mismatch, mean |Δ log p|",
-            mean,
-            "<= 1e-2 nats",
-            mean <= 1e-2,
-            "the rollouts come from other weights, another temperature or a truncated "
-            "distribution, or prompt and response are misaligned",
-            fatal=False,
+            found.mean,
+            f"<= {ROUNDED_SAMPLER:.0e} nats",
+            small,
+            hint,
+            fatal=patterned or (others and not stale),
         ),
-        fact(f"{split} sampler mismatch, largest", largest),
+        fact(f"{split} sampler mismatch, largest", found.largest),
     ]
 
 
-def noise_check(noise_floor: float, delta_h_true: float) -> AuditRow:
-    """Whether the change is visible above the rounding of the scoring pass."""
+def noise_check(
+    noise_floor: float, change: tuple[float, float], dtype: str
+) -> AuditRow:
+    """Whether the change is visible above the rounding of the scoring pass.
+
+    It fails where the rounding is above the standard error, which says nothing of it,
+    or above the change itself, unless both are lost in that error.
+
+    Args:
+        noise_floor: |change| of a sample that is only scored again.
+        change: delta_h_true and its standard error.
+        dtype: of the model.
+    """
+    value, error = change
+    drowned = noise_floor > error or (
+        noise_floor > abs(value) and noise_floor > LOST * error
+    )
+    remedy = "precision.model: float64, or a larger update.lr_override"
+    if dtype == "bfloat16":
+        remedy = "precision.model: float32"
     return check(
         "noise floor of delta_h_true",
         noise_floor,
         "<= |delta_h_true| / 10",
-        noise_floor <= abs(delta_h_true) / 10,
-        "the change is as small as the rounding of the scoring pass; use "
-        "precision.model: float64, or a larger update.lr_override",
-        fatal=False,
+        noise_floor <= abs(value) / 10 and not drowned,
+        "the change or its standard error is as small as the rounding of the scoring "
+        f"pass; use {remedy}",
+        fatal=drowned,
     )
 
 

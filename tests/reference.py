@@ -298,6 +298,24 @@ def random_rows(
     return rows
 
 
+def drawn_from(model: nn.Module, rows: Sequence[Row], seed: int) -> list[Row]:
+    """The same rows with responses of the same lengths drawn from the model.
+
+    Responses go on after an end token: every token is a draw all the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for row in rows:
+        ids = list(row.prompt_ids)
+        with torch.no_grad(), true_float64():
+            for _ in row.response_ids:
+                logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+                draw = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                ids.append(int(draw))
+        found.append(replace(row, response_ids=ids[len(row.prompt_ids) :]))
+    return found
+
+
 def all_rows(prompt: list[int], vocabulary: int, eos: int, length: int) -> list[Row]:
     """Every response there is: it ends at eos or at the given length."""
     open_rows: list[list[int]] = [[]]
@@ -386,6 +404,8 @@ class Truth:
     contributions: list[float]
     """c_i [N], which sum to ``delta_h_true``."""
     se: float
+    H_orig_se: float
+    H_upd_se: float
     ess: float
     log_weights: list[float]
     """l_i(theta') - l_i(theta) [N], unclipped."""
@@ -506,7 +526,8 @@ def delta_h_true(
     """H(theta') - H(theta), shares c_i = a'_i/D' - a_i/D and delta-method error.
 
     The influence of sequence i is (a'_i - H' d'_i)/D' - (a_i - H d_i)/D, where a and
-    d are its parts of numerator and denominator; for ``sum`` it is c_i. The effective
+    d are its parts of numerator and denominator; for ``sum`` it is c_i. The two terms
+    are its influences on H' and on H. The effective
     sample size is that of the sequence weights in use, clipped ones for ``clip``,
     and of w_i for ``per_decision``.
     """
@@ -521,12 +542,20 @@ def delta_h_true(
             c - (after * s1 / D1 - before * s0 / D0)
             for c, s0, s1 in zip(contributions, d0, d1, strict=True)
         ]
+    of_before, of_after = (
+        [(a - H * d) / D for a, d in zip(parts, sizes, strict=True)]
+        for parts, sizes, H, D in ((a0, d0, before, D0), (a1, d1, after, D1))
+    )
+    if objective.normalize == "sum":
+        of_before, of_after = a0, a1
     return Truth(
         H_orig=before,
         H_upd=after,
         delta_h_true=after - before,
         contributions=contributions,
         se=clustered_standard_error(rows, influence),
+        H_orig_se=clustered_standard_error(rows, of_before),
+        H_upd_se=clustered_standard_error(rows, of_after),
         ess=effective_sample_size(_weights(old, new, objective)),
         log_weights=log_weights(old, new),
     )

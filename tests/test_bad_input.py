@@ -23,7 +23,7 @@ import torch
 import yaml
 from checkpoints import Saved, run_config, save_checkpoint, write_rows
 from click.testing import CliRunner, Result
-from reference import random_rows
+from reference import drawn_from, random_rows
 from safetensors.torch import load_file, save_file
 
 from entropy_ddp.cli import main
@@ -140,6 +140,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     folder = tmp_path_factory.mktemp("good")
     saved = save_checkpoint(folder, "qwen2")
     evaluation = random_rows(1, groups=12, responses=[1, 2, 3] * 4, vocabulary=17)
+    evaluation = drawn_from(saved.model, evaluation, 3)
     update = random_rows(2, groups=3, responses=[2, 3, 2], vocabulary=17)
     files = [
         write_rows(folder / f"{split}.jsonl", rows)

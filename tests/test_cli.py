@@ -24,7 +24,7 @@ from checkpoints import (
     write_rows,
 )
 from click.testing import CliRunner, Result
-from reference import random_rows
+from reference import drawn_from, random_rows
 from safetensors.torch import save_file
 
 from entropy_ddp.cli import main
@@ -77,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     update = random_rows(2, groups=3, responses=[2, 3, 2], vocabulary=17)
     config = run_config(
         saved,
-        write_rows(folder / "E.jsonl", evaluation),
+        write_rows(folder / "E.jsonl", drawn_from(saved.model, evaluation, 3)),
         write_rows(folder / "U.jsonl", update),
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -256,6 +256,9 @@ SCHEMA: dict[str, Any] = {
         "is_mode": str,
         "H_orig": float,
         "H_upd": float,
+        "H_orig_se": float,
+        "H_upd_se": float,
+        "noise_floor": float,
         "delta_h_true": float,
         "se": float,
         "ess": float,
@@ -450,11 +453,12 @@ def test_the_checkpoint_is_not_touched(run: Run, tmp_path: Path) -> None:
 def test_untrusted_results_are_written_and_end_with_3(run: Run, tmp_path: Path) -> None:
     """A huge step leaves few sequences with weight: everything is there, marked."""
     out = tmp_path / "out"
-    result = run.probe(out, "--json", "--set", "update.lr_override=5.0")
+    settings = ("--set", "update.lr_override=5.0", "--set", "truth.ess_abort=0.3")
+    result = run.probe(out, "--json", *settings)
     assert result.exit_code == 3
     document = document_of(out)
     assert document["status"] == "untrusted"
-    assert document["truth"]["ess_fraction"] < 0.1
+    assert document["truth"]["ess_fraction"] < 0.3
     assert json.loads(result.stdout) == document
     (row,) = [row for row in document["audit"] if row["verdict"] == "fail"]
     assert row["name"] == "ESS / N"
@@ -470,7 +474,8 @@ def test_quiet_commands_say_why_they_end_with_3(
     run: Run, tmp_path: Path, command: str
 ) -> None:
     """On standard error, as an error."""
-    step = ("--set", "update.lr_override=5.0", "--set", "sweep.etas=[5.0]")
+    settings = ("update.lr_override=5.0", "sweep.etas=[5.0]", "truth.ess_abort=0.3")
+    step = [word for setting in settings for word in ("--set", setting)]
     out = ("--out", tmp_path / "out", "--quiet")
     result = invoke(command, "--config", run.config, *out, *step)
     assert (result.exit_code, result.stdout) == (3, "")

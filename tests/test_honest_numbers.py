@@ -1,25 +1,32 @@
 """No number is made up: what is not finite is named, what is zero is zero.
 
-NaN and infinity come out as an error that names phase, batch, line and token; float64
+Rollouts of another policy are not measured as this one's. NaN and infinity come out as an error that names phase, batch, line and token; float64
 with left padding is exact; an update whose advantages are all zero still moves by
 momentum and decay, by no more and no less.
 """
 
+import copy
+import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import launching
+import planted
 import pytest
 import reference as ref
+import torch
 import yaml
 from checkpoints import run_config, save_checkpoint, write_rows
 from click.testing import CliRunner
+from planted import Scene
 from reference import LossSettings, Row
 from test_cli import save_character_tokenizer
 from tiny_runs import TinyRun, make_run
+from torch import nn
 
 from entropy_ddp.cli import main
 from entropy_ddp.config import Config
@@ -62,6 +69,69 @@ def complaint_of(run: TinyRun, folder: Path, **sections: Any) -> str:
     ]
     assert not (out / "results.json").exists()
     return line
+
+
+# Another policy's rollouts
+
+
+def of_weights(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """Both batches sampled from these weights, with the sampler's log-probabilities."""
+    batches = planted.sample_batches(model)
+    for rows in batches.values():
+        scores = ref.scores(model, planted.reference_rows(rows), 1.0)
+        for row, (logp, _) in zip(rows, scores, strict=True):
+            row["sampling_logprobs"] = logp.tolist()
+    return batches
+
+
+def of_another_temperature(root: Path) -> Scene:
+    """Both batches are sampled at temperature 1, the policy is scored at 0.7."""
+    scene = planted.make_scene(root)
+    return scene.with_sections(objective={"temperature": 0.7})
+
+
+def of_a_later_checkpoint(root: Path) -> Scene:
+    """E was sampled after a step that the checkpoint has not taken."""
+    scene = planted.make_scene(root)
+    batches = of_weights(scene.saved.model)
+    later = copy.deepcopy(scene.saved.model)
+    noise = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in ref.trainable(later).values():
+            change = torch.randn(parameter.shape, generator=noise)
+            parameter.add_(0.02 * parameter.std() * change)
+    return replace(scene, E=of_weights(later)["E"], U=batches["U"])
+
+
+def of_an_adapter(root: Path) -> Scene:
+    """Full weights, with the rollouts of a LoRA run on them."""
+    with_adapter = planted.make_scene(root / "lora")
+    saved = save_checkpoint(root / "full", "qwen2", full=True)
+    return replace(with_adapter, saved=saved, **of_weights(with_adapter.saved.model))
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (of_another_temperature, "a higher temperature (0.7 is set; about 1"),
+        (of_a_later_checkpoint, "the rollouts come from other weights"),
+        (of_an_adapter, "the rollouts come from other weights"),
+    ],
+)
+def test_rollouts_of_another_policy_are_not_trusted(
+    tmp_path: Path, make: Callable[[Path], Scene], cause: str
+) -> None:
+    """Exit code 3, the first line says so, and the likely cause follows."""
+    config = make(tmp_path).config(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = ["probe", "--config", str(path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 3, result.stderr
+    assert result.stdout.startswith("NOT TO BE TRUSTED: failed the check")
+    assert cause in " ".join(result.stdout.split())
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["status"] == "untrusted"
 
 
 # What is not finite

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from checkpoints import Saved, run_config, save_checkpoint, write_rows
 from click.testing import CliRunner, Result
-from reference import random_rows
+from reference import drawn_from, random_rows
 from test_cli import save_character_tokenizer
 from transformers import dynamic_module_utils
 
@@ -82,6 +82,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     saved = save_checkpoint(folder, "qwen2")
     save_character_tokenizer(saved.base)
     evaluation = random_rows(1, groups=8, responses=[1, 2] * 4, vocabulary=17)
+    evaluation = drawn_from(saved.model, evaluation, 3)
     update = random_rows(2, groups=3, responses=[2, 3, 2], vocabulary=17)
     files = [
         write_rows(folder / f"{split}.jsonl", rows)

@@ -287,13 +287,16 @@ def test_per_token_error_is_the_written_formula(gpt2: Case) -> None:
     N, n = len(length), 5
     mean = sum(length) / N
     weighted_mean = sum(a * b for a, b in zip(w, length, strict=True)) / N
-    total = [0.0] * n
+    total, first = [0.0] * n, [0.0] * n
     for i, row in enumerate(gpt2.rows):
         before = float(old[i][1].sum()) - truth.H_orig * length[i]
         after = w[i] * (float(new[i][1].sum()) - truth.H_upd * length[i])
         total[row.group] += after / weighted_mean - before / mean
+        first[row.group] += before / mean
     expected = math.sqrt(sum(t * t for t in total) * n / (n - 1)) / N
     assert close(truth.se, expected, 1e-9)
+    expected = math.sqrt(sum(t * t for t in first) * n / (n - 1)) / N
+    assert close(truth.H_orig_se, expected, 1e-9)
 
 
 # The slope

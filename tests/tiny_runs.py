@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,17 @@ class TinyRun:
     folder: Path
 
     def config(self, **sections: Any) -> Config:
-        """A float64 configuration, with these sections replaced or added."""
+        """A float64 configuration, with these sections replaced or added.
+
+        What U's sampler recorded is of other weights: it is given where the ratio of
+        the two asks for it.
+        """
+        update = self.U
+        if sections.get("update", {}).get("ratio") != "clipped":
+            update = [replace(row, sampling_logprobs=None) for row in update]
         files = [
             write_rows(self.folder / f"{split}.jsonl", rows)
-            for split, rows in (("E", self.E), ("U", self.U))
+            for split, rows in (("E", self.E), ("U", update))
         ]
         return Config.model_validate(run_config(self.saved, *files) | sections)
 
@@ -153,6 +160,7 @@ def make_run(
         )
         for seed, responses in ((3, E_RESPONSES), (4, U_RESPONSES))
     )  # fmt: skip
+    evaluation = ref.drawn_from(saved.model, evaluation, 6)
     update = ref.with_sampling_logprobs(saved.model, update, 5, noise=SAMPLER_NOISE)
     return TinyRun(saved=saved, E=evaluation, U=update, folder=root)
 

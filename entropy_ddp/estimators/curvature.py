@@ -59,6 +59,15 @@ class Curvature:
     se: float
     without: Tensor
 
+    @property
+    def influence(self) -> Tensor:
+        """Influence of each group on the value, from the estimates without it, [n].
+
+        Scaled so that `delta_method_error` of it is the jackknife error.
+        """
+        share = (len(self.without) - 1) / len(self.without)
+        return share * (self.without.mean() - self.without)
+
     def second_order(self, eta: float, slope: float) -> float:
         """delta_h2 = eta slope + eta^2 H'' / 2."""
         return eta * slope + eta**2 * self.value / 2

@@ -159,6 +159,8 @@ class EntropyChange:
         after: H(theta').
         value: Delta H.
         se: delta-method standard error, clustered by group.
+        se_before, se_after: those of the two entropies, of the batch as it is drawn;
+            they are nearly one error, of which the change has little.
         ess: effective sample size (sum w)^2 / sum w^2 of the sequences' weights
             (clipped for `clip`), between 1 and N.
         contributions: per-sequence c_i; they sum to the value, [N].
@@ -170,6 +172,8 @@ class EntropyChange:
     after: float
     value: float
     se: float
+    se_before: float
+    se_after: float
     ess: float
     contributions: Tensor
     influence: Tensor
@@ -200,14 +204,16 @@ def entropy_change(
         InputError: there are fewer than two groups.
     """
     num_groups = int(groups.max()) + 1 if len(groups) else 0
-    influence = after.influence(groups, num_groups)
-    influence -= before.influence(groups, num_groups)
+    then, now = (r.influence(groups, num_groups) for r in (before, after))
+    influence = now - then
     return EntropyChange(
         is_mode=is_mode,
         before=before.value,
         after=after.value,
         value=after.value - before.value,
         se=delta_method_error(influence),
+        se_before=delta_method_error(then),
+        se_after=delta_method_error(now),
         ess=ess,
         contributions=after.contributions - before.contributions,
         influence=influence,

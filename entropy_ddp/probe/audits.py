@@ -288,7 +288,11 @@ def _truth_rows(session: Session, measured: Measured) -> list[AuditRow]:
     eta = measured.step.learning_rate
     return [
         *audit.ess_checks(change.ess_fraction, truth.ess_warn, truth.ess_abort),
-        audit.noise_check(measured.noise_floor, change.value),
+        audit.noise_check(
+            measured.noise_floor,
+            (change.value, change.se),
+            session.config.precision.model,
+        ),
         *audit.linearity_checks(
             (eta, measured.eta_star),
             change.value - eta * measured.slope.value,

@@ -1,8 +1,10 @@
 """The audits of the batches: their rows, their advantages, and who sampled them."""
 
 import math
+from zlib import crc32
 
 import torch
+from torch import Tensor
 
 from entropy_ddp import audit
 from entropy_ddp.policy.scores import TokenScores
@@ -12,6 +14,9 @@ from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 from entropy_ddp.rollouts.batch import Batch, Ragged
 from entropy_ddp.rollouts.rows import DOUBTS, END_RESTORED, LOG_DIFFERS
+
+# Prompts and token ids are dealt out to so many cells each.
+PROMPT_CELLS, ID_CELLS = 32, 4096
 
 
 def update_batch_rows(session: Session) -> list[AuditRow]:
@@ -163,26 +168,94 @@ def sampler_rows(session: Session, measured: Measured) -> list[AuditRow]:
     """Log-probabilities against those that the sampler recorded, where it did."""
     rows = []
     for split, scores in _scores_of(measured).items():
-        shard = session.shard(session.batches[split])
-        count, total, largest = 0, 0.0, 0.0
-        starts = shard.ragged.starts.tolist()
-        for start, sequence in zip(starts, shard.sequences):
-            if sequence.sampling_logprobs is not None and sequence.num_tokens:
-                own = scores.logp[start : start + sequence.num_tokens]
-                differences = (own - sequence.sampling_logprobs).abs()
-                count += len(differences)
-                total += float(differences.sum())
-                largest = max(largest, float(differences.max()))
-        sums = torch.tensor([count, total], dtype=torch.float64)
-        count, total = session.world.sum(sums, "scalars").tolist()
-        largest = session.world.max(largest)
-        if count:
-            rows += audit.sampler_checks(split, total / count, largest)
+        found = _mismatch(session, session.batches[split], scores)
+        if found.count:
+            temperature = session.config.objective.temperature
+            stale = _why_stale(session) if split == "U" else ""
+            rows += audit.sampler_checks(split, found, temperature, stale)
     return rows
+
+
+def _mismatch(session: Session, batch: Batch, scores: TokenScores) -> audit.Mismatch:
+    """Sums over the tokens of all ranks that have log-probabilities of a sampler."""
+    shard = session.shard(batch)
+    sums, largest = torch.zeros(7, dtype=torch.float64), 0.0
+    cells = torch.zeros(PROMPT_CELLS, ID_CELLS, dtype=torch.float64)
+    starts = shard.ragged.starts.tolist()
+    for start, sequence in zip(starts, shard.sequences):
+        if sequence.sampling_logprobs is not None and sequence.num_tokens:
+            here = slice(start, start + sequence.num_tokens)
+            own = scores.logp[here]
+            d, x = own - sequence.sampling_logprobs, own + scores.entropy[here]
+            terms = (torch.ones_like(d), d.abs(), d, d * d, d * x, (d * x) ** 2, x * x)
+            sums += torch.stack([term.sum() for term in terms])
+            largest = max(largest, float(d.abs().max()))
+            prompt = crc32(sequence.prompt_ids.numpy().tobytes()) % PROMPT_CELLS
+            cells[prompt].index_add_(0, sequence.response_ids % ID_CELLS, d)
+    count, *totals = session.world.sum(sums, "scalars").tolist()
+    absolute, signed, squares, products, product_squares, spread = totals
+    if count:
+        cells = session.world.sum(cells, "scalars")
+    return audit.Mismatch(
+        count=int(count),
+        absolute=absolute,
+        signed=signed,
+        squares=squares,
+        largest=session.world.max(largest),
+        products=products,
+        product_squares=product_squares,
+        spread=spread,
+        recurrence=recurrence(cells),
+    )
+
+
+def recurrence(cells: Tensor) -> float:
+    """Whether what is off recurs with the token under other prompts, in SD.
+
+    With S_qv the sum over the tokens of id v behind prompt q, the products of two
+    prompts' sums of one id add up to
+
+        sum_v [(sum_q S_qv)^2 - sum_q S_qv^2] / 2,
+
+    which has mean 0 where signs are independent, as those of rounding are, and the
+    variance sum_v [(sum_q S_qv^2)^2 - sum_q S_qv^4] / 2. Products within a prompt are
+    left out: behind one prompt whole contexts recur, and the same rounding with them.
+
+    Args:
+        cells: S, [q, v]; cells of several prompts or ids make it no less right.
+    """
+    squares = cells.square()
+    pairs = cells.sum(0).square() - squares.sum(0)
+    variance = squares.sum(0).square() - squares.square().sum(0)
+    total = float(variance.sum())
+    return float(pairs.sum()) / math.sqrt(2 * total) if total > 0 else 0.0
+
+
+def _why_stale(session: Session) -> str:
+    """Why U may be of other weights than the checkpoint's; empty if it may not."""
+    update = session.config.update
+    if update.loss == "nll":
+        return "update.loss: nll asks for no sampler, and does not use what it recorded"
+    if update.ratio == "clipped":
+        return (
+            "update.ratio: clipped allows a batch that was sampled some steps earlier, "
+            "and weighs it by the ratio; a batch of this very step has no such mismatch"
+        )
+    return ""
 
 
 def on_policy_row(session: Session, measured: Measured) -> AuditRow:
     """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
-    local = measured.surprise.clone()
-    total, variance = session.world.sum(local, "scalars").tolist()
-    return audit.on_policy_check("E", total / math.sqrt(variance) if variance else 0.0)
+    sums = session.world.sum(measured.surprise.clone(), "scalars")
+    total, variance = sums.sum(0).tolist()
+    before, batch = measured.estimates.before, session.batches["E"]
+    parts = -(before.logp + before.entropy)
+    most = int((parts * math.copysign(1.0, total)).argmax())
+    found = audit.Surprise(
+        total=total,
+        variance=variance,
+        line=batch.sequences[most].index + 1,
+        part=float(parts[most]),
+        later=tuple(sums[1].tolist()),
+    )
+    return audit.on_policy_check("E", found, session.config.objective.temperature)

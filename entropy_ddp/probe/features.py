@@ -7,7 +7,8 @@ slope itself needs. They enter only through sums over tokens, folds and sequence
     totals     of the targets Y at every position               [K, 3]
     known      g_i = sum_k log p'_ik x_ik of every sequence     [n, F]
     zero_mean  Z_i of every sequence                            [n, m]
-    surprise   sum of -log p - H, and of its variance           [2]
+    surprise   sums of -log p - H and of its variance, of the   [2, 2]
+               first tokens of responses and of the others
 
 Only for the first sequences of E, on which forward and reverse mode are compared, the
 ridge needs x of every token.
@@ -90,7 +91,7 @@ class FeatureSums:
             totals=zeros(int(batch.lengths.max()), 3),
             known=zeros(count, width),
             zero_mean=zeros(count, usable * VARIATES_PER_PREDICTOR),
-            surprise=zeros(2),
+            surprise=zeros(2, 2),
             num_sample_tokens=num_sample_tokens,
         )
 
@@ -115,9 +116,9 @@ class FeatureSums:
         self.zero_mean[block.sequences] = zero_mean_sums(
             derivatives_of(scores), scores.features, known[:, :usable], ragged
         )
-        innovation = (scores.logp + scores.entropy).sum().neg()
-        variance = scores.features["log_variance"].sum()
-        self.surprise += torch.stack([innovation, variance])
+        innovation = -(scores.logp + scores.entropy)
+        columns = torch.stack([innovation, scores.features["log_variance"]], dim=1)
+        self.surprise.index_add_(0, (ragged.position > 0).long(), columns)
         self._keep_sample(block, scores)
         # Last: it overwrites the predictors.
         known *= scores.dlogp[:, None]

@@ -52,8 +52,8 @@ class Measured:
         duality: forward against reverse mode.
         noise_floor: |Delta H| of a sample that is only scored again.
         cut: number of ranks and budget of a microbatch of the slope's pass.
-        surprise: sum over this rank's tokens of E of -log p - H, and of its variance
-            given what comes before, [2].
+        surprise: sums over this rank's tokens of E of -log p - H, and of its variance
+            given what comes before; of the first tokens of responses, of others, [2, 2].
     """
 
     gradient: Tensor | None

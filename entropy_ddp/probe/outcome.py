@@ -164,6 +164,9 @@ def _truth_result(session: Session, measured: Measured) -> TruthResult:
         is_mode=config.truth.is_mode,
         H_orig=change.before,
         H_upd=change.after,
+        H_orig_se=change.se_before,
+        H_upd_se=change.se_after,
+        noise_floor=measured.noise_floor,
         delta_h_true=change.value,
         se=change.se,
         ess=change.ess,
@@ -229,12 +232,22 @@ def _curvature_result(measured: Measured) -> CurvatureResult | None:
     if curvature is None:
         return None
     slope, eta = measured.slope.value, measured.step.learning_rate
+    eta_star = curvature.eta_star(slope)
+    influence = eta * measured.slope.influence + eta**2 / 2 * curvature.influence
+    eta_star_se = None
+    if slope and eta_star is not None:
+        eta_star_se = eta_star * delta_method_error(
+            measured.slope.influence / slope - curvature.influence / curvature.value
+        )
     return CurvatureResult(
         second_derivative=curvature.value,
         se=curvature.se,
         delta_h2=curvature.second_order(eta, slope),
         step=measured.curvature_step,
-        eta_star=curvature.eta_star(slope),
+        eta_star=eta_star,
+        delta_h2_se=delta_method_error(influence),
+        difference_se=delta_method_error(measured.change.influence - influence),
+        eta_star_se=eta_star_se,
     )
 
 

@@ -106,8 +106,13 @@ class TruthResult:
         is_mode: kind of importance weights.
         H_orig: entropy before the step.
         H_upd: entropy after it.
+        H_orig_se, H_upd_se: their standard errors, clustered by group: of another E. As
+            one E gave both, that of their difference is `se`. Absent in the results of
+            versions that did not write them.
         delta_h_true: H_upd - H_orig.
         se: its standard error, clustered by group.
+        noise_floor: what rounding alone makes of it: |change| of a sample of E that is
+            only scored again. Absent in the results of versions that did not write it.
         ess: effective sample size of the weights, in sequences.
         ess_fraction: the same over N.
         log_weight: min, median and max of log w_i.
@@ -124,6 +129,14 @@ class TruthResult:
     ess_fraction: float
     log_weight: dict[str, float]
     clip_fraction: float
+    H_orig_se: float | None = None
+    H_upd_se: float | None = None
+    noise_floor: float | None = None
+
+    @property
+    def error(self) -> float:
+        """sqrt(se^2 + noise_floor^2): what is shown behind delta_h_true."""
+        return math.hypot(self.se, self.noise_floor or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +178,12 @@ class CurvatureResult:
         delta_h2: eta slope + eta^2 H'' / 2.
         step: eta between theta and either of the two slopes whose difference H'' is.
         eta_star: |2 slope / H''|, the edge of the linear regime; absent if H'' is 0.
+        delta_h2_se: standard error of delta_h2.
+        difference_se: standard error of delta_h_true - delta_h2, from the paired
+            influences of each group on both.
+        eta_star_se: standard error of eta_star, to first order: it means something
+            where H'' is several of its own errors. These three are absent in the
+            results of versions that did not write them.
     """
 
     second_derivative: float
@@ -172,6 +191,9 @@ class CurvatureResult:
     delta_h2: float
     step: float | None
     eta_star: float | None
+    delta_h2_se: float | None = None
+    difference_se: float | None = None
+    eta_star_se: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,6 +232,8 @@ def test_made_up_batches(normalize: str, integrand: str, seed: int) -> None:
         scale = max(1.0, abs(expected.H_upd))
         assert abs(change.value - expected.delta_h_true) <= RTOL * scale
         assert abs(change.se - expected.se) <= RTOL * scale
+        assert abs(change.se_before - expected.H_orig_se) <= RTOL * scale
+        assert abs(change.se_after - expected.H_upd_se) <= RTOL * scale
         assert close(change.ess, expected.ess)
         assert change.contributions.tolist() == pytest.approx(
             expected.contributions, rel=RTOL, abs=RTOL * scale

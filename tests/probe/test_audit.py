@@ -5,6 +5,7 @@ disk, in a batch, in the configuration, or in the process. The audit must compla
 exactly that.
 """
 
+import copy
 import io
 import json
 import math
@@ -187,6 +188,10 @@ def warned(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "warn")
 
 
+def failed(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "fail")
+
+
 def zeroed(*words: str) -> Callable[[str, Tensor], Tensor]:
     """Zero the parameters whose name has one of these words."""
 
@@ -221,8 +226,50 @@ def late_mask(row: Document) -> Document:
     return row | {key: row[key][1:] for key in lists if key in row}
 
 
-def shifted_sampler(row: Document) -> Document:
-    return row | {"sampling_logprobs": [x - 0.02 for x in row["sampling_logprobs"]]}
+def truncated_sampler(row: Document) -> Document:
+    """Every token is likelier than in the whole distribution, by a little."""
+    return row | {"sampling_logprobs": [x + 0.02 for x in row["sampling_logprobs"]]}
+
+
+def noisy_sampler(scene: Scene, split: str, size: float) -> Scene:
+    """Log-probabilities with an error of this standard deviation and no pattern."""
+    generator = torch.Generator().manual_seed(5)
+
+    def noisy(row: Document) -> Document:
+        exact = torch.tensor(row["sampling_logprobs"])
+        noise = size * torch.randn(exact.shape, generator=generator)
+        return row | {"sampling_logprobs": (exact + noise).tolist()}
+
+    return scene.with_rows(split, noisy)
+
+
+def of_another_checkpoint(scene: Scene, split: str) -> Scene:
+    """A batch that a neighbouring adapter sampled, with its log-probabilities."""
+    model = copy.deepcopy(scene.saved.model)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in ref.trainable(model).values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * parameter.std() * noise)
+    rows = planted.sample_batches(model)[split]
+    scores = ref.scores(model, planted.reference_rows(rows), 1.0)
+    rows = [
+        row | {"sampling_logprobs": logp.tolist()}
+        for row, (logp, _) in zip(rows, scores, strict=True)
+    ]
+    return replace(scene, **{split: rows})
+
+
+def with_one_surprise(scene: Scene) -> Scene:
+    """Line 7 of E is made of the least probable tokens there are."""
+    ids = torch.tensor([scene.E[6]["prompt_ids"]])
+    with torch.no_grad(), ref.true_float64():
+        for _ in range(60):
+            worst = scene.saved.model(input_ids=ids).logits[:, -1:].argmin(-1)
+            ids = torch.cat([ids, worst], dim=1)
+    response = ids[0, len(scene.E[6]["prompt_ids"]) :].tolist()
+    row = scene.E[6] | {"response_ids": response, "finished": False}
+    return replace(scene, E=[*scene.E[:6], row, *scene.E[7:]])
 
 
 def stripped(row: Document) -> Document:
@@ -276,37 +323,81 @@ FAULTS: dict[str, Fault] = {
     ),
     "misaligned masks": Fault(
         plant=lambda scene, root: scene.with_rows("E", late_mask),
-        complaints=warned(SURPRISAL),
+        complaints=failed(SURPRISAL),
         cause="prompt and response are misaligned",
     ),
     "misaligned masks, sampler known": Fault(
         of="sampler",
         plant=lambda scene, root: scene.with_rows("E", late_mask),
-        complaints=warned(SAMPLER["E"], SURPRISAL),
+        complaints=failed(SAMPLER["E"], SURPRISAL),
         cause="prompt and response are misaligned",
+    ),
+    "one response of another prompt": Fault(
+        plant=lambda scene, root: with_one_surprise(scene),
+        complaints=warned(SURPRISAL),
+        cause="one response, line 7, is most of it",
     ),
     "temperature too low": Fault(
         plant=lambda scene, root: scene.with_sections(objective={"temperature": 0.7}),
-        complaints=warned(SURPRISAL),
-        cause="objective.temperature",
+        complaints=failed(SURPRISAL),
+        cause="as of a higher temperature (0.7 is set; about 1",
     ),
-    "temperature too high, sampler known": Fault(
-        of="sampler",
+    "temperature too high": Fault(
         plant=lambda scene, root: scene.with_sections(objective={"temperature": 1.4}),
-        complaints=warned(SAMPLER["E"], SAMPLER["U"], SURPRISAL),
-        cause="another temperature",
+        complaints=failed(SURPRISAL),
+        cause="as of a lower temperature (1.4 is set; about 1",
     ),
-    "another sampler of E": Fault(
+    "temperature too low, sampler known": Fault(
         of="sampler",
-        plant=lambda scene, root: scene.with_rows("E", shifted_sampler),
-        complaints=warned(SAMPLER["E"]),
-        cause="the rollouts come from other weights",
+        plant=lambda scene, root: scene.with_sections(objective={"temperature": 0.7}),
+        complaints=failed(SAMPLER["E"], SAMPLER["U"], SURPRISAL),
+        cause="they fit a temperature of about 0.98, not 0.7: set objective.temperature",
     ),
-    "another sampler of U": Fault(
+    "temperature a little too low, sampler known": Fault(
         of="sampler",
-        plant=lambda scene, root: scene.with_rows("U", shifted_sampler),
+        plant=lambda scene, root: scene.with_sections(objective={"temperature": 0.98}),
+        complaints=failed(SAMPLER["E"], SAMPLER["U"]),
+        cause="they fit a temperature of about 1, not 0.98",
+    ),
+    "a truncated sampler of E": Fault(
+        of="sampler",
+        plant=lambda scene, root: scene.with_rows("E", truncated_sampler),
+        complaints=failed(SAMPLER["E"]),
+        cause="off to one side, as of a truncated distribution",
+    ),
+    "a sampler of U that rounds to bfloat16": Fault(
+        of="sampler",
+        plant=lambda scene, root: noisy_sampler(scene, "U", 0.015),
         complaints=warned(SAMPLER["U"]),
+        cause="of a sampler that computes in bfloat16",
+    ),
+    "E of another checkpoint": Fault(
+        of="sampler",
+        plant=lambda scene, root: of_another_checkpoint(scene, "E"),
+        complaints=failed(SAMPLER["E"]),
         cause="the rollouts come from other weights",
+    ),
+    "U of another checkpoint": Fault(
+        of="sampler",
+        plant=lambda scene, root: of_another_checkpoint(scene, "U"),
+        complaints=failed(SAMPLER["U"]),
+        cause="the rollouts come from other weights",
+    ),
+    "U of another checkpoint, weighed by the ratio": Fault(
+        of="sampler",
+        plant=lambda scene, root: of_another_checkpoint(scene, "U").with_step(
+            ratio="clipped"
+        ),
+        complaints=warned(SAMPLER["U"]),
+        cause="allows a batch that was sampled some steps earlier",
+    ),
+    "U of another temperature, weighed by the ratio": Fault(
+        of="sampler",
+        plant=lambda scene, root: scene.with_sections(
+            objective={"temperature": 0.98}
+        ).with_step(ratio="clipped"),
+        complaints=failed(SAMPLER["U"], SAMPLER["E"]),
+        cause="they fit a temperature of about 1",
     ),
     "second moments that crush the step": Fault(
         of="no decay",
@@ -611,8 +702,38 @@ def test_a_change_of_rounding_alone_is_below_the_noise_floor(
         probed = scene.audit(tmp_path)
         changes[name] = probed.results.truth.delta_h_true
     assert abs(changes["float32"] - changes["plain"]) > abs(changes["plain"])
-    assert find(probed, NOISE).verdict == "warn"
+    assert find(probed, NOISE).verdict == "fail"
     assert "as small as the rounding" in find(probed, NOISE).hint
+    assert "precision.model: float64" in find(probed, NOISE).hint
+
+
+@pytest.mark.parametrize(
+    ("noise", "change", "verdict"),
+    [
+        (1e-8, (-2e-3, 1e-4), "ok"),
+        (3e-4, (-2e-3, 1e-3), "warn"),
+        (2e-4, (-2e-3, 1e-4), "fail"),  # above the error
+        (6e-4, (2e-4, 1e-3), "fail"),  # above the change
+        (
+            1e-8,
+            (1e-9, 1e-4),
+            "warn",
+        ),  # above a change that is nothing, lost in its error
+        (0.0, (0.0, 0.0), "ok"),
+    ],
+)
+def test_rounding_is_held_against_the_change_and_its_error(
+    noise: float, change: tuple[float, float], verdict: str
+) -> None:
+    """In bfloat16 float32 is enough, and no step size mends it."""
+    row = audit.noise_check(noise, change, "bfloat16")
+    assert row.verdict == verdict
+    if verdict != "ok":
+        assert "precision.model: float32" in row.hint
+        assert "float64" not in row.hint and "linear" not in row.hint
+    if noise > change[1]:
+        rows = audit.linearity_checks((1e-3, 1e-3), 0.1, change[1], noise)
+        assert {r.verdict for r in rows} == {"ok"}
 
 
 # Rewards without a signal

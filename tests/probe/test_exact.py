@@ -257,7 +257,8 @@ def test_step_is_the_naive_one(case: Case) -> None:
 
 def test_truth(case: Case) -> None:
     truth, expected = case.probed.results.truth, case.truth()
-    for name in ("H_orig", "H_upd", "delta_h_true", "se", "ess"):
+    names = ("H_orig", "H_upd", "H_orig_se", "H_upd_se", "delta_h_true", "se", "ess")
+    for name in names:
         assert close(getattr(truth, name), getattr(expected, name)), name
     assert truth.H_upd - truth.H_orig == truth.delta_h_true
     assert truth.ess_fraction == truth.ess / len(case.run.E)
