@@ -4,7 +4,9 @@ pytest puts the folder of a conftest.py on the import path.
 """
 
 import gc
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -13,3 +15,12 @@ torch.set_num_threads(1)
 def pytest_collection_finish() -> None:
     """What is imported stays: collecting garbage need not go through it every time."""
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def models_checked_once() -> Iterator[None]:
+    """Probes of a model that has passed its self-check do not repeat it."""
+    from self_checks import models_checked_once
+
+    with models_checked_once():
+        yield

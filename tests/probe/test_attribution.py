@@ -35,6 +35,8 @@ from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Probed
 from entropy_ddp.update.step import optimizer_tensors
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-10  # the contract's bar for float64, of the largest number of its kind
 GAP = {"float64": 1e-10, "float32": 1e-5}  # of the largest term of the slope
 DIFFERENCE_RTOL = 1e-7  # the contract's bar for central differences

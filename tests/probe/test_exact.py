@@ -22,6 +22,8 @@ from torch import Tensor
 
 from entropy_ddp.results import Probed
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-10  # the contract's bar for float64, relative to the scale named with it
 SUM_ATOL = 1e-14  # a sum of a dozen shares of order 0.1 in another order
 DIFFERENCE_RTOL = 1e-7  # the contract's bar for central differences

@@ -45,6 +45,8 @@ from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.units import proxy_gradient_norm
 from entropy_ddp.update.decomposition import step_parts
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-10  # the contract's bar for float64
 E_RESPONSES = [2, 3, 2, 4]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,6 +20,8 @@ from torch import Tensor
 from entropy_ddp.policy import forward_mode, response_tokens
 from entropy_ddp.results import Probed
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-10  # the contract's bar for float64; entropies and shares are of order 1
 RTOL_FLOAT32 = 1e-5  # the contract's bar for float32, of the term scale
 

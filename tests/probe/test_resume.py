@@ -38,6 +38,8 @@ from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.probe.unfinished import Costs, Unfinished
 from entropy_ddp.results import UNFINISHED, prepare_folder, write_results
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 Document = dict[str, Any]
 COMPUTE = {"device": "cpu", "tokens_per_microbatch": 30}
 

@@ -17,6 +17,8 @@ from tiny_runs import TinyRun, make_run
 
 from entropy_ddp.results import CurvatureResult, Probed
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-6  # ten times below the contract's bar for second differences in float64
 FLOAT32_RTOL = 1e-3
 DIFFERENCE_STEP = 0.03  # times the direction's norm, extrapolated to 0

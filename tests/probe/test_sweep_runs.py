@@ -29,6 +29,8 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import UNFINISHED, Results
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-9  # of the change itself, in float64
 LEARNING_RATE = 0.002  # none of the points: that one would need no pass
 ETAS = [0.03, 0.001, 0.01, 0.003]

@@ -32,6 +32,8 @@ from entropy_ddp.terminal import runs
 from entropy_ddp.terminal.inputs import print_inspection
 from entropy_ddp.update.change import read_change
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 Tensors = dict[str, Tensor]
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
 CPU = torch.device("cpu")

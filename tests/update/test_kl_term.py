@@ -23,6 +23,8 @@ from entropy_ddp.probe.phases import loss_gradient
 from entropy_ddp.probe.units import loss_units, mean_gradient
 from entropy_ddp.update.loss import loss_weights
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-10  # the contract's bar for float64, of the gradient's norm
 COEFFICIENT = 0.4  # the term is as large as the rest of the gradient
 LOSSES: dict[str, dict[str, Any]] = {

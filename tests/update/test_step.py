@@ -20,6 +20,8 @@ from entropy_ddp.probe.phases import loss_gradient, score_after_step
 from entropy_ddp.probe.session import Session
 from entropy_ddp.update.step import Step, one_step, optimizer_tensors
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-10  # the contract's bar for float64, of the norm
 LEARNING_RATE = 1e-3  # the saved one
 
