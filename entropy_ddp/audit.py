@@ -175,6 +175,26 @@ def unchanged_check(unchanged_share: float) -> AuditRow:
     )
 
 
+def own_rollouts_check(distinct: bool) -> AuditRow:
+    """Whether E and U are different rollouts.
+
+    Args:
+        distinct: whether they are.
+    """
+    return check(
+        "E and U are different rollouts",
+        distinct,
+        "true",
+        distinct,
+        "the part of U's own gradient is biased, in the truth and in every prediction: each "
+        "response has made the step that it is to measure (self-influence, of the order "
+        "of one over the number of groups), and no standard error here covers it; "
+        "momentum and weight decay are not. Sample another E; the gradient-dot form "
+        "leaves the diagonal out",
+        fatal=False,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surprise:
     """Surprisal against entropy of a batch that should be samples of the policy.

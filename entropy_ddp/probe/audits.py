@@ -16,6 +16,7 @@ from entropy_ddp.policy.parameters import (
 from entropy_ddp.probe.batch_audits import (
     batch_rows,
     on_policy_row,
+    own_rollouts_rows,
     sampler_rows,
     text_rows,
     update_batch_rows,
@@ -67,6 +68,7 @@ def audit_rows(session: Session, measured: Measured, extras: Extras) -> list[Aud
         *update_batch_rows(session),
         *training_rows(session),
         *trainer_rows(session, measured.step),
+        *own_rollouts_rows(session),
         *batch_rows(session),
         *moment_rows(session),
         *_scale_rows(session, measured),

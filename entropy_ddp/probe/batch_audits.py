@@ -1,6 +1,8 @@
 """The audits of the batches: their rows, their advantages, and who sampled them."""
 
 import math
+from collections import Counter
+from hashlib import blake2b
 from zlib import crc32
 
 import torch
@@ -12,7 +14,7 @@ from entropy_ddp.policy.trained_settings import trained_limit
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
-from entropy_ddp.rollouts.batch import Batch, Ragged
+from entropy_ddp.rollouts.batch import Batch, Ragged, Sequence
 from entropy_ddp.rollouts.rows import DOUBTS, END_RESTORED, LOG_DIFFERS
 
 # Prompts and token ids are dealt out to so many cells each.
@@ -31,6 +33,24 @@ def update_batch_rows(session: Session) -> list[AuditRow]:
     deviations = advantages - ragged.spread(ragged.sum(advantages) / sizes)
     variances = ragged.sum(deviations.square()) / sizes
     return audit.advantage_checks(variances.sqrt().tolist())
+
+
+def own_rollouts_rows(session: Session) -> list[AuditRow]:
+    """Whether one batch's responses are all in the other: one file, or its content."""
+    if "U" not in session.batches:
+        return []
+    evaluation, update = (
+        Counter(map(_fingerprint, session.batches[split].sequences)) for split in "EU"
+    )
+    return [
+        audit.own_rollouts_check(not (update <= evaluation or evaluation <= update))
+    ]
+
+
+def _fingerprint(sequence: Sequence) -> bytes:
+    """Of prompt and response, whatever the row says beside them."""
+    ids = (sequence.prompt_ids.tolist(), sequence.response_ids.tolist())
+    return blake2b(repr(ids).encode(), digest_size=16).digest()
 
 
 def batch_rows(session: Session) -> list[AuditRow]:

@@ -1,5 +1,7 @@
 """The audits of the opened model: files, settings, moments, restored bits, its passes."""
 
+from pathlib import Path
+
 from entropy_ddp import audit
 from entropy_ddp.errors import InputError
 from entropy_ddp.policy.forward_mode import weight_norms
@@ -13,6 +15,10 @@ from entropy_ddp.policy.training_arguments import (
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
+
+CPU_FACTS = Path("/proc/cpuinfo")
+# Of x86 and of ARM.
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def stored_rows(session: Session) -> list[AuditRow]:
@@ -124,10 +130,41 @@ def state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
     return [*rows, *_route_rows(session), *_sharing_rows(session)]
 
 
+def multiplies_bfloat16(cpuinfo: Path = CPU_FACTS) -> bool | None:
+    """Whether this CPU has instructions for products in bfloat16; None if unknown."""
+    if not cpuinfo.is_file():
+        return None
+    return not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
+
+
+def precision_rows(device: str, dtype: str, native: bool | None) -> list[AuditRow]:
+    """What bfloat16 costs on a CPU that has no instructions for it.
+
+    Args:
+        device: kind of device.
+        dtype: of the model.
+        native: whether there are such instructions; None if unknown.
+    """
+    if device != "cpu" or dtype != "bfloat16" or native is None:
+        return []
+    return [
+        audit.check(
+            "bfloat16 instructions of the CPU",
+            native,
+            "true",
+            native,
+            "products are emulated, at about four times the cost of float32, and rounding "
+            "is in every number; set precision.model: float32",
+            fatal=False,
+        )
+    ]
+
+
 def _route_rows(session: Session) -> list[AuditRow]:
     """Parts of the model that take the plain, slower code path."""
     policy, asked = session.policy, session.config.compute.attention
-    rows = []
+    dtype = session.config.precision.model
+    rows = precision_rows(policy.device.type, dtype, multiplies_bfloat16())
     if weight_norms(policy.model):
         text = "not the derivative: DoRA holds weight norms fixed"
         rows.append(audit.fact("the trainer's gradient", text))

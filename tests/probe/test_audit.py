@@ -34,7 +34,7 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.names import short_name
 from entropy_ddp.policy.checkpoint import Policy
-from entropy_ddp.probe import session
+from entropy_ddp.probe import model_audits, session
 from entropy_ddp.probe.batch_audits import batch_rows
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import AuditRow, Probed, Results
@@ -231,6 +231,11 @@ def truncated_sampler(row: Document) -> Document:
     return row | {"sampling_logprobs": [x + 0.02 for x in row["sampling_logprobs"]]}
 
 
+def renumbered(rows: list[Document]) -> list[Document]:
+    """The same responses, last first, in groups of other numbers."""
+    return [row | {"group": 1000 + row["group"]} for row in reversed(rows)]
+
+
 def noisy_sampler(scene: Scene, split: str, size: float) -> Scene:
     """Log-probabilities with an error of this standard deviation and no pattern."""
     generator = torch.Generator().manual_seed(5)
@@ -398,6 +403,16 @@ FAULTS: dict[str, Fault] = {
         ).with_step(ratio="clipped"),
         complaints=failed(SAMPLER["U"], SAMPLER["E"]),
         cause="they fit a temperature of about 1",
+    ),
+    "E and U are one file": Fault(
+        plant=lambda scene, root: replace(scene, E=scene.U),
+        complaints=warned("E and U are different rollouts"),
+        cause="the part of U's own gradient is biased",
+    ),
+    "U is among the responses of E, in another order": Fault(
+        plant=lambda scene, root: replace(scene, E=[*scene.E, *renumbered(scene.U)]),
+        complaints=warned("E and U are different rollouts"),
+        cause="the part of U's own gradient is biased",
     ),
     "second moments that crush the step": Fault(
         of="no decay",
@@ -734,6 +749,25 @@ def test_rounding_is_held_against_the_change_and_its_error(
     if noise > change[1]:
         rows = audit.linearity_checks((1e-3, 1e-3), 0.1, change[1], noise)
         assert {r.verdict for r in rows} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [("avx2 fma", False), ("avx2 avx512_bf16", True), ("asimd bf16 i8mm", True)],
+)
+def test_bfloat16_without_its_instructions_is_said(
+    tmp_path: Path, flags: str, native: bool
+) -> None:
+    """With what it costs; other precisions and devices have no such row."""
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"processor : 0\nflags : fpu {flags}\n")
+    assert model_audits.multiplies_bfloat16(facts) is native
+    assert model_audits.multiplies_bfloat16(tmp_path / "absent") is None
+    (row,) = model_audits.precision_rows("cpu", "bfloat16", native)
+    assert row.verdict == ("ok" if native else "warn")
+    assert native or "four times the cost" in row.hint
+    assert not model_audits.precision_rows("cpu", "float32", native)
+    assert not model_audits.precision_rows("cuda", "bfloat16", native)
 
 
 # Rewards without a signal
