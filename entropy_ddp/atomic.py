@@ -12,6 +12,29 @@ from typing import IO
 from entropy_ddp.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What is there for as long as this process works on it.
+_TEMPORARY: set[Path] = set()
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A file or folder that is gone afterwards.
+
+    Also if the process is ended within, without unwinding, by whoever calls
+    `remove_temporary` before.
+    """
+    _TEMPORARY.add(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        _TEMPORARY.discard(path)
+
+
+def remove_temporary() -> None:
+    """Remove what is temporary, before the process is ended without unwinding."""
+    for path in list(_TEMPORARY):
+        _remove(path)
 
 
 @contextmanager
@@ -28,34 +51,31 @@ def written_whole(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
     Raises:
         RunError: the file cannot be written.
     """
-    temporary = None
     written = 0
     try:
-        descriptor, temporary = tempfile.mkstemp(
+        descriptor, name = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
         )
-        with os.fdopen(descriptor, "wb") as stream:
-            try:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            finally:
-                written = os.fstat(descriptor).st_size
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        # What was written counts as free again before the message is made.
+        with temporary(Path(name)):
+            with os.fdopen(descriptor, "wb") as stream:
+                try:
+                    yield stream
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                finally:
+                    written = os.fstat(descriptor).st_size
+            os.chmod(name, 0o644)
+            os.replace(name, path)
     except OSError as error:
-        # Before the message: what was written counts as free again.
-        _remove(temporary)
-        temporary = None
         raise RunError(_reason(path, error, (size, written))) from error
-    finally:
-        _remove(temporary)
 
 
-def _remove(temporary: str | None) -> None:
-    if temporary is not None:
-        Path(temporary).unlink(missing_ok=True)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _reason(path: Path, error: OSError, sizes: tuple[int | None, int]) -> str:

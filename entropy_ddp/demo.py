@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entropy_ddp.atomic import temporary
 from entropy_ddp.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,10 +129,12 @@ def train_demo(
     with (
         _quiet_libraries(),
         _process_state_kept(),
-        tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as scratch,
+        temporary(
+            Path(tempfile.mkdtemp(prefix=".demo-", dir=folder.parent))
+        ) as scratch,
     ):
         # TRL's model card takes the model's name from the last part of this path.
-        unfinished = Path(scratch) / folder.name
+        unfinished = scratch / folder.name
         base = unfinished / "base"
         rows = _prompt_rows(random.Random(f"prompts {seed}"))
         _train_base(base, seed=seed, steps=supervised_steps, on_step=on_step)

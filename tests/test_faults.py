@@ -20,7 +20,7 @@ SECONDS_TO_END = 10.0
 # Every rank leaves a file when it is about to meet the fault; rank `faulty` meets it,
 # the others wait in a collective or compute.
 BODY = """
-import ctypes, functools, os, sys, time
+import ctypes, functools, os, signal, sys, time
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line sets it
 from pathlib import Path
 
@@ -53,6 +53,11 @@ def meet(world):
         # A call into C that lets no other thread of this process run.
         ctypes.PyDLL(None).sleep(3)
         return
+    if fault == "sleeps in C":
+        # As in a backward pass: a signal reaches the process, not this call.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        with written_whole(folder / f"result-{world.rank}"):
+            ctypes.CDLL(None).sleep(100)
     if fault == "rests":
         time.sleep(4)
         return
@@ -99,6 +104,7 @@ class Ranks:
         others: str = "wait",
         timeout: float = 60,
         agent: bool = False,
+        launched: bool = True,
         fresh: bool = False,
     ) -> None:
         """Start ranks, and wait until every one is at the fault."""
@@ -108,6 +114,8 @@ class Ranks:
         if agent:
             command = launching.torchrun(size, *given)
             self.processes = [launching.start(command, fresh=fresh)]
+        elif not launched:
+            self.processes = [launching.start(launching.python(*given))]
         else:
             self.processes = launching.start_ranks(size, launching.python(*given))
         wait_for(lambda: len(self.pids()) == size, 60)
@@ -329,6 +337,21 @@ def test_a_signal_ends_all_with_one_line(
     assert (codes, printed) == ([1, 1, 1], f"{word}\n")
     left = {path.name for path in ranks.folder.iterdir()}
     assert left == {"body.py", "writing-1", "0.pid", "1.pid", "2.pid"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_ends_a_call_into_c(ranks: Ranks, size: int) -> None:
+    """Python sees no signal before it is back: another thread ends the process.
+
+    A process alone has no other to wait for; two say so once. What was being written
+    is gone.
+    """
+    ranks.start(size, "sleeps in C", "0,1", launched=size > 1)
+    ranks.signal(signal.SIGINT, range(size))
+    codes, printed = ranks.end()
+    assert (codes, printed) == ([1] * size, "interrupted\n")
+    left = {path.name for path in ranks.folder.iterdir()}
+    assert left == {"body.py", *(f"{rank}.pid" for rank in range(size))}
 
 
 def test_a_launcher_that_is_interrupted_ends_all_with_one_line(ranks: Ranks) -> None:

@@ -6,7 +6,7 @@ errors answer at once.
 """
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -17,7 +17,7 @@ from entropy_ddp.cli.jobs import attribute, audit, probe, sweep
 from entropy_ddp.cli.ledger_command import ledger
 from entropy_ddp.cli.ranks import EXIT_FAILED
 from entropy_ddp.cli.report_command import report
-from entropy_ddp.interruption import Interrupted, signals_raise
+from entropy_ddp.interruption import Interrupted, end_at_once, signals_raise
 
 
 class _Interruptible(click.Group):
@@ -28,13 +28,17 @@ class _Interruptible(click.Group):
         # A rank that is gone is reported once, in words, not by each connection to it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         try:
-            with signals_raise():
+            with signals_raise(_leave):
                 return super().invoke(ctx)
         except Interrupted as interrupted:
-            # No rank knows of the others yet.
-            if os.environ.get("RANK", "0") == "0":
-                click.echo(str(interrupted), err=True)
-            ctx.exit(EXIT_FAILED)
+            _leave(interrupted)
+
+
+def _leave(interrupted: Interrupted) -> NoReturn:
+    # No rank knows of the others yet.
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(str(interrupted), err=True)
+    end_at_once(EXIT_FAILED)
 
 
 @click.group(

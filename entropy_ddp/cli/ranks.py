@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 from entropy_ddp.cli.console import error_console, print_warning
 from entropy_ddp.cli.options import Options
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.interruption import Interrupted, ignore_signals, signals_raise
+from entropy_ddp.interruption import (
+    Interrupted,
+    end_at_once,
+    ignore_signals,
+    signals_raise,
+)
 
 if TYPE_CHECKING:
     from entropy_ddp.config import Config
@@ -42,13 +47,15 @@ def run_ranks(
         print_warning(warning)
     timeout = rank_timeout_seconds or distributed.RANK_TIMEOUT_SECONDS
     world: World | None = None
-    with signals_raise():
-        try:
-            with distributed.process_group(timeout, tell=print_error) as world:
-                return body(world)
-        except (Exception, Interrupted) as error:  # noqa: BLE001
-            # Whatever it is: the first rank to fail says so, and all end.
-            return _fail(error, world)
+    try:
+        with (
+            signals_raise(lambda interrupted: _fail(interrupted, world)),
+            distributed.process_group(timeout, tell=print_error) as world,
+        ):
+            return body(world)
+    except (Exception, Interrupted) as error:  # noqa: BLE001
+        # Whatever it is: the first rank to fail says so, and all end.
+        return _fail(error, world)
 
 
 def _fail(error: BaseException, world: "World | None") -> int:
@@ -57,6 +64,8 @@ def _fail(error: BaseException, world: "World | None") -> int:
     code = EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
     if world is None or world.watch is None:
         print_failure(error, world)
+        if isinstance(error, Interrupted):
+            end_at_once(code)
         return code
     # A lost connection raises a RuntimeError, a launcher that stops all sends a signal:
     # in both cases another rank may be the cause.
@@ -72,6 +81,8 @@ def _fail(error: BaseException, world: "World | None") -> int:
 def print_failure(error: BaseException, world: "World | None") -> None:
     """Print one line; of an error that nobody foresaw, the traceback before it."""
     if isinstance(error, Interrupted):
+        # A bar may not have come to show it again.
+        error_console().show_cursor()
         print_line(str(error))
         return
     if not isinstance(error, (InputError, RunError)):

@@ -13,7 +13,6 @@ ends how:
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from entropy_ddp.atomic import remove_temporary
 from entropy_ddp.distributed.ledger import Failure, Ledger, Sign, StoreGone
-from entropy_ddp.interruption import ignore_signals
+from entropy_ddp.interruption import end_at_once, ignore_signals
 
 _SIGN_SECONDS = 0.5
 _GUARD_SECONDS = 0.1
@@ -145,7 +145,7 @@ class Watch:
         ignore_signals()
         if self._is_store_gone:
             # The guard may be in the middle of its message: this waits for it.
-            _leave(self._lose_store(f"{self._holder()} is gone").code)
+            end_at_once(self._lose_store(f"{self._holder()} is gone").code)
         self._code = code if self._failure is None else self._failure.code
         self._leave_at = (
             time.monotonic() + _GONE_SECONDS + _TELL_SECONDS + _GRACE_SECONDS
@@ -161,7 +161,7 @@ class Watch:
             self._end_together()
         except StoreGone:
             pass
-        _leave(first.code)
+        end_at_once(first.code)
 
     def _settle(
         self, mine: Failure, tell: Callable[[], None], is_suspect: bool
@@ -316,6 +316,7 @@ class Watch:
                     self._leave_at = now
                 if now >= self._leave_at:
                     # No flush: the main thread may hold the streams.
+                    remove_temporary()
                     os._exit(self._code)
             elif self._failure is None:
                 self._guard_store(now)
@@ -391,13 +392,3 @@ def _leave_for_launcher(failure: Failure) -> None:
     except OSError:
         # The message itself is on its way; this file only repeats it.
         pass
-
-
-def _leave(code: int) -> NoReturn:
-    """End at once: threads of a group that has lost a rank would wait for it."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass
-    os._exit(code)

@@ -11,7 +11,10 @@ lacks or wastes work on:
 - `scaled_dot_product_attention`: no stock rule exists for the fused kernels.
 - `grouped_mm`, the product of a mixture's experts: no stock rule exists.
 
-Nothing is stored for a backward pass, and no module is patched.
+Nothing is stored for a backward pass. While a pass lasts, the slots of these parameters
+and the `forward` of root-mean-square normalisations (`normalisation`) are replaced in the
+model's own modules; after it, also after one that fails, they are as before. No class is
+changed.
 """
 
 import math

@@ -29,12 +29,12 @@ _SAME = 1e-5
 def closed_form_normalisation(model: nn.Module) -> Iterator[None]:
     """Within the context, normalisations carry tangents by the closed form."""
     replaced = []
-    for module in model.modules():
-        found = _recognise(module)
-        if found is not None:
-            module.forward = _with_tangent(module, *found)
-            replaced.append(module)
     try:
+        for module in model.modules():
+            found = _recognise(module)
+            if found is not None:
+                module.forward = _with_tangent(module, *found)
+                replaced.append(module)
         yield
     finally:
         for module in replaced:

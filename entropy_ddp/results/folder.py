@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from entropy_ddp.atomic import written_whole
+from entropy_ddp.atomic import temporary, written_whole
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.results.schema import Probed
 from entropy_ddp.rollouts.files import write_jsonl
@@ -182,11 +182,9 @@ def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
 @contextmanager
 def _written_beside(out: Path) -> Iterator[Path]:
     """A folder for new files, which is gone afterwards."""
-    new = Path(tempfile.mkdtemp(dir=out, prefix=".new.", suffix=".tmp"))
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    new = tempfile.mkdtemp(dir=out, prefix=".new.", suffix=".tmp")
+    with temporary(Path(new)) as folder:
+        yield folder
 
 
 def _put_in_place(new: Path, out: Path, sampled: Iterable[str]) -> None:

@@ -92,6 +92,20 @@ def test_a_failure_restores_the_modules() -> None:
     assert "forward" not in vars(norm)
 
 
+class Interrupting(Halved):
+    """Ends while it is asked what it gives."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_a_failure_on_the_way_in_restores_the_modules() -> None:
+    norms = nn.Sequential(LlamaRMSNorm(WIDTH), Interrupting(WIDTH))
+    with pytest.raises(KeyboardInterrupt), closed_form_normalisation(norms):
+        pass
+    assert "forward" not in vars(norms[0])
+
+
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
 def test_bfloat16_values_are_the_modules_own(kind: type[nn.Module]) -> None:
     norm = kind(64).bfloat16()
