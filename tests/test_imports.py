@@ -14,8 +14,8 @@ PACKAGE = Path(entropy_ddp.__file__).parent
 ROOMS = (
     "__init__",
     "errors",
-    "interruption",
     "atomic",
+    "interruption",
     "inputs",
     "names",
     "memory",
