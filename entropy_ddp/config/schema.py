@@ -271,7 +271,8 @@ class Compute(Section):
 
     Attributes:
         device: `auto` (a GPU if there is one), `cpu` or `cuda`.
-        tokens_per_microbatch: budget of padded tokens for one forward pass.
+        tokens_per_microbatch: budget of padded tokens for one forward pass; on a CPU
+            rows are put together up to what its caches hold, if that is less.
         share_prompts: compute a prompt once for several responses to it, where that is
             cheaper.
         count_operations: count floating-point operations of the passes in `run.passes`.

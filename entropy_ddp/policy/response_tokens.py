@@ -79,6 +79,7 @@ class ResponseTokens(nn.Module):
         self.sharing = sharing
         self._routing = Routing(causal_lm)
         self._directions: Tensor | None = None
+        self.widest = self._widest_layer()
         config = self._unwrapped.config
         self.logits_map = LogitsMap.of(config.get_text_config())
 
@@ -91,6 +92,23 @@ class ResponseTokens(nn.Module):
     def output_layer(self) -> nn.Module:
         """The output layer: hidden state to logits."""
         return self._unwrapped.get_output_embeddings()
+
+    def _widest_layer(self) -> int:
+        """Largest number of values that a layer below the output makes of a token."""
+        tables = {
+            id(weight)
+            for module in self.transformer.modules()
+            for weight in module.parameters(recurse=False)
+            if isinstance(module, nn.Embedding)
+        }
+        widths = (
+            max(weight.shape)
+            for name, weight in self.transformer.named_parameters()
+            # Adapters of an embedding are as long as its table.
+            if weight.dim() == 2 and "embedding" not in name
+            if id(weight) not in tables
+        )
+        return max(widths, default=1)
 
     @property
     def _unwrapped(self) -> nn.Module:

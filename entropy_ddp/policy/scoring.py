@@ -49,6 +49,9 @@ from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
 # the distance divides, and the fourth derivatives, which its square multiplies, are then
 # both below the tolerances of the estimator.
 CURVATURE_NATS = {torch.float64: 3e-5, torch.float32: 1.5e-3, torch.bfloat16: 5e-2}
+# On a CPU: elements of the widest hidden state of a microbatch, which its caches hold,
+# and the fewest tokens for which products with the weights run at full speed.
+FILL_ELEMENTS, LEAST_FILL = 1 << 20, 512
 # Least change of log p per unit of Euclidean length that is reckoned with: the parameters
 # are moved at most so far even if the first derivative vanishes.
 LEAST_SLOPE = 0.02
@@ -342,10 +345,19 @@ class Passes:
         return Walk(
             shard=shard,
             budget=self.tokens.settings.tokens_per_microbatch,
+            fill=self.fill,
             sharing=self.sharing,
             allowance=self.allowance,
             device=self.device,
         )
+
+    @property
+    def fill(self) -> int:
+        """Padded tokens up to which rows are put into one microbatch."""
+        budget = self.tokens.settings.tokens_per_microbatch
+        if self.device.type != "cpu":
+            return budget
+        return min(budget, max(LEAST_FILL, FILL_ELEMENTS // self.tokens.widest))
 
     @property
     def sharing(self) -> PromptSharing | None:

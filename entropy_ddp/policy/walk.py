@@ -26,6 +26,7 @@ class Walk:
     Attributes:
         shard: this rank's sequences; may be empty.
         budget: the configured number of padded tokens of a microbatch.
+        fill: up to how many of them rows are put together.
         sharing: when responses to one prompt share a row; None for never.
         allowance: how many tokens fit, as far as is known; reduced where they do not.
         device: where the model is.
@@ -34,6 +35,7 @@ class Walk:
 
     shard: Shard
     budget: int
+    fill: int
     sharing: PromptSharing | None
     allowance: Allowance
     device: torch.device
@@ -82,7 +84,7 @@ class Walk:
     def _plan(
         self, budget: int, places: Collection[int] | None = None
     ) -> list[list[Row]]:
-        return plan_microbatches(self.shard, budget, self.sharing, places)
+        return plan_microbatches(self.shard, budget, self.sharing, places, self.fill)
 
     def _attempted(
         self, rows: list[Row], attempt: Callable[[Microbatch], None]

@@ -71,7 +71,7 @@ def run_attribution(
 def attribute_session(session: Session) -> Probed:
     """The attribution of what is open already; errors as of `run_attribution`."""
     require_attributable(session.config)
-    measured = measure(session, len(session.batches["E"]), with_curvature=False)
+    measured = measure(session, "gradient", with_curvature=False)
     return attributed(
         session, measured, audit_rows(session, measured, Extras()), "attribute"
     )

@@ -248,10 +248,11 @@ def _scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
     world, batch, base = session.world, session.batches["E"], measured.base
     size = measured.estimates.original.denominator
     counts = (base.num_microbatches, base.num_extra_microbatches)
-    ranks, budget = measured.cut
+    ranks, budget, fill = measured.cut
+    sharing = session.passes.sharing
     # Those of a pass that other ranks may have run, each planned by one of these.
     planned = sum(
-        len(plan_microbatches(block.shard, budget, session.passes.sharing))
+        len(plan_microbatches(block.shard, budget, sharing, fill=fill))
         for rank in range(world.rank, ranks, world.world_size)
         for block in batch.shard(rank, ranks).blocks()
     )

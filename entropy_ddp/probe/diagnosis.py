@@ -1,8 +1,9 @@
 """The audits that need a pass of their own: forward against reverse mode, noise floor.
 
-In a probe they run on the first sequences of E, at most `SAMPLE_SEQUENCES` of them, the
-same at every world size; the `audit` command runs them on all of E, and an attribution
-the first of them, whose gradient it needs.
+In a probe they run on the first sequences of E (`audit_sample`), the same at every world
+size, and share one backward pass: it gives the gradient, and log p and H once more. The
+`audit` command runs them on all of E, and an attribution the first of them, whose
+gradient it needs.
 """
 
 from dataclasses import dataclass
@@ -18,15 +19,31 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
 )
 from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.policy.scores import DirectionalScores
+from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import first_sequences, gather_sums, snapshot_device
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Record
-from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.step import Step, one_step
 
-SAMPLE_SEQUENCES = 64
+# The audits' sample has few tokens, whatever the size of E and of its sequences: their
+# cost is that of a few microbatches. Enough for every layer, expert and kernel to be in
+# it, and never fewer than the least number of sequences.
+SAMPLE_SEQUENCES, SAMPLE_TOKENS = 64, 1024
+LEAST_SEQUENCES = 4
+
+
+def audit_sample(batch: Batch) -> int:
+    """How many of the first sequences of E the audits with a pass of their own are on.
+
+    As many as have at most `SAMPLE_TOKENS` tokens together, prompts included, but at
+    least `LEAST_SEQUENCES` and at most `SAMPLE_SEQUENCES`.
+    """
+    lengths = (batch.prompt_lengths + batch.lengths)[:SAMPLE_SEQUENCES]
+    within = int((lengths.cumsum(0) <= SAMPLE_TOKENS).sum())
+    return min(len(lengths), max(within, LEAST_SEQUENCES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +56,15 @@ class Duality:
             denominator, flat, [P].
         denominator: denominator of the estimator on the sample.
         num_sequences: size of the sample.
+        noise_floor: |Delta H| of the sample as the backward pass scored it, in other
+            microbatches than the pass along the step; None if it ran in the same.
     """
 
     gap: float
     gradient: Tensor
     denominator: float
     num_sequences: int
+    noise_floor: float | None
 
 
 def check_duality(
@@ -53,7 +73,9 @@ def check_duality(
     mean_entropy: float,
     step: Step,
     prediction: Tensor | None,
-    size: int = SAMPLE_SEQUENCES,
+    size: int,
+    *,
+    cut_otherwise: bool = False,
 ) -> Duality:
     """<grad, v> from a backward pass against the slope from the forward-mode pass.
 
@@ -68,6 +90,7 @@ def check_duality(
         prediction: the configured baseline's predictions of the sample's tokens,
             [s, 2]; None for a baseline without.
         size: number of sequences in the sample.
+        cut_otherwise: run the backward pass in other microbatches, for the noise floor.
     """
     objective = session.config.objective
     sample = first_sequences(session, size)
@@ -86,11 +109,14 @@ def check_duality(
 
     def pull_back() -> Record:
         with session.phase("audit: reverse mode", sample.ragged.num_tokens):
-            flat, _ = session.passes.gradient(sample, weights, session.buffer_dtype)
+            passes = _otherwise(session) if cut_otherwise else session.passes
+            flat, scores = passes.gradient(sample, weights, session.buffer_dtype)
             session.world.sum(flat, "parameter buffers")
-        return Record(shared={"gradient": flat})
+        tokens = scores.arrays() if cut_otherwise else {}
+        return Record(tokens=tokens, shared={"gradient": flat})
 
-    gradient = session.kept("reverse-mode", sample, pull_back).shared["gradient"]
+    record = session.kept("reverse-mode", sample, pull_back)
+    gradient = record.shared["gradient"]
     reverse = inner_product(gradient, step.delta) / step.learning_rate
     scale = max(map(abs, (centred, score, pathwise, mean_entropy * counts)))
     return Duality(
@@ -102,6 +128,17 @@ def check_duality(
             sample.batch.lengths,
         ).denominator,
         num_sequences=len(sample.batch),
+        noise_floor=_change_of_rounding(session, base, sample, record.tokens)
+        if cut_otherwise
+        else None,
+    )
+
+
+def _otherwise(session: Session) -> Passes:
+    """The passes in smaller microbatches, of one sequence a row."""
+    budget = max(1, session.passes.fill // 5)
+    return session.passes.with_settings(
+        tokens_per_microbatch=budget, share_prompts=False
     )
 
 
@@ -155,32 +192,37 @@ def learning_rate_ratios(
     return ratios[0], ratios[1]
 
 
-def measure_noise_floor(
-    session: Session, base: DirectionalScores, size: int = SAMPLE_SEQUENCES
-) -> float:
-    """|Delta H| of the sample when it is only scored again, in other microbatches.
-
-    Importance weights and all: their logarithms are pure rounding then.
+def measure_noise_floor(session: Session, base: DirectionalScores) -> float:
+    """|Delta H| of the audits' sample when it is only scored again.
 
     The number is of the sample's size: that of all of E is smaller, as the rounding of
     sequences is independent.
+
+    Args:
+        session: the run.
+        base: this rank's tokens of E.
     """
-    sample = first_sequences(session, size)
-    objective, num_tokens = session.config.objective, sample.ragged.num_tokens
+    sample = first_sequences(session, audit_sample(session.batches["E"]))
 
     def score() -> Record:
-        with session.phase("audit: noise floor", num_tokens):
-            budget = max(1, session.config.compute.tokens_per_microbatch // 5)
-            passes = session.passes.with_settings(
-                tokens_per_microbatch=budget, share_prompts=False
-            )
-            return Record(tokens=passes.score(sample).arrays())
+        with session.phase("audit: noise floor", sample.ragged.num_tokens):
+            return Record(tokens=_otherwise(session).score(sample).arrays())
 
-    again = TokenScores(**session.kept("noise-floor", sample, score).tokens)
-    scores = base.first(num_tokens)
-    sums = gather_sums(
-        session.world, sample, scores.logp, scores.entropy, again.logp, again.entropy
-    )
+    again = session.kept("noise-floor", sample, score).tokens
+    return _change_of_rounding(session, base, sample, again)
+
+
+def _change_of_rounding(
+    session: Session, base: DirectionalScores, sample: Shard, again: dict[str, Tensor]
+) -> float:
+    """|Delta H| of a sample from its scores to what the same model gave once more.
+
+    Importance weights and all: their logarithms are pure rounding.
+    """
+    objective = session.config.objective
+    scores = base.first(sample.ragged.num_tokens)
+    arrays = (scores.logp, scores.entropy, again["logp"], again["entropy"])
+    sums = gather_sums(session.world, sample, *arrays)
     before, after = (
         as_ratio(
             objective.normalize,

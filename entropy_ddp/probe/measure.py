@@ -1,6 +1,7 @@
 """The main job's passes in order, and everything they gave."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -9,8 +10,8 @@ from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.diagnosis import (
-    SAMPLE_SEQUENCES,
     Duality,
+    audit_sample,
     check_duality,
     measure_noise_floor,
 )
@@ -32,6 +33,8 @@ from entropy_ddp.probe.phases import (
 from entropy_ddp.probe.session import Session
 from entropy_ddp.update.step import Step
 
+Audited = Literal["sample", "gradient", "everything"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -51,7 +54,7 @@ class Measured:
         curvature_step: eta between theta and the slopes whose difference it is.
         duality: forward against reverse mode.
         noise_floor: |Delta H| of a sample that is only scored again.
-        cut: number of ranks and budget of a microbatch of the slope's pass.
+        cut: number of ranks, and budget and filling of a microbatch, of the slope's pass.
         surprise: sums over this rank's tokens of E of -log p - H, and of its variance
             given what comes before; of the first tokens of responses, of others, [2, 2].
     """
@@ -68,7 +71,7 @@ class Measured:
     curvature_step: float | None
     duality: Duality
     noise_floor: float
-    cut: tuple[int, int]
+    cut: tuple[int, int, int]
     surprise: Tensor
 
     @property
@@ -84,19 +87,15 @@ class Measured:
 
 
 def measure(
-    session: Session,
-    duality_sequences: int,
-    *,
-    noise_sequences: int = SAMPLE_SEQUENCES,
-    with_curvature: bool = True,
+    session: Session, audited: Audited = "sample", *, with_curvature: bool = True
 ) -> Measured:
     """One forward and backward over U, E after the step, E along the step, audits.
 
     Args:
         session: an opened run.
-        duality_sequences: number of sequences of E on which forward and reverse mode
-            are compared; all of them where the gradient of the entropy is needed.
-        noise_sequences: number of sequences of E that are scored again.
+        audited: what of E the audits with a pass of their own are on: a sample; all of
+            it where the gradient of its entropy is needed, and the noise floor of a
+            sample; everything.
         with_curvature: whether the curvature is measured if the configuration enables
             it.
 
@@ -110,9 +109,10 @@ def measure(
     if session.change is None:
         gradient, update_sums, update_scores = loss_gradient(session)
     stepped = score_after_step(session, gradient)
-    along = score_along_step(session, stepped.step, duality_sequences)
+    size = _num_reversed(session, audited)
+    along = score_along_step(session, stepped.step, size)
     base, surprise, cut = along.scores, along.features.surprise, along.cut
-    predictions = predict(session, along, duality_sequences)
+    predictions = predict(session, along, size)
     estimates = estimate(session, along, stepped.scores, predictions)
     # The features kept for the sample are used up.
     del along
@@ -122,6 +122,18 @@ def measure(
         second = score_twice_along_step(session, stepped.step, base)
         curvature = estimate_curvature(session, estimates, base, second)
         curvature_step = second.step
+    duality = check_duality(
+        session,
+        base,
+        estimates.original.value,
+        stepped.step,
+        predictions.sample,
+        size,
+        cut_otherwise=audited != "gradient",
+    )
+    noise_floor = duality.noise_floor
+    if noise_floor is None:
+        noise_floor = measure_noise_floor(session, base)
     linear = config.linear
     return Measured(
         gradient=gradient,
@@ -134,15 +146,14 @@ def measure(
         slope=estimates.slopes[linear.score, linear.baseline, linear.control_variates],
         curvature=curvature,
         curvature_step=curvature_step,
-        duality=check_duality(
-            session,
-            base,
-            estimates.original.value,
-            stepped.step,
-            predictions.sample,
-            duality_sequences,
-        ),
-        noise_floor=measure_noise_floor(session, base, noise_sequences),
+        duality=duality,
+        noise_floor=noise_floor,
         cut=cut,
         surprise=surprise,
     )
+
+
+def _num_reversed(session: Session, audited: Audited) -> int:
+    """Over how many of the first sequences of E there is a backward pass."""
+    evaluation = session.batches["E"]
+    return audit_sample(evaluation) if audited == "sample" else len(evaluation)

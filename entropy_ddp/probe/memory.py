@@ -114,7 +114,10 @@ def _activations(session: Session, split: str) -> int:
     whole = session.shard(batch)
     budget = session.config.compute.tokens_per_microbatch
     # Of E the audits' sample has a backward pass; all of it where attributed.
-    plan = plan_microbatches(_part(batch, whole), budget, session.passes.sharing)
+    passes = session.passes
+    plan = plan_microbatches(
+        _part(batch, whole), budget, passes.sharing, fill=passes.fill
+    )
     positions = max((len(r) * max(x.length for x in r) for r in plan), default=0)
     layer = session.passes.tokens.output_layer.weight
     chunk = max(TRAINABLE_CHUNK_TOKENS, CHUNK_ELEMENTS // layer.shape[0])

@@ -164,12 +164,12 @@ class AlongStep:
     Attributes:
         scores: this rank's tokens of E at theta, with derivatives along v.
         features: sums of what else it gave of every token.
-        cut: number of ranks and budget of a microbatch of the pass.
+        cut: number of ranks, and budget and filling of a microbatch, of the pass.
     """
 
     scores: DirectionalScores
     features: FeatureSums
-    cut: tuple[int, int]
+    cut: tuple[int, int, int]
 
 
 def first_sequences(session: Session, count: int) -> Shard:
@@ -231,14 +231,14 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
     if kept and not features.sample:
         assert session.unfinished is not None
         features.sample = session.unfinished.read(_SAMPLE, sample)[0].tokens
-    ranks, budget = record.shared["cut"].tolist()
-    return AlongStep(scores=scores, features=features, cut=(ranks, budget))
+    ranks, budget, fill = record.shared["cut"].tolist()
+    return AlongStep(scores=scores, features=features, cut=(ranks, budget, fill))
 
 
-def _cut(session: Session) -> tuple[int, int]:
-    """How the work is cut: the number of ranks and the budget of a microbatch."""
+def _cut(session: Session) -> tuple[int, int, int]:
+    """How the work is cut: number of ranks, budget and filling of a microbatch."""
     budget = session.config.compute.tokens_per_microbatch
-    return session.world.world_size, budget
+    return session.world.world_size, budget, session.passes.fill
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,7 @@ from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.probe.attribution import attributed, require_plain_slope
 from entropy_ddp.probe.audits import Extras, audit_rows
-from entropy_ddp.probe.diagnosis import (
-    SAMPLE_SEQUENCES,
-    learning_rate_ratios,
-)
+from entropy_ddp.probe.diagnosis import learning_rate_ratios
 from entropy_ddp.probe.gradient_dot import gradient_dot, is_wanted
 from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
@@ -49,8 +46,7 @@ def probe_session(session: Session) -> Probed:
     if attribute:
         require_plain_slope(config)
     _require_gradient_dot(session)
-    everything = len(session.batches["E"])
-    measured = measure(session, everything if attribute else SAMPLE_SEQUENCES)
+    measured = measure(session, "gradient" if attribute else "sample")
     dot = _gradient_dot(session, measured)
     rows = audit_rows(session, measured, Extras(dot=dot))
     if attribute:
@@ -88,8 +84,7 @@ def run_audit(
 def audit_session(session: Session) -> Probed:
     """An audit of what is open already; errors as of `run_probe`."""
     _require_gradient_dot(session)
-    everything = len(session.batches["E"])
-    measured = measure(session, everything, noise_sequences=everything)
+    measured = measure(session, "everything")
     dot = _gradient_dot(session, measured)
     extras = Extras(dot=dot)
     if measured.gradient is not None:

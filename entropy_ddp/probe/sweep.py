@@ -19,7 +19,6 @@ from entropy_ddp.estimators.sweep import (
 )
 from entropy_ddp.policy.parameters import shifted
 from entropy_ddp.probe.audits import Extras, audit_rows
-from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure
 from entropy_ddp.probe.outcome import make_results
@@ -50,7 +49,7 @@ def run_sweep(
 
 def sweep_session(session: Session) -> Probed:
     """A sweep of what is open already; errors as of `run_sweep`."""
-    measured = measure(session, SAMPLE_SEQUENCES)
+    measured = measure(session)
     points = [_point(session, measured, eta) for eta in _grid(session, measured)]
     summary = summarise(points, measured.noise_floor, session.config.truth.ess_abort)
     rows = audit_rows(session, measured, Extras())

@@ -1,8 +1,9 @@
 """How a rank's sequences are cut into microbatches for the model.
 
-Rows of similar length share a microbatch, filled up to a budget of padded tokens (rows
-times the longest row). They are padded on the right only: under a causal model nothing
-to the right of a token can change it, so that padding changes no result.
+Rows of similar length share a microbatch, filled up to a number of padded tokens (rows
+times the longest row) that is at most the budget: on a CPU fewer are faster. They are
+padded on the right only: under a causal model nothing to the right of a token can
+change it, so that padding changes no result.
 
 A *flat* row is one prompt + response; it needs no attention mask. A *tree* row is one
 prompt with several responses to it, its branches, behind one another: each branch sees
@@ -123,6 +124,7 @@ def plan_microbatches(
     tokens_per_microbatch: int,
     sharing: PromptSharing | None = None,
     places: Collection[int] | None = None,
+    fill: int | None = None,
 ) -> list[list[Row]]:
     """Rows of a shard, in microbatches of at most `tokens_per_microbatch` padded tokens.
 
@@ -135,7 +137,10 @@ def plan_microbatches(
         tokens_per_microbatch: the budget.
         sharing: when prompts are shared; None for flat rows only.
         places: of which of the shard's sequences; None for all.
+        fill: number of padded tokens beyond which no row joins others, if that is less
+            than the budget; a single row, also one of many responses, may have more.
     """
+    full_at = min(tokens_per_microbatch, fill or tokens_per_microbatch)
     flat = _flat_rows(shard, range(len(shard.sequences)) if places is None else places)
     rows = _make_rows(shard, flat, tokens_per_microbatch, sharing)
     microbatches: list[list[Row]] = []
@@ -145,7 +150,7 @@ def plan_microbatches(
         for row in sorted(same_kind, key=lambda row: -row.length):
             if waiting:
                 count, longest = len(waiting) + 1, waiting[0].length
-                full = count * longest > tokens_per_microbatch
+                full = count * longest > full_at
                 # Trees differ in length by more than flat rows: padding would cost
                 # what sharing saves.
                 unlike = 2 * row.length < longest or count * longest**2 > MASK_ELEMENTS

@@ -256,7 +256,7 @@ def _split(
     }
     config = run.configured(**values)
     session = open_session(config, world, None, progress)
-    measured = measure(session, len(session.batches["E"]), with_curvature=False)
+    measured = measure(session, "gradient", with_curvature=False)
     gradient = measured.gradient
     assert gradient is not None
     slope = measured.duality.gradient / measured.estimates.original.denominator

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from entropy_ddp.errors import RunError
-from entropy_ddp.policy import response_tokens
+from entropy_ddp.policy import response_tokens, scoring
 from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.scoring import Passes
 from entropy_ddp.rollouts.batch import Batch, Ragged, Shard
@@ -310,6 +310,23 @@ def test_other_settings_hold_for_both_passes(is_wrapped: bool, qwen2: Case) -> N
     assert torch.equal(again.logp, scores.logp)
     assert torch.equal(again.logp, cold.score(qwen2.shard).logp)
     assert not torch.equal(again.logp, passes.score(qwen2.shard).logp)
+
+
+def test_a_cpu_fills_microbatches_up_to_what_its_caches_hold(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its widest layer, embeddings and output left out; a smaller budget holds."""
+    passes = case.passes(tokens_per_microbatch=10_000)
+    widest = {"gpt2": 4 * HIDDEN}.get(case.model.config.model_type, 24)
+    assert passes.fill == min(10_000, scoring.FILL_ELEMENTS // widest)
+    monkeypatch.setattr(scoring, "FILL_ELEMENTS", 16 * widest)
+    monkeypatch.setattr(scoring, "LEAST_FILL", 1)
+    assert passes.fill == 16
+    assert case.passes(tokens_per_microbatch=9).fill == 9
+    assert replace(passes, device=torch.device("meta")).fill == 10_000
+    scores, cut = passes.score(case.shard), case.passes().score(case.shard)
+    assert scores.num_microbatches == cut.num_microbatches > 1
+    assert_close(scores.logp, case.expected["logp"])
 
 
 def test_sums_over_the_vocabulary_are_float64_in_a_float32_model() -> None:

@@ -252,8 +252,7 @@ def test_six_numbers_are_kept_of_every_token(run: TinyRun, baseline: str) -> Non
         session = replace(run, E=rows).open(
             linear={"score": "to_go", "baseline": baseline}
         )
-        everything = len(session.batches["E"])
-        sizes.append(held_bytes(measure(session, everything)))
+        sizes.append(held_bytes(measure(session, "gradient")))
     more_tokens = 6 * len(run.E)
     assert sizes[1] - sizes[0] == BYTES_PER_TOKEN * more_tokens
 
@@ -285,7 +284,20 @@ def test_attribution_scores_a_sample_again_and_not_all_of_E(run: TinyRun) -> Non
         phases = phases_of(job, many, **sections)
         assert phases["audit: reverse mode"] == total
         assert phases["audit: noise floor"] == sample
-    assert phases_of(run_audit, many)["audit: noise floor"] == total
+
+
+def test_the_noise_floor_costs_no_pass_of_its_own(run: TinyRun) -> None:
+    """It is what the backward pass of the other audit gives on its way."""
+    many = replace(run, E=rows_of(6, 90))
+    lengths = [len(row.response_ids) for row in many.E]
+    for job, tokens in (
+        (run_probe, sum(lengths[:SAMPLE_SEQUENCES])),
+        (run_sweep, sum(lengths[:SAMPLE_SEQUENCES])),
+        (run_audit, sum(lengths)),
+    ):
+        phases = phases_of(job, many)
+        assert phases["audit: reverse mode"] == tokens
+        assert "audit: noise floor" not in phases
 
 
 def test_a_sweep_takes_its_own_step_from_the_probe(

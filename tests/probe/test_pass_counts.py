@@ -14,6 +14,7 @@ from entropy_ddp.distributed import World
 from entropy_ddp.probe import audits
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES as SAMPLE
+from entropy_ddp.probe.diagnosis import SAMPLE_TOKENS
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
@@ -54,7 +55,7 @@ def sweep_over(config: Any, out: Path) -> Probed:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """More sequences in E than the audits' sample."""
+    """More sequences in E than the audits' sample, which are as short as they are many."""
     run = make_run(tmp_path_factory.mktemp("run"), "qwen2", targets=["q_proj"])
     rows = ref.random_rows(
         8,
@@ -68,16 +69,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 def in_sequences(n_e: int, n_u: int) -> dict[str, Counts]:
     """What each job must pass over, by its name."""
-    plain = {GRADIENT: n_u, TRUTH: n_e + SAMPLE, SLOPE: n_e, DUALITY: SAMPLE}
+    plain = {GRADIENT: n_u, TRUTH: n_e, SLOPE: n_e, DUALITY: SAMPLE}
     curved = plain | {CURVATURE: n_e}
+    # Its backward pass runs in the same microbatches: a sample is scored once more.
+    shares = {DUALITY: n_e, SHARES: n_u, TRUTH: n_e + SAMPLE}
     return {
         "probe": curved,
         "probe without curvature": plain,
-        "probe with attribution": curved | {DUALITY: n_e, SHARES: n_u},
-        "attribute": plain | {DUALITY: n_e, SHARES: n_u},
-        "sweep": curved | {TRUTH: (1 + len(ETAS)) * n_e + SAMPLE},
-        "sweep with the step itself": curved | {TRUTH: (1 + len(ETAS)) * n_e + SAMPLE},
-        "audit": curved | {TRUTH: 2 * n_e, DUALITY: n_e, GRADIENT: 2 * n_u},
+        "probe with attribution": curved | shares,
+        "attribute": plain | shares,
+        "sweep": curved | {TRUTH: (1 + len(ETAS)) * n_e},
+        "sweep with the step itself": curved | {TRUTH: (1 + len(ETAS)) * n_e},
+        "audit": curved | {DUALITY: n_e, GRADIENT: 2 * n_u},
     }
 
 
@@ -106,6 +109,11 @@ def test_no_pass_too_many(tiny: TinyRun, tmp_path: Path, job: str, budget: int) 
     )
     sizes = len(tiny.E), len(tiny.U)
     assert SAMPLE < sizes[0]
+    sample = tiny.E[:SAMPLE]
+    assert (
+        sum(len(row.prompt_ids) + len(row.response_ids) for row in sample)
+        <= SAMPLE_TOKENS
+    )
     rows = {(row["pass"], row["batch"]): row for row in probed.results.run.passes}
     assert {key: row["sequences"] for key, row in rows.items()} == in_sequences(*sizes)[
         job

@@ -325,6 +325,21 @@ def test_a_tree_fits_the_budget() -> None:
     assert shapes(shard, 25, ALWAYS) == [[3], [3]]
 
 
+def test_rows_are_put_together_up_to_the_filling() -> None:
+    """A tree is as long as the budget allows: cut up, it would compute its prompt again."""
+    shard = make_groups((10, [5] * 6), (4, [3]), (4, [3]), (4, [3]))
+    for fill, expected in (
+        (None, [[6], [1, 1, 1]]),
+        (12, [[6], [1, 1], [1]]),
+        (1, [[6], [1], [1], [1]]),
+        (1000, [[6], [1, 1, 1]]),
+    ):
+        plan = plan_microbatches(shard, 40, ALWAYS, fill=fill)
+        assert [[len(row.sequences) for row in rows] for rows in plan] == expected
+    plan = plan_microbatches(shard, 6, None, fill=1000)
+    assert all(len(rows) == 1 for rows in plan)
+
+
 def test_trees_of_very_different_lengths_are_not_padded_to_one_another() -> None:
     shard = make_groups((30, [9, 9]), (4, [3, 3]), (25, [8, 8]))
     assert shapes(shard, 10_000, ALWAYS) == [[2, 2], [2]]
