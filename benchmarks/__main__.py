@@ -93,8 +93,9 @@ def run_rows(
         try:
             for comparison in ROWS[name](setting):
                 comparisons.append(comparison)
-                median = f"{comparison.median:.3g}"
-                errors.print(f"{comparison.part}: {median}", highlight=False)
+                median = comparison.median
+                found = comparison.says if median is None else f"{median:.3g}"
+                errors.print(f"{comparison.part}: {found}", highlight=False)
         except InputError as error:
             missing[name] = str(error)
             errors.print(f"[yellow]{name}: not measured:[/] {error}")

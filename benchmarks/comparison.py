@@ -42,19 +42,21 @@ class Comparison:
     Attributes:
         part: what is measured.
         over: what is divided by what; the unit of a value that is no ratio.
-        values: the value of every repetition.
+        values: the value of every repetition; none where the second way did not run.
         target: what the median should not exceed; None for a value that is only told.
         at_least: whether the target is a lower bound instead.
         flops: the same ratio in operations of matrix products; None if not counted.
         cpu: the same ratios in CPU seconds of this process; empty if not measured.
         difference: largest difference of the two variants' results, relative to the
             larger of 1 and the result; None where they have no result in common.
+        says: what it said then.
         details: shapes, seconds and whatever else belongs to the line.
     """
 
     part: str
     over: str
     values: list[float]
+    says: str = ""
     target: float | None = None
     at_least: bool = False
     flops: float | None = None
@@ -63,16 +65,16 @@ class Comparison:
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def median(self) -> float:
-        """Median of the values."""
-        return statistics.median(self.values)
+    def median(self) -> float | None:
+        """Median of the values; None without any."""
+        return statistics.median(self.values) if self.values else None
 
     @property
     def met(self) -> bool | None:
         """Whether the median is within the target; None without one."""
-        if self.target is None:
-            return None
         median, target = self.median, self.target
+        if target is None or median is None:
+            return None
         return median >= target if self.at_least else median <= target
 
 

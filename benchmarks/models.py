@@ -30,6 +30,9 @@ TINY = Shape(hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, vocabula
 MIDDLE = Shape(
     hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=4, vocabulary=8192
 )
+SMOLLM2 = Shape(
+    hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocabulary=49_152
+)
 QWEN_05B = Shape(
     hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2, vocabulary=151_936
 )

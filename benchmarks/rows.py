@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from benchmarks.comparison import Comparison, Setting
 from benchmarks.gpu_probe import gpu_probe_row
 from benchmarks.head import head_row
+from benchmarks.instead import instead_row
 from benchmarks.passes import (
     attribution_row,
     first_order_row,
@@ -16,6 +17,7 @@ from benchmarks.probes import probe_row, ranks_row, reduction_row
 from benchmarks.prompts import shared_prompts_row
 
 ROWS: dict[str, Callable[[Setting], Iterator[Comparison]]] = {
+    "instead": instead_row,
     "score": score_row,
     "head": head_row,
     "order-1": first_order_row,

@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Iterable
+import statistics
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from entropy_ddp.atomic import written_whole
 LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 
-def print_comparisons(console: Console, comparisons: Iterable[Comparison]) -> None:
+def print_comparisons(console: Console, comparisons: Collection[Comparison]) -> None:
     """The table: one line for each comparison."""
     table = Table(title="What every part costs")
     for heading in ("part", "what / what"):
@@ -31,13 +32,16 @@ def print_comparisons(console: Console, comparisons: Iterable[Comparison]) -> No
         table.add_row(
             line.part,
             line.over,
-            _range(line.values),
+            _range(line.values) if line.values else "did not run",
             _number(sorted(line.cpu)[len(line.cpu) // 2]) if line.cpu else "",
             "" if line.flops is None else _number(line.flops),
             _target(line),
             {True: "yes", False: "NO", None: ""}[line.met],
         )
     console.print(table)
+    for line in comparisons:
+        if line.says:
+            console.print(f"{line.part}, {line.over}: {line.says}")
     console.print(
         "Ratios of repetitions that ran in turns. CPU s: the median by CPU seconds; "
         "operations: the same ratio in operations of matrix products, the floor."
@@ -48,7 +52,7 @@ def _range(values: list[float]) -> str:
     if len(values) == 1:
         return _number(values[0])
     ordered = sorted(values)
-    middle = Comparison(part="", over="", values=ordered).median
+    middle = statistics.median(ordered)
     return " - ".join(map(_number, (ordered[0], middle, ordered[-1])))
 
 

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from benchmarks import instead
 from benchmarks.__main__ import main
 from benchmarks.comparison import (
     CPU,
@@ -21,10 +22,13 @@ from benchmarks.comparison import (
     time_in_turns,
 )
 from benchmarks.memory import peak_bytes
+from benchmarks.models import make_passes
 from benchmarks.probes import scale_rows
 from benchmarks.rows import GPU_ROWS, ROWS, default_rows
 from benchmarks.table import cpu_name
 from entropy_ddp.errors import InputError
+from entropy_ddp.policy.parameters import shifted
+from entropy_ddp.policy.precision import precision_context
 
 SETTING = Setting(size="tiny", repeats=1)
 # Rows that start processes, or that probe a checkpoint.
@@ -70,6 +74,10 @@ def test_a_row_compares_what_is_equal(
     assert lines
     for line in lines:
         assert line.part and line.over
+        assert bool(line.values) is not bool(line.says)
+        if line.says:
+            assert line.median is line.met is None
+            continue
         assert all(0 < value < float("inf") for value in line.values)
         assert min(line.values) <= line.median <= max(line.values)
         assert line.difference is None or line.difference <= TOLERANCE
@@ -80,6 +88,23 @@ def test_a_row_compares_what_is_equal(
 @pytest.mark.parametrize("name", ["score", "head", "order-1", "pull-back"])
 def test_every_timed_line_has_a_common_result(name: str) -> None:
     assert all(line.difference is not None for line in rows_of(name))
+
+
+def test_the_slope_is_that_of_the_entropy_one_would_difference() -> None:
+    """In float64, where a central difference is exact to the square of its step."""
+    case = instead.make_case(SETTING)
+    model = case.model.double()
+    direction = {name: tangent.double() for name, tangent in case.direction.items()}
+    passes, values = make_passes(model), instead.plain_values(case, case.E)
+    scores, ends = passes.score(case.E, direction), []
+    with torch.no_grad(), precision_context(torch.float64):
+        before, _ = values(passes.parameters)
+        for step in (1e-4, -1e-4):
+            with shifted(passes.parameters, direction, step):
+                ends.append(values(passes.parameters))
+    above, below = (instead.estimated_entropy(case.E, before, *end) for end in ends)
+    difference = float(above - below) / 2e-4
+    assert instead.slope_of(case.E, scores) == pytest.approx(difference, rel=1e-5)
 
 
 @pytest.mark.parametrize(
