@@ -114,11 +114,17 @@ def step_table(results: Results, width: int) -> Table:
     """
     halves = [_step_rows(results), _slope_rows(results)]
     moved = results.update.top_parameters[0]
+    caption = f"moved most: {short_name(moved['name'])}, by {number(moved['l2'], 5)}"
+    if not _resolves_curvature(results):
+        caption += (
+            "\nthe error of H'' is above H'': --set curvature.enabled=false leaves it "
+            "out, and half of the work on E"
+        )
     columns = ("quantity", "value") * (2 if width >= WIDTH_OF_TWO_HALVES else 1)
     table = new_table(
         "The step and the terms of ΔH first order",
         *columns,
-        caption=f"moved most: {short_name(moved['name'])}, by {number(moved['l2'], 5)}",
+        caption=caption,
     )
     rows: list[tuple[str, ...]]
     if len(columns) == 2:
@@ -130,6 +136,12 @@ def step_table(results: Results, width: int) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _resolves_curvature(results: Results) -> bool:
+    """Whether H'' is known to more than its error, or was not asked for."""
+    curvature = results.curvature
+    return curvature is None or curvature.se <= abs(curvature.second_derivative)
 
 
 def _step_rows(results: Results) -> list[tuple[str, str]]:

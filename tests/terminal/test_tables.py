@@ -220,6 +220,18 @@ def test_no_infinity_where_the_error_is_zero(measured: Results) -> None:
     assert not re.search(r"\b(nan|inf)\b", text)
 
 
+def test_a_curvature_below_its_error_may_be_left_out(measured: Results) -> None:
+    """What costs half of the passes and says nothing is offered to be turned off."""
+    assert measured.curvature is not None
+    second = abs(measured.curvature.second_derivative)
+    for error, is_offered in ((0.99 * second, False), (1.01 * second, True)):
+        curvature = replace(measured.curvature, se=error)
+        text = shown(runs.print_results, replace(measured, curvature=curvature))
+        assert ("--set curvature.enabled=false" in text) is is_offered
+    without = VARIANTS["no curvature"](measured)
+    assert "curvature.enabled" not in shown(runs.print_results, without)
+
+
 @pytest.mark.parametrize("printer", PRINTERS.values(), ids=PRINTERS)
 def test_failures_come_first_then_warnings_then_tables(
     measured: Results, printer: Printer
