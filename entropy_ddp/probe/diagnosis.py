@@ -7,6 +7,7 @@ gradient it needs.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from entropy_ddp.update.step import Step, one_step
 # it, and never fewer than the least number of sequences.
 SAMPLE_SEQUENCES, SAMPLE_TOKENS = 64, 1024
 LEAST_SEQUENCES = 4
+# What of E they are on: a sample; all of it where the gradient of its entropy is needed,
+# with the noise floor of a sample; everything.
+Audited = Literal["sample", "gradient", "everything"]
 
 
 def audit_sample(batch: Batch) -> int:
@@ -134,11 +138,15 @@ def check_duality(
     )
 
 
+def other_budget(session: Session) -> int:
+    """Tokens of a microbatch where it is to be another than in the other passes."""
+    return max(1, session.passes.fill // 5)
+
+
 def _otherwise(session: Session) -> Passes:
     """The passes in smaller microbatches, of one sequence a row."""
-    budget = max(1, session.passes.fill // 5)
     return session.passes.with_settings(
-        tokens_per_microbatch=budget, share_prompts=False
+        tokens_per_microbatch=other_budget(session), share_prompts=False
     )
 
 

@@ -43,7 +43,8 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     session = open_checkpoint(config, world, progress)
     verify_model(session)
     batches = _read_batches(session)
-    estimate = estimate_memory(session)
+    attributed = session.config.attribution.enabled
+    estimate = estimate_memory(session, "gradient" if attributed else "sample")
     found = {"model": _model(session)}
     found |= {"optimizer": _optimizer(session)} if session.optimizer else {}
     found |= (

@@ -1,7 +1,6 @@
 """The main job's passes in order, and everything they gave."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.diagnosis import (
+    Audited,
     Duality,
     audit_sample,
     check_duality,
@@ -32,8 +32,6 @@ from entropy_ddp.probe.phases import (
 )
 from entropy_ddp.probe.session import Session
 from entropy_ddp.update.step import Step
-
-Audited = Literal["sample", "gradient", "everything"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +91,7 @@ def measure(
 
     Args:
         session: an opened run.
-        audited: what of E the audits with a pass of their own are on: a sample; all of
-            it where the gradient of its entropy is needed, and the noise floor of a
-            sample; everything.
+        audited: what of E the audits with a pass of their own are on.
         with_curvature: whether the curvature is measured if the configuration enables
             it.
 
@@ -103,7 +99,7 @@ def measure(
         InputError: the learning rate is 0, or something the loss needs is missing.
         RunError: a number is not finite.
     """
-    announce_memory(session)
+    announce_memory(session, audited)
     config = session.config
     gradient = update_sums = update_scores = None
     if session.change is None:

@@ -2,11 +2,13 @@
 
 At any time a rank holds vectors in parameter space, the activations of one microbatch,
 and a few numbers for each token. The vectors are counted from the phases (README,
-Memory); what a backward pass saves of a position was measured in the self-check; the
-rest is small. The estimate is of the largest of the phases.
+Memory); what a backward pass saves of a position was measured in the self-check, and
+what a forward pass holds of one is a multiple of its widest layer. The estimate is of
+the largest of the phases.
 """
 
 import socket
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,31 +20,45 @@ from entropy_ddp.memory import (
     free_host_bytes,
     host_bytes,
 )
-from entropy_ddp.policy.response_tokens import CHUNK_ELEMENTS, TRAINABLE_CHUNK_TOKENS
+from entropy_ddp.policy.forward_mode import ATTENTION_BLOCK_ELEMENTS, CAUSAL_BLOCK_ROWS
+from entropy_ddp.policy.response_tokens import (
+    CHUNK_ELEMENTS,
+    CHUNK_TOKENS,
+    TRAINABLE_CHUNK_TOKENS,
+)
+from entropy_ddp.probe.diagnosis import Audited, audit_sample, other_budget
 from entropy_ddp.probe.gradient_dot import obstacle
+from entropy_ddp.probe.phases import first_sequences
 from entropy_ddp.probe.session import Session
-from entropy_ddp.rollouts.batch import BLOCK_TOKENS, Batch, Shard
-from entropy_ddp.rollouts.microbatch import plan_microbatches
+from entropy_ddp.rollouts.batch import BLOCK_TOKENS, Shard
+from entropy_ddp.rollouts.microbatch import Row, plan_microbatches
 
 # Of every token of E on its rank, of every token of a block, of every sequence.
 _TOKEN_BYTES, _BLOCK_BYTES, _SEQUENCE_BYTES = 64, 1500, 6000
-# What is made of a logit: itself, its tangent or gradient, and blocks of float64.
-_LOGIT_BYTES = 16
+# A chunk's logits, and their tangent; their gradient takes their own place.
+_LOGIT_COPIES = 2
+# Values of its widest layer that a pass with first derivatives holds of a position at
+# once, tangents included, and [rows, keys] arrays of its attention: measured.
+_WIDTHS, _ATTENTION_ARRAYS = 16, 6
+# On the CPU: what the heap takes for what a backward pass saves. The C library's finds no
+# use for a hole as large as an aligned tensor, and there is one for every tensor that
+# was freed in between: measured.
+_HEAP = 1.7
 
 
-def estimate_memory(session: Session) -> MemoryEstimate:
+def estimate_memory(session: Session, audited: Audited = "sample") -> MemoryEstimate:
     """What the run will need, and what is free, on the rank that is nearest to its limit.
 
     Args:
         session: an opened run; batches that are not there yet are left out.
+        audited: what of E has a backward pass.
     """
-    on_device, on_host = _vectors(session)
-    largest = {split: _activations(session, split) for split in session.batches}
-    activations = max(largest.values(), default=0)
+    phases = list(_phases(session, audited))
     if session.policy.device.type == "cpu":
-        own = {"host_more": on_host + on_device + activations, "device_more": 0}
+        own = {"host_more": max(map(sum, phases)), "device_more": 0}
     else:
-        own = {"host_more": on_host, "device_more": on_device + activations}
+        on_device = [vectors + passes for vectors, _, passes in phases]
+        own = {"device_more": max(on_device), "host_more": max(p[1] for p in phases)}
         own["device_free"] = free_device_bytes(session.policy.device)
     own["host_more"] += _tokens(session)
     own |= {"host_now": host_bytes(), "host_free": free_host_bytes()}
@@ -58,9 +74,9 @@ def estimate_memory(session: Session) -> MemoryEstimate:
     )
 
 
-def announce_memory(session: Session) -> None:
+def announce_memory(session: Session, audited: Audited) -> None:
     """Estimate, and say before the first pass what is needed, and if it is not free."""
-    session.memory = estimate = estimate_memory(session)
+    session.memory = estimate = estimate_memory(session, audited)
     tell = getattr(session.progress, "tell", None)
     if tell is None:
         return
@@ -78,60 +94,125 @@ def described(estimate: MemoryEstimate) -> dict[str, Any]:
     return asdict(estimate) | {"fits": estimate.fits}
 
 
-def _vectors(session: Session) -> tuple[int, int]:
-    """Bytes of vectors in parameter space at the largest phase: on device, on host."""
-    config, parameters = session.config, session.policy.parameters.values()
-    elements = session.passes.layout.numel
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    buffer = elements * torch.empty(0, dtype=session.buffer_dtype).element_size()
-    optimizer = session.optimizer
-    moments = 0
+def _phases(session: Session, audited: Audited) -> Iterator[tuple[int, int, int]]:
+    """Bytes of vectors on the device and on the host, and of a pass, of the phases."""
+    forward, backward = _forward(session), _backward(session, audited)
+    yield (*_while_stepped(session), forward)
+    yield (*_while_pulling_back(session), backward)
+    if session.config.attribution.verify:
+        # The gradients of the masked steps, beside those of the one before.
+        buffer = _buffer_bytes(session)
+        device, host = _while_stepped(session)
+        yield device, host + 3 * buffer, max(forward, backward)
+
+
+def _buffer_bytes(session: Session) -> int:
+    dtype = session.buffer_dtype
+    return session.passes.layout.numel * torch.empty(0, dtype=dtype).element_size()
+
+
+def _weight_bytes(session: Session) -> int:
+    parameters = session.policy.parameters.values()
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _while_stepped(session: Session) -> tuple[int, int]:
+    """Bytes of gradient, change and the way back: on the device, on the host."""
+    way_back, optimizer = _weight_bytes(session), session.optimizer
     for state in optimizer.state.values() if optimizer is not None else ():
-        moments += sum(t.numel() * t.element_size() for t in state.values())
-    # Gradient, change and the way back; or gradient, change, one more and `.grad`.
-    stepping = 2 * buffer + weights + moments
-    backward = 3 * buffer
-    enabled = config.gradient_dot.enabled
-    if enabled is True or (
-        enabled == "auto" and obstacle(session.batches, session.planned) is None
-    ):
-        preconditioned = config.gradient_dot.direction == "preconditioned"
-        backward = (6 if preconditioned else 5) * buffer
-    if config.attribution.verify:
-        backward = 5 * buffer + weights + moments
+        way_back += sum(t.numel() * t.element_size() for t in state.values())
+    vectors = 2 * _buffer_bytes(session)
     if session.policy.device.type == "cpu":
-        return 0, max(stepping, backward + weights)
-    kept = config.compute.snapshot_device == "device"
-    way_back = weights + moments
-    host = max(stepping - (way_back if kept else 0), backward)
-    # The gradient or the direction, and the way back.
-    return weights + (way_back if kept else 0), host
+        return 0, vectors + way_back
+    if session.config.compute.snapshot_device == "device":
+        return way_back, vectors
+    return 0, vectors + way_back
 
 
-def _activations(session: Session, split: str) -> int:
-    """Bytes of the largest microbatch's activations, and of its logits."""
-    batch = session.batches[split]
-    whole = session.shard(batch)
-    budget = session.config.compute.tokens_per_microbatch
-    # Of E the audits' sample has a backward pass; all of it where attributed.
-    passes = session.passes
-    plan = plan_microbatches(
-        _part(batch, whole), budget, passes.sharing, fill=passes.fill
+def _while_pulling_back(session: Session) -> tuple[int, int]:
+    """Bytes of gradient, change, one more and `.grad`: on the device, on the host."""
+    gradients, buffers = _weight_bytes(session), 3
+    if _has_gradient_dot(session):
+        preconditioned = session.config.gradient_dot.direction == "preconditioned"
+        buffers = 6 if preconditioned else 5
+    vectors = buffers * _buffer_bytes(session)
+    if session.policy.device.type == "cpu":
+        return 0, vectors + gradients
+    return gradients, vectors
+
+
+def _has_gradient_dot(session: Session) -> bool:
+    enabled = session.config.gradient_dot.enabled
+    return enabled is True or (
+        enabled == "auto" and obstacle(session.batches, session.planned) is None
     )
-    positions = max((len(r) * max(x.length for x in r) for r in plan), default=0)
+
+
+def _forward(session: Session) -> int:
+    """Bytes of the largest microbatch in a pass with first derivatives."""
+    passes, needs = session.passes, [0]
+    item = passes.dtype.itemsize
+    config = passes.tokens.transformer.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    for batch in session.batches.values():
+        for rows in _plan(session, _part(session.shard(batch))):
+            longest = max(row.length for row in rows)
+            positions = len(rows) * longest
+            seen = longest if rows[0].is_tree else min(CAUSAL_BLOCK_ROWS, longest)
+            block = min(heads * seen * positions, ATTENTION_BLOCK_ELEMENTS)
+            elements = _WIDTHS * positions * passes.tokens.widest
+            needs.append(item * (elements + _ATTENTION_ARRAYS * block))
+    return max(needs) + _logits(session, backward=False)
+
+
+def _backward(session: Session, audited: Audited) -> int:
+    """Bytes that the largest microbatch of a backward pass keeps, and of its logits."""
+    passes = session.passes
+    positions = max(map(_positions, _pulled_back(session, audited)), default=0)
+    heap = _HEAP if passes.device.type == "cpu" else 1.0
+    kept = int(heap * positions * passes.saved_per_position)
+    return kept + _logits(session, backward=True)
+
+
+def _pulled_back(session: Session, audited: Audited) -> Iterator[list[Row]]:
+    """The microbatches of the backward passes."""
+    for split, batch in session.batches.items():
+        if split == "E" and audited != "gradient":
+            size = audit_sample(batch) if audited == "sample" else len(batch)
+            sample = first_sequences(session, size)
+            yield from plan_microbatches(_part(sample), other_budget(session))
+        if split == "U" or audited == "gradient" or _has_gradient_dot(session):
+            yield from _plan(session, _part(session.shard(batch)))
+
+
+def _plan(session: Session, shard: Shard) -> Iterable[list[Row]]:
+    passes = session.passes
+    budget = session.config.compute.tokens_per_microbatch
+    return plan_microbatches(shard, budget, passes.sharing, fill=passes.fill)
+
+
+def _positions(rows: list[Row]) -> int:
+    return len(rows) * max(row.length for row in rows)
+
+
+def _logits(session: Session, backward: bool) -> int:
+    """Bytes of a chunk's logits, and of a trainable output layer's gradient."""
     layer = session.passes.tokens.output_layer.weight
-    chunk = max(TRAINABLE_CHUNK_TOKENS, CHUNK_ELEMENTS // layer.shape[0])
-    logits = chunk * layer.shape[0] * _LOGIT_BYTES
-    # Of a trainable output layer the sum over chunks, the chunk's own, and the result.
-    gradient = 3 * layer.numel() * layer.element_size() * layer.requires_grad
-    return int(positions * session.passes.saved_per_position) + logits + gradient
+    trainable = backward and layer.requires_grad
+    fewest = TRAINABLE_CHUNK_TOKENS if trainable else CHUNK_TOKENS
+    chunk = max(fewest, CHUNK_ELEMENTS // layer.shape[0])
+    logits = _LOGIT_COPIES * chunk * layer.shape[0]
+    # The sum over chunks, the chunk's own, and the result.
+    gradient = 3 * layer.numel() * trainable
+    return (logits + gradient) * layer.element_size()
 
 
-def _part(batch: Batch, shard: Shard) -> Shard:
+def _part(shard: Shard) -> Shard:
     """The shard, or as much of a very long one as its longest rows are in."""
     most = 100_000
     if len(shard.positions) <= most:
         return shard
+    batch = shard.batch
     longest = (batch.prompt_lengths + batch.lengths)[shard.positions]
     places = longest.topk(most).indices.sort().values
     return Shard(batch=batch, positions=shard.positions[places])
