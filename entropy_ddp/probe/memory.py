@@ -43,7 +43,7 @@ _WIDTHS, _ATTENTION_ARRAYS = 16, 6
 # On the CPU: what the heap takes for what a backward pass saves. The C library's finds no
 # use for a hole as large as an aligned tensor, and there is one for every tensor that
 # was freed in between: measured.
-_HEAP = 1.7
+_HEAP = 1.8
 
 
 def estimate_memory(session: Session, audited: Audited = "sample") -> MemoryEstimate:
@@ -96,14 +96,22 @@ def described(estimate: MemoryEstimate) -> dict[str, Any]:
 
 def _phases(session: Session, audited: Audited) -> Iterator[tuple[int, int, int]]:
     """Bytes of vectors on the device and on the host, and of a pass, of the phases."""
-    forward, backward = _forward(session), _backward(session, audited)
-    yield (*_while_stepped(session), forward)
-    yield (*_while_pulling_back(session), backward)
+    buffer, forward = _buffer_bytes(session), _forward(session)
+    own, given = _backward(session, _of_update(session)), session.change is not None
+    reverse = _backward(session, _of_evaluation(session, audited))
+    on_device, on_host = _while_stepped(session)
+    yield on_device, on_host, forward
+    # Gradients are summed in `.grad`: beside nothing; beside gradient and change.
+    for buffers, kept in ((1, 0 if given else own), (3, reverse)):
+        yield (*_with_gradients(session, buffers), kept)
+    if _has_gradient_dot(session):
+        preconditioned = session.config.gradient_dot.direction == "preconditioned"
+        whole = _backward(session, _of_evaluation(session, "gradient"))
+        vectors = _with_gradients(session, 6 if preconditioned else 5)
+        yield (*vectors, max(own, whole))
     if session.config.attribution.verify:
-        # The gradients of the masked steps, beside those of the one before.
-        buffer = _buffer_bytes(session)
-        device, host = _while_stepped(session)
-        yield device, host + 3 * buffer, max(forward, backward)
+        # The masked step's, beside those of the step before.
+        yield on_device, on_host + 3 * buffer, max(forward, own)
 
 
 def _buffer_bytes(session: Session) -> int:
@@ -129,13 +137,9 @@ def _while_stepped(session: Session) -> tuple[int, int]:
     return 0, vectors + way_back
 
 
-def _while_pulling_back(session: Session) -> tuple[int, int]:
-    """Bytes of gradient, change, one more and `.grad`: on the device, on the host."""
-    gradients, buffers = _weight_bytes(session), 3
-    if _has_gradient_dot(session):
-        preconditioned = session.config.gradient_dot.direction == "preconditioned"
-        buffers = 6 if preconditioned else 5
-    vectors = buffers * _buffer_bytes(session)
+def _with_gradients(session: Session, buffers: int) -> tuple[int, int]:
+    """Bytes of so many buffers and of `.grad`: on the device, on the host."""
+    vectors, gradients = buffers * _buffer_bytes(session), _weight_bytes(session)
     if session.policy.device.type == "cpu":
         return 0, vectors + gradients
     return gradients, vectors
@@ -165,24 +169,32 @@ def _forward(session: Session) -> int:
     return max(needs) + _logits(session, backward=False)
 
 
-def _backward(session: Session, audited: Audited) -> int:
-    """Bytes that the largest microbatch of a backward pass keeps, and of its logits."""
+def _backward(session: Session, microbatches: Iterable[list[Row]]) -> int:
+    """Bytes that a backward pass keeps of the largest of them, and of its logits."""
     passes = session.passes
-    positions = max(map(_positions, _pulled_back(session, audited)), default=0)
+    positions = max(map(_positions, microbatches), default=0)
     heap = _HEAP if passes.device.type == "cpu" else 1.0
     kept = int(heap * positions * passes.saved_per_position)
     return kept + _logits(session, backward=True)
 
 
-def _pulled_back(session: Session, audited: Audited) -> Iterator[list[Row]]:
-    """The microbatches of the backward passes."""
-    for split, batch in session.batches.items():
-        if split == "E" and audited != "gradient":
-            size = audit_sample(batch) if audited == "sample" else len(batch)
-            sample = first_sequences(session, size)
-            yield from plan_microbatches(_part(sample), other_budget(session))
-        if split == "U" or audited == "gradient" or _has_gradient_dot(session):
-            yield from _plan(session, _part(session.shard(batch)))
+def _of_update(session: Session) -> Iterable[list[Row]]:
+    """The microbatches of U."""
+    if "U" not in session.batches:
+        return []
+    return _plan(session, _part(session.shard(session.batches["U"])))
+
+
+def _of_evaluation(session: Session, audited: Audited) -> Iterable[list[Row]]:
+    """The microbatches of what of E has a backward pass."""
+    if "E" not in session.batches:
+        return []
+    batch = session.batches["E"]
+    if audited == "gradient":
+        return _plan(session, _part(session.shard(batch)))
+    size = audit_sample(batch) if audited == "sample" else len(batch)
+    sample = first_sequences(session, size)
+    return plan_microbatches(_part(sample), other_budget(session))
 
 
 def _plan(session: Session, shard: Shard) -> Iterable[list[Row]]:

@@ -100,11 +100,12 @@ def test_vectors_of_each_phase(run: TinyRun) -> None:
             {"gradient_dot": {"enabled": True, "direction": "preconditioned"}},
             6 * 8 + 8,
         ),
-        ({"attribution": {"enabled": True, "verify": True}}, 5 * 8 + 3 * 8 + 8),
+        ({"attribution": {"enabled": True, "verify": True}}, 5 * 8 + 3 * 8),
     ]
     for given, size in sections:
-        on_device, on_host = estimates._vectors(run.open(**given))
-        assert on_device == 0
+        phases = list(estimates._phases(run.open(**given), "sample"))
+        assert all(on_device == 0 for on_device, _, _ in phases)
+        on_host = max(on_host for _, on_host, _ in phases)
         # Step counts of the optimizer beside its moments.
         assert size * elements <= on_host <= size * elements + 1000
 
@@ -163,6 +164,7 @@ def test_it_is_said_before_the_run_and_in_check(
 
 MEASURED = """
 import json
+import os
 import sys
 
 import reference as ref
@@ -174,42 +176,86 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.run import run_probe
+from entropy_ddp.probe.attribution import run_attribution
+from entropy_ddp.probe.run import run_audit, run_probe
+from entropy_ddp.probe.sweep import run_sweep
 
-root = Path(sys.argv[1])
-if sys.argv[2] == "make":
+# Weights that are large beside their activations, and the other way round.
+MODELS = {"full weights": (20_000, 2), "adapter": (5_000, 8)}
+JOBS = {
+    "probe": (run_probe, {}),
+    "gradient-dot form": (run_probe, {"gradient_dot": {"enabled": True}}),
+    "sweep": (run_sweep, {"sweep": {"etas": [1e-5]}}),
+    "audit": (run_audit, {}),
+    "attribute": (run_attribution, {"attribution": {"verify": True}}),
+}
+
+def make(root, kind):
     torch.manual_seed(0)
+    vocabulary, layers = MODELS[kind]
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=20_000, hidden_size=256, intermediate_size=1024,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocabulary, hidden_size=256, intermediate_size=1024,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=256, tie_word_embeddings=False,
     ))
-    saved = save_checkpoint(root, "qwen2", full=True, model=model)
+    saved = save_checkpoint(
+        root, "qwen2", full=kind == "full weights", model=model,
+        targets=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+    )
     files = [
         write_rows(root / f"{split}.jsonl", ref.random_rows(
-            seed, groups=4, responses=2, vocabulary=20_000, max_response=60))
+            seed, groups=8, responses=2, vocabulary=vocabulary, max_prompt=40,
+            max_response=120))
         for seed, split in enumerate("EU")
     ]
-    sections = {"precision": {"model": "float32"}, "curvature": {"enabled": False},
-                "compute": {"device": "cpu", "tokens_per_microbatch": 8192}}
-    (root / "config.yaml").write_text(
-        yaml.safe_dump(run_config(saved, *files) | sections))
-else:
-    config = Config.model_validate(yaml.safe_load((root / "config.yaml").read_text()))
-    run = run_probe(config, World(), None, lambda *_: None).results.run
-    print(json.dumps(run.memory))
+    sections = {
+        "precision": {"model": "float32"}, "curvature": {"enabled": False},
+        "compute": {"device": "cpu"}, "gradient_dot": {"enabled": False},
+        "truth": {"ess_abort": 0.0},
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(run_config(saved, *files) | sections))
+
+def measure(root, job):
+    run, sections = JOBS[job]
+    document = yaml.safe_load((root / "config.yaml").read_text()) | sections
+    config = Config.model_validate(document)
+    memory = run(config, World(), None, lambda *_: None).results.run.memory
+    print(json.dumps([root.name, job, memory]), flush=True)
+
+def alone(function, *arguments):
+    # In a process whose memory nobody else has used.
+    pid = os.fork()
+    if not pid:
+        try:
+            function(*arguments)
+        finally:
+            os._exit(sys.exc_info()[0] is not None)
+    assert os.waitpid(pid, 0)[1] == 0, arguments
+
+for kind in MODELS:
+    root = Path(sys.argv[1], kind)
+    root.mkdir()
+    alone(make, root, kind)
+    for job in JOBS:
+        alone(measure, root, job)
 """
+# What a library makes on its first use, and the heap's holes, are not foreseen.
+NEAR = 1.15
 
 
 @pytest.mark.slow
 def test_the_estimate_is_near_the_measured_peak(tmp_path: Path) -> None:
-    """Of a run alone in its process: within a factor of 1.5."""
+    """Of each kind of run, alone in its process."""
     script = tmp_path / "measured.py"
     script.write_text(MEASURED)
     tests = str(Path(__file__).resolve().parent.parent)
-    for what in ("make", "run"):
-        command = launching.python(script, tmp_path, what)
-        done = launching.run(command, {"PYTHONPATH": tests}, fresh=True)
-        done.require_success()
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert 1 / 1.5 < found["estimated_bytes"] / found["peak_bytes"] < 1.5
+    command = launching.python(script, tmp_path)
+    done = launching.run(command, {"PYTHONPATH": tests}, fresh=True)
+    lines = [json.loads(line) for line in done.require_success().stdout.splitlines()]
+    ratios = {
+        (kind, job): found["estimated_bytes"] / found["peak_bytes"]
+        for kind, job, found in lines
+    }
+    assert len(ratios) == 10
+    assert all(1 / NEAR < ratio < NEAR for ratio in ratios.values()), ratios
