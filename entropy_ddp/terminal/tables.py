@@ -70,7 +70,8 @@ class FittingTable(Table):
         free = options.update(width=10_000)
         found = [Measurement.get(console, free, c) for c in _with_header(column)]
         least = max(m.maximum if column.no_wrap else m.minimum for m in found)
-        if column is self.columns[0] and not column.no_wrap:
+        if column.justify == "left" and not column.no_wrap:
+            # Text, such as a path, and no number.
             least = min(least, NAME_CELLS)
         least = min(least, column.max_width or least)
         return max(least, column.min_width or least)

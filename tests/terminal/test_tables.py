@@ -494,6 +494,16 @@ def test_brackets_in_a_path_are_no_markup(measured: Results) -> None:
 # The other tables
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_long_path_is_broken_and_leaves_a_table(width: int) -> None:
+    path = "/home/somebody/" + "a-very-long-name/" * 9 + "checkpoint-1000"
+    console = Console(file=io.StringIO(), width=width)
+    print_inspection(console, {"checkpoint": {"path": path, "elements": 1234}})
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert text.count("found") == 1 and path in FRAME.sub("", text)
+
+
 def test_values_of_an_audit_of_every_kind(measured: Results) -> None:
     """Large integers, tiny and negative numbers, mappings and truth values."""
     values: dict[str, Any] = {
