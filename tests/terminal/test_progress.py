@@ -138,7 +138,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"update": {"kl_coefficient": 0.1}},
         "reference: U without the adapter",
     ),
-    "audit": (run_audit, {}, "audit: noise floor"),
+    "audit": (run_audit, {}, "audit: reverse mode"),
     "sweep": (run_sweep, {"sweep": {"etas": [1e-3, 1e-2]}}, "sweep: eta = 0.01"),
     "attribute": (
         run_attribution,
