@@ -42,6 +42,9 @@ DOCUMENT: dict[str, Any] = {
         "is_mode": "snis",
         "H_orig": 0.25,
         "H_upd": 0.248,
+        "H_orig_se": 0.006,
+        "H_upd_se": 0.0059,
+        "noise_floor": 2e-8,
         "delta_h_true": -0.002,
         "se": 0.0001,
         "ess": 39.5,
@@ -91,7 +94,7 @@ DOCUMENT: dict[str, Any] = {
         },
     ],
 }
-CURVATURE = {"second_derivative": 45.0, "se": 17.0, "delta_h2": -0.00199, "step": 1e-3, "eta_star": 0.09}  # fmt: skip
+CURVATURE = {"second_derivative": 45.0, "se": 17.0, "delta_h2": -0.00199, "step": 1e-3, "eta_star": 0.09, "delta_h2_se": 1.1e-4, "difference_se": 4e-7, "eta_star_se": 0.034}  # fmt: skip
 GRADIENT_DOT = {
     "direction": "step", "weighting": "dr_grpo", "bars_dot": -0.0018, "u_cross": 0.0018,
     "deltaH1": -0.0018, "learning_rate": 1.0, "V_X": 1e-7, "V_Y": 4e-8,

@@ -18,6 +18,8 @@ from entropy_ddp.report.words import (
     number,
     percent,
     percent_with_error,
+    shown_error,
+    supported,
     true_minus,
     typeset,
     visible,
@@ -38,7 +40,7 @@ def subject_of(update: dict[str, Any]) -> str:
 
 def is_resolved(truth: dict[str, Any]) -> bool:
     """Whether the measured change stands out of its error."""
-    return words.is_resolved(truth["delta_h_true"], truth["se"])
+    return words.is_resolved(truth["delta_h_true"], shown_error(truth))
 
 
 def sign(document: Document) -> str:
@@ -52,8 +54,9 @@ def sign(document: Document) -> str:
 def headline(document: Document) -> tuple[str, str, str]:
     """The answer in one sentence: before the value, the value, after it."""
     truth, subject = document["truth"], subject_of(document["update"])
-    change, error, unit = truth["delta_h_true"], truth["se"], UNITS[truth["normalize"]]
-    if change == 0 and error == 0:
+    change, error = truth["delta_h_true"], shown_error(truth)
+    unit = UNITS[truth["normalize"]]
+    if change == 0 and truth["se"] == 0:
         return f"{subject} leaves the entropy ", "as it is", "."
     if not is_resolved(truth):
         value = with_error(change, error)
@@ -67,22 +70,43 @@ def headline(document: Document) -> tuple[str, str, str]:
 def lead(document: Document) -> str:
     """The same in percent of the entropy, and what was predicted."""
     truth, linear = document["truth"], document["linear"]
-    before, after, change = truth["H_orig"], truth["H_upd"], truth["delta_h_true"]
+    before, change = truth["H_orig"], truth["delta_h_true"]
     eta = document["update"]["learning_rate_used"]
     predicted = with_error(linear["delta_h1"], abs(eta) * linear["se"])
     sentences = []
     if before > 0:
-        one_in = f"{number(before)} to {number(after)}"
-        share, error = change / before, truth["se"] / before
+        share, error = change / before, shown_error(truth) / before
+        error = math.hypot(error, share * truth.get("H_orig_se", 0.0) / before)
         if is_resolved(truth):
             verb = "falls" if change < 0 else "rises"
             pair = percent_with_error(abs(share), error, signed=False)
-            sentences.append(f"It {verb} by {pair} of itself, from {one_in}.")
+            sentences.append(f"It {verb} by {pair} of itself{_entropy(truth)}.")
         else:
             pair = percent_with_error(share, error)
-            sentences.append(f"That is {pair} of it ({one_in}).")
+            sentences.append(f"That is {pair} of it{_entropy(truth)}.")
     sentences.append(f"First order predicts {predicted}.")
     return " ".join(sentences)
+
+
+def _entropy(truth: dict[str, Any]) -> str:
+    """H with its error; of a run that did not record one, nothing."""
+    if "H_orig_se" not in truth:
+        return ""
+    return f", {with_error(truth['H_orig'], truth['H_orig_se'], signed=False)} before"
+
+
+def second_order(document: Document) -> str:
+    """What the curvature adds, and whether it leaves something to explain."""
+    truth, curvature = document["truth"], document.get("curvature", {})
+    if "difference_se" not in curvature:
+        return ""
+    second = with_error(curvature["delta_h2"], curvature["delta_h2_se"])
+    missed = truth["delta_h_true"] - curvature["delta_h2"]
+    error = math.hypot(curvature["difference_se"], truth.get("noise_floor") or 0.0)
+    begin = f"With the curvature of the step the prediction is {second}, and it misses"
+    if words.is_resolved(missed, error):
+        return f"{begin} the truth by {with_error(missed, error)}."
+    return f"{begin} nothing beyond the error of the difference, {number(error, 2)}."
 
 
 def glances(subject: Subject) -> list[Glance]:
@@ -96,22 +120,27 @@ def glances(subject: Subject) -> list[Glance]:
 
 def _how_much(document: Document) -> Glance:
     truth = document["truth"]
-    before, after, change = truth["H_orig"], truth["H_upd"], truth["delta_h_true"]
-    answer = number(change, 3, signed=True)
+    before, change = truth["H_orig"], truth["delta_h_true"]
+    error = shown_error(truth)
+    answer = supported(change, error, 3, signed=True)
     if before > 0:
-        answer = percent(change / before, signed=True)
-    detail = f"{number(change, 3, signed=True)} {UNITS[truth['normalize']]}"
-    bits = before / math.log(2), after / math.log(2)
-    detail += f"; in bits, from {number(bits[0])} to {number(bits[1])}"
-    if truth["normalize"] == "per_token" and 0 < before < 10:
-        choices = number(math.exp(before), 2)
-        detail += f". The policy chooses among about {choices} tokens at each step"
+        answer = supported(100 * change / before, 100 * error / before, 2, signed=True)
+        answer += f"{FIXED}%"
+    pair = with_error(change, error)
+    detail = f"{pair} {UNITS[truth['normalize']]}"
+    spread = truth.get("H_orig_se")
+    if spread is not None:
+        bits = with_error(before / math.log(2), spread / math.log(2), signed=False)
+        detail += f"; H is {bits} bits before the step"
+        if truth["normalize"] == "per_token" and 0 < before < 10:
+            choices = supported(math.exp(before), math.exp(before) * spread, 2)
+            detail += f". The policy chooses among about {choices} tokens at each step"
     return Glance(question="How much?", answer=answer, detail=detail + ".")
 
 
 def _how_sure(document: Document) -> Glance:
-    truth, linear = document["truth"], document["linear"]
-    change, error = truth["delta_h_true"], truth["se"]
+    truth = document["truth"]
+    change, error = truth["delta_h_true"], shown_error(truth)
     groups = count(document["E"]["num_groups"], "prompt draw")
     detail = f"± is one standard error over {groups} of E."
     if error == 0:
@@ -124,15 +153,23 @@ def _how_sure(document: Document) -> Glance:
     if document["status"] != "ok":
         tone = ""
         detail += " In an untrusted run that error is not to be trusted either."
-    missed = change - linear["delta_h1"]
     if change and is_resolved(truth):
-        detail += f" First order misses {percent(abs(missed / change))} of it"
-        paired = linear["difference_se"]
-        if paired and abs(missed) > RESOLVED * paired:
-            errors_missed = number(abs(missed) / paired, 2)
-            detail += f", {errors_missed} standard errors of the difference: not noise"
-        detail += "."
+        detail += f" {_missed(document)}"
     return Glance(question="How sure?", answer=answer, detail=detail, tone=tone)
+
+
+def _missed(document: Document) -> str:
+    """What first order misses of the change, by the paired error of the two."""
+    truth, linear = document["truth"], document["linear"]
+    change = truth["delta_h_true"]
+    missed = change - linear["delta_h1"]
+    paired = math.hypot(linear["difference_se"], truth.get("noise_floor") or 0.0)
+    if missed and abs(missed) > RESOLVED * paired:
+        pair = percent_with_error(
+            abs(missed / change), paired / abs(change), signed=False
+        )
+        return f"First order misses {pair} of it: not noise."
+    return f"First order agrees with it within {percent(2 * paired / abs(change))}."
 
 
 def _trust(document: Document) -> Glance:
@@ -160,27 +197,36 @@ def _what_did_it(document: Document) -> Glance:
         "Weight decay": found["weight_decay"],
         "The gradient of U": found["gradient"],
     }
-    total = found["total"]
+    total, linear = found["total"], document["linear"]
+    error = abs(document["update"]["learning_rate_used"]) * linear["se"]
     name, value = max(named.items(), key=lambda item: abs(item[1]))
     if not value or not total:
         return Glance(
             question="What did it?", answer="Nothing", detail="Every part of it is 0."
         )
-    same_sign = all(part * total >= 0 for part in named.values())
-    answer = f"{name}, {percent(value / total)}" if same_sign else name
+    told = abs(total) >= RESOLVED * error
+    same_sign = told and all(part * total >= 0 for part in named.values())
+    answer = f"{name}, {_of_total(value, total, error)}" if same_sign else name
     gradient = found["gradient"]
     if not gradient:
         detail = "The gradient of U is zero."
         return Glance(question="What did it?", answer=answer, detail=detail)
-    own = percent(gradient / total) if same_sign else number(gradient, 3, signed=True)
+    own = supported(gradient, error, 3, signed=True)
+    if same_sign:
+        own = _of_total(gradient, total, error)
     detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
     half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
     detail = f"{detail}; {half}" if detail else half[0].upper() + half[1:]
     return Glance(
         question="What did it?",
         answer=answer,
-        detail=f"{detail}. {_strongest(found['top_tokens'])}".strip(),
+        detail=f"{detail}, on this E. {_strongest(found['top_tokens'])}".strip(),
     )
+
+
+def _of_total(part: float, total: float, error: float) -> str:
+    """A part in percent of the total, with the digits that the total's error leaves."""
+    return f"{supported(100 * part / total, 100 * error / abs(total), 2)}{FIXED}%"
 
 
 def _strongest(tokens: list[dict[str, Any]]) -> str:

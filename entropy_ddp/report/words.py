@@ -3,7 +3,7 @@
 import math
 import os.path
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -83,11 +83,13 @@ def with_error(value: float, error: float, *, signed: bool = True) -> str:
     """`value ± error`, both to the second digit of the error."""
     if error <= 0 or not math.isfinite(error):
         return f"{number(value, signed=signed)}{FIXED}±{FIXED}{number(error)}"
-    last = math.floor(math.log10(error)) - 1
+    # Of the error as it is shown: 0.996 reads as 1.0.
+    last = math.floor(math.log10(float(f"{error:.1e}"))) - 1
     sign = "+" if signed and value > 0 else ""
     largest = max(abs(value), error)
     if is_decimal(largest) and last >= -7:
         places = max(0, -last)
+        value, error = round(value, -last), round(error, -last)
         pair = f"{value:,.{places}f}{FIXED}±{FIXED}{error:,.{places}f}"
         return sign + true_minus(pair)
     exponent = math.floor(math.log10(largest))
@@ -95,6 +97,25 @@ def with_error(value: float, error: float, *, signed: bool = True) -> str:
     pair = f"{value / scale:.{places}f}{FIXED}±{FIXED}{error / scale:.{places}f}"
     power = power_of_ten(exponent)
     return f"({sign}{true_minus(pair)}){FIXED}×{FIXED}{power}"
+
+
+def shown_error(truth: Mapping[str, Any]) -> float:
+    """What stands behind a measured change: sampling error and rounding together."""
+    return math.hypot(truth["se"], truth.get("noise_floor") or 0.0)
+
+
+def supported(
+    value: float, error: float, most: int = 4, *, signed: bool = False
+) -> str:
+    """A number by itself, with no digit behind the first of its error.
+
+    At least one digit: how large an estimate is, is known where its sign is not.
+    """
+    if not value or error <= 0 or not math.isfinite(error):
+        return number(value, most, signed=signed)
+    places = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 1
+    digits = max(1, min(most, places))
+    return number(float(f"{value:.{digits - 1}e}"), digits, signed=signed)
 
 
 def percent_with_error(share: float, error: float, *, signed: bool = True) -> str:

@@ -7,7 +7,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.report.answer import headline
+from entropy_ddp.report.answer import headline, second_order
+from entropy_ddp.report.words import with_error
 from entropy_ddp.results import AuditRow, Results, UpdateResult
 from entropy_ddp.terminal.tables import (
     UNITS,
@@ -16,15 +17,17 @@ from entropy_ddp.terminal.tables import (
     let_pairs_break,
     new_table,
     plus_minus,
+    within,
 )
 
 
 def print_heading(console: Console, results: Results) -> None:
     """What was probed, what is wrong with it, and the answer."""
     print_complaints(console, results)
-    sentence = "".join(headline(results.to_dict()))
+    document = results.to_dict()
+    sentence = "".join(headline(document))
     console.print(Text(sentence, style="bold"))
-    console.print(_answer(results))
+    console.print(_answer(results, second_order(document)))
 
 
 def print_complaints(console: Console, results: Results) -> None:
@@ -83,26 +86,32 @@ def _complaint(row: AuditRow) -> Text:
     return text
 
 
-def _answer(results: Results) -> Table:
-    """Truth, prediction and their difference in standard errors, on one row."""
+def _answer(results: Results, curved: str) -> Table:
+    """Truth, prediction and their difference in standard errors, on one row.
+
+    Args:
+        results: what is shown.
+        curved: a sentence on the second order; may be empty.
+    """
     truth, linear = results.truth, results.linear
     eta = results.update.learning_rate_used
     difference = truth.delta_h_true - linear.delta_h1
     in_errors = "-"
-    if linear.difference_se:
-        in_errors = f"{difference / linear.difference_se:+.2g}"
+    paired = math.hypot(linear.difference_se, truth.noise_floor or 0.0)
+    if paired:
+        in_errors = f"{difference / paired:+.2g}"
     unit = UNITS[truth.normalize]
-    bits = truth.H_orig / math.log(2)
+    before, spread = truth.H_orig, truth.H_orig_se
+    bits = [x / math.log(2) for x in (before, spread or 0.0)]
+    entropy = f"{before:.3g} {unit}"
+    if spread is not None:
+        entropy = f"{with_error(before, spread, signed=False)} {unit}"
+        entropy += f" = {with_error(*bits, signed=False)} bits"
     notes = [
-        f"{truth.H_orig:.6g} {unit} = {bits:.6g} bits; ± is one standard error.",
+        f"{entropy}; ± is one standard error.",
         "The difference has a (paired) error of its own: it is what first order misses.",
+        *([curved] if curved else []),
     ]
-    if results.curvature is not None:
-        second = results.curvature.delta_h2
-        notes.append(
-            f"With the curvature of the step the prediction is {second:+.4e}, and the "
-            f"difference {truth.delta_h_true - second:+.1e}."
-        )
     table = new_table(
         f"Entropy change of {_subject(results.update)}, {unit}",
         "H before",
@@ -113,10 +122,10 @@ def _answer(results: Results) -> Table:
         caption="\n".join(notes),
     )
     table.add_row(
-        f"{truth.H_orig:.6g}",
-        plus_minus(truth.delta_h_true, truth.se),
+        f"{before:.3g}" if spread is None else within(before, spread),
+        plus_minus(truth.delta_h_true, truth.error),
         plus_minus(linear.delta_h1, abs(eta) * linear.se),
-        plus_minus(difference, linear.difference_se),
+        plus_minus(difference, paired),
         in_errors,
     )
     table.columns[0].no_wrap = True

@@ -1,5 +1,6 @@
 """How a table of the terminal is made, and how numbers stand in it."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -184,6 +185,14 @@ def number(value: float, digits: int = 6) -> str:
 
 def plus_minus(value: float, error: float) -> str:
     return f"{value:+.4e} ± {error:.1e}"
+
+
+def within(value: float, error: float) -> str:
+    """`value ± error`, the value to the error's second digit, and never 0 if it is not."""
+    if not value or error <= 0:
+        return f"{value:.4g} ± {error:.1e}"
+    places = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 2
+    return f"{value:.{max(1, places)}g} ± {error:.1e}"
 
 
 def as_text(value: Any) -> str:

@@ -1,10 +1,13 @@
 """Do the words of the page say what the numbers do, and do numbers read well?"""
 
 import copy
+import re
 from typing import Any
 
 import pytest
-from run_directories import DOCUMENT
+from hypothesis import given
+from hypothesis import strategies as st
+from run_directories import CURVATURE, DOCUMENT
 
 from entropy_ddp.report import answer
 from entropy_ddp.report.words import (
@@ -12,6 +15,7 @@ from entropy_ddp.report.words import (
     number,
     percent,
     percent_with_error,
+    supported,
     typeset,
     visible,
     with_error,
@@ -33,6 +37,8 @@ PAIRS = {
     (1.2e-5, 3e-6): "(+1.20 ± 0.30) × 10⁻⁵",
     (-1.9e-8, 2e-6): "(−0.0 ± 2.0) × 10⁻⁶",
     (123.4, 5.6): "+123.4 ± 5.6",
+    (5678.4, 123.4): "+5,680 ± 120",
+    (1.2345, 0.996): "+1.2 ± 1.0",
     (0.0, 0.0): "0 ± 0",
 }
 
@@ -107,9 +113,116 @@ def test_no_change_is_no_change() -> None:
 def test_the_answer_is_also_a_share_of_the_entropy() -> None:
     """With its error, and with what was predicted."""
     assert plain(answer.lead(document())) == (
-        "It falls by 0.800 ± 0.040 % of itself, from 0.25 to 0.248. First order predicts "
-        "−0.00210 ± 0.00012."
+        "It falls by 0.800 ± 0.044 % of itself, 0.2500 ± 0.0060 before. First order "
+        "predicts −0.00210 ± 0.00012."
     )
+    old = document()
+    for key in ("H_orig_se", "H_upd_se", "noise_floor"):
+        del old["truth"][key]
+    assert plain(answer.lead(old)) == (
+        "It falls by 0.800 ± 0.040 % of itself. First order predicts −0.00210 ± 0.00012."
+    )
+
+
+def test_rounding_is_in_the_error_that_is_shown() -> None:
+    """Where it is as large as the sampling error, and a fall is none any more."""
+    said = "".join(answer.headline(document(noise_floor=0.0001)))
+    assert "lowers the entropy by 0.00200 ± 0.00014" in plain(said)
+    said = "".join(answer.headline(document(noise_floor=0.002)))
+    assert "changes the entropy by −0.0020 ± 0.0020" in plain(said)
+    assert answer.sign(document(noise_floor=0.002)) == ""
+
+
+SECOND_ORDER = {
+    (-0.00199, 4e-7, 2e-8): "it misses the truth by (−1.000 ± 0.040) × 10⁻⁵.",
+    (-0.0020000001, 4e-7, 2e-8): (
+        "it misses nothing beyond the error of the difference, 4.0 × 10⁻⁷."
+    ),
+    # What is below the rounding is not told.
+    (-0.002000013, 1e-9, 1.7e-6): (
+        "it misses nothing beyond the error of the difference, 1.7 × 10⁻⁶."
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "said"), SECOND_ORDER.items())
+def test_what_the_second_order_misses(
+    case: tuple[float, float, float], said: str
+) -> None:
+    """Only what stands out of its paired error and of the rounding is a number."""
+    second, paired, noise = case
+    found = document(noise_floor=noise)
+    found["curvature"] = CURVATURE | {"delta_h2": second, "difference_se": paired}
+    assert plain(answer.second_order(found)).endswith(said)
+    assert answer.second_order(document()) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.27651, 0.0061, "0.277"),
+        (0.27651, 0.61, "0.3"),
+        (-1.234e-4, 2e-5, "−1.2 × 10⁻⁴"),
+        (2e-9, 1e-4, "2 × 10⁻⁹"),
+        (1234.5, 96.0, "1,230"),
+        (0.0, 0.1, "0"),
+    ],
+)
+def test_a_number_by_itself_ends_where_its_error_begins(
+    value: float, error: float, shown: str
+) -> None:
+    """Its last digit is the first of the error; one digit is always left."""
+    assert plain(supported(value, error)) == shown
+
+
+@given(
+    change=st.floats(-5, 5),
+    size=st.floats(-7, 1),
+    relative=st.floats(-4, 2),
+    spread=st.floats(-4, -1),
+    missed=st.floats(-3, 3),
+)
+def test_no_sentence_has_a_digit_that_its_error_does_not_support(
+    change: float, size: float, relative: float, spread: float, missed: float
+) -> None:
+    """Headline, lead, second order: every number is a pair, rounded to two digits of
+    the error; those of the glances end where theirs begins."""
+    se = 10.0**size
+    value = change * se * 10**-relative
+    found = document(
+        delta_h_true=value,
+        se=se,
+        H_orig=0.3,
+        H_orig_se=10.0**spread,
+        noise_floor=se / 7,
+    )
+    found["linear"] |= {"delta_h1": value + missed * se / 9, "difference_se": se / 9}
+    found["curvature"] = CURVATURE | {
+        "delta_h2": value + missed * se / 30, "delta_h2_se": se, "difference_se": se / 30,
+    }  # fmt: skip
+    for said in ("".join(answer.headline(found)), answer.lead(found)):
+        rest = PAIR.sub("", plain(said))
+        assert not re.search(r"\d", rest), said
+    second = plain(answer.second_order(found))
+    rest = PAIR.sub("", re.sub(r"difference, [^,]*\.$", "", second))
+    assert not re.search(r"\d", rest), second
+    for pair in PAIR.finditer(plain(answer.lead(found)) + second):
+        value_text, error_text = pair["value"], pair["error"]
+        assert _places(value_text) == _places(error_text), pair[0]
+        digits = error_text.replace(".", "").replace(",", "").lstrip("0")
+        assert len(digits.rstrip("0")) <= 2, pair[0]
+        assert len(digits) <= 2 or "." not in error_text, pair[0]
+
+
+# A value and its error, with a power of ten or a percent sign behind both.
+PAIR = re.compile(
+    r"\(?(?P<value>[+−]?[\d,]+(?:\.\d+)?) ± (?P<error>[\d,]+(?:\.\d+)?)\)?"
+    r"(?: × 10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?(?:\)? %)?"
+)
+
+
+def _places(number: str) -> int:
+    return len(number.partition(".")[2])
 
 
 def test_other_normalisations_have_their_units() -> None:
