@@ -61,7 +61,7 @@ NATS = {
     "slope", "delta_h1", "se_jackknife", "terms", "difference_se", "delta_h1_se",
     "second_derivative", "delta_h2", "noise_floor", "odd", "delta_h", "bars_dot",
     "u_cross", "deltaH1", "V_X", "V_Y", "se_deltaH1", "se_paired", "momentum",
-    "weight_decay", "gradient", "total", "share",
+    "weight_decay", "gradient", "total", "share", "H_orig_se", "H_upd_se", "delta_h2_se",
 }  # fmt: skip
 
 
@@ -299,7 +299,10 @@ def test_changes_and_errors_never_read_as_zero(
 ) -> None:
     """However small the estimates, terms and points of the sweep are."""
     tiny = in_units(measured, 1e-30)
-    shown_entropy = replace(tiny.truth, H_orig=measured.truth.H_orig)
+    before = measured.truth
+    shown_entropy = replace(
+        tiny.truth, H_orig=before.H_orig, H_orig_se=before.H_orig_se
+    )
     linear = replace(tiny.linear, difference_se=1e-3 * tiny.linear.difference_se)
     results = replace(tiny, truth=shown_entropy, linear=linear, audit=[])
     found = zeros(shown(printer, results))
@@ -308,7 +311,8 @@ def test_changes_and_errors_never_read_as_zero(
 
 def collapsed(results: Results) -> Results:
     """A policy that is all but deterministic."""
-    return replace(results, truth=replace(results.truth, H_orig=3e-9))
+    truth = replace(results.truth, H_orig=3e-9, H_orig_se=2e-10)
+    return replace(results, truth=truth)
 
 
 def in_agreement(results: Results) -> Results:
