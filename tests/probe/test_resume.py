@@ -245,10 +245,11 @@ UNLIKE: Document = {
         "tokens_per_microbatch": 31,
         "snapshot_device": "device",
         "rank_timeout_seconds": 7.0,
+        "count_operations": True,
     },
     "attribution": {"top": 3},
     "truth": {"ess_warn": 0.999, "ess_abort": 0.0},
-    "update": {"save_delta": True},
+    "update": {"save_delta": True, "from_checkpoint": True},
     "sweep": {"etas": [0.25]},
     "out": "elsewhere",
 }
@@ -279,8 +280,8 @@ def test_settings_that_change_no_number_may_differ(
 ) -> None:
     """The run goes on with all of them changed, to the same numbers."""
     changes = {name: UNLIKE[name] for name in ("attribution", "truth")}
-    changes["update"] = {"max_grad_norm": 0.5} | UNLIKE["update"]
-    changes["compute"] = UNLIKE["compute"] | COMPUTE | {"count_operations": True}
+    changes["update"] = {"max_grad_norm": 0.5, "save_delta": True}
+    changes["compute"] = UNLIKE["compute"] | COMPUTE
     whole = perform(run, "attribute", tmp_path / "whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 3)
@@ -327,6 +328,9 @@ def test_the_number_of_threads_is_not_the_run_s() -> None:
             assert differences(*found) == []
     finally:
         torch.set_num_threads(threads)
+    policy.device = torch.device("cuda")
+    other = identity_of_checkpoint(policy, None, None)
+    assert differences(found[1], other) == ["device was cpu, now cuda"]
 
 
 # What differs is said
