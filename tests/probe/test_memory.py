@@ -176,19 +176,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.run import run_audit, run_probe
-from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.probe.run import run_probe
 
 # Weights that are large beside their activations, and the other way round.
 MODELS = {"full weights": (20_000, 2), "adapter": (5_000, 8)}
-JOBS = {
-    "probe": (run_probe, {}),
-    "gradient-dot form": (run_probe, {"gradient_dot": {"enabled": True}}),
-    "sweep": (run_sweep, {"sweep": {"etas": [1e-5]}}),
-    "audit": (run_audit, {}),
-    "attribute": (run_attribution, {"attribution": {"verify": True}}),
-}
+JOBS = {"probe": {}, "gradient-dot form": {"gradient_dot": {"enabled": True}}}
 
 def make(root, kind):
     torch.manual_seed(0)
@@ -217,10 +209,9 @@ def make(root, kind):
     path.write_text(yaml.safe_dump(run_config(saved, *files) | sections))
 
 def measure(root, job):
-    run, sections = JOBS[job]
-    document = yaml.safe_load((root / "config.yaml").read_text()) | sections
+    document = yaml.safe_load((root / "config.yaml").read_text()) | JOBS[job]
     config = Config.model_validate(document)
-    memory = run(config, World(), None, lambda *_: None).results.run.memory
+    memory = run_probe(config, World(), None, lambda *_: None).results.run.memory
     print(json.dumps([root.name, job, memory]), flush=True)
 
 def alone(function, *arguments):
@@ -233,11 +224,14 @@ def alone(function, *arguments):
             os._exit(sys.exc_info()[0] is not None)
     assert os.waitpid(pid, 0)[1] == 0, arguments
 
-for kind in MODELS:
+for kind, jobs in (
+    ("full weights", ("probe", "gradient-dot form")),
+    ("adapter", ("probe",)),
+):
     root = Path(sys.argv[1], kind)
     root.mkdir()
     alone(make, root, kind)
-    for job in JOBS:
+    for job in jobs:
         alone(measure, root, job)
 """
 # What a library makes on its first use, and the heap's holes, are not foreseen.
@@ -251,11 +245,13 @@ def test_the_estimate_is_near_the_measured_peak(tmp_path: Path) -> None:
     script.write_text(MEASURED)
     tests = str(Path(__file__).resolve().parent.parent)
     command = launching.python(script, tmp_path)
-    done = launching.run(command, {"PYTHONPATH": tests}, fresh=True)
+    done = launching.run(
+        command, {"PYTHONPATH": tests}, fresh=True, timeout_seconds=300
+    )
     lines = [json.loads(line) for line in done.require_success().stdout.splitlines()]
     ratios = {
         (kind, job): found["estimated_bytes"] / found["peak_bytes"]
         for kind, job, found in lines
     }
-    assert len(ratios) == 10
+    assert len(ratios) == 3
     assert all(1 / NEAR < ratio < NEAR for ratio in ratios.values()), ratios
