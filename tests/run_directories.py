@@ -114,11 +114,16 @@ def sweep_part(sign: int = 1) -> dict[str, Any]:
             "delta_h1": sign * 2 * eta,
             "delta_h1_se": 0.1 * eta,
             "delta_h2": sign * (2 * eta - 9 * eta**2),
+            "delta_h2_se": 0.1 * eta,
             "difference_se": 0.01 * eta,
+            "trusted": True,
         }
         for eta in (1e-4, 1e-3, 1e-2)
     ]
-    summary = {"exponent": 0.99, "agreement": [1e-4, 1e-3], "noise_floor": 2e-8}
+    summary = {
+        "exponent": 0.99, "exponent_se": 0.004, "agreement": [1e-4, 1e-3],
+        "noise_floor": 2e-8,
+    }  # fmt: skip
     return {"sweep": points, "sweep_summary": summary}
 
 

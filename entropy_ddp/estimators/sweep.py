@@ -7,12 +7,13 @@ Shape legend: N sequences, p points.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.estimators.errors import effective_sample_size
+from entropy_ddp.estimators.errors import delta_method_error, effective_sample_size
 
 SMALLEST_SHARE = 1e-3
 # No step keeps all weights equal: a threshold of 1 is read as this.
@@ -66,6 +67,10 @@ class SweepPoint:
         delta_h1: first-order prediction.
         delta_h1_se: its standard error.
         delta_h2: second-order prediction; None without curvature.
+        delta_h2_se: its standard error; None without curvature.
+        trusted: whether the effective sample size is at least both thresholds of the
+            run; what is not is outside every statement about the sweep. None in the
+            results of versions that did not write it.
         difference_se: paired standard error of delta_h_true - delta_h1.
     """
 
@@ -77,6 +82,8 @@ class SweepPoint:
     delta_h1_se: float
     delta_h2: float | None
     difference_se: float
+    delta_h2_se: float | None = None
+    trusted: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,56 +93,90 @@ class SweepSummary:
     Attributes:
         exponent: d log |delta_h_true| / d log eta by least squares over trusted points
             above the noise; 1 in the linear regime. None with fewer than two points.
+        exponent_se: its standard error, from the influences of each group on all
+            points together: they share most of their noise, which drops out.
         agreement: smallest and largest eta of the run of trusted points, from the
             smallest up, at which truth and first order agree within two standard errors
             of the truth. None if there is none.
         noise_floor: |Delta H| when nothing moves.
-        odd: for a symmetric sweep, {eta, delta_h} with delta_h half the difference of
-            both sides: the even orders, curvature first, drop out. None otherwise.
+        odd: for a symmetric sweep, {eta, delta_h, se} with delta_h half the difference
+            of both sides: the even orders, curvature first, drop out. Of steps that are
+            trusted on both sides; None if there is none.
     """
 
     exponent: float | None
     agreement: list[float] | None
     noise_floor: float
     odd: list[dict[str, float]] | None
+    exponent_se: float | None = None
 
 
 def summarise(
-    points: list[SweepPoint], noise_floor: float, ess_abort: float
+    points: list[SweepPoint],
+    noise_floor: float,
+    influences: Mapping[float, Tensor],
 ) -> SweepSummary:
-    """Exponent, range of agreement and odd part of a sweep."""
+    """Exponent, range of agreement and odd part of a sweep.
+
+    Args:
+        points: the steps, each with its verdict.
+        noise_floor: |Delta H| when nothing moves.
+        influences: of each group on delta_h_true, by eta, [n].
+    """
     forward = sorted((p for p in points if p.eta > 0), key=lambda p: p.eta)
-    trusted = [
-        p
-        for p in forward
-        if p.ess_fraction >= ess_abort and abs(p.delta_h_true) > noise_floor
-    ]
+    telling = [p for p in forward if abs(p.delta_h_true) > noise_floor]
+    trusted = [p for p in telling if p.trusted]
     agreeing: list[float] = []
-    for point in trusted:
-        if abs(point.delta_h_true - point.delta_h1) > 2 * point.se:
+    for point in telling:
+        error = math.hypot(point.se, noise_floor)
+        apart = abs(point.delta_h_true - point.delta_h1) > 2 * error
+        if (apart and point.trusted) or (agreeing and not point.trusted):
             break
-        agreeing.append(point.eta)
+        if point.trusted:
+            agreeing.append(point.eta)
     mirrored = {p.eta: p for p in points if p.eta < 0}
     odd = [
         {
             "eta": p.eta,
             "delta_h": (p.delta_h_true - mirrored[-p.eta].delta_h_true) / 2,
+            "se": delta_method_error((influences[p.eta] - influences[-p.eta]) / 2),
         }
         for p in forward
-        if -p.eta in mirrored
+        if -p.eta in mirrored and p.trusted and mirrored[-p.eta].trusted
     ]
     return SweepSummary(
-        exponent=_exponent(trusted),
+        exponent=_weighted(trusted, lambda p: math.log(abs(p.delta_h_true))),
+        exponent_se=_exponent_error(trusted, influences),
         agreement=[agreeing[0], agreeing[-1]] if agreeing else None,
         noise_floor=noise_floor,
         odd=odd or None,
     )
 
 
-def _exponent(points: list[SweepPoint]) -> float | None:
+def _weights(points: list[SweepPoint]) -> list[float]:
+    """Of the least-squares slope against log eta; they sum to 0."""
+    places = [math.log(p.eta) for p in points]
+    mean = math.fsum(places) / len(places)
+    spread = math.fsum((x - mean) ** 2 for x in places)
+    return [(x - mean) / spread for x in places]
+
+
+def _weighted(
+    points: list[SweepPoint], value: Callable[[SweepPoint], float]
+) -> float | None:
+    """Least-squares slope of a value against log eta."""
     if len(points) < 2:
         return None
-    pairs = [(math.log(p.eta), math.log(abs(p.delta_h_true))) for p in points]
-    mean_x, mean_y = (sum(column) / len(pairs) for column in zip(*pairs))
-    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread
+    return math.fsum(w * value(p) for w, p in zip(_weights(points), points))
+
+
+def _exponent_error(
+    points: list[SweepPoint], influences: Mapping[float, Tensor]
+) -> float | None:
+    """d log |x| = dx / x: the influence of each group on the exponent is a sum."""
+    if len(points) < 2:
+        return None
+    terms = [
+        w / p.delta_h_true * influences[p.eta] for w, p in zip(_weights(points), points)
+    ]
+    return delta_method_error(torch.stack(terms).sum(0))

@@ -7,6 +7,7 @@ interrupted goes on where it stopped, also with another grid.
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
@@ -50,8 +51,10 @@ def run_sweep(
 def sweep_session(session: Session) -> Probed:
     """A sweep of what is open already; errors as of `run_sweep`."""
     measured = measure(session)
-    points = [_point(session, measured, eta) for eta in _grid(session, measured)]
-    summary = summarise(points, measured.noise_floor, session.config.truth.ess_abort)
+    found = [_point(session, measured, eta) for eta in _grid(session, measured)]
+    points = [point for point, _ in found]
+    influences = {point.eta: influence for point, influence in found}
+    summary = summarise(points, measured.noise_floor, influences)
     rows = audit_rows(session, measured, Extras())
     return make_results(
         session, measured, rows, "sweep", sweep=points, sweep_summary=summary
@@ -93,29 +96,42 @@ def _change_at(session: Session, measured: Measured, eta: float) -> EntropyChang
     return changes[session.config.truth.is_mode]
 
 
-def _point(session: Session, measured: Measured, eta: float) -> SweepPoint:
-    """The row of one step size; what a pass measured is kept."""
+def _point(
+    session: Session, measured: Measured, eta: float
+) -> tuple[SweepPoint, Tensor]:
+    """The row of one step size, and each group's influence on its truth, [n].
+
+    What a pass measured is kept.
+    """
     slope, curvature = measured.slope, measured.curvature
 
     def measured_values() -> Record:
         change = _change_at(session, measured, eta)
         difference = delta_method_error(change.influence - eta * slope.influence)
         values = [change.value, change.se, change.ess_fraction, difference]
-        return Record(shared={"values": torch.tensor(values, dtype=torch.float64)})
+        kept = {"values": torch.tensor(values, dtype=torch.float64)}
+        return Record(shared=kept | {"influence": change.influence})
 
     # The number in full: two learning rates that are printed alike are two points.
     shard = session.shard(session.batches["E"])
     record = session.kept(f"eta={eta.hex()}", shard, measured_values)
     value, error, ess_fraction, difference = record.shared["values"].tolist()
-    return SweepPoint(
+    truth = session.config.truth
+    second = second_error = None
+    if curvature is not None:
+        second = curvature.second_order(eta, slope.value)
+        influence = eta * slope.influence + eta**2 / 2 * curvature.influence
+        second_error = delta_method_error(influence)
+    point = SweepPoint(
         eta=eta,
         delta_h_true=value,
         se=error,
         ess_fraction=ess_fraction,
         delta_h1=eta * slope.value,
         delta_h1_se=abs(eta) * slope.se,
-        delta_h2=None
-        if curvature is None
-        else curvature.second_order(eta, slope.value),
+        delta_h2=second,
+        delta_h2_se=second_error,
         difference_se=difference,
+        trusted=ess_fraction >= max(truth.ess_warn, truth.ess_abort),
     )
+    return point, record.shared["influence"]

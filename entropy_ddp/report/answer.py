@@ -27,6 +27,8 @@ from entropy_ddp.report.words import (
 )
 
 Document = dict[str, Any]
+# `truth.ess_warn` where nothing else is set.
+DEFAULT_ESS_WARN = 0.5
 # Characters on both sides of the strongest token.
 CONTEXT = 24
 
@@ -107,6 +109,88 @@ def second_order(document: Document) -> str:
     if words.is_resolved(missed, error):
         return f"{begin} the truth by {with_error(missed, error)}."
     return f"{begin} nothing beyond the error of the difference, {number(error, 2)}."
+
+
+def is_trusted(point: dict[str, Any]) -> bool:
+    """Whether a step of a sweep has enough effective responses to speak of."""
+    # What a version did not write that had no such key is judged by the default.
+    return bool(point.get("trusted", point["ess_fraction"] >= DEFAULT_ESS_WARN))
+
+
+def reach(document: Document) -> tuple[str, str]:
+    """Up to which step size first order is seen to hold, or why that is not known.
+
+    Returns:
+        The sentence, and what of it stands above a figure.
+    """
+    summary = document["sweep_summary"]
+    points = [p for p in document["sweep"] if p["eta"] > 0 and is_trusted(p)]
+    floor = summary["noise_floor"]
+    told = [p for p in points if _stands_out(p, floor)]
+    agreement = summary.get("agreement")
+    # What another version let reach into points that are not trusted ends before them.
+    inside = [p for p in told if agreement and p["eta"] <= agreement[1]]
+    if inside:
+        last = max(inside, key=lambda p: p["eta"])
+        error = 2 * math.hypot(last["se"], floor) / abs(last["delta_h_true"])
+        low, high = min(p["eta"] for p in inside), last["eta"]
+        short = "First order and truth agree within two standard errors"
+        long = f"{short} of the truth from {number(low, 3)} to {number(high, 3)}"
+        return f"{long}, where these are {percent(error, 1)} of it", (
+            f"{short} up to {number(high, 2)}"
+        )
+    why = "First order and truth agree at no step size of the sweep"
+    if not points:
+        why = "No step size of the sweep has enough effective responses to be trusted"
+    elif not told:
+        why = "No measured change of the sweep stands out of its error"
+    return why, why
+
+
+def _stands_out(point: dict[str, Any], floor: float) -> bool:
+    return words.is_resolved(point["delta_h_true"], math.hypot(point["se"], floor))
+
+
+def sweep_sentences(document: Document) -> list[str]:
+    """What a sweep says, of the points that are trusted."""
+    summary, curvature = document["sweep_summary"], document.get("curvature", {})
+    told = [f"{reach(document)[0]}."]
+    left = [p["eta"] for p in document["sweep"] if not is_trusted(p)]
+    if left:
+        told.append(
+            f"{count(len(left), 'step size')} (from {number(min(map(abs, left)), 3)} on) "
+            "with too few effective responses: marked, and outside every statement."
+        )
+    if "exponent_se" in summary:
+        power = with_error(summary["exponent"], summary["exponent_se"], signed=False)
+        told.append(
+            f"The measured change grows as the learning rate to the power {power}; 1 is "
+            "what first order says."
+        )
+    if "eta_star_se" in curvature:
+        told.append(_edge(curvature))
+    told.append(
+        f"Changes below {number(summary['noise_floor'], 2)} are rounding noise."
+    )
+    for pair in summary.get("odd", [])[-1:]:
+        if "se" in pair:
+            half = with_error(pair["delta_h"], pair["se"])
+            told.append(
+                "Steps to both sides were measured; half their difference at "
+                f"{number(pair['eta'], 3)} is {half}."
+            )
+    return told
+
+
+def _edge(curvature: dict[str, Any]) -> str:
+    """eta*, where the curvature is known well enough to tell it."""
+    second, error = curvature["second_derivative"], curvature["se"]
+    if not words.is_resolved(second, error):
+        return (
+            "The edge of the linear regime, η*, is not resolved: the curvature is not."
+        )
+    edge = with_error(curvature["eta_star"], curvature["eta_star_se"], signed=False)
+    return f"The second order equals the first at η* = {edge}, the edge of the linear regime."
 
 
 def glances(subject: Subject) -> list[Glance]:

@@ -1,10 +1,11 @@
 """The tables of the page: every number of the files, rounded in view, whole on hover."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from entropy_ddp.names import short_name
-from entropy_ddp.report.answer import as_text
+from entropy_ddp.report.answer import as_text, is_trusted
 from entropy_ddp.report.figures.change import estimator_rows
 from entropy_ddp.report.view import Cell, Table, digits, in_context, words
 from entropy_ddp.report.words import (
@@ -124,22 +125,33 @@ def parameters(document: Document) -> Table:
 
 def sweep(document: Document) -> Table:
     """The points of a sweep."""
-    rows = [
-        [
-            digits(point["eta"]),
-            _pair(point["delta_h_true"], point["se"]),
-            _pair(point["delta_h1"], point["delta_h1_se"]),
-            digits(point.get("delta_h2"), signed=True),
-            digits(point["ess_fraction"]),
-        ]
-        for point in document["sweep"]
-    ]
+    floor = document["sweep_summary"]["noise_floor"]
+    rows = []
+    for point in document["sweep"]:
+        second = digits(None)
+        if "delta_h2_se" in point:
+            second = _pair(point["delta_h2"], point["delta_h2_se"])
+        share = digits(point["ess_fraction"])
+        if not is_trusted(point):
+            share = Cell(text=f"{share.text} ×", title=share.title, is_number=True)
+        rows.append(
+            [
+                digits(point["eta"]),
+                _pair(point["delta_h_true"], math.hypot(point["se"], floor)),
+                _pair(point["delta_h1"], point["delta_h1_se"]),
+                second,
+                share,
+            ]
+        )
     columns = ("learning rate", "measured", "first order", "second order", "ESS / N")
     return Table(
         title="The sweep as numbers",
         columns=columns,
         rows=rows,
-        caption=f"Changes in {UNITS[document['truth']['normalize']]}.",
+        caption=(
+            f"Changes in {UNITS[document['truth']['normalize']]}. ×: too few effective "
+            "responses, outside every statement."
+        ),
         folded=True,
     )
 

@@ -76,37 +76,17 @@ def _sweep(subject: Subject) -> Section:
     document = subject.document
     run = subject.run_with("sweep")
     assert run is not None
-    summary = document["sweep_summary"]
-    sentences = []
-    if "exponent" in summary:
-        power = f"{summary['exponent']:.3f}"
-        sentences.append(
-            f"The measured change grows as the learning rate to the power {power}; 1 is "
-            "what first order says."
-        )
-    edge = document.get("curvature", {}).get("eta_star")
-    if edge is not None:
-        sentences.append(
-            f"The second order equals the first at η* = {number(edge, 3)}, the edge of "
-            "the linear regime."
-        )
-    sentences.append(
-        f"Changes below {number(summary['noise_floor'], 2)} are rounding noise."
-    )
-    for pair in summary.get("odd", [])[-1:]:
-        sentences.append(
-            "Steps to both sides were measured; half their difference at "
-            f"{number(pair['eta'], 3)} is {number(pair['delta_h'], 4, signed=True)}."
-        )
     truth = run.config.truth
     figures = [sweep.sweep_change(document)]
-    if any(point["delta_h1"] for point in document["sweep"]):
+    if any(
+        point["delta_h1"] for point in document["sweep"] if answer.is_trusted(point)
+    ):
         figures.append(sweep.sweep_missed(document))
     figures.append(sweep.sweep_weights(document, truth.ess_warn, truth.ess_abort))
     return Section(
         id="sweep",
         title="How far the first order reaches",
-        lead=" ".join(sentences),
+        lead=" ".join(answer.sweep_sentences(document)),
         figures=figures,
         tables=(details.sweep(document),),
     )

@@ -1,7 +1,11 @@
 """A run's results in the terminal, by command: read, never recomputed."""
 
-from rich.console import Console
+import math
 
+from rich.console import Console
+from rich.text import Text
+
+from entropy_ddp.report.answer import is_trusted, sweep_sentences
 from entropy_ddp.results import Results
 from entropy_ddp.terminal.details import (
     audit_table,
@@ -52,34 +56,23 @@ def print_sweep(console: Console, results: Results, out: str | None) -> None:
         "ΔH second order",
         "ESS / N",
     )
-    for point in results.sweep:
-        second = "-" if point.delta_h2 is None else f"{point.delta_h2:+.4e}"
+    document = results.to_dict()
+    floor = results.sweep_summary.noise_floor
+    for point, row in zip(results.sweep, document["sweep"], strict=True):
+        second = "-"
+        if point.delta_h2 is not None and point.delta_h2_se is not None:
+            second = plus_minus(point.delta_h2, point.delta_h2_se)
+        mark = "" if is_trusted(row) else " ×"
         table.add_row(
             number(point.eta, 4),
-            plus_minus(point.delta_h_true, point.se),
+            plus_minus(point.delta_h_true, math.hypot(point.se, floor)),
             plus_minus(point.delta_h1, point.delta_h1_se),
             second,
-            f"{point.ess_fraction:.4g}",
+            f"{point.ess_fraction:.4g}{mark}",
         )
     table.columns[0].no_wrap = True
-    let_pairs_break(table, 1, 2)
+    let_pairs_break(table, 1, 2, 3)
     console.print(table)
-    summary = results.sweep_summary
-    lines = [f"noise floor of ΔH true: {number(summary.noise_floor, 3)}"]
-    if summary.exponent is not None:
-        lines.append(f"|ΔH true| grows as eta to the power {summary.exponent:.3f}")
-    if summary.agreement is None:
-        lines.append("first order and truth agree within two standard errors nowhere")
-    else:
-        low, high = (number(eta, 3) for eta in summary.agreement)
-        lines.append(
-            f"first order and truth agree within two standard errors from {low} to {high}"
-        )
-    if results.curvature is not None and results.curvature.eta_star is not None:
-        edge = number(results.curvature.eta_star, 3)
-        lines.append(f"edge of the linear regime, eta*: {edge}")
-    for pair in summary.odd or []:
-        odd = f"{pair['delta_h']:+.6e}"
-        lines.append(f"odd part at eta = {number(pair['eta'], 4)}: {odd}")
-    console.print("\n".join(lines))
+    for sentence in sweep_sentences(document):
+        console.print(Text(sentence))
     console.print(verdict_line(results, out))

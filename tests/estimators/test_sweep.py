@@ -11,6 +11,7 @@ from torch import Tensor
 from entropy_ddp.estimators.sweep import (
     SMALLEST_SHARE,
     SweepPoint,
+    SweepSummary,
     choose_grid,
     predicted_ess_fraction,
     summarise,
@@ -107,6 +108,7 @@ POINT = SweepPoint(
     delta_h1_se=1e-3,
     delta_h2=None,
     difference_se=1e-3,
+    trusted=True,
 )
 ETAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -115,28 +117,35 @@ def point(eta: float, change: float, **options: float) -> SweepPoint:
     return replace(POINT, eta=eta, delta_h_true=change, **options)
 
 
+def summary(points: list[SweepPoint], noise_floor: float = 0.0) -> SweepSummary:
+    """Of truths that three groups make, with noise that grows as they do."""
+    noise = torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64)
+    influences = {p.eta: p.delta_h_true * noise / 100 for p in points}
+    return summarise(points, noise_floor, influences)
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_exponent_of_a_power_law(power: float, sign: int) -> None:
     points = [point(eta, sign * 7 * eta**power) for eta in ETAS]
     for order in (points, points[::-1]):
-        found = summarise(order, noise_floor=0.0, ess_abort=0.1).exponent
+        found = summary(order).exponent
         assert found == pytest.approx(power, rel=RTOL)
 
 
 def test_exponent_is_of_trusted_points_above_the_noise() -> None:
     points = [point(eta, 7 * eta) for eta in ETAS[1:-1]]
-    points.append(point(ETAS[0], 0.5, ess_fraction=0.05))
+    points.append(point(ETAS[0], 0.5, trusted=False))
     points.append(point(ETAS[-1], 1e-6))
     points.append(point(-1.0, 123.0))
-    found = summarise(points, noise_floor=1e-6, ess_abort=0.1)
+    found = summary(points, 1e-6)
     assert found.exponent == pytest.approx(1.0, rel=RTOL)
     assert found.noise_floor == 1e-6
 
 
 def test_exponent_of_fewer_than_two_points_is_none() -> None:
     for points in ([], [point(1e-3, 1.0)], [point(1e-3, 1.0), point(-1e-3, 1.0)]):
-        assert summarise(points, noise_floor=0.0, ess_abort=0.1).exponent is None
+        assert summary(points).exponent is None
 
 
 def quadratic(eta: float, se: float = 2e-4) -> SweepPoint:
@@ -147,7 +156,7 @@ def quadratic(eta: float, se: float = 2e-4) -> SweepPoint:
 def test_agreement_ends_where_the_quadratic_term_is_two_errors() -> None:
     """40 eta^2 = 4e-4 at eta = 3.2e-3."""
     points = [quadratic(eta) for eta in ETAS]
-    found = summarise(points[::-1], noise_floor=0.0, ess_abort=0.1)
+    found = summary(points[::-1])
     assert found.agreement == [1e-4, 3e-3]
 
 
@@ -155,18 +164,43 @@ def test_agreement_is_a_run_from_the_smallest_rate_up() -> None:
     """A point that agrees beyond one that does not is a coincidence."""
     points = [quadratic(eta) for eta in ETAS]
     points[2] = point(ETAS[2], 9.0, delta_h1=5 * ETAS[2])
-    assert summarise(points, 0.0, 0.1).agreement == [1e-4, 3e-4]
+    assert summary(points).agreement == [1e-4, 3e-4]
     points[0] = point(ETAS[0], 9.0, delta_h1=5 * ETAS[0])
-    assert summarise(points, 0.0, 0.1).agreement is None
-    assert summarise([], 0.0, 0.1).agreement is None
+    assert summary(points).agreement is None
+    assert summary([]).agreement is None
 
 
 def test_agreement_passes_over_points_that_say_nothing() -> None:
     """Those in the noise, those without enough effective sequences."""
     points = [quadratic(eta) for eta in ETAS]
     points[0] = point(ETAS[0], 1e-9, delta_h1=1.0)
-    points[1] = point(ETAS[1], 9.0, delta_h1=1.0, ess_fraction=0.05)
-    assert summarise(points, 1e-8, 0.1).agreement == [1e-3, 3e-3]
+    points[1] = point(ETAS[1], 9.0, delta_h1=1.0, trusted=False)
+    assert summary(points, 1e-8).agreement == [1e-3, 3e-3]
+
+
+def test_what_is_not_trusted_ends_the_agreement() -> None:
+    """However well it agrees, and whatever agrees behind it."""
+    points = [quadratic(eta) for eta in ETAS]
+    points[2] = replace(points[2], trusted=False)
+    assert summary(points).agreement == [1e-4, 3e-4]
+    assert summary([replace(p, trusted=False) for p in points]).agreement is None
+    assert summary([replace(p, trusted=False) for p in points]).exponent is None
+
+
+def test_the_error_of_the_exponent_is_of_what_the_points_do_not_share() -> None:
+    """Noise in proportion drops out; what is left is that of a fit to the groups."""
+    points = [point(eta, 7 * eta) for eta in ETAS]
+    assert summary(points).exponent_se == pytest.approx(0.0, abs=1e-15)
+    generator = torch.Generator().manual_seed(3)
+    parts = torch.randn(5, 40, generator=generator, dtype=torch.float64) / 1e4
+    noise = {p.eta: p.delta_h_true * parts[i] for i, p in enumerate(points)}
+    found = summarise(points, 0.0, noise).exponent_se
+    # Each group's own exponent: its noise is small enough for a difference.
+    design = torch.tensor([[math.log(e), 1.0] for e in ETAS], dtype=torch.float64)
+    logs = torch.stack([(7 * e + noise[e]).log() for e in ETAS])
+    moved = torch.linalg.lstsq(design, logs).solution[0] - 1
+    spread = float((moved - moved.mean()).square().sum())
+    assert found == pytest.approx(math.sqrt(40 / 39 * spread), rel=1e-3)
 
 
 def test_odd_part_has_no_even_orders() -> None:
@@ -177,9 +211,10 @@ def test_odd_part_has_no_even_orders() -> None:
 
     points = [point(sign * eta, change(sign * eta)) for eta in ETAS for sign in (1, -1)]
     points.append(point(0.1, change(0.1)))
-    odd = summarise(points, noise_floor=0.0, ess_abort=0.1).odd
+    odd = summary(points).odd
     assert odd is not None
     assert [row["eta"] for row in odd] == list(ETAS)
+    assert all(row["se"] > 0 for row in odd)
     assert [row["delta_h"] for row in odd] == pytest.approx(
         [5 * eta - 300 * eta**3 for eta in ETAS], rel=RTOL
     )
@@ -187,4 +222,4 @@ def test_odd_part_has_no_even_orders() -> None:
 
 def test_odd_part_of_a_one_sided_sweep_is_none() -> None:
     points = [point(eta, eta) for eta in ETAS]
-    assert summarise(points, noise_floor=0.0, ess_abort=0.1).odd is None
+    assert summary(points).odd is None

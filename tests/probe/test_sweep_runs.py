@@ -225,8 +225,15 @@ def test_summary(case: Case) -> None:
     ]
     last = agreeing.index(False) if False in agreeing else len(etas)
     assert summary.get("agreement") == ([etas[0], etas[last - 1]] if last else None)
-    odd = [{"eta": e, "delta_h": (truth[e] - truth[-e]) / 2} for e in etas]
-    assert summary["odd"] == odd
+    odd = [(e, (truth[e] - truth[-e]) / 2) for e in etas]
+    assert [(row["eta"], row["delta_h"]) for row in summary["odd"]] == odd
+    errors = {row["eta"]: row["se"] for row in rows}
+    for row in summary["odd"]:
+        eta = row["eta"]
+        # Of two numbers that share their noise: at most the mean of both errors.
+        assert 0 < row["se"] <= (errors[eta] + errors[-eta]) / 2 * (1 + RTOL)
+    assert summary["exponent_se"] > 0
+    assert all(row["trusted"] and row["delta_h2_se"] > 0 for row in rows)
     assert summary["noise_floor"] < 1e-12
 
 

@@ -288,7 +288,7 @@ UNUSUAL: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
             "sweep_summary": {"noise_floor": 0.0},
         },
         {},
-        "agree at no step size",
+        "stands out of its error",
     ),
     "all in all": (
         {"truth.normalize": "sum", "linear.normalize": "sum"}, {}, "nats in all",

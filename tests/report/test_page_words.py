@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_directories import CURVATURE, DOCUMENT
+from run_directories import CURVATURE, DOCUMENT, sweep_part
 
 from entropy_ddp.report import answer
 from entropy_ddp.report.words import (
@@ -155,6 +155,47 @@ def test_what_the_second_order_misses(
     found["curvature"] = CURVATURE | {"delta_h2": second, "difference_se": paired}
     assert plain(answer.second_order(found)).endswith(said)
     assert answer.second_order(document()) == ""
+
+
+def swept(**changes: Any) -> dict[str, Any]:
+    """A document with a sweep, all of whose points have these values too."""
+    found = document() | sweep_part(-1)
+    found["sweep"] = [point | changes for point in found["sweep"]]
+    return found
+
+
+def test_what_a_sweep_says() -> None:
+    """Of trusted points that stand out of their errors, with the error that is left."""
+    said = plain(" ".join(answer.sweep_sentences(swept())))
+    assert said.startswith(
+        "First order and truth agree within two standard errors of the truth from 1 × "
+        "10⁻⁴ to 0.001, where these are 10 % of it. The measured change grows as the "
+        "learning rate to the power 0.9900 ± 0.0040; 1 is what first order says."
+    )
+    assert "η*" not in said
+    said = " ".join(answer.sweep_sentences(swept() | {"curvature": CURVATURE}))
+    assert "η* = 0.090 ± 0.034" in plain(said)
+    known = CURVATURE | {"se": 40.0}
+    said = " ".join(answer.sweep_sentences(swept() | {"curvature": known}))
+    assert "η*, is not resolved" in said and "0.09" not in said
+
+
+def test_a_sweep_says_nothing_of_what_is_not_trusted_or_not_seen() -> None:
+    """Few effective responses, or changes within their errors."""
+    told = answer.sweep_sentences(swept(trusted=False))
+    assert told[0] == (
+        "No step size of the sweep has enough effective responses to be trusted."
+    )
+    assert "3 step sizes" in told[1] and "outside every statement" in told[1]
+    assert answer.sweep_sentences(swept(se=1.0))[0] == (
+        "No measured change of the sweep stands out of its error."
+    )
+    # A range of agreement of another version that reached into such points.
+    found = swept()
+    found["sweep"][1] |= {"trusted": False}
+    assert answer.reach(found)[1].endswith(
+        "up to 1\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10⁻⁴"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
+from entropy_ddp.report.answer import is_trusted, reach
 from entropy_ddp.report.figures.canvas import (
     Figure,
     Palette,
@@ -12,7 +13,7 @@ from entropy_ddp.report.figures.canvas import (
     scale_ticks,
     sign_colour,
 )
-from entropy_ddp.report.words import AXIS_UNITS, number, percent
+from entropy_ddp.report.words import AXIS_UNITS, FIXED, is_resolved, with_error
 
 Document = dict[str, Any]
 
@@ -20,10 +21,6 @@ Document = dict[str, Any]
 def sweep_change(document: Document) -> Figure:
     """|change| against step size, measured and predicted, both signs; log-log."""
     points = sorted(document["sweep"], key=lambda point: point["eta"])
-    agreement = document["sweep_summary"].get("agreement")
-    title = "First order and truth agree at no step size of the sweep"
-    if agreement is not None:
-        title = f"First order holds up to a learning rate of {number(agreement[1], 2)}"
     mirrored = any(point["eta"] < 0 for point in points)
     caption = (
         "Dots are measured, with two standard errors: blue where the entropy falls, "
@@ -33,6 +30,8 @@ def sweep_change(document: Document) -> Figure:
     )
     if mirrored:
         caption += " Hollow dots are steps of the opposite direction."
+    if not all(map(is_trusted, points)):
+        caption += " Crosses have too few effective responses to be spoken of."
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
@@ -49,7 +48,11 @@ def sweep_change(document: Document) -> Figure:
         log_ticks(axes, "y")
 
     return Figure(
-        name="sweep-change", title=title, caption=caption, draw=draw, height=340
+        name="sweep-change",
+        title=reach(document)[1],
+        caption=caption,
+        draw=draw,
+        height=340,
     )
 
 
@@ -62,7 +65,8 @@ def _draw_point(axes: Axes, palette: Palette, point: dict[str, Any]) -> None:
     lowest = max(value - error, value / 10)
     axes.plot((eta, eta), (lowest, value + error), color=colour, linewidth=1.6)
     filled = colour if point["eta"] > 0 else "none"
-    axes.plot(eta, value, "o", color=colour, markerfacecolor=filled, markersize=6)
+    marker = "o" if is_trusted(point) else "x"
+    axes.plot(eta, value, marker, color=colour, markerfacecolor=filled, markersize=6)
 
 
 def _draw_lines(axes: Axes, palette: Palette, points: list[dict[str, Any]]) -> None:
@@ -114,10 +118,14 @@ def _note(
 
 def sweep_missed(document: Document) -> Figure:
     """What first order misses in percent of it against step size."""
-    points = [point for point in document["sweep"] if point["delta_h1"]]
+    points = [p for p in document["sweep"] if p["delta_h1"] and is_trusted(p)]
     points.sort(key=lambda point: abs(point["eta"]))
     largest = max(points, key=lambda point: point["eta"])
-    missed = abs(largest["delta_h_true"] / largest["delta_h1"] - 1)
+    distance, error = (abs(x) for x in _missed(largest, "delta_h_true"))
+    title = "At the largest step first order is off by no more than the error"
+    if is_resolved(distance, error):
+        off = with_error(distance, error, signed=False)
+        title = f"At the largest step first order is off by {off}{FIXED}%"
     mirrored = any(point["eta"] < 0 for point in points)
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
@@ -151,7 +159,7 @@ def sweep_missed(document: Document) -> Figure:
 
     return Figure(
         name="sweep-missed",
-        title=f"At the largest step first order is off by {percent(missed)}",
+        title=title,
         caption=(
             "How far the measured change lies from first order, in percent of it, with "
             "two standard errors of the difference. The dashed line is the second order: "
