@@ -105,7 +105,8 @@ ledger: $(RUN_STAMP) $(DEMO_COMPLETE) ## train the demo with a probe at every st
 
 $(REAL_TRAINED): | $(REAL_STAMP)
 	rm -rf $(REAL)/training $(REAL)/rollouts $(REAL)/ledger $(REAL)/trained-*
-	$(BIN)/python examples/real_model.py --out $(REAL) --size $(REAL_SIZE)
+	OMP_NUM_THREADS=$(NPROC) $(BIN)/python examples/real_model.py \
+	    --out $(REAL) --size $(REAL_SIZE)
 	$(RUN) sample --config configs/real.yaml --out $(REAL) --overwrite \
 	    --set batches.E.sample.num_prompts=$(REAL_PROMPTS_$(REAL_SIZE))
 	touch $@
@@ -117,7 +118,8 @@ real: $(REAL_STAMP) $(REAL_TRAINED) ## train and probe a model of 135 million pa
 	$(BIN)/python -m entropy_ddp check $(REAL_CONFIG)
 	$(RUN) probe $(REAL_CONFIG) --out runs/real --overwrite
 	$(RUN) sweep $(REAL_CONFIG) --out runs/real-sweep --overwrite
-	$(RUN) attribute --verify $(REAL_CONFIG) --out runs/real-attribute --overwrite
+	$(RUN) attribute --verify $(REAL_CONFIG) --out runs/real-attribute --overwrite \
+	    --set curvature.enabled=false
 	$(BIN)/python -m entropy_ddp ledger $(REAL)/ledger
 	$(BIN)/python -m entropy_ddp report runs/real runs/real-sweep runs/real-attribute
 
