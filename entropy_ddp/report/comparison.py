@@ -1,5 +1,6 @@
 """The page of several checkpoints of a training run, or of several settings of one."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from entropy_ddp.report.figures.progress import (
     change_by_step,
     entropy_by_step,
     falls_and_rises,
+    told_entropy,
 )
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.view import (
@@ -31,6 +33,8 @@ from entropy_ddp.report.words import (
     listed,
     number,
     percent,
+    percent_with_error,
+    shown_error,
     with_error,
 )
 
@@ -97,14 +101,20 @@ def _stage(subject: Subject, place: float, label: str) -> Stage:
     document = subject.document
     truth, linear = document["truth"], document["linear"]
     eta = document["update"]["learning_rate_used"]
+    checkpoint = subject.main.config.checkpoint
     return Stage(
         place=place,
         label=label,
+        checkpoint=str((checkpoint.path, checkpoint.adapter, checkpoint.base)),
         entropy=truth["H_orig"],
+        entropy_error=truth.get("H_orig_se"),
         truth=truth["delta_h_true"],
-        truth_error=truth["se"],
+        truth_error=shown_error(truth),
         linear=linear["delta_h1"],
         linear_error=abs(eta) * linear["se"],
+        missed_error=math.hypot(
+            linear["difference_se"], truth.get("noise_floor") or 0.0
+        ),
     )
 
 
@@ -177,10 +187,15 @@ def _headline(stages: Sequence[Stage], things: str) -> tuple[str, str, str]:
 
 def _lead(stages: Sequence[Stage], unit: str) -> str:
     first, last = stages[0], stages[-1]
-    return (
-        f"The entropy goes from {number(first.entropy)} ({first.label}) to "
-        f"{number(last.entropy)} {unit} ({last.label}). {_counted(stages)}"
-    )
+    ends = [f"{_entropy_of(stage)} {unit} ({stage.label})" for stage in (first, last)]
+    return f"{told_entropy(stages)}: from {' to '.join(ends)}. {_counted(stages)}"
+
+
+def _entropy_of(stage: Stage) -> str:
+    """H with its error; without one, to two digits."""
+    if stage.entropy_error is None:
+        return f"about {number(stage.entropy, 2)}"
+    return with_error(stage.entropy, stage.entropy_error, signed=False)
 
 
 def _counted(stages: Sequence[Stage]) -> str:
@@ -199,32 +214,42 @@ def _counted(stages: Sequence[Stage]) -> str:
 
 
 def _glances(stages: Sequence[Stage]) -> list[Glance]:
-    steepest = min(stages, key=lambda stage: stage.truth)
-    share = (
-        f" ({percent(steepest.truth / steepest.entropy)})" if steepest.entropy else ""
-    )
-    pairs = [stage for stage in stages if stage.is_resolved]
-    found = [
-        Glance(
-            question="Where does it fall most?"
-            if steepest.truth < 0
-            else "Lowest rise?",
+    resolved = [stage for stage in stages if stage.is_resolved]
+    falling = [stage for stage in resolved if stage.truth < 0]
+    steepest = min(falling, key=lambda stage: stage.truth, default=None)
+    if steepest is None:
+        where = Glance(
+            question="Where does it fall most?",
+            answer="Nowhere",
+            detail="No measured change is a fall beyond its error.",
+        )
+    else:
+        where = Glance(
+            question="Where does it fall most?",
             answer=steepest.label,
-            detail=with_error(steepest.truth, steepest.truth_error) + share + ".",
+            detail=f"{with_error(steepest.truth, steepest.truth_error)}"
+            f"{_of_entropy(steepest)}; others may lie within its error.",
         )
-    ]
-    if pairs:
-        agreeing = sum(
-            abs(stage.truth - stage.linear) <= 0.1 * abs(stage.truth) for stage in pairs
-        )
-        found.append(
-            Glance(
-                question="Does first order predict it?",
-                answer=f"Within {percent(0.1)} at {agreeing} of {len(pairs)}",
-                detail="Counted where the measured change stands out of its error.",
-            )
-        )
-    return found
+    if not resolved:
+        return [where]
+    agreeing = sum(
+        abs(stage.truth - stage.linear)
+        <= max(0.1 * abs(stage.truth), RESOLVED * stage.missed_error)
+        for stage in resolved
+    )
+    predicted = Glance(
+        question="Does first order predict it?",
+        answer=f"Within {percent(0.1)} or its error at {agreeing} of {len(resolved)}",
+        detail="Counted where the measured change stands out of its error.",
+    )
+    return [where, predicted]
+
+
+def _of_entropy(stage: Stage) -> str:
+    if not stage.entropy:
+        return ""
+    share, error = (x / stage.entropy for x in (stage.truth, stage.truth_error))
+    return f" ({percent_with_error(share, error)})"
 
 
 def _complaints(named: Sequence[tuple[str, Subject]]) -> list[Complaint]:
@@ -252,14 +277,16 @@ def _table(subjects: Sequence[Subject], stages: Sequence[Stage], unit: str) -> T
     for subject, stage in zip(subjects, stages, strict=True):
         share = Cell(text="–", is_number=True)
         if stage.entropy:
-            ratio = stage.truth / stage.entropy
+            ratio, error = (x / stage.entropy for x in (stage.truth, stage.truth_error))
             share = Cell(
-                text=percent(ratio, signed=True), title=repr(ratio), is_number=True
+                text=percent_with_error(ratio, error), title=repr(ratio), is_number=True
             )
         rows.append(
             [
                 text_cell(stage.label),
-                digits(stage.entropy),
+                Cell(
+                    text=_entropy_of(stage), title=repr(stage.entropy), is_number=True
+                ),
                 _pair(stage.truth, stage.truth_error),
                 share,
                 _pair(stage.linear, stage.linear_error),

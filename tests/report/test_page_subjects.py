@@ -1,6 +1,9 @@
 """Are runs of one step joined on one page, and all others compared or refused?"""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_directories import CURVATURE, sweep_part, write_run
@@ -166,7 +169,72 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
     assert (
         "".join(page.headline) == "One step lowers the entropy at 3 of 3 checkpoints."
     )
-    assert page.figures[0].title == "The entropy falls from 0.25 to 0.1"
+    assert page.figures[0].title == (
+        "The entropy falls by 0.1500\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0085"
+    )
+
+
+def entropies_told(tmp_path: Path, *runs: dict[str, Any]) -> tuple[str, str]:
+    """What the first figure and the lead say of two runs: H, its error, the folder."""
+    written = []
+    for place, run in enumerate(runs):
+        values = {f"truth.{key}": run[key] for key in ("H_orig", "H_orig_se")}
+        config = {
+            "checkpoint.path": run["path"],
+            "batches.E": {"file": f"{place}.jsonl"},
+        }
+        written.append(write_run(tmp_path / f"run{place}", values, config))
+    page = compare(*written)
+    return tuple(
+        text.replace("\N{NO-BREAK SPACE}", " ")
+        for text in (page.figures[0].title, page.lead)
+    )
+
+
+def test_runs_of_one_checkpoint_are_no_fall(tmp_path: Path) -> None:
+    """Two batches E: 1.583 and 1.526, whatever their order and their errors."""
+    runs = [
+        {"H_orig": H, "H_orig_se": 1e-4, "path": "out/checkpoint-9"}
+        for H in (1.583, 1.526)
+    ]
+    title, lead = entropies_told(tmp_path, *runs)
+    assert title == "The entropy of one checkpoint, by the responses of each run"
+    assert not re.search("falls|rises", title + lead.split(". ")[0])
+    assert "from 1.58300 ± 0.00010" in lead and "to 1.52600 ± 0.00010" in lead
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(0.01, "falls by 0.057 ± 0.014"), (0.05, "too little to tell from zero")],
+)
+def test_a_fall_is_one_beyond_the_error_of_both(
+    tmp_path: Path, error: float, said: str
+) -> None:
+    """Of two checkpoints on responses of their own: errors add up in squares."""
+    runs = [
+        {"H_orig": H, "H_orig_se": error, "path": f"out/checkpoint-{step}"}
+        for step, H in ((10, 1.583), (20, 1.526))
+    ]
+    title, lead = entropies_told(tmp_path, *runs)
+    assert said in title and said in lead
+
+
+def test_runs_that_recorded_no_error_of_the_entropy_claim_nothing(
+    tmp_path: Path,
+) -> None:
+    """As of a version that had none."""
+    runs = []
+    for step in (10, 20):
+        run = write_run(
+            tmp_path / f"run{step}", None, {"checkpoint.path": f"checkpoint-{step}"}
+        )
+        document = json.loads((run / "results.json").read_text())
+        for key in ("H_orig_se", "H_upd_se", "noise_floor"):
+            del document["truth"][key]
+        (run / "results.json").write_text(json.dumps(document))
+        runs.append(run)
+    page = compare(*runs)
+    assert "did not record" in page.figures[0].title
 
 
 def test_what_several_checkpoints_complain_of_is_said_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Several checkpoints of a training run side by side."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from entropy_ddp.report.figures.canvas import (
     unit_label,
     whole_ticks,
 )
-from entropy_ddp.report.words import RESOLVED, is_resolved
+from entropy_ddp.report.words import RESOLVED, is_resolved, with_error
 
 MOST_TICKS = 10
 
@@ -27,18 +28,24 @@ class Stage:
     Attributes:
         place: its training step, or its number in the given order.
         label: how it is called.
-        entropy: H before the step.
+        checkpoint: the weights it is of.
+        entropy, entropy_error: H before the step and its standard error, which old runs
+            did not record: None.
         truth, truth_error: the measured change and its standard error.
         linear, linear_error: the predicted one.
+        missed_error: standard error of their difference.
     """
 
     place: float
     label: str
+    checkpoint: str
     entropy: float
+    entropy_error: float | None
     truth: float
     truth_error: float
     linear: float
     linear_error: float
+    missed_error: float
 
     @property
     def is_resolved(self) -> bool:
@@ -46,27 +53,52 @@ class Stage:
         return is_resolved(self.truth, self.truth_error)
 
 
+def told_entropy(stages: Sequence[Stage]) -> str:
+    """How the entropy of the last compares with that of the first.
+
+    The two are of different responses: sqrt(se^2 + se^2) is the error of their
+    difference, and more than that where runs share a file of E. Runs of one checkpoint
+    have one entropy, which each measures by its own responses: no fall and no rise.
+    """
+    first, last = stages[0], stages[-1]
+    if first.entropy_error is None or last.entropy_error is None:
+        return "The entropy of each, whose error these runs did not record"
+    change = last.entropy - first.entropy
+    error = math.hypot(first.entropy_error, last.entropy_error)
+    if len({stage.checkpoint for stage in stages}) == 1:
+        return "The entropy of one checkpoint, by the responses of each run"
+    if not is_resolved(change, error):
+        pair = with_error(change, error)
+        return f"The entropy changes by {pair}: too little to tell from zero"
+    verb = "falls" if change < 0 else "rises"
+    return f"The entropy {verb} by {with_error(abs(change), error, signed=False)}"
+
+
 def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
     """Entropy of each checkpoint."""
-    first, last = stages[0].entropy, stages[-1].entropy
-    verb = "falls" if last < first else "rises" if last > first else "stays"
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
         places = [stage.place for stage in stages]
         values = [stage.entropy for stage in stages]
-        axes.plot(places, values, "o-", color=palette.ink, markersize=6, linewidth=1.4)
-        axes.set_ylim(0, 1.1 * max(values) or 1)
+        errors = [2 * (stage.entropy_error or 0.0) for stage in stages]
+        axes.errorbar(
+            places, values, errors, fmt="o-" if by_step else "o", color=palette.ink,
+            markersize=6, linewidth=1.4,
+        )  # fmt: skip
+        highest = max(value + error for value, error in zip(values, errors))
+        axes.set_ylim(0, 1.1 * highest or 1)
         axes.set_ylabel(f"entropy H [{unit}]")
         scale_ticks(axes, "y", 0)
         label_stages(axes, stages, by_step)
 
     return Figure(
         name="entropy-by-step",
-        title=f"The entropy {verb} from {first:.4g} to {last:.4g}",
+        title=told_entropy(stages),
         caption=(
             "Entropy of every checkpoint on its own batch E, before the step that is "
-            "probed. The axis begins at 0: what is left of the entropy is seen."
+            "probed, with two standard errors. The axis begins at 0: what is left of the "
+            "entropy is seen."
         ),
         draw=draw,
     )
