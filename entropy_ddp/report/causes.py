@@ -16,13 +16,15 @@ from entropy_ddp.report.figures.causes import (
 from entropy_ddp.report.figures.progress import Stage
 from entropy_ddp.report.kinds import KINDS, SharesByKind
 from entropy_ddp.report.subjects import Subject
-from entropy_ddp.report.view import Cell, Glance, Section, Table, digits, words
+from entropy_ddp.report.view import Cell, Glance, Section, Table, digits, given_e, words
 from entropy_ddp.report.words import (
     AXIS_UNITS,
+    GIVEN_E,
     UNITS,
     count,
     listed,
-    number,
+    relative_error,
+    supported,
     with_error,
 )
 
@@ -77,6 +79,16 @@ class Causes:
             found += f" with an attribution (of {self.num_runs})"
         return found
 
+    @property
+    def linear_error(self) -> float:
+        """Standard error of the summed first-order change; each has its own E."""
+        return math.hypot(*(stage.linear_error for stage in self.stages))
+
+    @property
+    def truth_error(self) -> float:
+        """The same of the summed measured change."""
+        return math.hypot(*(stage.truth_error for stage in self.stages))
+
     def part(self, name: str) -> list[float]:
         """A part of the first-order change at every checkpoint."""
         return [d["attribution"][PARTS[name]] for d in self.documents]
@@ -124,10 +136,12 @@ def sections(causes: Causes) -> list[Section]:
     moved = Section(
         id="attribution",
         title="Who moved the entropy",
-        lead=" ".join([kinds.sentence(total, causes.unit), *_scope(causes)]),
+        lead=" ".join(
+            [kinds.sentence(total, causes.unit, causes.linear_error), *_scope(causes)]
+        ),
         figures=(_parts(causes), _kinds(causes, total)),
         tables=(
-            kinds.table(total, causes.unit, f"the {causes.scope}"),
+            kinds.table(total, causes.unit, f"the {causes.scope}", causes.linear_error),
             _top_tokens(causes),
             _parts_by_step(causes),
         ),
@@ -140,10 +154,9 @@ def _what_if(causes: Causes, rules: Sequence[str]) -> Section:
     best = _best(causes, rules)
     sums = _sums(causes, rules)
     unit = AXIS_UNITS[causes.normalize]
-    whole, left = (_value(sums[rule]) for rule in (NOTHING, best))
+    whole, left = (_told(causes, sums, rule) for rule in (NOTHING, best))
     lead = f"Summed over the {causes.scope}, the change is "
-    lead += f"{number(whole, 3, signed=True)} {causes.unit}, and without {best} it is "
-    lead += f"{number(left, 3, signed=True)}. "
+    lead += f"{whole} {causes.unit}, and without {best} it is {left}. "
     return Section(
         id="what-if",
         title="What if some tokens were left out",
@@ -163,7 +176,7 @@ def glance(causes: Causes) -> Glance:
     return Glance(
         question="What in the gradient did it?",
         answer=answer,
-        detail=f"{kinds.sentence(total, causes.unit)} Summed over the {causes.scope}.",
+        detail=f"{kinds.sentence(total, causes.unit, causes.linear_error)} Summed over the {causes.scope}.",
     )
 
 
@@ -174,9 +187,9 @@ def _sum(values: Sequence[float]) -> float:
 def _scope(causes: Causes) -> list[str]:
     """What the sums are, and what they are not."""
     sums = {name: _sum(causes.part(name)) for name in PARTS}
-    total = _sum(list(sums.values()))
+    total, error = _sum(list(sums.values())), causes.linear_error
     told = [
-        f"{name} {number(value, 3, signed=True)}"
+        f"{name} {supported(value, error, 3, signed=True)}"
         for name, value in sums.items()
         if value
     ]
@@ -184,8 +197,8 @@ def _scope(causes: Causes) -> list[str]:
     said = [f"All sums are over the {causes.scope}{limits}."]
     if told:
         said.append(
-            f"First order adds up to {number(total, 3, signed=True)} {causes.unit}: "
-            f"{listed(told)}."
+            f"First order adds up to {with_error(total, error)} {causes.unit}: "
+            f"{listed(told)}. {GIVEN_E}"
         )
     return said
 
@@ -193,10 +206,12 @@ def _scope(causes: Causes) -> list[str]:
 def _parts(causes: Causes) -> Any:
     parts = {name: causes.part(name) for name in PARTS}
     downs = sum(value < 0 for value in parts["gradient of U"])
-    title = f"The gradient of U lowers the entropy at {downs} of {len(causes.stages)}"
+    title = f"The gradient of U has a negative part at {downs} of {len(causes.stages)}"
     if 2 * downs < len(causes.stages):
         ups = sum(value > 0 for value in parts["gradient of U"])
-        title = f"The gradient of U raises the entropy at {ups} of {len(causes.stages)}"
+        title = (
+            f"The gradient of U has a positive part at {ups} of {len(causes.stages)}"
+        )
     unit = AXIS_UNITS[causes.normalize]
     return parts_by_step(causes.stages, parts, causes.by_step, unit, title)
 
@@ -226,6 +241,7 @@ def _top_tokens(causes: Causes) -> Table:
         "The tokens that matter most, of all runs",
         [token for token, _ in pairs],
         causes.unit,
+        max(map(relative_error, causes.documents)),
         [label for _, label in pairs],
     )
 
@@ -260,26 +276,42 @@ def _sums(
     return sums
 
 
-def _value(pair: tuple[float, float | None]) -> float:
+def _told(
+    causes: Causes, sums: dict[str, tuple[float, float | None]], rule: str
+) -> str:
     """The measured change where there is one, otherwise the predicted one."""
-    linear, truth = pair
-    return linear if truth is None else truth
+    linear, truth = sums[rule]
+    if truth is not None:
+        return with_error(truth, _sum_error(causes, rule))
+    if rule == NOTHING:
+        return with_error(linear, causes.linear_error)
+    return supported(linear, causes.linear_error, 3, signed=True)
+
+
+def _sum_error(causes: Causes, rule: str) -> float:
+    """Standard error of the summed measured change without a rule's tokens."""
+    if rule == NOTHING:
+        return causes.truth_error
+    return math.hypot(*_changes(causes, rule, "se"))
 
 
 def _best_by_step(causes: Causes, rule: str) -> Any:
-    before = [(stage.linear, 0.0) for stage in causes.stages]
+    before = [(stage.linear, stage.linear_error) for stage in causes.stages]
     after = [(value, 0.0) for value in _changes(causes, rule, "delta_h1")]
-    if _is_verified(causes, causes.rules()):
+    verified = _is_verified(causes, causes.rules())
+    if verified:
         before = [(stage.truth, stage.truth_error) for stage in causes.stages]
         errors = _changes(causes, rule, "se")
         after = list(zip(_changes(causes, rule, "delta_h_true"), errors, strict=True))
-    raised = sum(b[0] < a[0] for b, a in zip(before, after, strict=True))
+    pairs = list(zip(before, after, strict=True))
+    raised = sum(b[0] < a[0] for b, a in pairs)
     return what_if_by_step(
         causes.stages,
         {NOTHING: before, f"without {rule}": after},
         causes.by_step,
         AXIS_UNITS[causes.normalize],
         f"Without {rule} it is higher at {raised} of {len(before)}",
+        verified,
     )
 
 
@@ -290,8 +322,11 @@ def _rules(causes: Causes, sums: dict[str, tuple[float, float | None]]) -> Table
         left_out = 0
         if rule != NOTHING:
             left_out = sum(map(int, _changes(causes, rule, "num_tokens")))
-        row = [words(rule), digits(left_out), digits(linear, 3, signed=True)]
-        rows.append(row + [digits(truth, 3, signed=True)] * verified)
+        first = given_e(linear, causes.linear_error)
+        row = [words(rule), digits(left_out), first]
+        if truth is not None:
+            row.append(_pair(truth, _sum_error(causes, rule)))
+        rows.append(row)
     columns = ["left out", "tokens", "first order"] + ["step taken"] * verified
     return Table(
         title="All rules as numbers",
@@ -311,7 +346,8 @@ def _rules_by_step(causes: Causes, rules: Sequence[str]) -> Table:
     rows = [[words("nothing"), *(_whole(stage, verified) for stage in causes.stages)]]
     for rule in rules:
         found = [causes.row(place, rule) for place in range(len(causes.stages))]
-        rows.append([words(rule), *(_left(row, verified) for row in found)])
+        pairs = zip(found, causes.stages, strict=True)
+        rows.append([words(rule), *(_left(row, s, verified) for row, s in pairs)])
     how = "steps really taken and measured" if verified else "first order"
     return Table(
         title="What if, at each checkpoint",
@@ -325,13 +361,13 @@ def _rules_by_step(causes: Causes, rules: Sequence[str]) -> Table:
 def _whole(stage: Stage, verified: bool) -> Cell:
     if verified:
         return _pair(stage.truth, stage.truth_error)
-    return digits(stage.linear, 3, signed=True)
+    return _pair(stage.linear, stage.linear_error)
 
 
-def _left(row: dict[str, Any], verified: bool) -> Cell:
+def _left(row: dict[str, Any], stage: Stage, verified: bool) -> Cell:
     if verified:
         return _pair(row["delta_h_true"], row["se"])
-    return digits(row["delta_h1"], 3, signed=True)
+    return given_e(row["delta_h1"], stage.linear_error)
 
 
 def _pair(value: float, error: float) -> Cell:
@@ -347,11 +383,14 @@ def _parts_by_step(causes: Causes) -> Table:
     for place, stage in enumerate(causes.stages):
         values = [causes.part(name)[place] for name in PARTS]
         values += [causes.by_kind[place].sums[kind].share for kind in present]
-        rows.append([words(stage.label), *(digits(v, 3, signed=True) for v in values)])
+        cells = (given_e(value, stage.linear_error) for value in values)
+        rows.append([words(stage.label), *cells])
     return Table(
         title="Parts and shares, at each checkpoint",
         columns=["run", *PARTS, *map(kinds.unbroken, present)],
         rows=rows,
-        caption=f"In {causes.unit}; the kinds of tokens add up to the gradient of U.",
+        caption=(
+            f"In {causes.unit}; the kinds of tokens add up to the gradient of U. {GIVEN_E}"
+        ),
         folded=True,
     )

@@ -7,10 +7,13 @@ from typing import Any
 from entropy_ddp.names import short_name
 from entropy_ddp.report.answer import as_text, is_trusted
 from entropy_ddp.report.figures.change import estimator_rows
-from entropy_ddp.report.view import Cell, Table, digits, in_context, words
+from entropy_ddp.report.view import Cell, Table, digits, given_e, in_context, words
 from entropy_ddp.report.words import (
+    GIVEN_E,
     UNITS,
+    linear_error,
     percent,
+    relative_error,
     typeset,
     with_error,
 )
@@ -54,9 +57,12 @@ def change(document: Document) -> Table:
     eta = document["update"]["learning_rate_used"]
     numbers = {
         "entropy before": truth["H_orig"],
+        "its standard error, of another E": truth.get("H_orig_se"),
         "entropy after": truth["H_upd"],
+        "its standard error too": truth.get("H_upd_se"),
         "measured change": truth["delta_h_true"],
         "its standard error": truth["se"],
+        "rounding in it": truth.get("noise_floor"),
         "first-order change": linear["delta_h1"],
         "its standard error, given the step": abs(eta) * linear["se"],
         "standard error of their difference": linear["difference_se"],
@@ -95,7 +101,9 @@ def step(document: Document) -> Table:
     pairs["second derivative"] = curvature.get("second_derivative")
     pairs["its error, jackknife"] = curvature.get("se")
     pairs["change, second order"] = curvature.get("delta_h2")
+    pairs["standard error of that"] = curvature.get("delta_h2_se")
     pairs["η*, where both orders are equal"] = curvature.get("eta_star")
+    pairs["standard error of η*"] = curvature.get("eta_star_se")
     rows = [
         [words(name), digits(value, 5)]
         for name, value in pairs.items()
@@ -191,11 +199,16 @@ def top_tokens(document: Document) -> Table:
         "The tokens that matter most",
         document["attribution"]["top_tokens"],
         UNITS[document["linear"]["normalize"]],
+        relative_error(document),
     )
 
 
 def token_table(
-    title: str, tokens: list[dict[str, Any]], unit: str, runs: Sequence[str] = ()
+    title: str,
+    tokens: list[dict[str, Any]],
+    unit: str,
+    relative: float,
+    runs: Sequence[str] = (),
 ) -> Table:
     """Tokens in their context.
 
@@ -203,9 +216,10 @@ def token_table(
         title: what they are.
         tokens: rows of `attribution.top_tokens`.
         unit: of shares.
+        relative: error of the first-order change over its size.
         runs: names the run that each is of; empty if there is only one.
     """
-    rows = [_token_cells(token) for token in tokens]
+    rows = [_token_cells(token, relative) for token in tokens]
     columns = [
         "share", "token in its context", "log p", "entropy", "advantage",
         "line of U", "position",
@@ -218,13 +232,14 @@ def token_table(
         columns=columns,
         rows=rows,
         caption=(
-            f"Shares in {unit}; a negative one lowers the entropy. An improbable token that is rewarded "
-            "lowers it where the policy was sure of another, and raises it otherwise."
+            f"Shares in {unit}; a negative one lowers the entropy. An improbable token "
+            "that is rewarded lowers it where the policy was sure of another, and raises it otherwise. "
+            f"{GIVEN_E}"
         ),
     )
 
 
-def _token_cells(row: dict[str, Any]) -> list[Cell]:
+def _token_cells(row: dict[str, Any], relative: float) -> list[Cell]:
     return [
         digits(row["share"], 3, signed=True),
         in_context(row["share"], row.get("context", ("", "–", ""))),
@@ -265,22 +280,23 @@ def proxies(document: Document) -> Table:
 def what_if(document: Document) -> Table:
     """The what-if rules as numbers."""
     found = document["attribution"]["what_if"]
+    error, floor = linear_error(document), document["truth"].get("noise_floor") or 0.0
     verified = any("delta_h_true" in row for row in found)
     rows = []
     for row in found:
         cells = [
             words(row["rule"]), digits(row["num_tokens"]),
-            digits(row["delta_h1"], signed=True),
+            given_e(row["delta_h1"], error),
         ]  # fmt: skip
         if verified:
-            cells.append(_pair(row["delta_h_true"], row["se"]))
+            cells.append(_pair(row["delta_h_true"], math.hypot(row["se"], floor)))
         rows.append(cells)
     columns = ["left out", "tokens", "first order"] + ["step taken"] * verified
     return Table(
         title="What if, as numbers",
         columns=columns,
         rows=rows,
-        caption=f"Changes in {UNITS[document['linear']['normalize']]}.",
+        caption=f"Changes in {UNITS[document['linear']['normalize']]}. {GIVEN_E}",
         folded=True,
     )
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_ddp.report.view import Cell, Table, digits, words
-from entropy_ddp.report.words import FIXED, number, percent
+from entropy_ddp.report.view import Cell, Table, digits, given_e, words
+from entropy_ddp.report.words import FIXED, GIVEN_E, RESOLVED, percent, supported
 
 # Below this log p a token is one that the policy held for less likely than not.
 IMPROBABLE = math.log(0.5)
@@ -87,8 +87,14 @@ def unbroken(kind: str) -> str:
     return re.sub(r" ([<≥=]) ", rf"{FIXED}\1{FIXED}", kind)
 
 
-def sentence(found: SharesByKind, unit: str) -> str:
-    """What the leading kind is of the tokens, and of the gradient's part."""
+def sentence(found: SharesByKind, unit: str, error: float) -> str:
+    """What the leading kind is of the tokens, and of the gradient's part.
+
+    Args:
+        found: the sums.
+        unit: of shares.
+        error: standard error of the first-order change that they are part of.
+    """
     total = found.share
     if not total:
         return "The shares of U's tokens add up to nothing."
@@ -98,25 +104,30 @@ def sentence(found: SharesByKind, unit: str) -> str:
     begin = f"{tokens[0].upper()}{tokens[1:]} are "
     begin += f"{percent(part.num_tokens / found.num_tokens)} of U's tokens and "
     ratio = part.share / total
-    if ratio <= 1:
+    if ratio <= 1 and abs(total) >= RESOLVED * error:
         others = ", all others together the rest" if ratio < 1 else ""
-        return f"{begin}make {percent(ratio)} of the gradient's part{others}."
-    # More than all of it: a percentage would hide that others take it back.
-    return (
-        f"{begin}would alone move the entropy by {number(part.share, 3, signed=True)} "
-        f"{unit}; the others take {number(abs(total - part.share), 3)} of it back."
-    )
+        share = supported(100 * ratio, 100 * error / abs(total), 2)
+        return f"{begin}make {share}{FIXED}% of the gradient's part{others}."
+    # More than all of it, or of what may be nothing: a percentage would hide that.
+    alone = supported(part.share, error, 3, signed=True)
+    begin += f"would alone move the entropy by {alone} {unit}; the others "
+    if ratio <= 1:
+        rest = supported(total - part.share, error, 3, signed=True)
+        return f"{begin}by {rest}, all on this E: the whole is within its error."
+    return f"{begin}take {supported(abs(total - part.share), error, 3)} of it back."
 
 
-def table(found: SharesByKind, unit: str, summed_over: str) -> Table:
+def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Table:
     """All kinds as numbers.
 
     Args:
         found: the sums.
         unit: of shares.
         summed_over: over what they are taken.
+        error: standard error of the first-order change that they are part of.
     """
     total = found.share
+    told = abs(total) >= RESOLVED * error
     rows = []
     for kind, part in found.sums.items():
         if part.num_tokens:
@@ -126,13 +137,13 @@ def table(found: SharesByKind, unit: str, summed_over: str) -> Table:
             rows.append(
                 [
                     words(unbroken(kind)), digits(part.num_tokens), _share(of_all),
-                    digits(part.share, 3, signed=True), _share(of_total),
+                    given_e(part.share, error), _share(of_total, told),
                 ]
             )  # fmt: skip
     rows.append(
         [
             words("all"), digits(found.num_tokens), _share(1.0),
-            digits(total, 3, signed=True), _share(1.0 if total else None),
+            given_e(total, error), _share(1.0 if total else None),
         ]
     )  # fmt: skip
     return Table(
@@ -141,11 +152,15 @@ def table(found: SharesByKind, unit: str, summed_over: str) -> Table:
             "tokens", "number", "of all", f"share, {unit}", "of the gradient's part",
         ),
         rows=rows,
-        caption=f"Summed over {summed_over}. A negative share lowers the entropy.",
+        caption=(
+            f"Summed over {summed_over}. A negative share lowers the entropy. {GIVEN_E}"
+        ),
     )  # fmt: skip
 
 
-def _share(value: float | None) -> Cell:
+def _share(value: float | None, told: bool = True) -> Cell:
+    """A share; of a whole that is within its error it is seen on hover only."""
     if value is None:
         return Cell(text="–", is_number=True)
-    return Cell(text=percent(value), title=repr(value), is_number=True)
+    text = percent(value) if told else "–"
+    return Cell(text=text, title=repr(value), is_number=True)

@@ -8,7 +8,7 @@ from entropy_ddp.report.files import Columns
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.token_text import read_tokens, token_texts
 from entropy_ddp.report.view import Listing, Page, Section
-from entropy_ddp.report.words import UNITS, number, percent
+from entropy_ddp.report.words import UNITS, linear_error, number, percent
 
 Document = dict[str, Any]
 
@@ -153,10 +153,10 @@ def _attribution(subject: Subject) -> Section:
     )
     tables = []
     if moved:
-        unit = UNITS[normalize]
-        lead = f"{lead} {kinds.sentence(tokens.by_kind, unit)}"
+        unit, error = UNITS[normalize], linear_error(document)
+        lead = f"{lead} {kinds.sentence(tokens.by_kind, unit, error)}"
         tables = [
-            kinds.table(tokens.by_kind, unit, "the tokens of U"),
+            kinds.table(tokens.by_kind, unit, "the tokens of U", error),
             details.top_tokens(document),
             details.proxies(document),
         ]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.report.words import around, exact, number, visible
+from entropy_ddp.report.words import around, exact, number, supported, visible
 
 if TYPE_CHECKING:
     # Words and tables need no library for figures.
@@ -66,6 +66,18 @@ def in_context(share: float, pieces: Sequence[str], most: int = CONTEXT) -> Cell
     sign = "cold" if share < 0 else "warm"
     marked = (before, visible(token), after)
     return Cell(text="", marked=marked, sign=sign, is_long=bool(before + after))
+
+
+def given_e(value: float, error: float) -> Cell:
+    """A cell of a number without an error of its own, whole on hover.
+
+    Args:
+        value: the number.
+        error: what its last digit is taken from.
+    """
+    return Cell(
+        text=supported(value, error, 3, signed=True), title=exact(value), is_number=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,25 @@ def shown_error(truth: Mapping[str, Any]) -> float:
     return math.hypot(truth["se"], truth.get("noise_floor") or 0.0)
 
 
+# What stands beside parts and shares.
+GIVEN_E = (
+    "Parts and shares are of this E and have no error of their own: they are shown with "
+    "the digits that the error of the first-order change leaves."
+)
+
+
+def linear_error(document: Mapping[str, Any]) -> float:
+    """Standard error of the first-order change."""
+    eta = document["update"]["learning_rate_used"]
+    return abs(eta) * float(document["linear"]["se"])
+
+
+def relative_error(document: Mapping[str, Any]) -> float:
+    """The same over the size of the change; what is not known at all is 1."""
+    change = abs(document["linear"]["delta_h1"])
+    return min(1.0, linear_error(document) / change) if change else 1.0
+
+
 def supported(
     value: float, error: float, most: int = 4, *, signed: bool = False
 ) -> str:

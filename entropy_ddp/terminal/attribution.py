@@ -1,5 +1,6 @@
 """The attribution of a change to the update batch, as tables in the terminal."""
 
+import math
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -8,7 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_ddp.estimators.attribution import TOP_SHARES
-from entropy_ddp.report.words import name_of_kind, title_of_kinds
+from entropy_ddp.report.words import (
+    GIVEN_E,
+    is_resolved,
+    linear_error,
+    name_of_kind,
+    relative_error,
+    title_of_kinds,
+)
 from entropy_ddp.results import AttributionResult, Results
 from entropy_ddp.terminal.details import WIDTH_OF_TWO_HALVES
 from entropy_ddp.terminal.heading import print_heading, verdict_line
@@ -18,6 +26,7 @@ from entropy_ddp.terminal.tables import (
     new_table,
     number,
     plus_minus,
+    supported,
 )
 
 
@@ -32,14 +41,17 @@ def print_shares(console: Console, results: Results) -> None:
     """The attribution alone."""
     found = results.attribution
     assert found is not None
-    console.print(_parts(found))
-    console.print(_top_tokens(found, console.width))
-    console.print(_summaries(found, console.width))
+    document = results.to_dict()
+    error, relative = linear_error(document), relative_error(document)
+    console.print(_parts(found, error))
+    console.print(_top_tokens(found, console.width, relative))
+    console.print(_summaries(found, console.width, error))
     console.print(_proxies(found))
-    console.print(_what_if(found))
+    console.print(_what_if(found, error, results.truth.noise_floor or 0.0))
 
 
-def _parts(found: AttributionResult) -> Table:
+def _parts(found: AttributionResult, error: float) -> Table:
+    """The parts of the change; `error` is that of their sum."""
     table = new_table(
         "ΔH first order by part of the step",
         "part",
@@ -47,7 +59,7 @@ def _parts(found: AttributionResult) -> Table:
         "of the total",
         caption=(
             f"attribution gap {number(found.attribution_gap, 3)}; half of the sum of "
-            f"|share| is in {found.concentration:.1%} of U's tokens"
+            f"|share| is in {found.concentration:.1%} of U's tokens. {GIVEN_E}"
         ),
     )
     parts = {
@@ -57,13 +69,18 @@ def _parts(found: AttributionResult) -> Table:
         "total": found.total,
     }
     for name, value in parts.items():
-        # + 0.0: a part of zero has no sign.
-        share = f"{value / found.total + 0.0:+.1%}" if found.total else "-"
-        table.add_row(name, number(value, 11), share)
+        share = "-"
+        if is_resolved(found.total, error):
+            # + 0.0: a part of zero has no sign.
+            share = f"{value / found.total + 0.0:+.0%}"
+        shown = supported(value, error)
+        if name == "total":
+            shown = plus_minus(value, error)
+        table.add_row(name, shown, share)
     return table
 
 
-def _top_tokens(found: AttributionResult, width: int) -> Table:
+def _top_tokens(found: AttributionResult, width: int, relative: float) -> Table:
     columns = ("share, nats", "log p", "A", "line", "k", "token in its context")
     table = new_table(f"The {len(found.top_tokens)} tokens that matter most", *columns)
     shares, *_, contexts = table.columns
@@ -71,7 +88,7 @@ def _top_tokens(found: AttributionResult, width: int) -> Table:
     contexts.justify = "left"
     numbers = [
         (
-            f"{row['share']:+.3e}",
+            supported(row["share"], relative * abs(row["share"])),
             f"{row['logp']:.3f}",
             f"{row['advantage']:+.3f}",
             str(row["index"] + 1),
@@ -89,9 +106,9 @@ def _top_tokens(found: AttributionResult, width: int) -> Table:
     return table
 
 
-def _summaries(found: AttributionResult, width: int) -> Table:
+def _summaries(found: AttributionResult, width: int, error: float) -> Table:
     """Sums of shares by several kinds; in a wide terminal in two halves."""
-    kinds = [_summary_rows(name, rows) for name, rows in found.summaries.items()]
+    kinds = [_summary_rows(name, rows, error) for name, rows in found.summaries.items()]
     columns = ("kind", "nats", "tokens")
     if width < WIDTH_OF_TWO_HALVES or len(kinds) < 2:
         table = new_table("Shares summed by kind of token", *columns)
@@ -107,11 +124,13 @@ def _summaries(found: AttributionResult, width: int) -> Table:
     return table
 
 
-def _summary_rows(name: str, rows: list[Any]) -> list[tuple[str | Text, str, str]]:
+def _summary_rows(
+    name: str, rows: list[Any], error: float
+) -> list[tuple[str | Text, str, str]]:
     kinds: list[tuple[str | Text, str, str]] = [
         (
             f"  {name_of_kind(name, row['label'])}",
-            f"{row['share']:+.4e}",
+            supported(row["share"], error),
             f"{row['num_tokens']:,}",
         )
         for row in rows
@@ -141,17 +160,17 @@ def _proxies(found: AttributionResult) -> Table:
         correlation = judged.get("spearman")
         table.add_row(
             name,
-            "-" if correlation is None else f"{correlation:+.3f}",
+            "-" if correlation is None else f"{correlation:+.2f}",
             *(_share(judged["top_overlap"].get(f)) for f in fractions),
         )
     return table
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:.0%}"
 
 
-def _what_if(found: AttributionResult) -> Table:
+def _what_if(found: AttributionResult, error: float, noise: float) -> Table:
     verified = any("delta_h_true" in row for row in found.what_if)
     table = new_table(
         "What if these tokens had been left out of the update",
@@ -165,8 +184,9 @@ def _what_if(found: AttributionResult) -> Table:
         ),
     )
     for row in found.what_if:
-        cells = [row["rule"], f"{row['num_tokens']:,}", f"{row['delta_h1']:+.4e}"]
+        first = supported(row["delta_h1"], error)
+        cells = [row["rule"], f"{row['num_tokens']:,}", first]
         if verified:
-            cells.append(plus_minus(row["delta_h_true"], row["se"]))
+            cells.append(plus_minus(row["delta_h_true"], math.hypot(row["se"], noise)))
         table.add_row(*cells)
     return table

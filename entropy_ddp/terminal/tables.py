@@ -187,6 +187,17 @@ def plus_minus(value: float, error: float) -> str:
     return f"{value:+.4e} ± {error:.1e}"
 
 
+def supported(value: float, error: float) -> str:
+    """A number by itself, with no digit behind the first of its error; at least one."""
+    if not value:
+        return "0"
+    places = 4
+    if error > 0:
+        found = math.floor(math.log10(abs(value))) - math.floor(math.log10(error))
+        places = max(0, min(4, found))
+    return f"{value:+.{places}e}"
+
+
 def within(value: float, error: float) -> str:
     """`value ± error`, the value to the error's second digit, and never 0 if it is not."""
     if not value or error <= 0:

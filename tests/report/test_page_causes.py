@@ -123,9 +123,7 @@ def test_parts_stand_at_every_checkpoint(page: Page) -> None:
     momentum = [float(row[1].title) for row in rows]
     assert momentum == pytest.approx([-1e-3, -2e-3, -6e-3])
     lead = section(page, "attribution").lead
-    assert "momentum −0.00900 and gradient of U −6.00 × 10⁻⁴" in lead.replace(
-        FIXED, " "
-    )
+    assert "momentum −0.009 and gradient of U −6 × 10⁻⁴" in lead.replace(FIXED, " ")
     svg = section(page, "attribution").figures[0].inline_svg()
     assert "momentum" in svg and "weight decay" not in svg
 
@@ -142,7 +140,10 @@ def test_the_strongest_tokens_of_all_runs_are_named(page: Page) -> None:
 def test_rules_are_summed_and_the_best_is_shown(page: Page) -> None:
     """Of those that need no shares: here the second leaves -0.0021 of first order."""
     rows = table(page, "All rules as numbers").rows
-    shown = {row[0].text: [float(cell.title) for cell in row[1:]] for row in rows}
+    shown = {
+        row[0].text: [float(cell.title.split(" ± ")[0]) for cell in row[1:]]
+        for row in rows
+    }
     assert shown["nothing left out"] == pytest.approx([0, -0.0063, -0.006])
     assert shown[RULES[0]] == pytest.approx([90, 0.0009, 0.0018])
     assert shown[RULES[1]] == pytest.approx([93, -0.0021, -0.0012])
@@ -151,8 +152,8 @@ def test_rules_are_summed_and_the_best_is_shown(page: Page) -> None:
     assert figures[0].title == f"Without {RULES[1]} it is higher at 3 of 3"
     assert "really taken and measured" in figures[0].caption
     said = section(page, "what-if").lead.replace(FIXED, " ")
-    assert "the change is −0.006 nats per token, and without" in said
-    assert "it is −0.00120." in said
+    assert "the change is −0.00600 ± 0.00017 nats per token, and without" in said
+    assert "it is −0.001200 ± 0.000017." in said
     by_step = table(page, "What if, at each checkpoint")
     assert by_step.columns[1:] == [f"step{FIXED}{n}" for n in (10, 20, 60)]
     assert by_step.rows[2][3].title == f"{2e-5 * 60 - 1e-3!r} ± 1e-05"
@@ -256,14 +257,14 @@ def test_every_token_is_of_one_kind() -> None:
 def test_a_share_of_more_than_all_is_no_percentage() -> None:
     """Others take it back; and nothing is a share of nothing."""
     found = kinds_of((-1, 0.1, -3), (1, 0.9, 2))
-    said = sentence(found, "nats").replace(FIXED, " ")
+    said = sentence(found, "nats", 0.1).replace(FIXED, " ")
     assert said == (
         "Tokens with A < 0 and p < 0.5 are 50 % of U's tokens and would alone move the "
         "entropy by −3 nats; the others take 2 of it back."
     )
-    assert sentence(kinds_of((-1, 0.1, -3)), "nats").endswith(
+    assert sentence(kinds_of((-1, 0.1, -3)), "nats", 0.1).endswith(
         f"100{FIXED}% of the gradient's part."
     )
-    assert sentence(kinds_of((0, 0.1, 0)), "nats") == (
+    assert sentence(kinds_of((0, 0.1, 0)), "nats", 0.1) == (
         "The shares of U's tokens add up to nothing."
     )

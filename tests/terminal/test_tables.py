@@ -23,6 +23,7 @@ from entropy_ddp.distributed import World
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.report.words import relative_error
 from entropy_ddp.results import AuditRow, Results
 from entropy_ddp.terminal import runs
 from entropy_ddp.terminal.attribution import print_attribution
@@ -31,7 +32,7 @@ from entropy_ddp.terminal.inputs import (
     print_inspection,
     print_samples,
 )
-from entropy_ddp.terminal.tables import in_context
+from entropy_ddp.terminal.tables import in_context, supported
 
 WIDTHS = (60, 80, 100, 120)
 WITHOUT_AN_EDGE = 1000
@@ -449,8 +450,10 @@ def test_context_gives_way_to_numbers(measured: Results, width: int) -> None:
     table = "\n".join(lines[begin + 1 : end])
     assert all(c.isprintable() for c in table.replace("\n", ""))
     rows = results.attribution.top_tokens
+    relative = relative_error(results.to_dict())
     for row in rows:
-        assert f"{row['share']:+.3e}" in table
+        shown_share = supported(row["share"], relative * abs(row["share"]))
+        assert shown_share in table
     for number in ("-12.345", "1024", "511"):
         assert len(re.findall(rf"(?<!\d){number}(?!\d)", table)) == len(rows)
     together = FRAME.sub("", table)

@@ -24,7 +24,15 @@ from entropy_ddp.report.figures.forest import (
     forest_height,
 )
 from entropy_ddp.report.figures.scatter import Axis, scatter, what_is_drawn
-from entropy_ddp.report.words import AXIS_UNITS, name_of_kind, percent, title_of_kinds
+from entropy_ddp.report.words import (
+    AXIS_UNITS,
+    FIXED,
+    is_resolved,
+    linear_error,
+    name_of_kind,
+    supported,
+    title_of_kinds,
+)
 
 Document = dict[str, Any]
 Bar = tuple[str, float]
@@ -42,8 +50,10 @@ def parts(document: Document) -> Figure:
     largest = max(bars[:3], key=lambda bar: abs(bar[1]))
     title = "No part of the step changes the entropy"
     if largest[1]:
-        verb = "lowers" if largest[1] < 0 else "raises"
-        title = f"The {largest[0]} {verb} the entropy most"
+        title = f"The {largest[0]} is the largest part, on this E"
+        if is_resolved(found["total"], linear_error(document)):
+            verb = "lowers" if largest[1] < 0 else "raises"
+            title = f"The {largest[0]} {verb} the entropy most"
     return Figure(
         name="parts",
         title=title,
@@ -161,8 +171,8 @@ def shares_by_reward(columns: dict[str, list[Any]], normalize: str) -> Figure:
 def what_if(document: Document) -> Figure:
     """The change had some tokens been left out of the update."""
     whole = Estimate(
-        label="nothing left out", value=document["linear"]["delta_h1"], error=None,
-        colour="accent",
+        label="nothing left out", value=document["linear"]["delta_h1"],
+        error=linear_error(document), colour="accent",
     )  # fmt: skip
     rows = [whole]
     verified = False
@@ -182,8 +192,11 @@ def what_if(document: Document) -> Figure:
             )
     best = min(document["attribution"]["what_if"], key=lambda row: abs(row["delta_h1"]))
     share = ""
-    if whole.value:
-        share = f" leaves {percent(best['delta_h1'] / whole.value)} of the change"
+    error = whole.error or 0.0
+    if is_resolved(whole.value, error):
+        left = 100 * best["delta_h1"] / whole.value
+        share = f" leaves {supported(left, 100 * error / abs(whole.value), 2)}"
+        share += f"{FIXED}% of the change"
     unit = AXIS_UNITS[document["linear"]["normalize"]]
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:

@@ -128,6 +128,7 @@ def what_if_by_step(
     by_step: bool,
     unit: str,
     title: str,
+    measured: bool,
 ) -> Figure:
     """The change with all tokens and without some, at every checkpoint.
 
@@ -138,14 +139,14 @@ def what_if_by_step(
         by_step: whether they stand at their training steps.
         unit: of the entropy.
         title: what is seen.
+        measured: whether the steps were really taken.
     """
     (whole, before), (rule, after) = pairs.items()
-    measured = any(error for _, error in before)
     caption = "The change as it is, and of the same step had these tokens been left out of U: "
     caption += (
         "both steps really taken and measured, with two standard errors."
         if measured
-        else "both predicted by first order."
+        else "both predicted by first order, the whole with two standard errors."
     )
     caption += " The title counts signs of their difference."
     places = [stage.place for stage in stages]

@@ -1,12 +1,20 @@
 """The answer as figures: prediction against truth, every estimator, the variance."""
 
+import math
 from typing import Any
 
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from entropy_ddp.report.figures.canvas import Figure, Palette
 from entropy_ddp.report.figures.forest import Estimate, draw_forest, forest_height
-from entropy_ddp.report.words import AXIS_UNITS, number, percent
+from entropy_ddp.report.words import (
+    AXIS_UNITS,
+    is_resolved,
+    number,
+    percent,
+    percent_with_error,
+    shown_error,
+)
 
 Document = dict[str, Any]
 
@@ -17,20 +25,27 @@ def prediction_against_truth(document: Document) -> Figure:
     eta, unit = document["update"]["learning_rate_used"], AXIS_UNITS[truth["normalize"]]
     error = abs(eta) * linear["se"]
     rows = [
-        Estimate(label="measured", value=truth["delta_h_true"], error=truth["se"]),
+        Estimate(
+            label="measured", value=truth["delta_h_true"], error=shown_error(truth)
+        ),
         Estimate(
             label="first order", value=linear["delta_h1"], error=error, colour="accent"
         ),
     ]
     if "curvature" in document:
-        second = document["curvature"]["delta_h2"]
+        curvature = document["curvature"]
         rows.append(
-            Estimate(label="second order", value=second, error=None, colour="accent")
+            Estimate(
+                label="second order",
+                value=curvature["delta_h2"],
+                error=curvature.get("delta_h2_se"),
+                colour="accent",
+            )
         )
     missed = Estimate(
         label="measured − first order",
         value=truth["delta_h_true"] - linear["delta_h1"],
-        error=linear["difference_se"],
+        error=math.hypot(linear["difference_se"], truth.get("noise_floor") or 0.0),
     )
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
@@ -56,10 +71,11 @@ def prediction_against_truth(document: Document) -> Figure:
 def _prediction_title(truth: float, missed: Estimate) -> str:
     if truth == 0:
         return "Nothing changes, as predicted" if missed.value == 0 else "No change"
-    off = percent(abs(missed.value / truth))
-    if missed.error and abs(missed.value) > 2 * missed.error:
+    share, error = (x / abs(truth) for x in (abs(missed.value), missed.error or 0.0))
+    if is_resolved(share, error):
+        off = percent_with_error(share, error, signed=False)
         return f"First order is off by {off}, more than its error explains"
-    return f"First order predicts the change: off by {off}, within the error"
+    return f"First order agrees with the change within {percent(2 * error)} of it"
 
 
 def all_estimators(document: Document) -> Figure:
