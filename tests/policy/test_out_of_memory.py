@@ -339,8 +339,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import reference as ref
+from entropy_ddp.policy.scoring import Passes
 from tiny_runs import as_batch, make_passes
 
+# As on a GPU: as many rows together as the configured budget holds.
+Passes.fill = 1 << 20
 torch.manual_seed(0)
 model = Qwen2ForCausalLM(Qwen2Config(
     vocab_size=50, hidden_size=32, intermediate_size=4096, num_hidden_layers=1,

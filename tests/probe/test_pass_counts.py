@@ -135,9 +135,9 @@ def test_every_rank_plans_its_own_microbatches_again(
     """For the audit of the derivative's scale: of all ranks together each sequence once."""
     planned: list[int] = []
 
-    def counted(shard: Shard, *rest: Any) -> Any:
+    def counted(shard: Shard, *rest: Any, **options: Any) -> Any:
         planned.append(len(shard.positions))
-        return plan_microbatches(shard, *rest)
+        return plan_microbatches(shard, *rest, **options)
 
     monkeypatch.setattr(audits, "plan_microbatches", counted)
     config = tiny.config(curvature={"enabled": False}, gradient_dot={"enabled": False})
