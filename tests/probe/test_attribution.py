@@ -376,17 +376,32 @@ def test_attribution_gap(
     named_run: RunMaker, name: str, dtype: str, linear: str
 ) -> None:
     """The parts add up to what the linear estimator predicts, whichever it is."""
-    probed = attribute(
-        named_run(name), precision={"model": dtype}, linear=LINEAR[linear]
-    )
+    run = named_run(name)
+    probed = attribute(run, precision={"model": dtype}, linear=LINEAR[linear])
     result = probed.results.attribution
     assert result is not None
-    assert result.attribution_gap <= GAP[dtype]
+    terms = probed.results.linear.terms
+    scale = LEARNING_RATE * max(map(abs, terms.values()))
+    gap = GAP[dtype]
+    if dtype == "float32":
+        gap += rounding_of_the_step(run, probed) / scale
+    assert result.attribution_gap <= gap
     (row,) = (r for r in probed.results.audit if r.name == "attribution gap")
     assert (row.value, row.verdict) == (result.attribution_gap, "ok")
-    terms = probed.results.linear.terms
-    bar = GAP[dtype] * LEARNING_RATE * max(map(abs, terms.values()))
-    assert abs(result.total - probed.results.linear.delta_h1) <= bar
+    assert abs(result.total - probed.results.linear.delta_h1) <= gap * scale
+
+
+def rounding_of_the_step(run: TinyRun, probed: Probed) -> float:
+    """What delta_h1 may be off by as weights are stored after the step, in nats.
+
+    Every element of the change carries half an ulp of its weight, which the parts of
+    the step, computed without a weight, do not: |grad H . rounding| <= |grad H| |theta| eps/2.
+    """
+    weights = [p.detach() for p in run.saved.model.parameters() if p.requires_grad]
+    size = float(torch.stack([w.norm() for w in weights]).norm())
+    norms = {row.name: row.value for row in probed.results.audit}
+    eps = torch.finfo(torch.float32).eps
+    return norms["norm of the entropy gradient"] * size * eps / 2
 
 
 def test_batch_without_advantages_moves_by_momentum_alone(named_run: RunMaker) -> None:
