@@ -14,7 +14,7 @@ temperature                                  objective.temperature
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entropy_ddp.config import Checkpoint, Config, validated
 from entropy_ddp.errors import InputError
@@ -25,7 +25,9 @@ from entropy_ddp.policy.training_arguments import (
     find_training_arguments,
     read_training_arguments,
 )
-from entropy_ddp.rollouts.batch import Batch
+
+if TYPE_CHECKING:
+    from entropy_ddp.rollouts.batch import Batch
 
 LOSSES = ("dr_grpo", "grpo", "dapo")
 ADVANTAGES = {
@@ -117,7 +119,7 @@ def _number(value: Any) -> float | None:
 
 
 def contradictions(
-    config: Config, arguments: TrainingArguments, update: Batch | None = None
+    config: Config, arguments: TrainingArguments, update: "Batch | None" = None
 ) -> list[Contradiction]:
     """Keys whose value in the configuration is not what the trainer used.
 
@@ -244,7 +246,7 @@ def _make_missing(key: str, arguments: TrainingArguments) -> InputError:
 
 
 def require_masked(
-    config: Config, update: Batch | None, end_ids: set[int], padding_id: int | None
+    config: Config, update: "Batch | None", end_ids: set[int], padding_id: int | None
 ) -> None:
     """Check that U is without the truncated responses that the trainer's loss leaves out.
 
