@@ -40,7 +40,7 @@ NUM_PROBLEMS = 500
 # Prompts and responses to each are those of one step; live prompts those of a live probe.
 SIZES = {
     "full": {"prompts": 3, "responses": 8, "live_prompts": 16},
-    "small": {"prompts": 2, "responses": 4, "live_prompts": 4},
+    "small": {"prompts": 2, "responses": 8, "live_prompts": 4},
 }
 
 

@@ -6,6 +6,7 @@ runs them; the numbers are held against plain transformers and against the train
 """
 
 import gzip
+import html
 import json
 import math
 import re
@@ -161,6 +162,7 @@ def test_the_step_is_the_trainer_s_own(made: Made) -> None:
     state = made.folder / "training" / "checkpoint-6" / "trainer_state.json"
     logged = json.loads(state.read_text())["log_history"]
     (norm,) = (row["grad_norm"] for row in logged if row["step"] == 6)
+    assert norm > 0
     assert made.results("probe")["update"]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
@@ -184,10 +186,14 @@ def test_the_ledger_of_the_training_holds_its_probed_steps(made: Made) -> None:
 
 
 def test_the_page_shows_the_responses(made: Made) -> None:
+    """Token by token, those of U that move the entropy most."""
     (page,) = made.folder.rglob("report.html")
+    shown = "".join(html.unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
     tokenizer = AutoTokenizer.from_pretrained(made.folder / "base")
-    row = made.rows("rollouts/U-000006.jsonl.gz")[0]
-    word = max(
-        tokenizer.decode(row["response_ids"], skip_special_tokens=True).split(), key=len
-    )
-    assert word in page.read_text()
+    shares: dict[int, float] = {}
+    for row in made.rows("attribute/tokens.jsonl.gz"):
+        shares[row["index"]] = shares.get(row["index"], 0.0) + row["share"]
+    index = max(shares, key=lambda index: abs(shares[index]))
+    response = made.rows("rollouts/U-000006.jsonl.gz")[index]["response_ids"]
+    text = tokenizer.decode(response, skip_special_tokens=True)
+    assert "".join(text.split()) in shown
