@@ -114,7 +114,7 @@ $(REAL_TRAINED): | $(REAL_STAMP)
 # E is sampled once for all three.
 REAL_CONFIG := --config configs/real.yaml --set 'batches.E={file: $(REAL)/E.jsonl}'
 
-real: $(REAL_STAMP) $(REAL_TRAINED) ## train and probe a model of 135 million parameters, half an hour
+real: $(REAL_STAMP) $(REAL_TRAINED) ## train and probe a model of 135 million parameters
 	$(BIN)/python -m entropy_ddp check $(REAL_CONFIG)
 	$(RUN) probe $(REAL_CONFIG) --out runs/real --overwrite
 	$(RUN) sweep $(REAL_CONFIG) --out runs/real-sweep --overwrite
@@ -135,7 +135,7 @@ test-fast: $(TEST_STAMP) ## run the tests that are not marked slow either
 test-long: $(TEST_STAMP) ## run the tests that are marked long, some 20 minutes
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
-test-real: $(TEST_STAMP) $(REAL_STAMP) ## run the tests of the real model, some ten minutes
+test-real: $(TEST_STAMP) $(REAL_STAMP) ## run the tests of the real model
 	$(BIN)/pytest -m real tests/system $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## check style, formatting and types
