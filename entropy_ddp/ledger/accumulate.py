@@ -26,6 +26,8 @@ from entropy_ddp.ledger.reading import RunLog
 
 SERIES = ("truth", "first_order", "second_order")
 PARTS = ("momentum", "decay", "gradient")
+# The paired difference of the truth with each prediction in a step's line.
+PAIRED = {"first_order": "truth_minus_first", "second_order": "truth_minus_second"}
 TOP = 20
 # Effective share of E below which a truth is not to be trusted: truth.ess_abort.
 LEAST_ESS_FRACTION = 0.1
@@ -42,8 +44,14 @@ class Ledger:
             probed of how many; how many of those are split into parts.
         curve: [{step, value, se}], `step` the number of steps taken before.
         cumulative: [{step, truth, first_order, second_order}], each {value, se}.
-        totals: the last of them by name, and `curve`, the change of the curve.
+        totals: the last of them by name, and `curve`, the change of the curve. Of the
+            predictions also `difference_se`, the paired error of truth - prediction,
+            where every step has one.
         parts: {momentum, decay, gradient, curvature, rest}; the last two where known.
+        part_errors: standard errors of `curvature` and `rest` from their paired errors
+            at every step, of `total`, the sum of all parts, and of `first_order`, the
+            sum of the first three. These three have none of their own: shares are
+            conditional on the responses that they were measured on.
         cumulative_parts: [{step, momentum, decay, gradient}].
         tokens: the gradient part by sign of the advantage, and what is unattributed.
         deciles: the gradient part by probability of the token, least probable first.
@@ -59,6 +67,7 @@ class Ledger:
     cumulative: list[Entry]
     totals: dict[str, Entry]
     parts: dict[str, float]
+    part_errors: dict[str, float]
     cumulative_parts: list[Entry]
     tokens: dict[str, float]
     deciles: list[float]
@@ -68,6 +77,17 @@ class Ledger:
     checks: dict[str, float]
     scaled: dict[str, Entry] | None
     notes: list[str]
+
+    @property
+    def share_error(self) -> float:
+        """Standard error of the sum that parts and shares are of."""
+        return self.part_errors.get("first_order", 0.0)
+
+    @property
+    def relative_error(self) -> float:
+        """The same over the size of that sum; what is not known at all is 1."""
+        total = abs(math.fsum(self.parts.get(name, 0.0) for name in PARTS))
+        return min(1.0, self.share_error / total) if total else 1.0
 
     @property
     def trusted(self) -> bool:
@@ -99,13 +119,18 @@ def accumulate(log: RunLog) -> Ledger:
     series = [s for s in SERIES if all(s in entry for entry in entries)]
     cumulative = _cumulative(entries, series)
     totals = {name: cumulative[-1][name] for name in series} | _change(curve)
+    for name, key in PAIRED.items():
+        if name in series and all(key in entry for entry in entries):
+            totals[name] = totals[name] | {"difference_se": _error(entries, key)}
     complete = steps["probed"] == steps["total"]
+    parts = _parts(attributed)
     return Ledger(
         steps=steps,
         curve=curve,
         cumulative=cumulative,
         totals=totals,
-        parts=_parts(attributed),
+        parts=parts,
+        part_errors=_part_errors(attributed, parts),
         cumulative_parts=_cumulative_parts(attributed),
         tokens=_summed(attributed, "tokens"),
         deciles=[sum(x) for x in zip(*(entry["deciles"] for entry in attributed))],
@@ -166,6 +191,31 @@ def _parts(attributed: list[Entry]) -> dict[str, float]:
         if "truth" in total:
             parts["rest"] = total["truth"] - sum(parts.values())
     return parts
+
+
+def _part_errors(attributed: list[Entry], parts: dict[str, float]) -> dict[str, float]:
+    """Of what every step's lines have an error for."""
+    if not attributed:
+        return {}
+    errors = {"first_order": _error(attributed, "first_order")}
+    whole = "first_order"
+    for part, key, sum_of in (
+        ("curvature", "second_minus_first", "second_order"),
+        ("rest", "truth_minus_second", "truth"),
+    ):
+        if part in parts:
+            whole = sum_of
+            if all(key in entry for entry in attributed):
+                errors[part] = _error(attributed, key)
+    # Several steps between two checkpoints: the parts are of the first of them alone.
+    if all(_num_steps(entry) == 1 for entry in attributed):
+        errors["total"] = _error(attributed, whole)
+    return errors
+
+
+def _error(entries: list[Entry], key: str) -> float:
+    """Root of the sum of squares: the responses of every step are its own."""
+    return math.hypot(*(entry[key]["se"] for entry in entries))
 
 
 def _cumulative_parts(attributed: list[Entry]) -> list[Entry]:

@@ -13,10 +13,18 @@ from entropy_ddp.report.view import (
     Section,
     Table,
     digits,
+    given_e,
     in_context,
     words,
 )
-from entropy_ddp.report.words import differing, number, one_line, with_error
+from entropy_ddp.report.words import (
+    GIVEN_E,
+    count,
+    differing,
+    is_resolved,
+    one_line,
+    with_error,
+)
 
 # Characters of a prompt that are shown; hovering shows all.
 PROMPT = 160
@@ -31,7 +39,8 @@ def ledger_page(ledger: Ledger, name: str) -> Page:
     """
     steps = ledger.steps
     total = ledger.totals.get("truth", ledger.totals["first_order"])
-    verb = "lowered" if total["value"] < 0 else "raised"
+    value, error = total["value"], total["se"]
+    told = is_resolved(value, error) and ledger.trusted
     sections = [_run(ledger)]
     if ledger.parts:
         sections += [_parts(ledger), _influence(ledger)]
@@ -40,16 +49,24 @@ def ledger_page(ledger: Ledger, name: str) -> Page:
         title=f"{name}: entropy ledger",
         kicker=f"Entropy ledger of {name}, steps {steps['first']:,} to {steps['last']:,}",
         alarm="" if ledger.trusted else "A truth of this run is not to be trusted.",
-        headline=(
-            f"{steps['probed']:,} steps {verb} the entropy by ",
-            number(abs(total["value"]), 3),
-            " nats per token",
-        ),
-        sign="cold" if total["value"] < 0 else "warm",
+        headline=_headline(steps["probed"], value, error),
+        sign=("cold" if value < 0 else "warm") if told else "",
         lead=" ".join([_measured_curve(ledger), *map(_sentence, ledger.notes)]),
         checked=f"{steps['probed']:,} of {steps['total']:,} steps were probed.",
         sections=sections,
     )
+
+
+def _headline(probed: int, value: float, error: float) -> tuple[str, str, str]:
+    """A verb only where the sum stands out of its error."""
+    steps = count(probed, "step")
+    if not is_resolved(value, error):
+        begin = f"{steps} changed the entropy by "
+        after = " nats per token: too little to tell from zero"
+        return begin, with_error(value, error), after
+    verb = "lowered" if value < 0 else "raised"
+    pair = with_error(abs(value), error, signed=False)
+    return f"{steps} {verb} the entropy by ", pair, " nats per token"
 
 
 def _measured_curve(ledger: Ledger) -> str:
@@ -82,13 +99,28 @@ def _run(ledger: Ledger) -> Section:
 
 
 def _parts(ledger: Ledger) -> Section:
-    parts = [[words(PART_NAMES[n]), _signed(v)] for n, v in ledger.parts.items()]
-    parts.append([words("total"), _signed(sum(ledger.parts.values()))])
-    tokens = [[words(TOKEN_NAMES[n]), _signed(v)] for n, v in ledger.tokens.items()]
+    errors, error = ledger.part_errors, ledger.share_error
+
+    def cell(value: float, own: float | None) -> Cell:
+        if own is None:
+            return given_e(value, error)
+        return _measured({"value": value, "se": own})
+
+    parts = [
+        [words(PART_NAMES[n]), cell(v, errors.get(n))] for n, v in ledger.parts.items()
+    ]
+    total = sum(ledger.parts.values())
+    parts.append([words("total"), cell(total, errors.get("total"))])
+    tokens = [
+        [words(TOKEN_NAMES[n]), given_e(v, error)] for n, v in ledger.tokens.items()
+    ]
     return Section(
         id="parts",
         title="What it is made of",
-        lead=f"Of the {ledger.steps['attributed']:,} steps that are split into parts.",
+        lead=(
+            f"Of the {ledger.steps['attributed']:,} steps that are split into parts. "
+            f"{GIVEN_E}"
+        ),
         figures=[parts_by_step(ledger), gradient_by_probability(ledger)],
         tables=[
             Table(
@@ -105,21 +137,25 @@ def _parts(ledger: Ledger) -> Section:
 
 def _influence(ledger: Ledger) -> Section:
     caption = "Sums over the steps in which they were among the largest."
+
+    def share(row: Entry) -> Cell:
+        return given_e(row["share"], ledger.relative_error * abs(row["share"]))
+
     tokens = [
         [
             in_context(row["share"], ("", row["text"], "")),
-            _signed(row["share"]),
+            share(row),
             _count(row),
         ]
         for row in ledger.by_token
     ]
     texts = differing([row["prompt"] for row in ledger.by_prompt])
     prompts = [
-        [_signed(row["share"]), _prompt(text, row["prompt"]), _count(row)]
+        [share(row), _prompt(text, row["prompt"]), _count(row)]
         for text, row in zip(texts, ledger.by_prompt, strict=True)
     ]
     single = [
-        [words(row["step"]), _signed(row["share"]), digits(row["logp"])]
+        [words(row["step"]), share(row), digits(row["logp"])]
         + [digits(row["advantage"], signed=True), _context(row)]
         for row in ledger.top_tokens
     ]
@@ -163,10 +199,6 @@ def _measured(value: Entry) -> Cell:
     if "se" not in value:
         return words("–")
     return Cell(text=with_error(value["value"], value["se"]), is_number=True)
-
-
-def _signed(value: float) -> Cell:
-    return digits(value, signed=True)
 
 
 def _count(row: Entry) -> Cell:

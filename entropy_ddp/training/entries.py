@@ -16,6 +16,7 @@ Every line is a JSON object with a `kind`:
   | first_order, second_order | predicted change {value, se}; second order at the middle |
   | truth | {value, se, ess_fraction}: importance-weighted change on the same E |
   | truth_minus_first, truth_minus_second | differences with their paired se |
+  | second_minus_first | the curvature, likewise |
   | parts | {momentum, decay, gradient} of the first-order change |
   | tokens | {positive, negative, zero, unattributed}: the gradient part by sign of the
     advantage; unattributed is what the shares of tokens leave of it |
@@ -163,6 +164,7 @@ def change_entry(changes: Changes) -> dict[str, Any]:
     }
     if middle is not None:
         entry["second_order"] = {"value": middle.value, "se": middle.se}
+        entry["second_minus_first"] = _difference(middle, first)
     if changes.truth:
         entry["truth"] = {
             "value": change.value,

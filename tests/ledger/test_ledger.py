@@ -35,6 +35,9 @@ def step_line(step: int, scale: float = 1.0, **changes: Any) -> dict[str, Any]:
         "first_order": {"value": -0.5 * scale, "se": 0.04},
         "second_order": {"value": -0.3 * scale, "se": 0.03},
         "truth": {"value": -0.2 * scale, "se": 0.02, "ess_fraction": 1 - 0.1 * step},
+        "truth_minus_first": {"value": 0.3 * scale, "se": 0.003},
+        "truth_minus_second": {"value": 0.1 * scale, "se": 0.001},
+        "second_minus_first": {"value": 0.2 * scale, "se": 0.002},
         "parts": {"momentum": -0.6 * scale, "decay": 0.0, "gradient": 0.1 * scale},
         "tokens": {"positive": 0.3 * scale, "negative": -0.2 * scale},
         "deciles": [0.01 * scale * d for d in range(10)],
@@ -84,6 +87,49 @@ def test_entries_add_up_to_the_truth(tmp_path: Path) -> None:
     assert [p["value"] for p in found.curve] == pytest.approx([0.9, 0.8, 0.7, 0.5])
     change = found.totals["curve"]
     assert change == pytest.approx({"value": -0.4, "se": 0.5})
+
+
+def test_parts_have_the_errors_that_their_lines_have(tmp_path: Path) -> None:
+    """Curvature and rest by the paired errors; a line without has none, nor a claim."""
+    lines = [run_line(), step_line(1), step_line(2, 2.0), step_line(3), end_line()]
+    found = ledger(tmp_path, *lines)
+    root = math.sqrt(3)
+    assert found.part_errors == pytest.approx(
+        {
+            "first_order": 0.04 * root,
+            "curvature": 0.002 * root,
+            "rest": 0.001 * root,
+            "total": 0.02 * root,
+        }
+    )
+    assert found.totals["first_order"]["difference_se"] == pytest.approx(0.003 * root)
+    assert found.totals["second_order"]["difference_se"] == pytest.approx(0.001 * root)
+    old = [dict(line) for line in lines]
+    for line in old:
+        for key in ("second_minus_first", "truth_minus_first", "truth_minus_second"):
+            line.pop(key, None)
+    found = ledger(tmp_path, *old)
+    assert found.part_errors.keys() == {"first_order", "total"}
+    assert "difference_se" not in found.totals["first_order"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "sign"),
+    [
+        (0.01, "3 steps lowered the entropy by 0.600 ± 0.017 nats per token", "cold"),
+        (0.3, "3 steps changed the entropy by −0.60 ± 0.52 nats per token: too", ""),
+    ],
+)
+def test_the_headline_states_a_fall_only_beyond_its_error(
+    tmp_path: Path, error: float, said: str, sign: str
+) -> None:
+    """With that error; otherwise without a verb and without a colour."""
+    truth = {"value": -0.2, "se": error, "ess_fraction": 0.9}
+    steps = [step_line(n, truth=truth) for n in (1, 2, 3)]
+    page = ledger_page(ledger(tmp_path, run_line(), *steps, end_line()), "run")
+    headline = "".join(page.headline).replace("\N{NO-BREAK SPACE}", " ")
+    assert headline.startswith(said)
+    assert page.sign == sign
 
 
 def test_influence_is_summed_by_name(tmp_path: Path) -> None:
@@ -173,6 +219,8 @@ def test_the_command_prints_and_writes_the_ledger(tmp_path: Path) -> None:
     assert finished.exit_code == 0, finished.output
     assert "Steps 1 to 3, 2 probed" in finished.stdout
     assert "-6.0000e-01" in finished.stdout
+    # 250 % of the truth, of a paired error of .003 sqrt(2) / .6.
+    assert "250.00 ± 0.71 %" in finished.stdout.replace("\N{NO-BREAK SPACE}", " ")
     written = json.loads((tmp_path / "ledger.json").read_text())
     assert written["totals"]["truth"]["value"] == pytest.approx(-0.6)
     page = (tmp_path / "ledger.html").read_text()
@@ -212,7 +260,7 @@ def test_prompts_are_told_apart(tmp_path: Path) -> None:
         assert max(map(cell_len, text.splitlines())) <= width
         assert "…Janet's ducks lay" in text and "…James runs three" in text
         assert "…これは日本語" in text and "helpful" not in text
-        assert text.count("-2.500e-01") == 3
+        assert text.count("-2.5e-01") == 3
         # A token with its space.
         assert "[ so]" in text
     page = render_page(ledger_page(accumulate(read_ledger(tmp_path)), "run"))

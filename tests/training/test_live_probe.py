@@ -227,6 +227,11 @@ def test_second_order_is_nearer_to_the_truth_than_the_first(tmp_path: Path) -> N
         first = abs(entry["truth_minus_first"]["value"])
         second = abs(entry["truth_minus_second"]["value"])
         assert second < first / 3
+        bend, error = entry["second_minus_first"].values()
+        one, other = entry["second_order"], entry["first_order"]
+        assert bend == pytest.approx(one["value"] - other["value"])
+        # Two numbers of the same responses.
+        assert 0 < error < math.hypot(one["se"], other["se"])
 
 
 def test_every_nth_step_has_a_line_and_the_reporters_see_it(tmp_path: Path) -> None:

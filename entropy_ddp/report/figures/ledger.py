@@ -16,6 +16,7 @@ from entropy_ddp.report.figures.canvas import (
     unit_label,
     whole_ticks,
 )
+from entropy_ddp.report.words import GIVEN_E, number
 
 UNIT = "nats/token"
 # Name in the legend, colour in the palette, and line of each series.
@@ -92,7 +93,8 @@ def parts_by_step(ledger: Ledger) -> Figure:
         title="Which part of the steps did it",
         caption=(
             "Sums of the first-order changes by part of the optimizer's step: the moment "
-            "of earlier batches, the gradient of the step's own batch, and weight decay."
+            "of earlier batches, the gradient of the step's own batch, and weight decay. "
+            f"{GIVEN_E}"
         ),
         draw=draw,
     )
@@ -117,7 +119,9 @@ def gradient_by_probability(ledger: Ledger) -> Figure:
         title="Which tokens: improbable or probable ones",
         caption=(
             "The gradient's part by tenths of the tokens of a batch in order of their "
-            "probability: 1 is the least probable tenth, 10 the most probable one."
+            "probability: 1 is the least probable tenth, 10 the most probable one. Their "
+            "sum is part of the first-order change, of standard error "
+            f"{number(ledger.share_error, 2)}."
         ),
         draw=draw,
     )
