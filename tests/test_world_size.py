@@ -18,7 +18,7 @@ import launching
 import pytest
 import yaml
 from checkpoints import Saved, run_config, save_checkpoint, write_rows
-from reference import Row, random_rows, with_sampling_logprobs
+from reference import Row, drawn_from, random_rows, with_sampling_logprobs
 
 from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
@@ -189,10 +189,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     saved = save_checkpoint(folder, "qwen2")
     place = Workplace(saved=saved, folder=folder)
     for name, (evaluation, update, sections) in CASES.items():
-        update = with_sampling_logprobs(saved.model, update, 3, noise=0.3)
+        if sections.get("update", {}).get("ratio") == "clipped":
+            update = with_sampling_logprobs(saved.model, update, 3, noise=0.3)
         config = run_config(
             saved,
-            write_rows(folder / f"{name} E.jsonl", evaluation),
+            write_rows(
+                folder / f"{name} E.jsonl", drawn_from(saved.model, evaluation, 3)
+            ),
             write_rows(folder / f"{name} U.jsonl", update),
         )
         merged = {
@@ -277,7 +280,12 @@ def term_scale(place: str, results: Mapping[str, Any], rows: list[Any]) -> float
             "second_derivative": size,
             "se": size,
             "delta_h2": rate * slope + rate**2 * size,
+            "delta_h2_se": rate * slope + rate**2 * size,
+            "difference_se": entropy + rate * slope + rate**2 * size,
             "eta_star": curvature["eta_star"] * relative,
+            # A product of eta* and of errors over H'' and over the slope.
+            "eta_star_se": (curvature["eta_star"] + 3 * (curvature["eta_star_se"] or 0))
+            * relative,
             "step": curvature["step"],
         }[last]
     if last in ("bars_dot", "u_cross", "deltaH1"):
