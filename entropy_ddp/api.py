@@ -125,6 +125,8 @@ class Measured:
         """The answer in one sentence, and whether it may be trusted."""
         answer = "".join(headline(self.results.to_dict()))
         counts = verdict_counts(self.results)
+        if self.results.status != "ok":
+            answer = f"NOT TO BE TRUSTED: {answer}"
         return f"{answer} Audits: {self.results.status} ({counts})."
 
     def _repr_html_(self) -> str:

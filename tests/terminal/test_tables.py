@@ -5,6 +5,7 @@ edge shows.
 """
 
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -207,6 +208,29 @@ def test_prediction_truth_and_difference_share_a_row(
         )
         row = "".join(lines[place : place + 2])
         assert all(f"{error:.1e}" in row for _, error in pairs)
+
+
+def test_parts_have_no_digit_that_the_error_of_the_change_does_not_carry(
+    measured: Results,
+) -> None:
+    """Eleven digits of a change that is known to two; a share of nothing is none."""
+    found = measured.attribution
+    assert found is not None
+    scale = abs(measured.linear.delta_h1)
+    rate = abs(measured.update.learning_rate_used)
+    for relative in (0.003, 0.07, 3.0):
+        error = relative * scale
+        linear = replace(measured.linear, se=error / rate)
+        text = shown(print_attribution, replace(measured, linear=linear), 120)
+        begin = text.index("ΔH first order by part")
+        parts = text[begin : text.index("│ total", begin)]
+        for number in re.findall(r"[-+]\d\.?\d*e[-+]\d+", parts):
+            mantissa, exponent = number.split("e")
+            last = int(exponent) - len(mantissa.partition(".")[2])
+            single = "." not in mantissa
+            assert single or 10.0**last >= 10 ** math.floor(math.log10(error)) * 0.99
+        told = re.search(r"\+?-?\d+%", parts)
+        assert (told is not None) == (relative < 0.5)
 
 
 def test_no_value_that_is_not_a_number(case: Shown) -> None:
