@@ -2,16 +2,17 @@
 
 Keys of the configuration stand with their values, except those that change no number
 (how the work is cut) and paths, in whose place the content stands: a hash of the
-parameters, the optimizer state, the batches; the device stands there as it was chosen.
-Names are what a message calls them by.
+parameters, the optimizer state, the batches; the device stands there as it was chosen,
+and beside the version a hash of the code. Names are what a message calls them by.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from entropy_ddp import __version__
+import entropy_ddp
 from entropy_ddp.config import Config
 from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.policy.parameters import fingerprint, frozen_fingerprint
@@ -49,9 +50,18 @@ _HASH_DIGITS = 16
 
 def identity_of_configuration(config: Config, command: str) -> dict[str, Any]:
     """What the command line and the configuration say."""
-    identity: dict[str, Any] = {"command": command, "entropy_ddp": __version__}
+    identity: dict[str, Any] = {"command": command, "entropy_ddp": _own_version()}
     identity["torch"] = torch.__version__
     return identity | _flat(config.model_dump(mode="json"), "")
+
+
+def _own_version() -> str:
+    """The version and a hash of the code, which in a clone changes without it."""
+    digest = hashlib.sha256()
+    folder = Path(entropy_ddp.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return f"{entropy_ddp.__version__} (code {digest.hexdigest()[:_HASH_DIGITS]})"
 
 
 def _flat(section: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from entropy_ddp.policy.implementations import slower_routes
 from entropy_ddp.policy.parameters import frozen_fingerprint
 from entropy_ddp.policy.trained_settings import contradictions
 from entropy_ddp.policy.training_arguments import (
+    TrainingArguments,
     find_training_arguments,
     read_training_arguments,
 )
@@ -44,7 +45,7 @@ def training_rows(session: Session) -> list[AuditRow]:
         return [audit.fact("training arguments", "not readable", str(error))]
     update = session.batches.get("U")
     given = update is None or all(s.advantage is not None for s in update.sequences)
-    return [
+    return _engine_rows(session, arguments) + [
         audit.check(
             f"trainer's setting: {found.key}",
             found.configured,
@@ -56,6 +57,26 @@ def training_rows(session: Session) -> list[AuditRow]:
         )
         for found in contradictions(session.config, arguments, update)
         if not (given and found.key == "batches.advantage")
+    ]
+
+
+def _engine_rows(session: Session, arguments: TrainingArguments) -> list[AuditRow]:
+    """Whether the trainer's loss weighs tokens by the ratio to an inference engine."""
+    values, correction = arguments.values, "vllm_importance_sampling_correction"
+    is_trainers = "U" in session.batches and session.config.update.loss != "nll"
+    if not (is_trainers and values.get("use_vllm") and values.get(correction)):
+        return []
+    return [
+        audit.check(
+            f"trainer's setting: {correction}",
+            "no weights",
+            "true, as the trainer had it",
+            False,
+            "the trainer's loss also weighs responses by the ratio of the policy to the "
+            "engine that sampled them, which the loss here does not have: the step probed "
+            "is the one with all these weights 1",
+            fatal=False,
+        )
     ]
 
 

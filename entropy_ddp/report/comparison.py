@@ -106,6 +106,7 @@ def _stage(subject: Subject, place: float, label: str) -> Stage:
         place=place,
         label=label,
         checkpoint=str((checkpoint.path, checkpoint.adapter, checkpoint.base)),
+        is_trusted=document["status"] == "ok",
         entropy=truth["H_orig"],
         entropy_error=truth.get("H_orig_se"),
         truth=truth["delta_h_true"],
@@ -201,11 +202,15 @@ def _entropy_of(stage: Stage) -> str:
 def _counted(stages: Sequence[Stage]) -> str:
     """What the headline counts, and what it leaves out."""
     falls, rises = falls_and_rises(stages)
-    small = len(stages) - falls - rises
+    trusted = sum(stage.is_trusted for stage in stages)
+    small, untrusted = trusted - falls - rises, len(stages) - trusted
     parts = [f"{falls} {'falls' if falls == 1 else 'fall'}"] * (falls > 0)
     parts += [f"{rises} {'rises' if rises == 1 else 'rise'}"] * (rises > 0)
     parts += [f"{small} {'is' if small == 1 else 'are'} too small to tell"] * (
         small > 0
+    )
+    parts += [f"{untrusted} {'is' if untrusted == 1 else 'are'} not to be trusted"] * (
+        untrusted > 0
     )
     return (
         f"Changes of at least {RESOLVED:g} standard errors are counted: "

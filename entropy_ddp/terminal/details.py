@@ -1,5 +1,6 @@
 """What lies behind the answer, as tables in the terminal: estimators, step, audits."""
 
+import math
 from itertools import zip_longest
 from typing import Any
 
@@ -14,8 +15,8 @@ from entropy_ddp.terminal.tables import (
     as_text,
     let_pairs_break,
     new_table,
-    number,
     plus_minus,
+    supported,
 )
 
 # Columns in which both halves of a table stand beside each other.
@@ -114,7 +115,7 @@ def step_table(results: Results, width: int) -> Table:
     """
     halves = [_step_rows(results), _slope_rows(results)]
     moved = results.update.top_parameters[0]
-    caption = f"moved most: {short_name(moved['name'])}, by {number(moved['l2'], 5)}"
+    caption = f"moved most: {short_name(moved['name'])}, by {moved['l2']:.4g}"
     if not _resolves_curvature(results):
         caption += (
             "\nthe error of H'' is above H'': --set curvature.enabled=false leaves it "
@@ -145,37 +146,40 @@ def _resolves_curvature(results: Results) -> bool:
 
 
 def _step_rows(results: Results) -> list[tuple[str, str]]:
+    """What is exact, and the terms with the digits that the error of their sum leaves."""
     update, linear = results.update, results.linear
     eta = update.learning_rate_used
-    rows: dict[str, float | None] = {
+    exact: dict[str, float | None] = {
         "learning rate" if update.delta is None else "eta of the change": eta,
         "norm of the change": update.param_update_l2,
         "gradient norm": update.grad_norm,
         "clip coefficient": update.clip_coef,
-        **{f"term: {name}": eta * term for name, term in linear.terms.items()},
     }
-    return _written(rows)
+    rows = [(name, f"{v:.7g}") for name, v in exact.items() if v is not None]
+    return rows + [
+        (f"term: {name}", supported(eta * term, abs(eta) * linear.se))
+        for name, term in linear.terms.items()
+    ]
 
 
 def _slope_rows(results: Results) -> list[tuple[str, str]]:
     linear, curvature = results.linear, results.curvature
-    rows: dict[str, float | None] = {
-        "slope, nats / eta": linear.slope,
-        "SE by delta method": linear.se,
-        "SE by jackknife": linear.se_jackknife,
+    rows = [
+        ("slope, nats / eta", plus_minus(linear.slope, linear.se)),
+        ("its error by jackknife", f"{linear.se_jackknife:.1e}"),
+    ]
+    if curvature is None:
+        return rows
+    pairs = {
+        "second derivative H''": (curvature.second_derivative, curvature.se),
+        "ΔH second order": (curvature.delta_h2, curvature.delta_h2_se),
+        "eta*, edge of linearity": (curvature.eta_star, curvature.eta_star_se),
     }
-    if curvature is not None:
-        rows |= {
-            "second derivative H''": curvature.second_derivative,
-            "SE of H'', jackknife": curvature.se,
-            "ΔH second order": curvature.delta_h2,
-            "eta*, edge of linearity": curvature.eta_star,
-        }
-    return _written(rows)
-
-
-def _written(rows: dict[str, float | None]) -> list[tuple[str, str]]:
-    return [(name, number(v, 11)) for name, v in rows.items() if v is not None]
+    return rows + [
+        (name, plus_minus(value, error))
+        for name, (value, error) in pairs.items()
+        if value is not None and error is not None
+    ]
 
 
 def gradient_dot_table(dot: GradientDotResult) -> Table:
@@ -191,9 +195,10 @@ def gradient_dot_table(dot: GradientDotResult) -> Table:
         ),
     )
     table.add_row("deltaH1", plus_minus(dot.deltaH1, dot.se_deltaH1))
-    rows: dict[str, float | None] = {
-        "<X, Y>": dot.bars_dot,
-        "U_cross": dot.u_cross,
+    error = math.sqrt(dot.V_X + dot.V_Y)
+    table.add_row("<X, Y>", plus_minus(dot.bars_dot, error))
+    # Variances, known to a few percent at best, and norms of noisy vectors.
+    rows = {
         "V_X, variance due to E": dot.V_X,
         "V_Y, variance due to U": dot.V_Y,
         "frac_var": dot.frac_var,
@@ -201,8 +206,9 @@ def gradient_dot_table(dot: GradientDotResult) -> Table:
         "norm of Y": dot.y_norm,
         "SE with the covariance of X and Y": dot.se_paired,
     }
-    for name, text in _written(rows):
-        table.add_row(name, text)
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, f"{value:.1e}")
     return table
 
 

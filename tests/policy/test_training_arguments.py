@@ -212,6 +212,18 @@ def test_a_given_value_wins_and_the_audit_names_both(
     assert (row.value, row.expected, row.verdict) == (1.0, "0.25", "warn")
 
 
+def test_weights_of_an_inference_engine_are_named(
+    run: TinyRun, checkpoint: Path
+) -> None:
+    """TRL's loss has a factor for every response that vLLM sampled; the step here none."""
+    correction = "vllm_importance_sampling_correction"
+    for used in (True, False):
+        save_settings(checkpoint, use_vllm=used, **{correction: True})
+        probed = run.probe(update={"from_checkpoint": True}).results
+        found = [row for row in probed.audit if correction in row.name]
+        assert [row.verdict for row in found] == ["warn"] * used
+
+
 def test_without_from_checkpoint_nothing_is_taken_over_but_contradictions_show(
     run: TinyRun, checkpoint: Path
 ) -> None:

@@ -5,6 +5,7 @@ others, and compared with runs that were never stopped.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import TinyRun, make_run
 from torch import nn
 
+import entropy_ddp
 from entropy_ddp.cli import main
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
@@ -273,6 +275,21 @@ def test_settings_that_change_no_number_are_not_the_run_s(
             document[section][key] = value
         now = identity_of_configuration(Config.model_validate(document), "attribute")
         assert differences(before, now) == [], key
+
+
+def test_another_code_of_the_same_version_is_another_run(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clone that was pulled between the two starts has records of another layout."""
+    config = run.config(compute=COMPUTE)
+    before = identity_of_configuration(config, "probe")
+    monkeypatch.setattr(entropy_ddp, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "__init__.py").write_text("")
+    (found,) = differences(before, identity_of_configuration(config, "probe"))
+    version = re.escape(entropy_ddp.__version__)
+    assert re.fullmatch(
+        rf"entropy_ddp was {version} \(code \w+\), now {version} \(code \w+\)", found
+    )
 
 
 def test_settings_that_change_no_number_may_differ(

@@ -167,7 +167,7 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
         page.alarm == "1 of 3 checkpoints not to be trusted: step\N{NO-BREAK SPACE}40."
     )
     assert (
-        "".join(page.headline) == "One step lowers the entropy at 3 of 3 checkpoints."
+        "".join(page.headline) == "One step lowers the entropy at 2 of 3 checkpoints."
     )
     assert page.figures[0].title == (
         "The entropy falls by 0.1500\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.0085"

@@ -224,13 +224,37 @@ def test_parts_have_no_digit_that_the_error_of_the_change_does_not_carry(
         text = shown(print_attribution, replace(measured, linear=linear), 120)
         begin = text.index("ΔH first order by part")
         parts = text[begin : text.index("│ total", begin)]
-        for number in re.findall(r"[-+]\d\.?\d*e[-+]\d+", parts):
-            mantissa, exponent = number.split("e")
-            last = int(exponent) - len(mantissa.partition(".")[2])
-            single = "." not in mantissa
-            assert single or 10.0**last >= 10 ** math.floor(math.log10(error)) * 0.99
+        assert_carried(parts, error)
         told = re.search(r"\+?-?\d+%", parts)
         assert (told is not None) == (relative < 0.5)
+
+
+def assert_carried(text: str, error: float) -> None:
+    """No signed number has a digit behind the first of the error; each has one."""
+    for number in re.findall(r"[-+]\d\.?\d*e[-+]\d+", text):
+        mantissa, exponent = number.split("e")
+        last = int(exponent) - len(mantissa.partition(".")[2])
+        single = "." not in mantissa
+        assert single or 10.0**last >= 10 ** math.floor(math.log10(error)) * 0.99
+
+
+def test_terms_and_slope_of_the_step_have_their_error(measured: Results) -> None:
+    """Terms have that of their sum; slope, H'' and what follows from them their own."""
+    linear, curvature = measured.linear, measured.curvature
+    assert curvature is not None
+    text = shown(runs.print_results, measured, 120)
+    begin = text.index("The step and the terms of")
+    table = text[begin : text.index("moved most", begin)]
+    terms = re.findall(r"term: \w+ +│ +(\S+)", table)
+    assert len(terms) == len(linear.terms)
+    assert_carried(" ".join(terms), abs(measured.update.learning_rate_used) * linear.se)
+    for value, error in (
+        (linear.slope, linear.se),
+        (curvature.second_derivative, curvature.se),
+        (curvature.delta_h2, curvature.delta_h2_se),
+        (curvature.eta_star, curvature.eta_star_se),
+    ):
+        assert f"{value:+.4e} ± {error:.1e}" in table
 
 
 def test_no_value_that_is_not_a_number(case: Shown) -> None:

@@ -34,6 +34,7 @@ class Stage:
         truth, truth_error: the measured change and its standard error.
         linear, linear_error: the predicted one.
         missed_error: standard error of their difference.
+        is_trusted: no check says that its numbers are wrong.
     """
 
     place: float
@@ -46,11 +47,12 @@ class Stage:
     linear: float
     linear_error: float
     missed_error: float
+    is_trusted: bool
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the measured change stands out of its error."""
-        return is_resolved(self.truth, self.truth_error)
+        """Whether the measured change is to be trusted and stands out of its error."""
+        return self.is_trusted and is_resolved(self.truth, self.truth_error)
 
 
 def told_entropy(stages: Sequence[Stage]) -> str:
@@ -61,6 +63,8 @@ def told_entropy(stages: Sequence[Stage]) -> str:
     have one entropy, which each measures by its own responses: no fall and no rise.
     """
     first, last = stages[0], stages[-1]
+    if not (first.is_trusted and last.is_trusted):
+        return "The entropy of each, not all of which are to be trusted"
     if first.entropy_error is None or last.entropy_error is None:
         return "The entropy of each, whose error these runs did not record"
     change = last.entropy - first.entropy
@@ -107,7 +111,7 @@ def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure
 def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
     """What one step does at each checkpoint, measured and predicted."""
     falls, rises = falls_and_rises(stages)
-    lower = sum(stage.truth < 0 for stage in stages)
+    lower = sum(stage.truth < 0 for stage in stages if stage.is_trusted)
     title = f"One step lowers the entropy at {falls} of {len(stages)} checkpoints"
     values = [stage.truth for stage in stages] + [stage.linear for stage in stages]
     exponent = common_exponent(values)
@@ -142,14 +146,15 @@ def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
             "The change that one optimizer step makes at every checkpoint, measured and "
             "predicted, with two standard errors. Where both lie together the prediction "
             "can be read without the measurement. The title counts measured changes of "
-            f"at least {RESOLVED:g} standard errors; by sign alone, {lower} lower it."
+            f"at least {RESOLVED:g} standard errors that no check speaks against; by sign "
+            f"alone, {lower} lower it."
         ),
         draw=draw,
     )
 
 
 def falls_and_rises(stages: Sequence[Stage]) -> tuple[int, int]:
-    """How many measured changes are falls and rises beyond their error."""
+    """How many measured changes are falls and rises: trusted, and beyond their error."""
     resolved = [stage for stage in stages if stage.is_resolved]
     falls = sum(stage.truth < 0 for stage in resolved)
     return falls, len(resolved) - falls
