@@ -308,7 +308,7 @@ def linearity_checks(
         "the step leaves the linear regime: read delta_h2 or the truth, or probe a "
         "smaller update.lr_override"
     )
-    if noise > error:
+    if is_rounding(error, noise):
         # The check of the noise floor fails: no step size mends the rounding.
         ratio = abs(difference) / error if error else 0.0
         name = "|true - first order| / SE of the truth"
@@ -588,21 +588,30 @@ def sampler_checks(
     ]
 
 
+def is_rounding(error: float, noise_floor: float) -> bool:
+    """Whether a standard error is of rounding rather than of sampling.
+
+    The error has the spread of the rounding in it: se^2 = sampling^2 + noise^2, and
+    noise > sampling where 2 noise^2 > se^2.
+    """
+    return 2 * noise_floor**2 > error**2
+
+
 def noise_check(
     noise_floor: float, change: tuple[float, float], dtype: str
 ) -> AuditRow:
     """Whether the change is visible above the rounding of the scoring pass.
 
-    It fails where the rounding is above the standard error, which says nothing of it,
-    or above the change itself, unless both are lost in that error.
+    It fails where the rounding is above the sampling error, as the standard error is not
+    that of another batch then, or above the change itself, unless both are lost in it.
 
     Args:
-        noise_floor: |change| of a sample that is only scored again.
+        noise_floor: what rounding makes of the change of a sample.
         change: delta_h_true and its standard error.
         dtype: of the model.
     """
     value, error = change
-    drowned = noise_floor > error or (
+    drowned = is_rounding(error, noise_floor) or (
         noise_floor > abs(value) and noise_floor > LOST * error
     )
     remedy = "precision.model: float64, or a larger update.lr_override"

@@ -379,12 +379,16 @@ def _silence(ranks: list[int], seconds: float) -> str:
 
 
 def _leave_for_launcher(failure: Failure) -> None:
-    """Name the failure where torchrun looks for it: its summary then shows this rank."""
+    """Name the failure where torchrun looks for it: its summary then shows this rank.
+
+    torchrun compares whole seconds and takes the lowest rank of equal ones; the ranks
+    that end because of this one may do so within the same.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
     summary = f"rank {failure.rank} failed first; its message is printed above"
-    extra = {"py_callstack": summary, "timestamp": str(int(time.time()))}
+    extra = {"py_callstack": summary, "timestamp": str(int(time.time()) - 1)}
     document = {"message": {"message": summary, "extraInfo": extra}}
     try:
         with open(path, "w") as stream:

@@ -190,9 +190,9 @@ def with_training_arguments(config: Config) -> Config:
     returned as it is.
 
     Raises:
-        InputError: the checkpoint or its training_args.bin is not there, it lacks a setting that the
-            configuration does not give, or the trainer's loss is not one of this
-            package's.
+        InputError: the checkpoint or its training_args.bin is not there, it lacks a
+            setting that the configuration does not give, or the trainer's loss is not
+            one of this package's.
     """
     if not config.update.from_checkpoint:
         return config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens, reweighted
-from entropy_ddp.estimators.errors import relative_difference
+from entropy_ddp.estimators.errors import delta_method_error, relative_difference
 from entropy_ddp.estimators.linear import (
     pathwise_weights,
     sequence_terms,
@@ -60,8 +60,9 @@ class Duality:
             denominator, flat, [P].
         denominator: denominator of the estimator on the sample.
         num_sequences: size of the sample.
-        noise_floor: |Delta H| of the sample as the backward pass scored it, in other
-            microbatches than the pass along the step; None if it ran in the same.
+        noise_floor: what rounding makes of Delta H of the sample, from the scores of the
+            backward pass in other microbatches than the pass along the step; None if it
+            ran in the same.
     """
 
     gap: float
@@ -201,7 +202,7 @@ def learning_rate_ratios(
 
 
 def measure_noise_floor(session: Session, base: DirectionalScores) -> float:
-    """|Delta H| of the audits' sample when it is only scored again.
+    """What rounding makes of Delta H of the audits' sample: it is only scored again.
 
     The number is of the sample's size: that of all of E is smaller, as the rounding of
     sequences is independent.
@@ -221,15 +222,20 @@ def measure_noise_floor(session: Session, base: DirectionalScores) -> float:
 
 
 def _change_of_rounding(
-    session: Session, base: DirectionalScores, sample: Shard, again: dict[str, Tensor]
+    session: Session,
+    base: DirectionalScores,
+    sample: Shard,
+    rescored: dict[str, Tensor],
 ) -> float:
     """|Delta H| of a sample from its scores to what the same model gave once more.
 
-    Importance weights and all: their logarithms are pure rounding.
+    Importance weights and all: their logarithms are pure rounding. Sequences round
+    independently, and can cancel by luck: it is at least the standard error that they
+    give it.
     """
     objective = session.config.objective
     scores = base.first(sample.ragged.num_tokens)
-    arrays = (scores.logp, scores.entropy, again["logp"], again["entropy"])
+    arrays = (scores.logp, scores.entropy, rescored["logp"], rescored["entropy"])
     sums = gather_sums(session.world, sample, *arrays)
     before, after = (
         as_ratio(
@@ -239,4 +245,8 @@ def _change_of_rounding(
         )
         for logp, entropy in (sums[:2], sums[2:])
     )
-    return abs(reweighted(after, sums[2] - sums[0]).value - before.value)
+    again = reweighted(after, sums[2] - sums[0])
+    count = len(sample.batch)
+    each = torch.arange(count)
+    influence = again.influence(each, count) - before.influence(each, count)
+    return max(abs(again.value - before.value), delta_method_error(influence))

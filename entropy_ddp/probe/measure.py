@@ -51,7 +51,7 @@ class Measured:
         curvature: the second derivative; None if not asked for.
         curvature_step: eta between theta and the slopes whose difference it is.
         duality: forward against reverse mode.
-        noise_floor: |Delta H| of a sample that is only scored again.
+        noise_floor: what rounding makes of Delta H of a sample: it is only scored again.
         cut: number of ranks, and budget and filling of a microbatch, of the slope's pass.
         surprise: sums over this rank's tokens of E of -log p - H, and of its variance
             given what comes before; of the first tokens of responses, of others, [2, 2].

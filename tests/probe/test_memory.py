@@ -234,8 +234,9 @@ for kind, jobs in (
     for job in jobs:
         alone(measure, root, job)
 """
-# What a library makes on its first use, and the heap's holes, are not foreseen.
-NEAR = 1.15
+# What a library makes on its first use, its scratch memory, which differs between
+# instruction sets, and the heap's holes are not foreseen: much of so small a model.
+NEAR = 1.2
 
 
 @pytest.mark.slow
