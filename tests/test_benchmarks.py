@@ -31,8 +31,8 @@ from entropy_ddp.policy.parameters import shifted
 from entropy_ddp.policy.precision import precision_context
 
 SETTING = Setting(size="tiny", repeats=1)
-# Rows that start processes, or that probe a checkpoint.
-LONG = ("all-reduce", "probe", "ranks")
+# Rows that start processes, or that probe a checkpoint; and one that does both.
+SLOW, LONG = ("all-reduce", "probe"), ("ranks",)
 # Two ways to the same sums in float32; a slope of two ranks.
 TOLERANCE = 1e-5
 
@@ -61,7 +61,11 @@ def rows_of(name: str) -> list[Comparison]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (name in SLOW)
+            + [pytest.mark.long] * (name in LONG),
+        )
         for name in ROWS
     ],
 )

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from test_network_denied import run_commands
 
 from entropy_ddp import demo
 from entropy_ddp.demo import DemoCheckpoint, running_total_reward, train_demo
@@ -184,9 +186,29 @@ def test_an_interrupted_training_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_is_a_policy_worth_probing(tmp_path: Path) -> None:
-    """Right about half of the time, undecided, with a warm optimizer."""
-    made = train_demo(tmp_path / "first")
+def test_the_whole_demo_is_worth_probing_and_asks_the_network_nothing(
+    tmp_path: Path,
+) -> None:
+    """Made, checked and probed: right half of the time, undecided, a warm optimizer."""
+    folder = tmp_path / "demo"
+    made = DemoCheckpoint(
+        base=folder / "base",
+        checkpoint=folder / "checkpoint-20",
+        prompts=folder / "prompts.jsonl",
+    )
+    batches = {split: {"file": str(folder / f"{split}.jsonl")} for split in "EU"}
+    document = {"checkpoint": {"path": str(made.checkpoint)}, "batches": batches}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(document))
+    out = str(tmp_path / "out")
+    found, errors = run_commands(
+        ["demo", "--out", str(folder), "--quiet"],
+        ["check", "--config", str(config), "--quiet"],
+        ["probe", "--config", str(config), "--out", out, "--quiet"],
+        timeout=280,
+    )
+    assert found == {"codes": [0, 0, 0], "asked": []}, errors
+
     state = json.loads((made.checkpoint / "trainer_state.json").read_text())
     last = [step for step in state["log_history"] if "reward" in step][-5:]
     mean = {key: sum(step[key] for step in last) / len(last) for key in last[0]}

@@ -138,24 +138,6 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line(saved: Saved) -> None:
     assert errors.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_the_whole_demo_asks_nothing(tmp_path: Path) -> None:
-    """Made, checked and probed."""
-    demo = tmp_path / "demo"
-    batches = {split: {"file": str(demo / f"{split}.jsonl")} for split in "EU"}
-    checkpoint = {"path": str(demo / "checkpoint-20")}
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({"checkpoint": checkpoint, "batches": batches}))
-    out = str(tmp_path / "out")
-    found, errors = run_commands(
-        ["demo", "--out", str(demo), "--quiet"],
-        ["check", "--config", str(config), "--quiet"],
-        ["probe", "--config", str(config), "--out", out, "--quiet"],
-        timeout=280,
-    )
-    assert found == {"codes": [0, 0, 0], "asked": []}, errors
-
-
 # Code that comes with a checkpoint
 
 

@@ -239,7 +239,7 @@ for kind, jobs in (
 NEAR = 1.2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_estimate_is_near_the_measured_peak(tmp_path: Path) -> None:
     """Of each kind of run, alone in its process."""
     script = tmp_path / "measured.py"
