@@ -17,7 +17,6 @@ from entropy_ddp.terminal.tables import (
     let_pairs_break,
     new_table,
     plus_minus,
-    within,
 )
 
 
@@ -122,7 +121,7 @@ def _answer(results: Results, curved: str) -> Table:
         caption="\n".join(notes),
     )
     table.add_row(
-        f"{before:.3g}" if spread is None else within(before, spread),
+        f"{before:.3g}" if spread is None else with_error(before, spread, signed=False),
         plus_minus(truth.delta_h_true, truth.error),
         plus_minus(linear.delta_h1, abs(eta) * linear.se),
         plus_minus(difference, paired),

@@ -198,14 +198,6 @@ def supported(value: float, error: float) -> str:
     return f"{value:+.{places}e}"
 
 
-def within(value: float, error: float) -> str:
-    """`value ± error`, the value to the error's second digit, and never 0 if it is not."""
-    if not value or error <= 0:
-        return f"{value:.4g} ± {error:.1e}"
-    places = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 2
-    return f"{value:.{max(1, places)}g} ± {error:.1e}"
-
-
 def as_text(value: Any) -> str:
     if isinstance(value, bool):
         # As JSON and the column of what is expected spell it.
