@@ -14,7 +14,8 @@ fresh responses before each probed step and at the end: nothing of it enters the
 
 Sums are of the probed steps. Where those are not all, `scaled` lets each stand for the
 steps since the one before: with N steps of which n were probed, N / n times the sum, of
-error N / sqrt(n) times the standard deviation of the steps' changes.
+error N / sqrt(n) times the standard deviation of the steps' changes. A few steps may be
+alike by luck: it is at least N / n times the error of their sum.
 """
 
 import math
@@ -281,7 +282,8 @@ def _scaled(
         row = {"value": factor * sum(values)}
         if count > 1:
             variance = sum((x - mean) ** 2 for x in values) / (count - 1)
-            row["se"] = factor * math.sqrt(count * variance)
+            spread = math.sqrt(count * variance)
+            row["se"] = factor * max(spread, _error(entries, name))
         scaled[name] = row
     return scaled
 

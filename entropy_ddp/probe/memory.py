@@ -62,16 +62,24 @@ def estimate_memory(session: Session, audited: Audited = "sample") -> MemoryEsti
         own["device_free"] = free_device_bytes(session.policy.device)
     own["host_more"] += _tokens(session)
     own |= {"host_now": host_bytes(), "host_free": free_host_bytes()}
+    # What is free on a machine is its ranks' together; each has looked at its own time.
+    free: dict[str, list[int]] = {}
     ranks = session.world.gather_objects((socket.gethostname(), own))
-    machines = [machine for machine, _ in ranks]
+    for machine, found in ranks:
+        free.setdefault(machine, []).append(found["host_free"])
     estimates = [
-        MemoryEstimate(**found | {"host_free": found["host_free"] // machines.count(m)})
+        MemoryEstimate(**found | {"host_free": min(free[m]) // len(free[m])})
         for m, found in ranks
     ]
-    return max(
-        estimates,
-        key=lambda e: max(e.host_more - e.host_free, e.device_more - e.device_free),
-    )
+    return max(estimates, key=_excess)
+
+
+def _excess(estimate: MemoryEstimate) -> int:
+    """Bytes that are needed beyond what is free, where that is most; below 0 if it fits."""
+    on_host = estimate.host_more - estimate.host_free
+    if not estimate.device_more:
+        return on_host
+    return max(on_host, estimate.device_more - estimate.device_free)
 
 
 def announce_memory(session: Session, audited: Audited) -> None:

@@ -132,9 +132,16 @@ def supported(
     """
     if not value or error <= 0 or not math.isfinite(error):
         return number(value, most, signed=signed)
-    places = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 1
-    digits = max(1, min(most, places))
+    digits = supported_digits(value, error, most)
     return number(float(f"{value:.{digits - 1}e}"), digits, signed=signed)
+
+
+def supported_digits(value: float, error: float, most: int) -> int:
+    """How many of its digits are not behind the first of the error; at least one."""
+    last = math.floor(math.log10(error))
+    # Of the number as it will be shown: 0.0996 reads as 0.10.
+    shown = round(value, -last) or value
+    return max(1, min(most, math.floor(math.log10(abs(shown))) - last + 1))
 
 
 def percent_with_error(share: float, error: float, *, signed: bool = True) -> str:

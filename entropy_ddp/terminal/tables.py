@@ -1,6 +1,5 @@
 """How a table of the terminal is made, and how numbers stand in it."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from entropy_ddp.names import short_name
-from entropy_ddp.report.words import in_line, visible
+from entropy_ddp.report.words import in_line, supported_digits, visible
 
 VERDICT_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 UNITS = {
@@ -191,11 +190,8 @@ def supported(value: float, error: float) -> str:
     """A number by itself, with no digit behind the first of its error; at least one."""
     if not value:
         return "0"
-    places = 4
-    if error > 0:
-        found = math.floor(math.log10(abs(value))) - math.floor(math.log10(error))
-        places = max(0, min(4, found))
-    return f"{value:+.{places}e}"
+    digits = supported_digits(value, error, 5) if error > 0 else 5
+    return f"{value:+.{digits - 1}e}"
 
 
 def as_text(value: Any) -> str:

@@ -157,6 +157,14 @@ def test_steps_that_were_not_probed_are_said_and_scaled(tmp_path: Path) -> None:
     assert any("3 of 6 steps were probed" in note for note in found.notes)
 
 
+def test_steps_that_are_alike_by_luck_are_no_better_known(tmp_path: Path) -> None:
+    """Two of six, of one value: each has its error, and stands for three."""
+    found = ledger(tmp_path, run_line(steps=6), step_line(3), step_line(6), end_line(6))
+    assert found.scaled is not None
+    assert found.totals["truth"]["se"] > 0
+    assert found.scaled["truth"]["se"] == pytest.approx(3 * found.totals["truth"]["se"])
+
+
 def test_a_restart_takes_back_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     """Steps 2 and 3 were trained twice; the killed process left half a line."""
     lines = [

@@ -13,6 +13,7 @@ from tiny_runs import TinyRun, make_run
 
 from entropy_ddp import memory
 from entropy_ddp.cli import main
+from entropy_ddp.distributed import World
 from entropy_ddp.memory import MemoryEstimate, free_host_bytes
 from entropy_ddp.policy.activations import saved_for_backward
 from entropy_ddp.probe import memory as estimates
@@ -117,6 +118,24 @@ def test_it_grows_with_the_microbatch(run: TinyRun) -> None:
         estimate = estimate_memory(run.open(compute=compute))
         sizes.append(estimate.host_more)
     assert sizes[1] > sizes[0]
+
+
+def test_it_is_that_of_the_rank_that_needs_most(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another one has looked when a little less was free."""
+    opened = run.open()
+    alone = estimate_memory(opened)
+
+    def with_a_second(_: World, own: tuple[str, dict[str, int]]) -> list[Any]:
+        machine, found = own
+        more = {"host_more": found["host_more"] + 1000}
+        return [own, (machine, found | more | {"host_free": alone.host_free + 10**9})]
+
+    monkeypatch.setattr(World, "gather_objects", with_a_second)
+    both = estimate_memory(opened)
+    assert both.host_more == alone.host_more + 1000
+    assert both.host_free <= (alone.host_free + 10**9) // 2
 
 
 def test_whether_it_fits() -> None:
