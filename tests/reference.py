@@ -330,12 +330,12 @@ def all_rows(prompt: list[int], vocabulary: int, eos: int, length: int) -> list[
 def with_sampling_logprobs(
     model: nn.Module, rows: list[Row], seed: int, *, noise: float = 0.0
 ) -> list[Row]:
-    """Rows as a sampler at temperature 1 reports them: log p plus normal noise."""
+    """Rows as a sampler at temperature 1 reports them: log p plus normal noise, <= 0."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for row, (logp, _) in zip(rows, scores(model, rows, 1.0), strict=True):
         error = torch.randn(logp.shape, generator=generator, dtype=logp.dtype)
-        sampled = (logp + noise * error).tolist()
+        sampled = (logp + noise * error).clamp(max=0).tolist()
         result.append(replace(row, sampling_logprobs=sampled))
     return result
 

@@ -830,19 +830,6 @@ def test_two_ranks_tell_several_faults_once(good: Good, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_two_ranks_tell_a_bad_row_once(good: Good, tmp_path: Path) -> None:
-    """Every rank reads the file; one speaks, and the folder is gone again."""
-    spoilt = Spoilt(good=good, folder=tmp_path)
-    options = spoilt.changed("U", 2, reward=NAN)
-    out = tmp_path / "out"
-    arguments = ("probe", "--config", good.config, "--out", out, *options)
-    command = launching.torchrun(2, *launching.PACKAGE, *arguments)
-    finished = launching.run(command, timeout_seconds=100)
-    assert finished.returncode != 0
-    assert finished.stderr.count("U.jsonl:2: expected finite numbers in `reward`") == 1
-    assert not out.exists()
-
-
 @pytest.mark.parametrize("error", [MemoryError(), "out of memory", "allocate"])
 def test_memory_that_runs_out_is_not_the_input_s_fault(
     good: Good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any

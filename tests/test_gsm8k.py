@@ -190,7 +190,7 @@ def test_a_probe_runs(arguments: list[str], tmp_path: Path) -> None:
     check_results(out, 9, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_probe_of_the_announced_size_runs(
     arguments: list[str], tmp_path: Path
 ) -> None:

@@ -260,16 +260,10 @@ def test_random_runs_are_those_of_brute_force(tiny: TinyRun) -> None:
     run_cases(tiny, 6)
 
 
-@pytest.mark.parametrize(
-    "count",
-    [
-        pytest.param(16, marks=pytest.mark.slow),
-        pytest.param(80, marks=pytest.mark.long),
-    ],
-)
-def test_many_random_runs_are_those_of_brute_force(tiny: TinyRun, count: int) -> None:
+@pytest.mark.long
+def test_many_random_runs_are_those_of_brute_force(tiny: TinyRun) -> None:
     """More of them."""
-    run_cases(tiny, count)
+    run_cases(tiny, 80)
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:

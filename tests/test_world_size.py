@@ -330,6 +330,7 @@ def test_two_processes_give_the_numbers_of_one(
     require_equal(two, single["ragged"])
 
 
+@pytest.mark.long
 def test_three_processes_give_the_numbers_of_one(
     place: Workplace, single: dict[str, Probed], tmp_path: Path
 ) -> None:

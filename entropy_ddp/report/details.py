@@ -241,7 +241,7 @@ def token_table(
 
 def _token_cells(row: dict[str, Any], relative: float) -> list[Cell]:
     return [
-        digits(row["share"], 3, signed=True),
+        given_e(row["share"], relative * abs(row["share"])),
         in_context(row["share"], row.get("context", ("", "–", ""))),
         digits(row["logp"]),
         digits(row["entropy"], 3),

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.report.view import Cell, Table, digits, given_e, words
-from entropy_ddp.report.words import FIXED, GIVEN_E, RESOLVED, percent, supported
+from entropy_ddp.report.words import (
+    FIXED,
+    GIVEN_E,
+    RESOLVED,
+    is_resolved,
+    percent,
+    supported,
+)
 
 # Below this log p a token is one that the policy held for less likely than not.
 IMPROBABLE = math.log(0.5)
@@ -127,7 +134,7 @@ def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Tab
         error: standard error of the first-order change that they are part of.
     """
     total = found.share
-    told = abs(total) >= RESOLVED * error
+    relative = error / abs(total) if total else 0.0
     rows = []
     for kind, part in found.sums.items():
         if part.num_tokens:
@@ -137,7 +144,7 @@ def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Tab
             rows.append(
                 [
                     words(unbroken(kind)), digits(part.num_tokens), _share(of_all),
-                    given_e(part.share, error), _share(of_total, told),
+                    given_e(part.share, error), _share(of_total, relative),
                 ]
             )  # fmt: skip
     rows.append(
@@ -158,9 +165,18 @@ def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Tab
     )  # fmt: skip
 
 
-def _share(value: float | None, told: bool = True) -> Cell:
-    """A share; of a whole that is within its error it is seen on hover only."""
+def _share(value: float | None, error: float = 0.0) -> Cell:
+    """A share; of a whole that is within its error it is seen on hover only.
+
+    Args:
+        value: the share.
+        error: standard error of the whole over its size; 0 for a count.
+    """
     if value is None:
         return Cell(text="–", is_number=True)
-    text = percent(value) if told else "–"
+    text = "–"
+    if not error:
+        text = percent(value)
+    elif is_resolved(1.0, error):
+        text = f"{supported(100 * value, 100 * error, 2)}{FIXED}%"
     return Cell(text=text, title=repr(value), is_number=True)

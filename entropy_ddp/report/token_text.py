@@ -14,7 +14,15 @@ import numpy as np
 from entropy_ddp.report.files import Columns, StoredRun
 from entropy_ddp.report.kinds import SharesByKind
 from entropy_ddp.report.view import Token, TokenText, TokenTexts
-from entropy_ddp.report.words import UNITS, differing, number, one_line, visible
+from entropy_ddp.report.words import (
+    UNITS,
+    differing,
+    number,
+    one_line,
+    relative_error,
+    supported,
+    visible,
+)
 
 NUM_RESPONSES = 12
 # Of a long response so many tokens around the strongest one are open, and so many on
@@ -81,7 +89,8 @@ def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenT
     largest = max(abs(row["share"]) for found in rows.values() for row in found)
     unit = UNITS[run.document["linear"]["normalize"]]
     prompts = _prompts(update)
-    texts = [_text(i, rows[i], update, prompts, largest) for i in chosen]
+    relative = relative_error(run.document)
+    texts = [_text(i, rows[i], update, prompts, largest, relative) for i in chosen]
     return TokenTexts(
         caption=(
             f"The {len(texts)} responses of U whose tokens move the entropy most. The "
@@ -111,6 +120,7 @@ def _text(
     update: Columns,
     prompts: dict[str, str],
     largest: float,
+    relative: float,
 ) -> TokenText:
     place = update["index"].index(index)
     title = f"Line {index + 1}"
@@ -119,7 +129,8 @@ def _text(
             value = update[name][place]
             shown = number(value) if isinstance(value, float) else value
             title += f" · {name} {shown}"
-    title += f" · share {number(update['share'][place], 3, signed=True)}"
+    share = update["share"][place]
+    title += f" · share {supported(share, relative * abs(share), 3, signed=True)}"
     prompt = update["prompt"][place] if "prompt" in update else ""
     prompt = prompt if isinstance(prompt, str) else ""
     is_short = len(prompt) <= SHORT_PROMPT and "\n" not in prompt

@@ -72,7 +72,9 @@ def _parts(found: AttributionResult, error: float) -> Table:
         share = "-"
         if is_resolved(found.total, error):
             # + 0.0: a part of zero has no sign.
-            share = f"{value / found.total + 0.0:+.0%}"
+            percent = 100 * value / found.total + 0.0
+            own = supported(percent, 100 * error / abs(found.total))
+            share = f"{float(own):+.0f}%"
         shown = supported(value, error)
         if name == "total":
             shown = plus_minus(value, error)

@@ -365,7 +365,7 @@ print(passes.allowance.num_retries, float((found - plain).norm() / plain.norm())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_shortage_of_the_host(tmp_path: Path) -> None:
     """An address space that ends: torch's allocator, whatever it says, is understood."""
     path = tmp_path / "real.py"

@@ -9,11 +9,10 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
 import reference as ref
-import yaml
 from reference import Row
+from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, make_run
 from torch import Tensor
 
@@ -53,29 +52,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "token mean": {"objective": {"normalize": "per_sequence_token_mean"}},
 }
-SCRIPT = """
-import json
-import sys
-from dataclasses import replace
-from pathlib import Path
-
-from entropy_ddp.cli.ranks import run_ranks
-from entropy_ddp.config import load_config
-from entropy_ddp.probe.run import run_probe
-from entropy_ddp.rollouts import batch
-
-def body(world):
-    batch.BLOCK_TOKENS = 5
-    for path in map(Path, sys.argv[1:]):
-        alone = replace(world, collectives={})
-        probed = run_probe(load_config(path, ()), alone, None, lambda *progress: None)
-        if world.is_main:
-            document = probed.results.to_dict() | {"rows": list(probed.sequences)}
-            path.with_suffix(".json").write_text(json.dumps(document))
-    return 0
-
-sys.exit(run_ranks(body))
-"""
 
 
 def rows_of(seed: int, num_groups: int, long: int = 6) -> list[Row]:
@@ -178,22 +154,22 @@ def test_blocks_do_not_matter(
     assert failed(found) == failed(whole[case])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_blocks_of_several_ranks_do_not_matter(
-    run: TinyRun, whole: dict[str, dict[str, Any]], tmp_path: Path, num_ranks: int
+    run: TinyRun,
+    whole: dict[str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    num_ranks: int,
 ) -> None:
     """Five tokens at a time on each rank."""
-    script, paths = tmp_path / "probes.py", []
-    script.write_text(SCRIPT)
-    for number, case in enumerate(CASES):
-        paths.append(tmp_path / f"{number}.yaml")
-        document = config_of(run, case).model_dump()
-        paths[-1].write_text(yaml.safe_dump(document))
-    command = launching.torchrun(num_ranks, script, *paths)
-    launching.run(command).require_success()
-    for path, case in zip(paths, CASES, strict=True):
-        found = yaml.safe_load(path.with_suffix(".json").read_text())
+    monkeypatch.setattr(batch, "BLOCK_TOKENS", 5)
+    for case in CASES:
+        config = config_of(run, case)
+        probed, *_ = run_thread_ranks(
+            num_ranks,
+            lambda world, config=config: run_probe(config, world, None, quiet),
+        )
+        found = probed.results.to_dict() | {"rows": list(probed.sequences)}
         assert found["run"]["world_size"] == num_ranks
         require_same(found, whole[case])
 
