@@ -64,10 +64,10 @@ def keys(section: type[BaseModel], before: str = "") -> Iterator[str]:
             yield f"{before}{name}"
 
 
-def test_the_readme_names_every_key() -> None:
-    """In the table of the configuration, whole or as `.key` beside another one."""
-    text = (ROOT / "README.md").read_text()
-    table = text.partition("### Configuration")[2].partition("\n### ")[0]
+def test_the_table_of_the_configuration_names_every_key() -> None:
+    """Whole, or as `.key` beside another one."""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    table = text.partition("## Keys")[2].partition("\n## ")[0]
     for key in keys(Config):
         short = f"`.{key.partition('.')[2]}`"
         assert f"`{key}`" in table or f"`{key}." in table or short in table, key

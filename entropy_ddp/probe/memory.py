@@ -1,7 +1,7 @@
 """How much memory a run will need beside what it has, and whether that is free.
 
 At any time a rank holds vectors in parameter space, the activations of one microbatch,
-and a few numbers for each token. The vectors are counted from the phases (README,
+and a few numbers for each token. The vectors are counted from the phases (docs/cost.md,
 Memory); what a backward pass saves of a position was measured in the self-check, and
 what a forward pass holds of one is a multiple of its widest layer. The estimate is of
 the largest of the phases.

@@ -111,7 +111,7 @@ class RolloutRecorder(TrainerCallback):
             raise InputError(
                 f"RolloutRecorder: expected TRL's {TRAINER}, found "
                 f"{type(trainer).__name__}; write its rollouts in the format of the "
-                "README, or import its dump with `entropy-ddp import`"
+                "docs/files.md, or import its dump with `entropy-ddp import`"
             )
         self._trainer = trainer
         if self not in trainer.callback_handler.callbacks:

@@ -92,7 +92,7 @@ def test_what_a_backward_pass_keeps_is_counted() -> None:
 
 
 def test_vectors_of_each_phase(run: TinyRun) -> None:
-    """In float64 on the CPU, bytes for one parameter: README, Memory, without what is."""
+    """In float64 on the CPU, bytes for one parameter: docs/cost.md, Memory, without what is."""
     elements = run.open().passes.layout.numel
     sections: list[tuple[dict[str, Any], int]] = [
         ({"gradient_dot": {"enabled": False}}, 2 * 8 + 3 * 8),
