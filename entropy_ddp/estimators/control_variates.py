@@ -34,12 +34,12 @@ from torch import Tensor
 
 from entropy_ddp.estimators.baselines import folds_of
 from entropy_ddp.estimators.entropy import EntropyChange
-from entropy_ddp.estimators.errors import (
+from entropy_ddp.estimators.linear import Slope, TokenDerivatives
+from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     group_totals,
     jackknife_error,
 )
-from entropy_ddp.estimators.linear import Slope, TokenDerivatives
 from entropy_ddp.rollouts.batch import Ragged
 
 GROUPS_PER_VARIATE = 10.0

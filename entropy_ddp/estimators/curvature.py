@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.estimators.entropy import Ratio
-from entropy_ddp.estimators.errors import group_totals, jackknife_error
+from entropy_ddp.estimators.standard_errors import group_totals, jackknife_error
 
 
 @dataclass(frozen=True, kw_only=True)

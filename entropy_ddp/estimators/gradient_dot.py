@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.errors import group_totals
+from entropy_ddp.estimators.standard_errors import group_totals
 
 Weighting = Literal["dr_grpo", "per_token_avg"]
 

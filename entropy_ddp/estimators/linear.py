@@ -33,7 +33,7 @@ from torch import Tensor
 
 from entropy_ddp.config import Integrand, Normalize
 from entropy_ddp.estimators.entropy import Ratio, integrand_tokens
-from entropy_ddp.estimators.errors import (
+from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     group_totals,
     jackknife_error,

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_ddp.estimators.errors import delta_method_error, effective_sample_size
+from entropy_ddp.estimators.standard_errors import (
+    delta_method_error,
+    effective_sample_size,
+)
 
 SMALLEST_SHARE = 1e-3
 # No step keeps all weights equal: a threshold of 1 is read as this.

@@ -23,7 +23,7 @@ from entropy_ddp.estimators.attribution import (
     proxies,
     rules,
 )
-from entropy_ddp.estimators.errors import relative_difference
+from entropy_ddp.estimators.standard_errors import relative_difference
 from entropy_ddp.policy.parameters import global_norm, inner_product
 from entropy_ddp.policy.response_tokens import TokenWeights
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores

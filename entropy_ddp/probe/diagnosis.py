@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens, reweighted
-from entropy_ddp.estimators.errors import delta_method_error, relative_difference
 from entropy_ddp.estimators.linear import (
     pathwise_weights,
     sequence_terms,
     slope_weights,
+)
+from entropy_ddp.estimators.standard_errors import (
+    delta_method_error,
+    relative_difference,
 )
 from entropy_ddp.policy.parameters import global_norm, inner_product
 from entropy_ddp.policy.scores import DirectionalScores

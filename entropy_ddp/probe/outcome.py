@@ -12,8 +12,8 @@ from torch import Tensor
 from entropy_ddp import __version__
 from entropy_ddp.audit import memory_checks, worst_verdict
 from entropy_ddp.estimators.control_variates import adjusted_change
-from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import Baseline, Score
+from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.policy.counting import PassCount
 from entropy_ddp.policy.parameters import global_norm

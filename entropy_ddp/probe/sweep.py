@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.estimators.entropy import EntropyChange
-from entropy_ddp.estimators.errors import delta_method_error
+from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.estimators.sweep import (
     SweepPoint,
     choose_grid,

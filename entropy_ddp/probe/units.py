@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from entropy_ddp.estimators.errors import group_totals
 from entropy_ddp.estimators.gradient_dot import (
     Weighting,
     entropy_coefficients,
     reward_coefficients,
 )
+from entropy_ddp.estimators.standard_errors import group_totals
 from entropy_ddp.policy.parameters import global_norm
 from entropy_ddp.policy.response_tokens import TokenWeights
 from entropy_ddp.policy.scores import DirectionalScores, TokenScores

@@ -61,8 +61,8 @@ from entropy_ddp.estimators.attribution import (
     probability_deciles,
 )
 from entropy_ddp.estimators.entropy import Ratio
-from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import Slope
+from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.probe.estimation import EntropyEstimates
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.token_tables import top_tokens

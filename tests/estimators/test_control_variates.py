@@ -16,7 +16,6 @@ from entropy_ddp.estimators.control_variates import (
     cross_fitted_slopes,
     zero_mean_sums,
 )
-from entropy_ddp.estimators.errors import delta_method_error, jackknife_error
 from entropy_ddp.estimators.linear import (
     Baseline,
     Score,
@@ -25,6 +24,7 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
+from entropy_ddp.estimators.standard_errors import delta_method_error, jackknife_error
 
 ATOL = 1e-12
 RTOL = 1e-10  # the same sums in another order

@@ -50,7 +50,6 @@ from entropy_ddp.estimators.entropy import (
     prefix_sums,
     reweighted,
 )
-from entropy_ddp.estimators.errors import delta_method_error
 from entropy_ddp.estimators.linear import (
     Baseline,
     Score,
@@ -60,6 +59,7 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
+from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.rollouts.batch import Ragged
 
 NUM_BATCHES = 2000

@@ -12,7 +12,7 @@ from entropy_ddp.config import Integrand, Normalize
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.curvature import Curvature
 from entropy_ddp.estimators.entropy import reweighted
-from entropy_ddp.estimators.errors import jackknife_error
+from entropy_ddp.estimators.standard_errors import jackknife_error
 from entropy_ddp.rollouts.batch import Ragged
 
 DIFFERENCE_RTOL = 1e-7  # five points, errors of order STEP^4

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.errors import (
+from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     effective_sample_size,
     group_totals,
