@@ -4,29 +4,33 @@ Looked for only when a gradient is: the pass is repeated sequence by sequence, a
 first bad one for ever shorter beginnings.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from entropy_ddp.errors import RunError
 from entropy_ddp.policy.response_tokens import TokenWeights
 from entropy_ddp.rollouts.batch import Shard
 
-if TYPE_CHECKING:
-    from entropy_ddp.policy.scoring import Passes
-
+# Adds the gradient of sum(a log p + b H) over a shard to `.grad`.
+PullBack = Callable[[Shard, TokenWeights], object]
 # Elements of a buffer that are looked at together: no copy of the whole.
 _BLOCK = 1 << 22
 
 
 def require_finite_gradient(
-    passes: "Passes", shard: Shard, weights: TokenWeights, flat: Tensor
+    pull_back: PullBack,
+    parameters: Mapping[str, nn.Parameter],
+    shard: Shard,
+    weights: TokenWeights,
+    flat: Tensor,
 ) -> None:
     """Check a gradient of sum(a log p + b H) over a shard.
 
     Args:
-        passes: what it was taken with.
+        pull_back: the pass that it was taken with.
+        parameters: what it is a gradient by.
         shard: this rank's sequences.
         weights: gives a and b of each token.
         flat: the gradient, [P].
@@ -40,7 +44,7 @@ def require_finite_gradient(
     spans = zip(shard.ragged.starts.tolist(), shard.ragged.ends.tolist())
     for number, (begin, end) in enumerate(spans):
         one = Shard(batch=shard.batch, positions=shard.positions[number : number + 1])
-        bad = partial(_bad_parameter, passes, one, weights, begin)
+        bad = partial(_bad_parameter, pull_back, parameters, one, weights, begin)
         if begin == end or not bad(begin, end):
             continue
         place += f", line {shard.sequences[number].index + 1}"
@@ -60,7 +64,8 @@ def require_finite_gradient(
 
 
 def _bad_parameter(
-    passes: "Passes",
+    pull_back: PullBack,
+    parameters: Mapping[str, nn.Parameter],
     one: Shard,
     weights: TokenWeights,
     start: int,
@@ -70,7 +75,8 @@ def _bad_parameter(
     """The first parameter whose gradient is not finite, for one sequence.
 
     Args:
-        passes: what it is taken with.
+        pull_back: the pass that it is taken with.
+        parameters: what it is a gradient by.
         one: the sequence alone.
         weights: of the tokens by their places in the whole shard.
         start: place of the sequence's first token there.
@@ -83,9 +89,8 @@ def _bad_parameter(
         other = ((whole < first) | (whole >= last)).to(a.device)
         return a.masked_fill(other, 0.0), b.masked_fill(other, 0.0)
 
-    parameters = passes.parameters
     try:
-        passes.pull_back(one, shifted)
+        pull_back(one, shifted)
         return next(
             (
                 name

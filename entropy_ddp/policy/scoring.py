@@ -334,7 +334,7 @@ class Passes:
                 collect()
         finally:
             self._drop_gradients()
-        require_finite_gradient(self, shard, weights, flat)
+        require_finite_gradient(self.pull_back, self.parameters, shard, weights, flat)
         return flat, scores
 
     def _drop_gradients(self) -> None:
