@@ -4,7 +4,6 @@ Every point is compared with the reference along the step that the reference tak
 sweep that is interrupted and started again measures only what is missing.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,13 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
 import reference as ref
 import torch
-import yaml
 from reference import LossSettings, Objective
 from safetensors.torch import load_file, save_file
+from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, make_run
 from torch import Tensor
 
@@ -469,35 +467,7 @@ def test_points_of_another_run_are_refused(tmp_path: Path, name: str) -> None:
 
 # Ranks
 
-# Two sweeps in one group of processes: starting them is what takes time.
-SWEEPS = """
-import json
-import sys
-from dataclasses import replace
-from pathlib import Path
 
-from entropy_ddp.cli.ranks import run_ranks
-from entropy_ddp.config import load_config
-from entropy_ddp.probe.sweep import run_sweep
-
-def body(world):
-    config = load_config(Path(sys.argv[1]), ())
-    for out in map(Path, sys.argv[2:]):
-        alone = replace(world, collectives={})
-        phases = []
-        probed = run_sweep(config, alone, out, lambda *p: phases.append(p))
-        if world.is_main:
-            names = [name for name, done, _ in phases if not done]
-            begun = [name for name in names if name.startswith("sweep:")]
-            document = probed.results.to_dict() | {"begun": begun}
-            (out / "results.json").write_text(json.dumps(document))
-    return 0
-
-sys.exit(run_ranks(body))
-"""
-
-
-@pytest.mark.slow
 def test_three_ranks_give_the_sweep_of_one(
     qwen2: TinyRun, begun: Path, tmp_path: Path
 ) -> None:
@@ -507,13 +477,20 @@ def test_three_ranks_give_the_sweep_of_one(
     outs = [tmp_path / "new", tmp_path / "continued"]
     outs[0].mkdir()
     shutil.copytree(begun, outs[1])
-    script, config = tmp_path / "sweeps.py", tmp_path / "config.yaml"
-    script.write_text(SWEEPS)
-    document = qwen2.config(**SECTIONS).model_dump()
-    config.write_text(yaml.safe_dump(document))
-    launching.run(launching.torchrun(3, script, config, *outs)).require_success()
-    found = [json.loads((out / "results.json").read_text()) for out in outs]
-    assert [len(document["begun"]) for document in found] == [4, 2]
+    config = qwen2.config(**SECTIONS)
+    found = []
+    for out, num_begun in zip(outs, (4, 2), strict=True):
+        phases: list[tuple[Any, ...]] = []
+
+        def told(*phase: Any, phases: list[tuple[Any, ...]] = phases) -> None:
+            phases.append(phase)
+
+        probed, *_ = run_thread_ranks(
+            3, lambda world, out=out, told=told: run_sweep(config, world, out, told)
+        )
+        names = {name for name, done, *_ in phases if not done}
+        assert sum(name.startswith("sweep:") for name in names) == num_begun
+        found.append(probed.results.to_dict())
     assert found[1]["sweep"][:2] == points(expected)[:2]
     for document in found:
         assert document["run"]["world_size"] == 3
