@@ -51,10 +51,11 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# pip is told to show errors only: $(1) is the set of extras, $(2) the stamps it earns.
+# pip is told to show errors only, and to leave compiling to the first import, as most
+# modules are never imported: $(1) is the set of extras, $(2) the stamps it earns.
 define pip_install
 	@echo "Installing entropy_ddp[$(1)] in $(VENV); the first time takes some minutes."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile \
 	    -c constraints.txt -e '.[$(1)]'
 	@touch $(2)
 endef

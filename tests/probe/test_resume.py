@@ -609,7 +609,7 @@ sys.exit(run_ranks(body))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_number_of_ranks_may_change(
     run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

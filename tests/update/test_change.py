@@ -142,7 +142,7 @@ sys.exit(run_ranks(body))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_probe_a_change_as_they_probe_the_step(
     lora: TinyRun, tmp_path: Path
 ) -> None:
