@@ -72,6 +72,10 @@ class Curvature:
         """delta_h2 = eta slope + eta^2 H'' / 2."""
         return eta * slope + eta**2 * self.value / 2
 
+    def second_order_influence(self, eta: float, slope: Tensor) -> Tensor:
+        """Influence of each group on delta_h2, from that on the slope, [n]."""
+        return eta * slope + eta**2 / 2 * self.influence
+
     def eta_star(self, slope: float) -> float | None:
         """|2 slope / H''|; None where H'' is 0."""
         return abs(2 * slope / self.value) if self.value else None

@@ -233,7 +233,7 @@ def _curvature_result(measured: Measured) -> CurvatureResult | None:
         return None
     slope, eta = measured.slope.value, measured.step.learning_rate
     eta_star = curvature.eta_star(slope)
-    influence = eta * measured.slope.influence + eta**2 / 2 * curvature.influence
+    influence = curvature.second_order_influence(eta, measured.slope.influence)
     eta_star_se = None
     if slope and eta_star is not None:
         eta_star_se = eta_star * delta_method_error(

@@ -120,7 +120,7 @@ def _point(
     second = second_error = None
     if curvature is not None:
         second = curvature.second_order(eta, slope.value)
-        influence = eta * slope.influence + eta**2 / 2 * curvature.influence
+        influence = curvature.second_order_influence(eta, slope.influence)
         second_error = delta_method_error(influence)
     point = SweepPoint(
         eta=eta,

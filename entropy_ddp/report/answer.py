@@ -15,11 +15,14 @@ from entropy_ddp.report.words import (
     around,
     count,
     exact,
+    linear_error,
+    missed_error,
     number,
     percent,
     percent_with_error,
     shown_error,
     supported,
+    supported_percent,
     true_minus,
     typeset,
     visible,
@@ -73,8 +76,7 @@ def lead(document: Document) -> str:
     """The same in percent of the entropy, and what was predicted."""
     truth, linear = document["truth"], document["linear"]
     before, change = truth["H_orig"], truth["delta_h_true"]
-    eta = document["update"]["learning_rate_used"]
-    predicted = with_error(linear["delta_h1"], abs(eta) * linear["se"])
+    predicted = with_error(linear["delta_h1"], linear_error(document))
     sentences = []
     if before > 0:
         share, error = change / before, shown_error(truth) / before
@@ -104,7 +106,7 @@ def second_order(document: Document) -> str:
         return ""
     second = with_error(curvature["delta_h2"], curvature["delta_h2_se"])
     missed = truth["delta_h_true"] - curvature["delta_h2"]
-    error = math.hypot(curvature["difference_se"], truth.get("noise_floor") or 0.0)
+    error = missed_error(document, "curvature")
     begin = f"With the curvature of the step the prediction is {second}, and it misses"
     if words.is_resolved(missed, error):
         return f"{begin} the truth by {with_error(missed, error)}."
@@ -247,7 +249,7 @@ def _missed(document: Document) -> str:
     truth, linear = document["truth"], document["linear"]
     change = truth["delta_h_true"]
     missed = change - linear["delta_h1"]
-    paired = math.hypot(linear["difference_se"], truth.get("noise_floor") or 0.0)
+    paired = missed_error(document, "linear")
     if missed and abs(missed) > RESOLVED * paired:
         pair = percent_with_error(
             abs(missed / change), paired / abs(change), signed=False
@@ -281,23 +283,26 @@ def _what_did_it(document: Document) -> Glance:
         "Weight decay": found["weight_decay"],
         "The gradient of U": found["gradient"],
     }
-    total, linear = found["total"], document["linear"]
-    error = abs(document["update"]["learning_rate_used"]) * linear["se"]
+    total, error = found["total"], linear_error(document)
     name, value = max(named.items(), key=lambda item: abs(item[1]))
     if not value or not total:
         return Glance(
             question="What did it?", answer="Nothing", detail="Every part of it is 0."
         )
-    told = abs(total) >= RESOLVED * error
+    told = words.is_resolved(total, error)
     same_sign = told and all(part * total >= 0 for part in named.values())
-    answer = f"{name}, {_of_total(value, total, error)}" if same_sign else name
+    answer = (
+        f"{name}, {supported_percent(value / total, error / abs(total))}"
+        if same_sign
+        else name
+    )
     gradient = found["gradient"]
     if not gradient:
         detail = "The gradient of U is zero."
         return Glance(question="What did it?", answer=answer, detail=detail)
     own = supported(gradient, error, 3, signed=True)
     if same_sign:
-        own = _of_total(gradient, total, error)
+        own = supported_percent(gradient / total, error / abs(total))
     detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
     half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
     detail = f"{detail}; {half}" if detail else half[0].upper() + half[1:]
@@ -306,11 +311,6 @@ def _what_did_it(document: Document) -> Glance:
         answer=answer,
         detail=f"{detail}, on this E. {_strongest(found['top_tokens'])}".strip(),
     )
-
-
-def _of_total(part: float, total: float, error: float) -> str:
-    """A part in percent of the total, with the digits that the total's error leaves."""
-    return f"{supported(100 * part / total, 100 * error / abs(total), 2)}{FIXED}%"
 
 
 def _strongest(tokens: list[dict[str, Any]]) -> str:

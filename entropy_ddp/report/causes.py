@@ -16,7 +16,16 @@ from entropy_ddp.report.figures.causes import (
 from entropy_ddp.report.figures.progress import Stage
 from entropy_ddp.report.kinds import KINDS, SharesByKind
 from entropy_ddp.report.subjects import Subject
-from entropy_ddp.report.view import Cell, Glance, Section, Table, digits, given_e, words
+from entropy_ddp.report.view import (
+    Cell,
+    Glance,
+    Section,
+    Table,
+    digits,
+    given_e,
+    measured,
+    words,
+)
 from entropy_ddp.report.words import (
     AXIS_UNITS,
     GIVEN_E,
@@ -325,7 +334,7 @@ def _rules(causes: Causes, sums: dict[str, tuple[float, float | None]]) -> Table
         first = given_e(linear, causes.linear_error)
         row = [words(rule), digits(left_out), first]
         if truth is not None:
-            row.append(_pair(truth, _sum_error(causes, rule)))
+            row.append(measured(truth, _sum_error(causes, rule)))
         rows.append(row)
     columns = ["left out", "tokens", "first order"] + ["step taken"] * verified
     return Table(
@@ -360,19 +369,14 @@ def _rules_by_step(causes: Causes, rules: Sequence[str]) -> Table:
 
 def _whole(stage: Stage, verified: bool) -> Cell:
     if verified:
-        return _pair(stage.truth, stage.truth_error)
-    return _pair(stage.linear, stage.linear_error)
+        return measured(stage.truth, stage.truth_error)
+    return measured(stage.linear, stage.linear_error)
 
 
 def _left(row: dict[str, Any], stage: Stage, verified: bool) -> Cell:
     if verified:
-        return _pair(row["delta_h_true"], row["se"])
+        return measured(row["delta_h_true"], row["se"])
     return given_e(row["delta_h1"], stage.linear_error)
-
-
-def _pair(value: float, error: float) -> Cell:
-    title = f"{value!r} ± {error!r}"
-    return Cell(text=with_error(value, error), title=title, is_number=True)
 
 
 def _parts_by_step(causes: Causes) -> Table:

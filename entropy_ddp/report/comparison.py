@@ -1,6 +1,5 @@
 """The page of several checkpoints of a training run, or of several settings of one."""
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -22,6 +21,7 @@ from entropy_ddp.report.view import (
     Section,
     Table,
     digits,
+    measured,
 )
 from entropy_ddp.report.view import words as text_cell
 from entropy_ddp.report.words import (
@@ -30,7 +30,9 @@ from entropy_ddp.report.words import (
     RESOLVED,
     UNITS,
     count,
+    linear_error,
     listed,
+    missed_error,
     number,
     percent,
     percent_with_error,
@@ -100,7 +102,6 @@ def _names(subjects: Sequence[Subject]) -> list[str]:
 def _stage(subject: Subject, place: float, label: str) -> Stage:
     document = subject.document
     truth, linear = document["truth"], document["linear"]
-    eta = document["update"]["learning_rate_used"]
     checkpoint = subject.main.config.checkpoint
     return Stage(
         place=place,
@@ -112,10 +113,8 @@ def _stage(subject: Subject, place: float, label: str) -> Stage:
         truth=truth["delta_h_true"],
         truth_error=shown_error(truth),
         linear=linear["delta_h1"],
-        linear_error=abs(eta) * linear["se"],
-        missed_error=math.hypot(
-            linear["difference_se"], truth.get("noise_floor") or 0.0
-        ),
+        linear_error=linear_error(document),
+        missed_error=missed_error(document, "linear"),
     )
 
 
@@ -292,9 +291,9 @@ def _table(subjects: Sequence[Subject], stages: Sequence[Stage], unit: str) -> T
                 Cell(
                     text=_entropy_of(stage), title=repr(stage.entropy), is_number=True
                 ),
-                _pair(stage.truth, stage.truth_error),
+                measured(stage.truth, stage.truth_error),
                 share,
-                _pair(stage.linear, stage.linear_error),
+                measured(stage.linear, stage.linear_error),
                 digits(subject.document["truth"]["ess_fraction"]),
                 _verdict(subject),
             ]
@@ -307,11 +306,6 @@ def _table(subjects: Sequence[Subject], stages: Sequence[Stage], unit: str) -> T
         rows=rows,
         caption=f"H and its changes in {unit}; ± is one standard error.",
     )  # fmt: skip
-
-
-def _pair(value: float, error: float) -> Cell:
-    title = f"{value!r} ± {error!r}"
-    return Cell(text=with_error(value, error), title=title, is_number=True)
 
 
 def _verdict(subject: Subject) -> Cell:

@@ -7,7 +7,15 @@ from typing import Any
 from entropy_ddp.names import short_name
 from entropy_ddp.report.answer import as_text, is_trusted
 from entropy_ddp.report.figures.change import estimator_rows
-from entropy_ddp.report.view import Cell, Table, digits, given_e, in_context, words
+from entropy_ddp.report.view import (
+    Cell,
+    Table,
+    digits,
+    given_e,
+    in_context,
+    measured,
+    words,
+)
 from entropy_ddp.report.words import (
     GIVEN_E,
     UNITS,
@@ -15,7 +23,6 @@ from entropy_ddp.report.words import (
     percent,
     relative_error,
     typeset,
-    with_error,
 )
 
 Document = dict[str, Any]
@@ -26,11 +33,6 @@ def _share(value: float | None) -> Cell:
     if value is None:
         return Cell(text="–", is_number=True)
     return Cell(text=percent(value), title=repr(value), is_number=True)
-
-
-def _pair(value: float, error: float) -> Cell:
-    title = f"{value!r} ± {error!r}"
-    return Cell(text=with_error(value, error), title=title, is_number=True)
 
 
 def estimators(document: Document) -> Table:
@@ -54,7 +56,6 @@ def estimators(document: Document) -> Table:
 def change(document: Document) -> Table:
     """The headline's numbers."""
     truth, linear = document["truth"], document["linear"]
-    eta = document["update"]["learning_rate_used"]
     numbers = {
         "entropy before": truth["H_orig"],
         "its standard error, of another E": truth.get("H_orig_se"),
@@ -64,7 +65,7 @@ def change(document: Document) -> Table:
         "its standard error": truth["se"],
         "rounding in it": truth.get("noise_floor"),
         "first-order change": linear["delta_h1"],
-        "its standard error, given the step": abs(eta) * linear["se"],
+        "its standard error, given the step": linear_error(document),
         "standard error of their difference": linear["difference_se"],
         "effective sample size, responses": truth["ess"],
         "effective sample size over N": truth["ess_fraction"],
@@ -138,15 +139,15 @@ def sweep(document: Document) -> Table:
     for point in document["sweep"]:
         second = digits(None)
         if "delta_h2_se" in point:
-            second = _pair(point["delta_h2"], point["delta_h2_se"])
+            second = measured(point["delta_h2"], point["delta_h2_se"])
         share = digits(point["ess_fraction"])
         if not is_trusted(point):
             share = Cell(text=f"{share.text} ×", title=share.title, is_number=True)
         rows.append(
             [
                 digits(point["eta"]),
-                _pair(point["delta_h_true"], math.hypot(point["se"], floor)),
-                _pair(point["delta_h1"], point["delta_h1_se"]),
+                measured(point["delta_h_true"], math.hypot(point["se"], floor)),
+                measured(point["delta_h1"], point["delta_h1_se"]),
                 second,
                 share,
             ]
@@ -289,7 +290,7 @@ def what_if(document: Document) -> Table:
             given_e(row["delta_h1"], error),
         ]  # fmt: skip
         if verified:
-            cells.append(_pair(row["delta_h_true"], math.hypot(row["se"], floor)))
+            cells.append(measured(row["delta_h_true"], math.hypot(row["se"], floor)))
         rows.append(cells)
     columns = ["left out", "tokens", "first order"] + ["step taken"] * verified
     return Table(

@@ -10,10 +10,10 @@ from entropy_ddp.report.view import Cell, Table, digits, given_e, words
 from entropy_ddp.report.words import (
     FIXED,
     GIVEN_E,
-    RESOLVED,
     is_resolved,
     percent,
     supported,
+    supported_percent,
 )
 
 # Below this log p a token is one that the policy held for less likely than not.
@@ -111,10 +111,10 @@ def sentence(found: SharesByKind, unit: str, error: float) -> str:
     begin = f"{tokens[0].upper()}{tokens[1:]} are "
     begin += f"{percent(part.num_tokens / found.num_tokens)} of U's tokens and "
     ratio = part.share / total
-    if ratio <= 1 and abs(total) >= RESOLVED * error:
+    if ratio <= 1 and is_resolved(total, error):
         others = ", all others together the rest" if ratio < 1 else ""
-        share = supported(100 * ratio, 100 * error / abs(total), 2)
-        return f"{begin}make {share}{FIXED}% of the gradient's part{others}."
+        share = supported_percent(ratio, error / abs(total))
+        return f"{begin}make {share} of the gradient's part{others}."
     # More than all of it, or of what may be nothing: a percentage would hide that.
     alone = supported(part.share, error, 3, signed=True)
     begin += f"would alone move the entropy by {alone} {unit}; the others "
@@ -178,5 +178,5 @@ def _share(value: float | None, error: float = 0.0) -> Cell:
     if not error:
         text = percent(value)
     elif is_resolved(1.0, error):
-        text = f"{supported(100 * value, 100 * error, 2)}{FIXED}%"
+        text = supported_percent(value, error)
     return Cell(text=text, title=repr(value), is_number=True)

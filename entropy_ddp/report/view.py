@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.report.words import around, exact, number, supported, visible
+from entropy_ddp.report.words import (
+    around,
+    exact,
+    number,
+    supported,
+    visible,
+    with_error,
+)
 
 if TYPE_CHECKING:
     # Words and tables need no library for figures.
@@ -66,6 +73,12 @@ def in_context(share: float, pieces: Sequence[str], most: int = CONTEXT) -> Cell
     sign = "cold" if share < 0 else "warm"
     marked = (before, visible(token), after)
     return Cell(text="", marked=marked, sign=sign, is_long=bool(before + after))
+
+
+def measured(value: float, error: float) -> Cell:
+    """A cell of a number and its standard error, whole on hover."""
+    title = f"{value!r} ± {error!r}"
+    return Cell(text=with_error(value, error), title=title, is_number=True)
 
 
 def given_e(value: float, error: float) -> Cell:

@@ -104,6 +104,12 @@ def shown_error(truth: Mapping[str, Any]) -> float:
     return math.hypot(truth["se"], truth.get("noise_floor") or 0.0)
 
 
+def missed_error(document: Mapping[str, Any], prediction: str) -> float:
+    """The same of a measured change less its prediction, `linear` or `curvature`."""
+    noise = document["truth"].get("noise_floor") or 0.0
+    return math.hypot(document[prediction]["difference_se"], noise)
+
+
 # What stands beside parts and shares.
 GIVEN_E = (
     "Parts and shares are of this E and have no error of their own: they are shown with "
@@ -160,6 +166,11 @@ def percent(share: float, digits: int = 2, *, signed: bool = False) -> str:
         places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     text = f"{value:+.{places}f}" if signed and value else f"{value:.{places}f}"
     return true_minus(text) + FIXED + "%"
+
+
+def supported_percent(share: float, error: float) -> str:
+    """A share as a percentage, with the digits that its error leaves; two at most."""
+    return f"{supported(100 * share, 100 * error, 2)}{FIXED}%"
 
 
 def exact(value: Any) -> str:

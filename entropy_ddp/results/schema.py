@@ -112,7 +112,8 @@ class TruthResult:
         delta_h_true: H_upd - H_orig.
         se: its standard error, clustered by group.
         noise_floor: what rounding alone makes of it: the change of a sample of E that is
-            only scored again, or its standard error if that is larger. Absent in the results of versions that did not write it.
+            only scored again, or its standard error if that is larger. Absent in the
+            results of versions that did not write it.
         ess: effective sample size of the weights, in sequences.
         ess_fraction: the same over N.
         log_weight: min, median and max of log w_i.

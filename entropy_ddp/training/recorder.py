@@ -110,7 +110,7 @@ class RolloutRecorder(TrainerCallback):
         ):
             raise InputError(
                 f"RolloutRecorder: expected TRL's {TRAINER}, found "
-                f"{type(trainer).__name__}; write its rollouts in the format of the "
+                f"{type(trainer).__name__}; write its rollouts in the format of "
                 "docs/files.md, or import its dump with `entropy-ddp import`"
             )
         self._trainer = trainer

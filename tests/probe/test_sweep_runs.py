@@ -25,7 +25,7 @@ from torch import Tensor
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.probe.sweep import run_sweep
-from entropy_ddp.results import UNFINISHED, Results
+from entropy_ddp.results import UNFINISHED, Probed, Results
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")
 
@@ -482,13 +482,17 @@ def test_three_ranks_give_the_sweep_of_one(
     for out, num_begun in zip(outs, (4, 2), strict=True):
         phases: list[tuple[Any, ...]] = []
 
-        def told(*phase: Any, phases: list[tuple[Any, ...]] = phases) -> None:
-            phases.append(phase)
+        def body(
+            world: World, out: Path = out, phases: list[tuple[Any, ...]] = phases
+        ) -> Probed:
+            def told(*phase: Any) -> None:
+                if world.is_main:
+                    phases.append(phase)
 
-        probed, *_ = run_thread_ranks(
-            3, lambda world, out=out, told=told: run_sweep(config, world, out, told)
-        )
-        names = {name for name, done, *_ in phases if not done}
+            return run_sweep(config, world, out, told)
+
+        probed, *_ = run_thread_ranks(3, body)
+        names = [name for name, done, *_ in phases if not done]
         assert sum(name.startswith("sweep:") for name in names) == num_begun
         found.append(probed.results.to_dict())
     assert found[1]["sweep"][:2] == points(expected)[:2]

@@ -170,6 +170,8 @@ def test_every_command_measures_the_same_step(made: Made) -> None:
     probe, sweep, attribute = map(made.results, ("probe", "sweep", "attribute"))
     for found in (probe, sweep, attribute):
         assert found["status"] == "ok"
+        memory = found["run"]["memory"]
+        assert 1 / 1.15 < memory["estimated_bytes"] / memory["peak_bytes"] < 1.15
         assert found["linear"]["delta_h1"] == pytest.approx(
             probe["linear"]["delta_h1"], rel=1e-4
         )

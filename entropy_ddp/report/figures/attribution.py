@@ -26,11 +26,10 @@ from entropy_ddp.report.figures.forest import (
 from entropy_ddp.report.figures.scatter import Axis, scatter, what_is_drawn
 from entropy_ddp.report.words import (
     AXIS_UNITS,
-    FIXED,
     is_resolved,
     linear_error,
     name_of_kind,
-    supported,
+    supported_percent,
     title_of_kinds,
 )
 
@@ -194,9 +193,9 @@ def what_if(document: Document) -> Figure:
     share = ""
     error = whole.error or 0.0
     if is_resolved(whole.value, error):
-        left = 100 * best["delta_h1"] / whole.value
-        share = f" leaves {supported(left, 100 * error / abs(whole.value), 2)}"
-        share += f"{FIXED}% of the change"
+        left = best["delta_h1"] / whole.value
+        share = f" leaves {supported_percent(left, error / abs(whole.value))}"
+        share += " of the change"
     unit = AXIS_UNITS[document["linear"]["normalize"]]
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:

@@ -1,6 +1,5 @@
 """The answer as figures: prediction against truth, every estimator, the variance."""
 
-import math
 from typing import Any
 
 from matplotlib.figure import Figure as MatplotlibFigure
@@ -10,6 +9,8 @@ from entropy_ddp.report.figures.forest import Estimate, draw_forest, forest_heig
 from entropy_ddp.report.words import (
     AXIS_UNITS,
     is_resolved,
+    linear_error,
+    missed_error,
     number,
     percent,
     percent_with_error,
@@ -22,8 +23,7 @@ Document = dict[str, Any]
 def prediction_against_truth(document: Document) -> Figure:
     """Truth, first and second order on one axis; what first order misses on another."""
     truth, linear = document["truth"], document["linear"]
-    eta, unit = document["update"]["learning_rate_used"], AXIS_UNITS[truth["normalize"]]
-    error = abs(eta) * linear["se"]
+    error, unit = linear_error(document), AXIS_UNITS[truth["normalize"]]
     rows = [
         Estimate(
             label="measured", value=truth["delta_h_true"], error=shown_error(truth)
@@ -45,7 +45,7 @@ def prediction_against_truth(document: Document) -> Figure:
     missed = Estimate(
         label="measured − first order",
         value=truth["delta_h_true"] - linear["delta_h1"],
-        error=math.hypot(linear["difference_se"], truth.get("noise_floor") or 0.0),
+        error=missed_error(document, "linear"),
     )
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
