@@ -15,8 +15,8 @@ from benchmarks.models import (
     make_shard,
     with_adapter,
 )
-from entropy_ddp.policy.parameters import trainable_parameters
-from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.model.parameters import trainable_parameters
 
 LEARNING_RATE = 1e-4
 

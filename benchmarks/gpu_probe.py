@@ -28,10 +28,10 @@ from benchmarks.models import (
     with_adapter,
 )
 from benchmarks.passes import difference_step, pulled_back
-from entropy_ddp.policy.scores import DirectionalScores
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.rollouts.batch import Batch, Shard
-from entropy_ddp.rollouts.microbatch import make_microbatches
+from entropy_ddp.data.batch import Batch, Shard
+from entropy_ddp.data.microbatch import make_microbatches
+from entropy_ddp.model.scores import DirectionalScores
+from entropy_ddp.model.scoring import Passes
 
 MEMORY_LIMIT_GIB = 80
 GIB = 1 << 30

@@ -10,7 +10,7 @@ from benchmarks.comparison import Comparison, Setting, time_in_turns
 from benchmarks.memory import peak_bytes
 from benchmarks.models import QWEN_05B, TINY, make_base
 from benchmarks.passes import relative_difference
-from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
 
 # Rows of logits in which the plain route takes its entropies: its memory is then that of
 # the logits and of their log_softmax, two copies, and not of temporaries.

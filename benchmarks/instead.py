@@ -28,10 +28,10 @@ from benchmarks.models import (
 )
 from benchmarks.passes import relative_difference
 from benchmarks.processes import REPOSITORY
-from entropy_ddp.policy.parameters import shifted
-from entropy_ddp.policy.scores import DirectionalScores
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.rollouts.batch import Sequence, Shard
+from entropy_ddp.data.batch import Sequence, Shard
+from entropy_ddp.model.parameters import shifted
+from entropy_ddp.model.scores import DirectionalScores
+from entropy_ddp.model.scoring import Passes
 
 BASE = REPOSITORY / "build" / "real" / "base"
 # Rows of one padded batch of the other way, and the lengths of its differences, of a

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.policy.parameters import trainable_parameters
-from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
+from entropy_ddp.data.batch import Batch, Sequence, Shard
+from entropy_ddp.model.parameters import trainable_parameters
+from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.model.scoring import Passes
 
 RANK = 16
 

@@ -20,11 +20,11 @@ from benchmarks.models import (
     make_passes,
     make_shard,
 )
-from entropy_ddp.policy.parameters import shifted
-from entropy_ddp.policy.scores import TokenScores
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import make_microbatches
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.microbatch import make_microbatches
+from entropy_ddp.model.parameters import shifted
+from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.scoring import Passes
 
 # The families whose layers have tangent rules of their own.
 FAST_FAMILIES = ("qwen2", "llama")

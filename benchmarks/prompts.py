@@ -15,11 +15,11 @@ from benchmarks.models import (
     make_shard,
 )
 from benchmarks.passes import pulled_back, scores_difference
+from entropy_ddp.data.batch import Shard
 from entropy_ddp.errors import RunError
-from entropy_ddp.policy.scores import TokenScores
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.policy.selfcheck import check_sharing
-from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.scoring import Passes
+from entropy_ddp.model.selfcheck import check_sharing
 
 GROUP = 8
 SHARED = Lengths(groups=1, per_group=GROUP, prompt=128, response=128, shortest=16)

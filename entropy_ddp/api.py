@@ -23,11 +23,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.checkpoint.trainer_settings import with_training_arguments
 from entropy_ddp.config import Config, load_config, to_yaml, validated, with_sections
+from entropy_ddp.data.batch import Batch
 from entropy_ddp.distributed import World
 from entropy_ddp.distributed import process_group as ranks
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.policy.trained_settings import with_training_arguments
 from entropy_ddp.probe.attribution import attribute_session
 from entropy_ddp.probe.run import audit_session, probe_session
 from entropy_ddp.probe.session import Progress, Session, no_progress, open_session
@@ -40,7 +41,6 @@ from entropy_ddp.results import (
     read_results,
     write_results,
 )
-from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.terminal.heading import verdict_counts
 from entropy_ddp.terminal.notebook import as_html
 

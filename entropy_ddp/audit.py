@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_ddp.data.rows import listed_lines
 from entropy_ddp.results import AuditRow, RunFacts, Verdict
-from entropy_ddp.rollouts.rows import listed_lines
 
 # How many end tokens of a batch may be expected to be as improbable as one that is
 # taken for genuine.

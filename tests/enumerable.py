@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from entropy_ddp.config import ImportanceMode, Integrand, Normalize
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import (
     cross_fitted_coefficients,
     fold_moments,
@@ -58,13 +59,12 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
-from entropy_ddp.policy.head import (
+from entropy_ddp.model.head import (
     FEATURES,
     directional_derivatives,
     distribution_features,
     softmax_of,
 )
-from entropy_ddp.rollouts.batch import Ragged
 
 END = 0
 NUM_INPUTS = 6

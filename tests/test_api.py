@@ -14,7 +14,7 @@ from tiny_runs import TinyRun, make_run
 
 from entropy_ddp.api import InputError, Run, open_run, read_results
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import fingerprint
+from entropy_ddp.model.parameters import fingerprint
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep

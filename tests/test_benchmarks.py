@@ -27,8 +27,8 @@ from benchmarks.probes import scale_rows
 from benchmarks.rows import GPU_ROWS, ROWS, default_rows
 from benchmarks.table import cpu_name
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import shifted
-from entropy_ddp.policy.precision import precision_context
+from entropy_ddp.model.parameters import shifted
+from entropy_ddp.model.precision import precision_context
 
 SETTING = Setting(size="tiny", repeats=1)
 # Rows that start processes, or that probe a checkpoint; and one that does both.

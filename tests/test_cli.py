@@ -31,7 +31,7 @@ from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
 from entropy_ddp.probe import keeping
 from entropy_ddp.probe.unfinished import Unfinished
-from entropy_ddp.rollouts import sampling
+from entropy_ddp.sampling import rollouts as sampling
 
 HEAVY = ("torch", "numpy", "transformers", "peft", "accelerate", "safetensors")
 
@@ -633,7 +633,7 @@ def test_a_defect_shows_its_traceback(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is neither wrong input nor a failed run is not made pretty; exit code 1."""
-    from entropy_ddp.policy.scoring import Passes
+    from entropy_ddp.model.scoring import Passes
 
     def broken(*arguments: Any) -> None:
         raise ZeroDivisionError("a defect")

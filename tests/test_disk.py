@@ -19,11 +19,11 @@ from tiny_runs import TinyRun, make_run
 
 from entropy_ddp import atomic
 from entropy_ddp.atomic import written_whole
+from entropy_ddp.data.files import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import UNFINISHED, Probed, write_results
-from entropy_ddp.rollouts.files import write_jsonl
 from entropy_ddp.tensors import write_tensors
 
 

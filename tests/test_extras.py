@@ -44,7 +44,7 @@ for command in json.loads(sys.argv[2]):
 """
 MATHS = """
 from entropy_ddp.config.sampling import Reward
-from entropy_ddp.rollouts.rewards import load_rewards
+from entropy_ddp.sampling.rewards import load_rewards
 
 (term,) = load_rewards([Reward(math="answer")])
 print(term.score("", "$\\\\frac{1}{2}$", {"answer": "0.5"}))

@@ -41,7 +41,7 @@ if fault == "interrupted import":
                 pass  # a library that takes any failure for one of its own
     sys.meta_path.insert(0, Interrupting())
 if fault in ("NaN", "damaged", "sleeps"):
-    from entropy_ddp.policy.scoring import Passes
+    from entropy_ddp.model.scoring import Passes
     score = Passes.score
     def planted(passes, shard, *others, **options):
         mark()

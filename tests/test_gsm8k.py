@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
-from entropy_ddp.rollouts.answers import check_gold
-from entropy_ddp.rollouts.prompts import read_prompts
-from entropy_ddp.rollouts.rewards import Sample, load_rewards, score_rewards
+from entropy_ddp.sampling.answers import check_gold
+from entropy_ddp.sampling.prompts import read_prompts
+from entropy_ddp.sampling.rewards import Sample, load_rewards, score_rewards
 
 CONFIG = Path(__file__).parent.parent / "configs" / "gsm8k_qwen2.5_1.5b.yaml"
 PROBLEMS = Path(__file__).parent / "data" / "word_problems.jsonl"

@@ -27,7 +27,7 @@ from torch import nn
 from entropy_ddp.cli import main
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import fingerprint
+from entropy_ddp.model.parameters import fingerprint
 from entropy_ddp.probe import session
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_audit, run_probe

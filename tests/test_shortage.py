@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from entropy_ddp.checkpoint import change, optimizer_state, weights
+from entropy_ddp.checkpoint import find as checkpoint
 from entropy_ddp.errors import InputError, RunError, raise_if_out_of_memory
-from entropy_ddp.policy import checkpoint, optimizer_state, weights
-from entropy_ddp.update import change
 
 SHORTAGES = [
     MemoryError(),

@@ -31,7 +31,7 @@ from trainers import (
 
 from entropy_ddp import demo
 from entropy_ddp.cli import main
-from entropy_ddp.rollouts.jsonlines import read_rows
+from entropy_ddp.data.jsonlines import read_rows
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow

@@ -440,7 +440,7 @@ import sys
 from pathlib import Path
 
 from entropy_ddp.errors import RunError
-from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.model.scoring import Passes
 
 calls = []
 score = Passes.score

@@ -13,16 +13,16 @@ from reference import LossSettings, Row
 from torch import Tensor, nn
 
 from entropy_ddp.config import Config
+from entropy_ddp.data.batch import Batch
+from entropy_ddp.data.files import make_batch
+from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import trainable_parameters
-from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
-from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.model.parameters import trainable_parameters
+from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.session import Session, open_session
 from entropy_ddp.results import Probed
-from entropy_ddp.rollouts.batch import Batch
-from entropy_ddp.rollouts.files import make_batch
-from entropy_ddp.rollouts.rows import TokenLimits
 
 E_RESPONSES = [1, 2, 3, 1, 2, 1]
 U_RESPONSES = [2, 3, 2]

@@ -130,7 +130,7 @@ def load(options: Options) -> "Config":
 
 
 def _read(options: Options) -> "Config":
+    from entropy_ddp.checkpoint.trainer_settings import with_training_arguments
     from entropy_ddp.config import load_config
-    from entropy_ddp.policy.trained_settings import with_training_arguments
 
     return with_training_arguments(load_config(options.config, options.assignments))

@@ -26,7 +26,7 @@ Shape legend: t tokens of one rank, F predictors, K longest response, f folds.
 import torch
 from torch import Tensor
 
-from entropy_ddp.rollouts.batch import Ragged
+from entropy_ddp.data.batch import Ragged
 
 # Columns of `predictors`.
 NUM_PREDICTORS = 7

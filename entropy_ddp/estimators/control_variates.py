@@ -32,6 +32,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import folds_of
 from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.linear import Slope, TokenDerivatives
@@ -40,7 +41,6 @@ from entropy_ddp.estimators.standard_errors import (
     group_totals,
     jackknife_error,
 )
-from entropy_ddp.rollouts.batch import Ragged
 
 GROUPS_PER_VARIATE = 10.0
 # Variates for each predictor: u and m, of four functions g each.

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import ImportanceMode, Integrand, Normalize
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     effective_sample_size,
     group_totals,
 )
-from entropy_ddp.rollouts.batch import Ragged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.entropy import Ratio, integrand_tokens
 from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     group_totals,
     jackknife_error,
 )
-from entropy_ddp.rollouts.batch import Ragged
 
 Score = Literal["full", "to_go"]
 Baseline = Literal["none", "hk", "loo", "ridge"]

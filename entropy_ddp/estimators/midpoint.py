@@ -21,9 +21,9 @@ Shape legend: n sequences and t tokens of one rank, N sequences of the batch.
 import torch
 from torch import Tensor
 
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.entropy import Ratio
 from entropy_ddp.estimators.linear import Slope, TokenDerivatives, slope_from_terms
-from entropy_ddp.rollouts.batch import Ragged
 
 
 def midpoint_columns(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.rollouts.jsonlines import make_problem, show
-from entropy_ddp.rollouts.rows import is_number
+from entropy_ddp.data.jsonlines import make_problem, show
+from entropy_ddp.data.rows import is_number
 
 Message = dict[str, Any]
 

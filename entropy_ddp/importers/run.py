@@ -7,7 +7,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.checkpoint.find import (
+    CheckpointFiles,
+    find_checkpoint,
+    load_tokenizer,
+)
+from entropy_ddp.checkpoint.layouts import adapters_in
+from entropy_ddp.checkpoint.training_arguments import (
+    find_training_arguments,
+    read_training_arguments,
+)
 from entropy_ddp.config import Checkpoint
+from entropy_ddp.data.files import write_jsonl
+from entropy_ddp.data.rows import LOG_DIFFERS
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.records import Record, Source
 from entropy_ddp.importers.summary import (
@@ -23,18 +35,6 @@ from entropy_ddp.importers.trl import read_trl
 from entropy_ddp.importers.trl_log import log_notes
 from entropy_ddp.importers.verl import read_verl
 from entropy_ddp.inputs import fault_of_file
-from entropy_ddp.policy.checkpoint import (
-    CheckpointFiles,
-    find_checkpoint,
-    load_tokenizer,
-)
-from entropy_ddp.policy.layouts import adapters_in
-from entropy_ddp.policy.training_arguments import (
-    find_training_arguments,
-    read_training_arguments,
-)
-from entropy_ddp.rollouts.files import write_jsonl
-from entropy_ddp.rollouts.rows import LOG_DIFFERS
 
 READERS: dict[str, Callable[[Path, Source], list[Record]]] = {
     "trl": read_trl,

@@ -5,9 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.importers.records import Record
-from entropy_ddp.importers.tokenising import Tally
-from entropy_ddp.rollouts.rows import (
+from entropy_ddp.data.rows import (
     DOUBTS,
     END_RESTORED,
     NEAR_LIMIT,
@@ -15,6 +13,8 @@ from entropy_ddp.rollouts.rows import (
     TOO_LONG,
     listed_lines,
 )
+from entropy_ddp.importers.records import Record
+from entropy_ddp.importers.tokenising import Tally
 
 # Folders of the common trainers: checkpoint-N, global_step_N, step_N.
 STEP_FOLDER = re.compile(r"(?:checkpoint-|global_step_?|step_)(\d+)")

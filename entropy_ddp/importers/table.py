@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.data.jsonlines import make_problem, read_rows, show
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.records import (
     Record,
@@ -20,7 +21,6 @@ from entropy_ddp.importers.records import (
     require_number,
     require_text,
 )
-from entropy_ddp.rollouts.jsonlines import make_problem, read_rows, show
 
 FIELDS = ("prompt", "response", "reward", "advantage", "group", "finished")
 ADVICE = "name the file's column by --column FIELD=NAME"

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.data.jsonlines import make_problem, read_rows, show
+from entropy_ddp.data.rows import is_number
 from entropy_ddp.importers.records import Record, Source, require, step_in_name
-from entropy_ddp.rollouts.jsonlines import make_problem, read_rows, show
-from entropy_ddp.rollouts.rows import is_number
 
 PRIME_ADVICE = "is it a file of prime-rl's token export (enable_token_export)?"
 NEMO_ADVICE = (

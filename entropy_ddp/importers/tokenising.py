@@ -19,11 +19,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.importers.records import Message, Record
-from entropy_ddp.rollouts.files import decode_prompt, decode_response
-from entropy_ddp.rollouts.jsonlines import make_problem, show
-from entropy_ddp.rollouts.prompts import render_messages
-from entropy_ddp.rollouts.rows import (
+from entropy_ddp.data.files import decode_prompt, decode_response
+from entropy_ddp.data.jsonlines import make_problem, show
+from entropy_ddp.data.rows import (
     END_RESTORED,
     KNOWN_KEYS,
     NEAR_LIMIT,
@@ -34,6 +32,8 @@ from entropy_ddp.rollouts.rows import (
     make_sequence,
     read_prompt_ids,
 )
+from entropy_ddp.importers.records import Message, Record
+from entropy_ddp.sampling.prompts import render_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

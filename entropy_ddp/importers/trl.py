@@ -21,6 +21,7 @@ from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.data.jsonlines import make_problem, show
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.records import (
     Message,
@@ -30,7 +31,6 @@ from entropy_ddp.importers.records import (
     require,
     require_number,
 )
-from entropy_ddp.rollouts.jsonlines import make_problem, show
 
 Prompt = str | list[Message]
 FIXED_COLUMNS = ("step", "prompt", "completion", "advantage")

@@ -8,6 +8,7 @@ advantages. Rows of one prompt stand anywhere: they are found by uid, or by the 
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.data.jsonlines import make_problem, read_rows
 from entropy_ddp.importers.records import (
     Record,
     Source,
@@ -16,7 +17,6 @@ from entropy_ddp.importers.records import (
     require_text,
     step_in_name,
 )
-from entropy_ddp.rollouts.jsonlines import make_problem, read_rows
 
 ADVICE = "is it a file of verl's trainer.rollout_data_dir?"
 USED = ("input", "output", "score")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from entropy_ddp import audit
 from entropy_ddp.config import Config
+from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.attribution import (
@@ -24,9 +25,9 @@ from entropy_ddp.estimators.attribution import (
     rules,
 )
 from entropy_ddp.estimators.standard_errors import relative_difference
-from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.response_tokens import TokenWeights
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.parameters import global_norm, inner_product
+from entropy_ddp.model.response_tokens import TokenWeights
+from entropy_ddp.model.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.audits import Extras, audit_rows, tolerance_of
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure
@@ -36,7 +37,6 @@ from entropy_ddp.probe.session import Progress, Session, open_session
 from entropy_ddp.probe.token_tables import summaries, token_rows, top_tokens
 from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.results import AttributionResult, AuditRow, Probed, Rows
-from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import Step, one_step

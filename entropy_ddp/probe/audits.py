@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from entropy_ddp import audit
-from entropy_ddp.policy.parameters import (
+from entropy_ddp.data.microbatch import plan_microbatches
+from entropy_ddp.model.parameters import (
     ParameterLayout,
     global_norm,
     inner_product,
@@ -32,7 +33,6 @@ from entropy_ddp.probe.model_audits import (
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.trainer_audits import trainer_rows
 from entropy_ddp.results import AuditRow, GradientDotResult
-from entropy_ddp.rollouts.microbatch import plan_microbatches
 from entropy_ddp.update.step import Step, learning_rate_of
 
 # Of the term scale: the largest of the sums whose difference is the slope.

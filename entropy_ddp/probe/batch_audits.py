@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from entropy_ddp import audit
-from entropy_ddp.policy.scores import TokenScores
-from entropy_ddp.policy.trained_settings import trained_limit
+from entropy_ddp.checkpoint.trainer_settings import trained_limit
+from entropy_ddp.data.batch import Batch, Ragged, Sequence
+from entropy_ddp.data.rows import DOUBTS, END_RESTORED, LOG_DIFFERS
+from entropy_ddp.model.scores import TokenScores
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
-from entropy_ddp.rollouts.batch import Batch, Ragged, Sequence
-from entropy_ddp.rollouts.rows import DOUBTS, END_RESTORED, LOG_DIFFERS
 
 # Prompts and token ids are dealt out to so many cells each.
 PROMPT_CELLS, ID_CELLS = 32, 4096

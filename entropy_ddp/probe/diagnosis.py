@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens, reweighted
 from entropy_ddp.estimators.linear import (
     pathwise_weights,
@@ -22,14 +23,13 @@ from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     relative_difference,
 )
-from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scores import DirectionalScores
-from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.model.parameters import global_norm, inner_product
+from entropy_ddp.model.scores import DirectionalScores
+from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import first_sequences, gather_sums, snapshot_device
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Record
-from entropy_ddp.rollouts.batch import Batch, Shard
 from entropy_ddp.update.step import Step, one_step
 
 # The audits' sample has few tokens, whatever the size of E and of its sequences: their

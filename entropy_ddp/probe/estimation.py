@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import ImportanceMode
+from entropy_ddp.data.batch import Shard
 from entropy_ddp.estimators.baselines import (
     cross_fitted_coefficients,
     folds_of,
@@ -41,7 +42,7 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
     terms_less_prediction,
 )
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import derivatives_of, known_before
 from entropy_ddp.probe.phases import (
     AlongStep,
@@ -51,7 +52,6 @@ from entropy_ddp.probe.phases import (
     gather_sums,
 )
 from entropy_ddp.probe.session import Session
-from entropy_ddp.rollouts.batch import Shard
 
 
 @dataclass(frozen=True, kw_only=True)

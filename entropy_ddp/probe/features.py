@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import Integrand
+from entropy_ddp.data.batch import Block, Ragged, Shard
 from entropy_ddp.estimators.baselines import (
     NUM_FOLDS,
     NUM_PREDICTORS,
@@ -39,8 +40,7 @@ from entropy_ddp.estimators.control_variates import (
 )
 from entropy_ddp.estimators.entropy import integrand_tokens
 from entropy_ddp.estimators.linear import TokenDerivatives
-from entropy_ddp.policy.scores import NUM_PROJECTIONS, DirectionalScores
-from entropy_ddp.rollouts.batch import Block, Ragged, Shard
+from entropy_ddp.model.scores import NUM_PROJECTIONS, DirectionalScores
 
 SAMPLE_FEATURES = ("top_probability", "margin", "log_variance", "hidden")
 

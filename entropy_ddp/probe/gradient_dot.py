@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import GradientDot, Sample
+from entropy_ddp.data.batch import Batch
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.gradient_dot import estimate_dot
-from entropy_ddp.policy.parameters import global_norm, inner_product
-from entropy_ddp.policy.scores import DirectionalScores
+from entropy_ddp.model.parameters import global_norm, inner_product
+from entropy_ddp.model.scores import DirectionalScores
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Record
@@ -46,7 +47,6 @@ from entropy_ddp.probe.units import (
     unit_gradients,
 )
 from entropy_ddp.results import GradientDotResult
-from entropy_ddp.rollouts.batch import Batch
 from entropy_ddp.update.decomposition import gradient_gain, preconditioner
 from entropy_ddp.update.step import Step
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 import entropy_ddp
+from entropy_ddp.checkpoint.find import Policy
 from entropy_ddp.config import Config
-from entropy_ddp.policy.checkpoint import Policy
-from entropy_ddp.policy.parameters import fingerprint, frozen_fingerprint
-from entropy_ddp.rollouts.batch import Batch
+from entropy_ddp.data.batch import Batch
+from entropy_ddp.model.parameters import fingerprint, frozen_fingerprint
 from entropy_ddp.update.step import optimizer_tensors
 
 _LEFT_OUT = (

@@ -4,18 +4,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.config import Config
-from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import Policy
-from entropy_ddp.policy.implementations import slower_routes
-from entropy_ddp.policy.layouts import DEFAULT_ADAPTER
-from entropy_ddp.policy.parameters import global_norm
-from entropy_ddp.policy.trained_settings import contradictions
-from entropy_ddp.policy.training_arguments import (
+from entropy_ddp.checkpoint.find import Policy
+from entropy_ddp.checkpoint.layouts import DEFAULT_ADAPTER
+from entropy_ddp.checkpoint.trainer_settings import contradictions
+from entropy_ddp.checkpoint.training_arguments import (
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.config import Config
+from entropy_ddp.data.files import read_batch
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
+from entropy_ddp.model.implementations import slower_routes
+from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.gradient_dot import is_wanted
 from entropy_ddp.probe.keeping import plan_sample
 from entropy_ddp.probe.memory import described, estimate_memory
@@ -28,7 +29,6 @@ from entropy_ddp.probe.session import (
     token_limits,
     verify_model,
 )
-from entropy_ddp.rollouts.files import read_batch
 
 
 def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, Any]:

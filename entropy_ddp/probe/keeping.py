@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_ddp.config import BatchSource, Config
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.precision import precision_context
+from entropy_ddp.model.precision import precision_context
 from entropy_ddp.probe.identity import (
     identity_of_batch,
     identity_of_checkpoint,
@@ -14,12 +14,12 @@ from entropy_ddp.probe.identity import (
 )
 from entropy_ddp.probe.unfinished import open_unfinished
 from entropy_ddp.results import UNFINISHED
-from entropy_ddp.rollouts.draws import (
+from entropy_ddp.sampling.draws import (
     SamplingSettings,
     describe_sampling,
     plan_sampling,
 )
-from entropy_ddp.rollouts.sampling import merge_rows, sample_rollouts
+from entropy_ddp.sampling.rollouts import merge_rows, sample_rollouts
 
 if TYPE_CHECKING:
     from entropy_ddp.probe.session import Session

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
+from entropy_ddp.data.batch import BLOCK_TOKENS, Shard
+from entropy_ddp.data.microbatch import Row, plan_microbatches
 from entropy_ddp.memory import (
     MemoryEstimate,
     free_device_bytes,
     free_host_bytes,
     host_bytes,
 )
-from entropy_ddp.policy.forward_mode import ATTENTION_BLOCK_ELEMENTS, CAUSAL_BLOCK_ROWS
-from entropy_ddp.policy.response_tokens import (
+from entropy_ddp.model.forward_mode import ATTENTION_BLOCK_ELEMENTS, CAUSAL_BLOCK_ROWS
+from entropy_ddp.model.response_tokens import (
     CHUNK_ELEMENTS,
     CHUNK_TOKENS,
     TRAINABLE_CHUNK_TOKENS,
@@ -30,8 +32,6 @@ from entropy_ddp.probe.diagnosis import Audited, audit_sample, other_budget
 from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.phases import first_sequences
 from entropy_ddp.probe.session import Session
-from entropy_ddp.rollouts.batch import BLOCK_TOKENS, Shard
-from entropy_ddp.rollouts.microbatch import Row, plan_microbatches
 
 # Of every token of E on its rank, of every token of a block, of every sequence.
 _TOKEN_BYTES, _BLOCK_BYTES, _SEQUENCE_BYTES = 64, 1500, 6000

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from entropy_ddp import audit
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.forward_mode import weight_norms
-from entropy_ddp.policy.implementations import slower_routes
-from entropy_ddp.policy.parameters import frozen_fingerprint
-from entropy_ddp.policy.trained_settings import contradictions
-from entropy_ddp.policy.training_arguments import (
+from entropy_ddp.checkpoint.trainer_settings import contradictions
+from entropy_ddp.checkpoint.training_arguments import (
     TrainingArguments,
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.errors import InputError
+from entropy_ddp.model.forward_mode import weight_norms
+from entropy_ddp.model.implementations import slower_routes
+from entropy_ddp.model.parameters import frozen_fingerprint
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from entropy_ddp import __version__
 from entropy_ddp.audit import memory_checks, worst_verdict
+from entropy_ddp.data.batch import Batch, Sequence
+from entropy_ddp.data.files import decode_prompt, decode_response
 from entropy_ddp.estimators.control_variates import adjusted_change
 from entropy_ddp.estimators.linear import Baseline, Score
 from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.memory import peak_host_bytes
-from entropy_ddp.policy.counting import PassCount
-from entropy_ddp.policy.parameters import global_norm
+from entropy_ddp.model.counting import PassCount
+from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import (
@@ -31,8 +33,6 @@ from entropy_ddp.results import (
     TruthResult,
     UpdateResult,
 )
-from entropy_ddp.rollouts.batch import Batch, Sequence
-from entropy_ddp.rollouts.files import decode_prompt, decode_response
 
 NUM_TOP_PARAMETERS = 10
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import Compute
+from entropy_ddp.data.batch import Shard
 from entropy_ddp.distributed import World
-from entropy_ddp.policy.parameters import fingerprint
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.parameters import fingerprint
+from entropy_ddp.model.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import FeatureSums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Costs, Record
-from entropy_ddp.rollouts.batch import Shard
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import Step, given_change, one_step, optimizer_tensors
 

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import find_checkpoint
 from entropy_ddp.probe.keeping import keep_unfinished, plan_sample, sampled_rows
 from entropy_ddp.probe.session import Progress, open_policy
 from entropy_ddp.results import UNFINISHED, discard_unfinished

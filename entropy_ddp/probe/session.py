@@ -12,33 +12,42 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import Config, Sample
-from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.memory import Allowance, MemoryEstimate
-from entropy_ddp.policy.checkpoint import (
+from entropy_ddp.checkpoint.change import read_change
+from entropy_ddp.checkpoint.find import (
     CheckpointFiles,
     Policy,
     find_checkpoint,
     load_policy,
     resolve_device,
 )
-from entropy_ddp.policy.counting import PassCount
-from entropy_ddp.policy.layouts import why_no_optimizer
-from entropy_ddp.policy.optimizer_state import load_optimizer
-from entropy_ddp.policy.parameters import differentiate_padding_tokens
-from entropy_ddp.policy.reference import adapter_disabled, require_reference
-from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.policy.selfcheck import (
+from entropy_ddp.checkpoint.layouts import why_no_optimizer
+from entropy_ddp.checkpoint.optimizer_state import load_optimizer
+from entropy_ddp.checkpoint.reference import adapter_disabled, require_reference
+from entropy_ddp.checkpoint.trainer_settings import (
+    require_masked,
+    with_training_arguments,
+)
+from entropy_ddp.config import Config, Sample
+from entropy_ddp.data.advantages import compute_advantages
+from entropy_ddp.data.batch import Batch, Shard
+from entropy_ddp.data.files import (
+    make_batch,
+    read_batch,
+    require_rewards,
+)
+from entropy_ddp.data.rows import TokenLimits
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.memory import Allowance, MemoryEstimate
+from entropy_ddp.model.counting import PassCount
+from entropy_ddp.model.parameters import differentiate_padding_tokens
+from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.model.scoring import Passes
+from entropy_ddp.model.selfcheck import (
     SelfCheck,
     SharingCheck,
     check_model,
     check_sharing,
-)
-from entropy_ddp.policy.trained_settings import (
-    require_masked,
-    with_training_arguments,
 )
 from entropy_ddp.probe.keeping import (
     keep_unfinished,
@@ -46,16 +55,7 @@ from entropy_ddp.probe.keeping import (
     sampled_rows,
 )
 from entropy_ddp.probe.unfinished import Costs, Record, Unfinished
-from entropy_ddp.rollouts.advantages import compute_advantages
-from entropy_ddp.rollouts.batch import Batch, Shard
-from entropy_ddp.rollouts.draws import Plan
-from entropy_ddp.rollouts.files import (
-    make_batch,
-    read_batch,
-    require_rewards,
-)
-from entropy_ddp.rollouts.rows import TokenLimits
-from entropy_ddp.update.change import read_change
+from entropy_ddp.sampling.draws import Plan
 from entropy_ddp.update.loss import require_sampling_logprobs
 
 

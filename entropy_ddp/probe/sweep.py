@@ -18,7 +18,7 @@ from entropy_ddp.estimators.sweep import (
     choose_grid,
     summarise,
 )
-from entropy_ddp.policy.parameters import shifted
+from entropy_ddp.model.parameters import shifted
 from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure

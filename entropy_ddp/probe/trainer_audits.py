@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp import audit
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import has_dropout
-from entropy_ddp.policy.trainer_log import last_step, next_grad_norm
-from entropy_ddp.policy.training_arguments import (
+from entropy_ddp.checkpoint.trainer_log import last_step, next_grad_norm
+from entropy_ddp.checkpoint.training_arguments import (
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.errors import InputError
+from entropy_ddp.model.parameters import has_dropout
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 from entropy_ddp.update.step import Step

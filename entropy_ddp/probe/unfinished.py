@@ -26,14 +26,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from entropy_ddp.atomic import written_whole
+from entropy_ddp.data.batch import Ragged, Shard
+from entropy_ddp.data.files import write_jsonl
+from entropy_ddp.data.jsonlines import read_rows
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
-from entropy_ddp.policy.counting import PassCount
+from entropy_ddp.model.counting import PassCount
 from entropy_ddp.probe.identity import differences
 from entropy_ddp.results import RUN_FILE
-from entropy_ddp.rollouts.batch import Ragged, Shard
-from entropy_ddp.rollouts.files import write_jsonl
-from entropy_ddp.rollouts.jsonlines import read_rows
 from entropy_ddp.tensors import write_tensors
 
 _NAME = re.compile(r"(?P<phase>.+)\.(?P<rank>\d+)-of-(?P<ranks>\d+)\.(?P<run>\w+)")

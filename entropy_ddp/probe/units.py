@@ -18,18 +18,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from entropy_ddp.data.batch import Block, Shard
 from entropy_ddp.estimators.gradient_dot import (
     Weighting,
     entropy_coefficients,
     reward_coefficients,
 )
 from entropy_ddp.estimators.standard_errors import group_totals
-from entropy_ddp.policy.parameters import global_norm
-from entropy_ddp.policy.response_tokens import TokenWeights
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.parameters import global_norm
+from entropy_ddp.model.response_tokens import TokenWeights
+from entropy_ddp.model.scores import DirectionalScores, TokenScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Record
-from entropy_ddp.rollouts.batch import Block, Shard
 from entropy_ddp.update.loss import loss_weights
 
 

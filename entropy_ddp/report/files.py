@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp.config import Config, load_config
+from entropy_ddp.data.jsonlines import read_rows
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.jsonlines import read_rows
 
 # What this package reads; `results.SCHEMA_VERSION` is what it writes.
 READABLE_SCHEMA_VERSION = 1

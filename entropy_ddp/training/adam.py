@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.policy.parameters import ParameterLayout
+from entropy_ddp.model.parameters import ParameterLayout
 from entropy_ddp.update.decomposition import StepParts
 
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 import entropy_ddp
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import global_norm
+from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.adam import AdamState, gradient_of
 from entropy_ddp.training.capture import (

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropy_ddp.data.batch import Batch, Sequence, Shard
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
 
 IGNORED_LABEL = -100
 # Place of each response in the order of sampling, in the batches of a trainer that samples.

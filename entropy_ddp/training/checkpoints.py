@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp import __version__
+from entropy_ddp.checkpoint.find import OPTIMIZER_FILES
+from entropy_ddp.checkpoint.trainer_log import numbered_checkpoints
 from entropy_ddp.config import Config, load_config
+from entropy_ddp.data.files import sequence_to_row, write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.run import ImportOptions, import_rollouts
-from entropy_ddp.policy.checkpoint import OPTIMIZER_FILES
-from entropy_ddp.policy.parameters import inner_product
-from entropy_ddp.policy.trainer_log import numbered_checkpoints
+from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.probe.attribution import score_shares, split_step
 from entropy_ddp.probe.estimation import estimate, predict
 from entropy_ddp.probe.measure import measure
 from entropy_ddp.probe.phases import score_after_step, score_along_step
 from entropy_ddp.probe.session import Progress, Session, open_session
-from entropy_ddp.rollouts.files import sequence_to_row, write_jsonl
 from entropy_ddp.training.entries import (
     Attributed,
     Changes,

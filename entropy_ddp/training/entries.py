@@ -54,6 +54,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_ddp.data.batch import Batch
+from entropy_ddp.data.files import decode_prompt
 from entropy_ddp.estimators.attribution import (
     NUM_DECILES,
     TokenTable,
@@ -66,8 +68,6 @@ from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.probe.estimation import EntropyEstimates
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.token_tables import top_tokens
-from entropy_ddp.rollouts.batch import Batch
-from entropy_ddp.rollouts.files import decode_prompt
 from entropy_ddp.training.step_probe import StepProbe
 
 PREFIX = "entropy_ddp/"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from entropy_ddp.checkpoint.find import CheckpointFiles, Policy
 from entropy_ddp.config import (
     BatchSource,
     Checkpoint,
@@ -16,17 +17,16 @@ from entropy_ddp.config import (
     Update,
 )
 from entropy_ddp.config.schema import Batches, Linear, Objective, Truth
+from entropy_ddp.data.batch import Batch
+from entropy_ddp.data.files import make_batch, write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import CheckpointFiles, Policy
-from entropy_ddp.policy.parameters import trainable_parameters
-from entropy_ddp.policy.response_tokens import ResponseTokens, ScoringSettings
-from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.model.parameters import trainable_parameters
+from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.keeping import sample_batch
 from entropy_ddp.probe.session import Session, token_limits, verify_model
-from entropy_ddp.rollouts.batch import Batch
-from entropy_ddp.rollouts.files import make_batch, write_jsonl
-from entropy_ddp.rollouts.generation import random_bytes
+from entropy_ddp.sampling.generation import random_bytes
 from entropy_ddp.training.neutral import untouched
 from entropy_ddp.training.settings import ProbeSettings
 

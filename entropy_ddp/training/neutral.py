@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import nn
 
-from entropy_ddp.policy.parameters import differentiate_padding_tokens
+from entropy_ddp.model.parameters import differentiate_padding_tokens
 from entropy_ddp.training.padding import padding_rows
 
 

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from entropy_ddp.data.files import write_jsonl
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import has_dropout
-from entropy_ddp.rollouts.files import write_jsonl
+from entropy_ddp.model.parameters import has_dropout
 from entropy_ddp.training.capture import ORDER, SAMPLING, SamplingOrder
 from entropy_ddp.training.listening import listen
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import ParameterLayout
+from entropy_ddp.model.parameters import ParameterLayout
 from entropy_ddp.update.step import Step, learning_rate_of
 
 

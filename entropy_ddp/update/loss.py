@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import Update
+from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.response_tokens import TokenWeights
-from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.model.response_tokens import TokenWeights
 
 
 def sequence_coefficients(batch: Batch, update: Update) -> Tensor:

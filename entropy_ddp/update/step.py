@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.policy.parameters import ParameterLayout, global_norm, preserved
+from entropy_ddp.model.parameters import ParameterLayout, global_norm, preserved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from enumerable import Policy, predictions, slopes
 from torch import Tensor
 
 from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import (
     NUM_FOLDS,
     RIDGE_PENALTY,
@@ -29,7 +30,6 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
     terms_less_prediction,
 )
-from entropy_ddp.rollouts.batch import Ragged
 
 ATOL = 1e-12  # the same sums of numbers of order 1 in another order
 SOLVE_ATOL = 1e-9  # and a linear system of condition below 1e5 on top

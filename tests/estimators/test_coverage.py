@@ -29,6 +29,7 @@ from enumerable import (
 from torch import Tensor
 
 from entropy_ddp.config import Normalize
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import (
     cross_fitted_coefficients,
     fold_moments,
@@ -60,7 +61,6 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
 )
 from entropy_ddp.estimators.standard_errors import delta_method_error
-from entropy_ddp.rollouts.batch import Ragged
 
 NUM_BATCHES = 2000
 NUM_GROUPS = 200

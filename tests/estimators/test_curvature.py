@@ -9,11 +9,11 @@ from enumerable import Policy, Table, curvature_of, group_numbers
 from torch import Tensor
 
 from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.curvature import Curvature
 from entropy_ddp.estimators.entropy import reweighted
 from entropy_ddp.estimators.standard_errors import jackknife_error
-from entropy_ddp.rollouts.batch import Ragged
 
 DIFFERENCE_RTOL = 1e-7  # five points, errors of order STEP^4
 STEP = 3e-3

@@ -10,6 +10,7 @@ import torch
 from reference import Objective, Row
 from torch import Tensor
 
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
@@ -23,7 +24,6 @@ from entropy_ddp.estimators.entropy import (
     prefix_sums,
     reweighted,
 )
-from entropy_ddp.rollouts.batch import Ragged
 
 RTOL = 1e-12  # the same few sums in another order
 SPREAD_RTOL = 0.1  # three standard deviations of a spread over 400 batches

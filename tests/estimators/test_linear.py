@@ -10,6 +10,7 @@ import torch
 from reference import Objective, Row
 from torch import Tensor
 
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.entropy import Ratio, as_ratio
 from entropy_ddp.estimators.linear import (
@@ -20,7 +21,6 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
-from entropy_ddp.rollouts.batch import Ragged
 
 RTOL = 1e-12  # the same few sums in another order, relative to the largest term
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.entropy import as_ratio
 from entropy_ddp.estimators.linear import (
     TokenDerivatives,
@@ -13,7 +14,6 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
 )
 from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
-from entropy_ddp.rollouts.batch import Ragged
 
 LENGTHS = torch.tensor([3, 1, 4, 2, 5])
 GROUPS = torch.tensor([0, 0, 1, 2, 3])

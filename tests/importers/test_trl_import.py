@@ -10,8 +10,8 @@ import torch
 from dumps import EOS, ids_of, imported, make_checkpoint, run_import
 
 from entropy_ddp import demo
-from entropy_ddp.rollouts.files import read_batch
-from entropy_ddp.rollouts.rows import TokenLimits
+from entropy_ddp.data.files import read_batch
+from entropy_ddp.data.rows import TokenLimits
 
 pyarrow = pytest.importorskip("pyarrow")
 # Short, so that some responses of the policy are truncated.

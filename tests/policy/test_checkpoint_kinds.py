@@ -25,11 +25,11 @@ from trained import (
     trainer_lora,
 )
 
+from entropy_ddp.checkpoint.find import Policy, find_checkpoint, load_policy
+from entropy_ddp.checkpoint.optimizer_state import load_optimizer
 from entropy_ddp.config import Checkpoint, Config, Precision
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import Policy, find_checkpoint, load_policy
-from entropy_ddp.policy.optimizer_state import load_optimizer
 from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.session import require_optimizer

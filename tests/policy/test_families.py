@@ -19,14 +19,14 @@ from peft import LoraConfig, get_peft_model
 from tiny_runs import as_batch, make_passes
 from torch import Tensor, nn
 
+from entropy_ddp.checkpoint.find import find_checkpoint, load_policy
 from entropy_ddp.config import Checkpoint, Precision
-from entropy_ddp.policy.checkpoint import find_checkpoint, load_policy
-from entropy_ddp.policy.implementations import slower_routes
-from entropy_ddp.policy.parameters import shifted
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.policy.selfcheck import check_model, check_sharing
-from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import PromptSharing
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.microbatch import PromptSharing
+from entropy_ddp.model.implementations import slower_routes
+from entropy_ddp.model.parameters import shifted
+from entropy_ddp.model.scoring import Passes
+from entropy_ddp.model.selfcheck import check_model, check_sharing
 
 TEMPERATURE = 0.9
 RTOL = 1e-10  # the same sums in another order

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from entropy_ddp.policy import forward_mode
-from entropy_ddp.policy.forward_mode import TangentRules, dual_parameters, halves
+from entropy_ddp.model import forward_mode
+from entropy_ddp.model.forward_mode import TangentRules, dual_parameters, halves
 
 TOLERANCES = {"rtol": 1e-12, "atol": 1e-13}  # the same sums in another order
 

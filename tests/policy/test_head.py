@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_ddp.policy import head
-from entropy_ddp.policy.head import (
+from entropy_ddp.model import head
+from entropy_ddp.model.head import (
     directional_derivatives,
     distribution_features,
     logits_gradient,

@@ -6,9 +6,9 @@ import torch
 from tiny_runs import as_batch, make_passes
 from torch import Tensor
 
-from entropy_ddp.policy.response_tokens import TokenWeights
-from entropy_ddp.policy.selfcheck import check_model
-from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.model.response_tokens import TokenWeights
+from entropy_ddp.model.selfcheck import check_model
 
 ROWS = ref.random_rows(3, groups=150, responses=2, vocabulary=17)
 

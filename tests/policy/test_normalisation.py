@@ -9,9 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from entropy_ddp.policy.forward_mode import dual_parameters, halves
-from entropy_ddp.policy.normalisation import closed_form_normalisation
-from entropy_ddp.policy.precision import true_float64
+from entropy_ddp.model.forward_mode import dual_parameters, halves
+from entropy_ddp.model.normalisation import closed_form_normalisation
+from entropy_ddp.model.precision import true_float64
 
 WIDTH = 7
 TOLERANCES = {"rtol": 1e-12, "atol": 1e-13}

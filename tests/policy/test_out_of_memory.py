@@ -20,14 +20,14 @@ from shortages import MESSAGES, Shortage, first_block, planted
 from tiny_runs import TinyRun, as_batch, make_passes, make_run
 from torch import Tensor
 
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.microbatch import PromptSharing
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import Allowance, is_shortage, unless_out_of_memory
-from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe import session as session_module
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Results
-from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import PromptSharing
 
 TOLERANCE = 1e-12
 VOCABULARY = 13
@@ -339,7 +339,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import reference as ref
-from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.model.scoring import Passes
 from tiny_runs import as_batch, make_passes
 
 # As on a GPU: as many rows together as the configured budget holds.

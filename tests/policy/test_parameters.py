@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.policy.parameters import (
+from entropy_ddp.model.parameters import (
     ParameterLayout,
     differentiate_padding_tokens,
     fingerprint,

@@ -11,7 +11,7 @@ from tiny_runs import as_batch, make_passes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropy_ddp.policy.precision import precision_context, true_float64
+from entropy_ddp.model.precision import precision_context, true_float64
 
 X = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(2, 3)
 NARROW = (torch.float32, torch.float16, torch.bfloat16)

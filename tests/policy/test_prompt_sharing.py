@@ -13,10 +13,10 @@ from reference import random_direction
 from tiny_runs import make_passes
 from torch import Tensor, nn
 
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.policy.selfcheck import check_sharing
-from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
-from entropy_ddp.rollouts.microbatch import PromptSharing
+from entropy_ddp.data.batch import Batch, Sequence, Shard
+from entropy_ddp.data.microbatch import PromptSharing
+from entropy_ddp.model.scoring import Passes
+from entropy_ddp.model.selfcheck import check_sharing
 
 RTOL = 1e-12  # float64, of the largest value
 FLOAT32_RTOL = 1e-5

@@ -8,8 +8,8 @@ from test_prompt_sharing import ALWAYS, SHARD
 from tiny_runs import make_passes
 from torch import Tensor, nn
 
-from entropy_ddp.policy.parameters import shifted
-from entropy_ddp.policy.precision import true_float64
+from entropy_ddp.model.parameters import shifted
+from entropy_ddp.model.precision import true_float64
 
 MIXTURES = ["mixtral", "qwen3-moe"]
 Choices = list[tuple[tuple[int, ...], ...]]

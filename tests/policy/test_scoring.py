@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from entropy_ddp.data.batch import Batch, Ragged, Shard
 from entropy_ddp.errors import RunError
-from entropy_ddp.policy import response_tokens, scoring
-from entropy_ddp.policy.counting import PassCount
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.rollouts.batch import Batch, Ragged, Shard
+from entropy_ddp.model import response_tokens, scoring
+from entropy_ddp.model.counting import PassCount
+from entropy_ddp.model.scoring import Passes
 
 RTOL = 1e-10  # the contract's bar for float64, of the largest value of its kind
 TEMPERATURE = 1.3

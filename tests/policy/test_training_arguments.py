@@ -10,18 +10,18 @@ import pytest
 import torch
 from tiny_runs import TinyRun, make_run
 
-from entropy_ddp.config import Config
-from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.trained_settings import (
+from entropy_ddp.checkpoint.trainer_settings import (
     contradictions,
     with_training_arguments,
 )
-from entropy_ddp.policy.training_arguments import (
+from entropy_ddp.checkpoint.training_arguments import (
     FILE_NAME,
     SHOWN,
     read_training_arguments,
 )
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
 from entropy_ddp.probe.inspect import inspect_run
 
 

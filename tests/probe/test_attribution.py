@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import fingerprint
+from entropy_ddp.model.parameters import fingerprint
 from entropy_ddp.probe import attribution
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.session import Session

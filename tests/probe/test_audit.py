@@ -30,10 +30,10 @@ from tiny_runs import TinyRun
 from torch import Tensor, nn
 
 from entropy_ddp import audit
+from entropy_ddp.checkpoint.find import Policy
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.names import short_name
-from entropy_ddp.policy.checkpoint import Policy
 from entropy_ddp.probe import model_audits, session
 from entropy_ddp.probe.batch_audits import batch_rows
 from entropy_ddp.probe.run import run_probe

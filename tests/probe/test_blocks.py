@@ -17,6 +17,7 @@ from tiny_runs import TinyRun, make_run
 from torch import Tensor
 
 from entropy_ddp.config import Config
+from entropy_ddp.data import batch
 from entropy_ddp.distributed import World
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES
@@ -24,7 +25,6 @@ from entropy_ddp.probe.measure import measure
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
-from entropy_ddp.rollouts import batch
 
 RTOL = 1e-12  # of the largest term: the same float64 sums in another order
 BYTES_PER_TOKEN = 6 * 8

@@ -17,7 +17,7 @@ from reference import Row
 from tiny_runs import TinyRun, make_run
 from torch import Tensor
 
-from entropy_ddp.policy import forward_mode, response_tokens
+from entropy_ddp.model import forward_mode, response_tokens
 from entropy_ddp.results import Probed
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")

@@ -10,6 +10,8 @@ import reference as ref
 from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, make_run
 
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.microbatch import plan_microbatches
 from entropy_ddp.distributed import World
 from entropy_ddp.probe import audits
 from entropy_ddp.probe.attribution import run_attribution
@@ -18,8 +20,6 @@ from entropy_ddp.probe.diagnosis import SAMPLE_TOKENS
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
-from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import plan_microbatches
 
 ETAS = [1e-4, 3e-4, 2e-3]
 Counts = dict[tuple[str, str], int]

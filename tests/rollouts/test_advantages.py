@@ -5,9 +5,9 @@ import statistics
 import pytest
 import torch
 
+from entropy_ddp.data.advantages import compute_advantages
+from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.advantages import compute_advantages
-from entropy_ddp.rollouts.batch import Batch, Sequence
 
 KINDS = ["centered", "standardized"]
 

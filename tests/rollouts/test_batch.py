@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_ddp.rollouts import batch as batch_module
-from entropy_ddp.rollouts.batch import Batch, Ragged, Sequence
+from entropy_ddp.data import batch as batch_module
+from entropy_ddp.data.batch import Batch, Ragged, Sequence
 
 LENGTHS = [
     [3, 1, 4],

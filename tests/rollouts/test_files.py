@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.rollouts.batch import Sequence
-from entropy_ddp.rollouts.files import (
+from entropy_ddp.data.batch import Sequence
+from entropy_ddp.data.files import (
     TokenLimits,
     make_batch,
     read_batch,
@@ -23,8 +22,9 @@ from entropy_ddp.rollouts.files import (
     sequence_to_row,
     write_jsonl,
 )
-from entropy_ddp.rollouts.jsonlines import read_rows
-from entropy_ddp.rollouts.rows import make_sequence
+from entropy_ddp.data.jsonlines import read_rows
+from entropy_ddp.data.rows import make_sequence
+from entropy_ddp.errors import InputError, RunError
 
 LIMITS = TokenLimits(vocabulary_size=20, max_positions=12)
 ROW = {"group": 0, "prompt_ids": [5, 6], "response_ids": [7, 8, 1]}

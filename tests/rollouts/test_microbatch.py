@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
-from entropy_ddp.rollouts.microbatch import (
+from entropy_ddp.data.batch import Batch, Sequence, Shard
+from entropy_ddp.data.microbatch import (
     Microbatch,
     PromptSharing,
     make_microbatches,

@@ -9,9 +9,9 @@ import pytest
 from test_sampling import make_tokenizer
 
 from entropy_ddp.config import Prompts
+from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.prompts import draw_prompts, encode_prompt, read_prompts
-from entropy_ddp.rollouts.rows import TokenLimits
+from entropy_ddp.sampling.prompts import draw_prompts, encode_prompt, read_prompts
 
 LIMITS = TokenLimits(vocabulary_size=11, max_positions=None)
 TURNS = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"

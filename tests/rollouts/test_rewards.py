@@ -13,7 +13,7 @@ import torch
 
 from entropy_ddp.config import Reward
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.rollouts.rewards import (
+from entropy_ddp.sampling.rewards import (
     Sample,
     Score,
     Term,

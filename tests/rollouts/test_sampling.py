@@ -26,16 +26,16 @@ from transformers import (
 )
 
 from entropy_ddp.config import Prompts, Reward
+from entropy_ddp.data.files import TokenLimits, read_batch, write_jsonl
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import Allowance
-from entropy_ddp.rollouts.draws import SamplingSettings
-from entropy_ddp.rollouts.files import TokenLimits, read_batch, write_jsonl
-from entropy_ddp.rollouts.generation import (
+from entropy_ddp.sampling.draws import SamplingSettings
+from entropy_ddp.sampling.generation import (
     _InverseTransform,
     make_uniforms,
     random_bytes,
 )
-from entropy_ddp.rollouts.sampling import (
+from entropy_ddp.sampling.rollouts import (
     SampledShard,
     merge_rows,
     sample_rollouts,

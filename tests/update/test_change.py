@@ -18,11 +18,12 @@ from tiny_runs import TinyRun, make_run
 from torch import Tensor, nn
 from trained import KINDS, Made, adapted, train
 
+from entropy_ddp.checkpoint.change import read_change
+from entropy_ddp.checkpoint.find import Policy, find_checkpoint, load_policy
 from entropy_ddp.config import Checkpoint, Config, Precision, load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import Policy, find_checkpoint, load_policy
-from entropy_ddp.policy.parameters import ParameterLayout, fingerprint
+from entropy_ddp.model.parameters import ParameterLayout, fingerprint
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.run import run_audit, run_probe
@@ -30,7 +31,6 @@ from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed, write_results
 from entropy_ddp.terminal import runs
 from entropy_ddp.terminal.inputs import print_inspection
-from entropy_ddp.update.change import read_change
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.parameters import ParameterLayout, fingerprint
+from entropy_ddp.model.parameters import ParameterLayout, fingerprint
 from entropy_ddp.update.decomposition import (
     gradient_gain,
     preconditioner,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import entropy_ddp
 from entropy_ddp.config import Update
+from entropy_ddp.data.advantages import compute_advantages
+from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy import head
-from entropy_ddp.rollouts.advantages import compute_advantages
-from entropy_ddp.rollouts.batch import Batch, Shard
+from entropy_ddp.model import head
 from entropy_ddp.update.loss import loss_weights, sequence_coefficients
 
 RTOL = 1e-10  # the contract's bar for float64, of the gradient's norm

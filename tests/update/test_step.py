@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.policy.parameters import ParameterLayout, fingerprint
-from entropy_ddp.policy.scoring import Passes
+from entropy_ddp.model.parameters import ParameterLayout, fingerprint
+from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.phases import loss_gradient, score_after_step
 from entropy_ddp.probe.session import Session
 from entropy_ddp.update.step import Step, one_step, optimizer_tensors

@@ -21,28 +21,28 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.microbatch import Microbatch, PromptSharing
 from entropy_ddp.errors import RunError
 from entropy_ddp.memory import Allowance
-from entropy_ddp.policy.counting import PassCount, counted
-from entropy_ddp.policy.finite import require_finite_gradient
-from entropy_ddp.policy.forward_mode import (
+from entropy_ddp.model.counting import PassCount, counted
+from entropy_ddp.model.finite import require_finite_gradient
+from entropy_ddp.model.forward_mode import (
     dual_parameters,
     halves,
     undetached,
     weight_norms,
 )
-from entropy_ddp.policy.parameters import (
+from entropy_ddp.model.parameters import (
     ParameterLayout,
     add_gradients,
     inner_product,
     shifted,
 )
-from entropy_ddp.policy.precision import precision_context
-from entropy_ddp.policy.response_tokens import ResponseTokens, TokenWeights
-from entropy_ddp.policy.scores import DirectionalScores, TokenScores
-from entropy_ddp.policy.walk import Walk
-from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
+from entropy_ddp.model.precision import precision_context
+from entropy_ddp.model.response_tokens import ResponseTokens, TokenWeights
+from entropy_ddp.model.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.walk import Walk
 
 # How far apart the two passes of a second derivative are, in nats: the typical change
 # of a token's log p from the middle to either. The rounding of first derivatives, which

@@ -20,7 +20,7 @@ from typing import Any
 
 from entropy_ddp.config import Reward
 from entropy_ddp.errors import InputError, RunError, raise_if_out_of_memory
-from entropy_ddp.rollouts.answers import (
+from entropy_ddp.sampling.answers import (
     find_answer,
     find_gold,
     is_equal_in_mathematics,

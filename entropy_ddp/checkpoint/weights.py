@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import fault_of_file, require_regular_file
-from entropy_ddp.policy.implementations import supported_attention
-from entropy_ddp.policy.layouts import (
+from entropy_ddp.checkpoint.layouts import (
     ADAPTER_CONFIG,
     SAFE_FILES,
     listing,
     refuse_sharded_weights,
     weight_file,
 )
-from entropy_ddp.policy.stored import load_plain, read_tensors
+from entropy_ddp.checkpoint.stored import load_plain, read_tensors
+from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import fault_of_file, require_regular_file
+from entropy_ddp.model.implementations import supported_attention
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 

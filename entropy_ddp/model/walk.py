@@ -7,16 +7,16 @@ from functools import partial
 
 import torch
 
-from entropy_ddp.errors import RunError
-from entropy_ddp.memory import Allowance, unless_out_of_memory
-from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import (
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.microbatch import (
     Microbatch,
     PromptSharing,
     Row,
     make_microbatch,
     plan_microbatches,
 )
+from entropy_ddp.errors import RunError
+from entropy_ddp.memory import Allowance, unless_out_of_memory
 
 
 @dataclass(kw_only=True)

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from entropy_ddp.config import Prompts, Reward
+from entropy_ddp.data.files import decode_prompt
+from entropy_ddp.data.jsonlines import make_problem
+from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.answers import check_gold
-from entropy_ddp.rollouts.datasets import describe_source
-from entropy_ddp.rollouts.files import decode_prompt
-from entropy_ddp.rollouts.generation import make_generation_config, random_bytes
-from entropy_ddp.rollouts.jsonlines import make_problem
-from entropy_ddp.rollouts.prompts import (
+from entropy_ddp.sampling.answers import check_gold
+from entropy_ddp.sampling.datasets import describe_source
+from entropy_ddp.sampling.generation import make_generation_config, random_bytes
+from entropy_ddp.sampling.prompts import (
     Prompt,
     draw_prompts,
     encode_prompt,
     read_prompts,
 )
-from entropy_ddp.rollouts.rewards import Term, load_rewards
-from entropy_ddp.rollouts.rows import TokenLimits
+from entropy_ddp.sampling.rewards import Term, load_rewards
 
 if TYPE_CHECKING:
     from transformers import (

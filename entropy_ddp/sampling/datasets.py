@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp.config import Prompts
+from entropy_ddp.data.jsonlines import make_problem, read_rows
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
-from entropy_ddp.rollouts.jsonlines import make_problem, read_rows
 
 
 def describe_source(source: Prompts) -> str:

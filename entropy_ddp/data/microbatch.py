@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from entropy_ddp.rollouts.batch import Ragged, Shard
+from entropy_ddp.data.batch import Ragged, Shard
 
 # Elements of one microbatch's attention mask.
 MASK_ELEMENTS = 1 << 24

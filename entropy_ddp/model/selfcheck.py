@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_ddp.data.batch import Batch, Sequence, Shard
+from entropy_ddp.data.microbatch import PromptSharing, plan_microbatches
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
-from entropy_ddp.policy.activations import saved_for_backward
-from entropy_ddp.policy.parameters import inner_product, shifted
-from entropy_ddp.policy.precision import precision_context
-from entropy_ddp.policy.scores import TokenScores
-from entropy_ddp.policy.scoring import Passes
-from entropy_ddp.rollouts.batch import Batch, Sequence, Shard
-from entropy_ddp.rollouts.microbatch import PromptSharing, plan_microbatches
+from entropy_ddp.model.activations import saved_for_backward
+from entropy_ddp.model.parameters import inner_product, shifted
+from entropy_ddp.model.precision import precision_context
+from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.scoring import Passes
 
 # Relative tolerances: output layer, duality, central difference. Values of a float32
 # model carry errors of 1e-7, which a central difference divides by its step.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_ddp.checkpoint.layouts import SAFE_FILES, weight_file
 from entropy_ddp.errors import InputError
 from entropy_ddp.inputs import fault_of_file, require_regular_file
-from entropy_ddp.policy.layouts import SAFE_FILES, weight_file
 
 ADAPTER_FILES = ("adapter_model.safetensors",)
 # A header that is longer is not one of weights.

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.policy.forward_mode import halves
-from entropy_ddp.policy.head import (
+from entropy_ddp.data.microbatch import Microbatch, PromptSharing
+from entropy_ddp.model.forward_mode import halves
+from entropy_ddp.model.head import (
     LogitsMap,
     Softmax,
     Workspace,
@@ -23,9 +24,8 @@ from entropy_ddp.policy.head import (
     row_blocks,
     softmax_of,
 )
-from entropy_ddp.policy.routing import Routing, fingerprints
-from entropy_ddp.policy.scores import NUM_PROJECTIONS
-from entropy_ddp.rollouts.microbatch import Microbatch, PromptSharing
+from entropy_ddp.model.routing import Routing, fingerprints
+from entropy_ddp.model.scores import NUM_PROJECTIONS
 
 # Elements of one chunk's [tokens, vocabulary] logits, and the fewest tokens for which
 # the product with the output layer runs at full speed.

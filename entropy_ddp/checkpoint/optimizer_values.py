@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_ddp.data import jsonlines
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts import jsonlines
 
 
 def show(value: Any) -> str:

@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from entropy_ddp.config import Reward
+from entropy_ddp.data.jsonlines import make_problem, show
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.jsonlines import make_problem, show
 
 
 def find_gold(settings: Reward, row: dict[str, Any], where: str) -> str:

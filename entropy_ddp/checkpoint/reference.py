@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from entropy_ddp.checkpoint.find import Policy
 from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import Policy
 
 # The folder, within a checkpoint, of the copy that TRL keeps of an adapter which it goes
 # on training: then that copy is the reference.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from entropy_ddp.rollouts.batch import Shard
-from entropy_ddp.rollouts.microbatch import Microbatch
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.microbatch import Microbatch
 
 
 @dataclass(kw_only=True)

@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_ddp.config import Checkpoint, Compute, Precision
-from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import fault_of_file
-from entropy_ddp.policy.implementations import use_exact_experts
-from entropy_ddp.policy.layouts import (
+from entropy_ddp.checkpoint.layouts import (
     ADAPTER_CONFIG,
     DEFAULT_ADAPTER,
     SAFE_FILES,
@@ -29,9 +25,8 @@ from entropy_ddp.policy.layouts import (
     refuse_sharded_weights,
     weight_file,
 )
-from entropy_ddp.policy.parameters import trainable_parameters
-from entropy_ddp.policy.stored import stored_dtypes, tensor_names
-from entropy_ddp.policy.weights import (
+from entropy_ddp.checkpoint.stored import stored_dtypes, tensor_names
+from entropy_ddp.checkpoint.weights import (
     load_adapter,
     load_base,
     load_state,
@@ -41,6 +36,11 @@ from entropy_ddp.policy.weights import (
     quiet_transformers,
     read_adapter_config,
 )
+from entropy_ddp.config import Checkpoint, Compute, Precision
+from entropy_ddp.errors import InputError
+from entropy_ddp.inputs import fault_of_file
+from entropy_ddp.model.implementations import use_exact_experts
+from entropy_ddp.model.parameters import trainable_parameters
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 

@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from entropy_ddp.data.batch import Sequence
+from entropy_ddp.data.files import decode_response, sequence_to_row
 from entropy_ddp.errors import RunError
 from entropy_ddp.memory import Allowance, unless_out_of_memory
-from entropy_ddp.rollouts.batch import Sequence
-from entropy_ddp.rollouts.draws import Draw, Plan, SamplingSettings, plan_sampling
-from entropy_ddp.rollouts.files import decode_response, sequence_to_row
-from entropy_ddp.rollouts.generation import (
+from entropy_ddp.sampling.draws import Draw, Plan, SamplingSettings, plan_sampling
+from entropy_ddp.sampling.generation import (
     Response,
     generate_responses,
     sampling_mode,
 )
-from entropy_ddp.rollouts.rewards import Sample, Term, score_rewards
+from entropy_ddp.sampling.rewards import Sample, Term, score_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from entropy_ddp.policy.head import FEATURES
+from entropy_ddp.model.head import FEATURES
 
 # Random projections of the hidden state that predicts a token: what the model itself
 # knows before it draws the token, for regressions on it.

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from entropy_ddp.rollouts.batch import Sequence
-from entropy_ddp.rollouts.jsonlines import make_problem, show
+from entropy_ddp.data.batch import Sequence
+from entropy_ddp.data.jsonlines import make_problem, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

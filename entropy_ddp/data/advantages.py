@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.errors import InputError
-from entropy_ddp.rollouts.batch import Batch, Sequence
 
 STANDARD_DEVIATION_FLOOR = 1e-4
 

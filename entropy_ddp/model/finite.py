@@ -9,9 +9,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from entropy_ddp.data.batch import Shard
 from entropy_ddp.errors import RunError
-from entropy_ddp.policy.response_tokens import TokenWeights
-from entropy_ddp.rollouts.batch import Shard
+from entropy_ddp.model.response_tokens import TokenWeights
 
 # Adds the gradient of sum(a log p + b H) over a shard to `.grad`.
 PullBack = Callable[[Shard, TokenWeights], object]

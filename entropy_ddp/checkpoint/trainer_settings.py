@@ -16,18 +16,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.config import Checkpoint, Config, validated
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.layouts import existing_folder
-from entropy_ddp.policy.training_arguments import (
+from entropy_ddp.checkpoint.layouts import existing_folder
+from entropy_ddp.checkpoint.training_arguments import (
     FILE_NAME,
     TrainingArguments,
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.config import Checkpoint, Config, validated
+from entropy_ddp.errors import InputError
 
 if TYPE_CHECKING:
-    from entropy_ddp.rollouts.batch import Batch
+    from entropy_ddp.data.batch import Batch
 
 LOSSES = ("dr_grpo", "grpo", "dapo")
 ADVANTAGES = {

@@ -10,13 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from entropy_ddp.checkpoint.find import Policy, find_checkpoint
+from entropy_ddp.checkpoint.layouts import (
+    adapters_in,
+    has_full_model,
+    is_training_state,
+)
+from entropy_ddp.checkpoint.second import second_parameters
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
 from entropy_ddp.inputs import fault_of_file
-from entropy_ddp.policy.checkpoint import Policy, find_checkpoint
-from entropy_ddp.policy.layouts import adapters_in, has_full_model, is_training_state
-from entropy_ddp.policy.parameters import ParameterLayout
-from entropy_ddp.policy.second import second_parameters
+from entropy_ddp.model.parameters import ParameterLayout
 
 
 def read_change(

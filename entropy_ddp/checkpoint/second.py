@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import Precision
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.checkpoint import CheckpointFiles, Policy
-from entropy_ddp.policy.parameters import preserved
-from entropy_ddp.policy.weights import (
+from entropy_ddp.checkpoint.find import CheckpointFiles, Policy
+from entropy_ddp.checkpoint.weights import (
     load_base,
     load_state,
     read_adapter,
     read_adapter_config,
     require_same_adapter_names,
 )
+from entropy_ddp.config import Precision
+from entropy_ddp.errors import InputError
+from entropy_ddp.model.parameters import preserved
 
 # Settings of an adapter that its weights mean nothing without.
 ADAPTER_SETTINGS = (

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_ddp.config import Prompts
-from entropy_ddp.errors import InputError, raise_if_out_of_memory
-from entropy_ddp.rollouts.datasets import iterate_rows
-from entropy_ddp.rollouts.jsonlines import make_problem, show
-from entropy_ddp.rollouts.rows import (
+from entropy_ddp.data.jsonlines import make_problem, show
+from entropy_ddp.data.rows import (
     KNOWN_KEYS,
     TokenLimits,
     check_types,
     read_prompt_ids,
 )
+from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.sampling.datasets import iterate_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_ddp.errors import InputError
-from entropy_ddp.policy.optimizer_values import (
+from entropy_ddp.checkpoint.optimizer_values import (
     require_group_values,
     require_moment,
     require_step_count,
     require_structure,
 )
-from entropy_ddp.policy.stored import load_plain
+from entropy_ddp.checkpoint.stored import load_plain
+from entropy_ddp.errors import InputError
 
 # The Trainer's own patterns for parameters without weight decay.
 NO_DECAY_PATTERNS = [

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from entropy_ddp.policy.normalisation import closed_form_normalisation
+from entropy_ddp.model.normalisation import closed_form_normalisation
 
 # Attention scores of one block of queries: a [batch, heads, length, length] tensor of a
 # long context would otherwise dominate the memory of the pass.
