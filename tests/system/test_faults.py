@@ -1,7 +1,7 @@
 """One rank fails, is killed, hangs or is interrupted: every rank ends, and one says why.
 
 The ranks run a small body in place of a command, so that a test costs little more than
-the start of its processes; tests/test_fault_commands.py plants faults in commands.
+the start of its processes; tests/system/test_fault_commands.py plants faults in commands.
 """
 
 import os

@@ -12,10 +12,15 @@ from typing import Any
 import launching
 import pytest
 import yaml
-from checkpoints import Saved, run_config, save_checkpoint, write_rows
+from checkpoints import (
+    Saved,
+    run_config,
+    save_character_tokenizer,
+    save_checkpoint,
+    write_rows,
+)
 from click.testing import CliRunner, Result
 from reference import drawn_from, random_rows
-from test_cli import save_character_tokenizer
 from transformers import dynamic_module_utils
 
 from entropy_ddp.cli import main

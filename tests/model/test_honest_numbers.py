@@ -20,11 +20,15 @@ import pytest
 import reference as ref
 import torch
 import yaml
-from checkpoints import run_config, save_checkpoint, write_rows
+from checkpoints import (
+    run_config,
+    save_character_tokenizer,
+    save_checkpoint,
+    write_rows,
+)
 from click.testing import CliRunner
 from planted import Scene
 from reference import LossSettings, Row
-from test_cli import save_character_tokenizer
 from tiny_runs import TinyRun, make_run
 from torch import nn
 

@@ -1,6 +1,6 @@
 """Is the whole probe exact for other families of models: the step, and both matched pairs?
 
-The families whose passes are tested in tests/policy/test_families.py, from a checkpoint
+The families whose passes are tested in tests/model/test_families.py, from a checkpoint
 on disk to the results, in float64.
 """
 

@@ -315,7 +315,7 @@ def two_ranks(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, settings in RUNS_ON_TWO_RANKS.items()
     ]
     (root / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).parent / "trainers.py"
+    script = launching.REPOSITORY / "tests" / "trainers.py"
     command = launching.torchrun(2, script, root / "jobs.json")
     launching.run(command, timeout_seconds=240).require_success()
     return root

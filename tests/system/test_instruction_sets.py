@@ -32,7 +32,7 @@ def other_instruction_sets() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", other_instruction_sets())
 def test_promised_bits_hold_with_another_instruction_set(name: str) -> None:
-    files = sorted(HERE.parent.rglob("test_*.py"))
+    files = sorted(HERE.parent.parent.rglob("test_*.py"))
     marked = [file for file in files if MARK in file.read_text() and file != HERE]
     options = ("-q", "-m", "bits", "-p", "no:cacheprovider")
     command = launching.python("-c", RUN, *options, *marked)

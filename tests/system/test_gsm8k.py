@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import launching
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -25,8 +26,8 @@ from entropy_ddp.sampling.answers import check_gold
 from entropy_ddp.sampling.prompts import read_prompts
 from entropy_ddp.sampling.rewards import Sample, load_rewards, score_rewards
 
-CONFIG = Path(__file__).parent.parent / "configs" / "gsm8k_qwen2.5_1.5b.yaml"
-PROBLEMS = Path(__file__).parent / "data" / "word_problems.jsonl"
+CONFIG = launching.REPOSITORY / "configs" / "gsm8k_qwen2.5_1.5b.yaml"
+PROBLEMS = launching.REPOSITORY / "tests" / "data" / "word_problems.jsonl"
 CARD = """---
 configs:
 - config_name: main
