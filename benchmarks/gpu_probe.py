@@ -30,7 +30,7 @@ from benchmarks.models import (
 from benchmarks.passes import difference_step, pulled_back
 from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.data.microbatch import make_microbatches
-from entropy_ddp.model.scores import DirectionalScores
+from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.model.scoring import Passes
 
 MEMORY_LIMIT_GIB = 80

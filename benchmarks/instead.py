@@ -30,7 +30,7 @@ from benchmarks.passes import relative_difference
 from benchmarks.processes import REPOSITORY
 from entropy_ddp.data.batch import Sequence, Shard
 from entropy_ddp.model.parameters import shifted
-from entropy_ddp.model.scores import DirectionalScores
+from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.model.scoring import Passes
 
 BASE = REPOSITORY / "build" / "real" / "base"

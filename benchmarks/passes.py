@@ -23,7 +23,7 @@ from benchmarks.models import (
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.data.microbatch import make_microbatches
 from entropy_ddp.model.parameters import shifted
-from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.model.scoring import Passes
 
 # The families whose layers have tangent rules of their own.

@@ -15,7 +15,7 @@ from benchmarks.processes import run_module
 from benchmarks.worker import UNDIVIDED_PHASES
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.phases import loss_gradient
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.session import Session, no_progress, open_session

@@ -17,7 +17,7 @@ from benchmarks.models import (
 from benchmarks.passes import pulled_back, scores_difference
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.errors import RunError
-from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.model.scoring import Passes
 from entropy_ddp.model.selfcheck import check_sharing
 

@@ -63,7 +63,7 @@ def _probe(world: "World", run: Path, out: Path, options: Options) -> None:
 def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
     from entropy_ddp.atomic import written_whole
     from entropy_ddp.ledger.accumulate import accumulate
-    from entropy_ddp.ledger.reading import read_ledger
+    from entropy_ddp.ledger.lines import read_ledger
     from entropy_ddp.report.writing import missing_report_extra
     from entropy_ddp.terminal.ledger import print_ledger
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from entropy_ddp.distributed.watch import Watch
+from entropy_ddp.distributed.failure import Watch
 from entropy_ddp.distributed.world import World, interruptibly
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.interruption import Interrupted

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from entropy_ddp.distributed.watch import Watch
+from entropy_ddp.distributed.failure import Watch
 from entropy_ddp.errors import RunError
 
 T = TypeVar("T")

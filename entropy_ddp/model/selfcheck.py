@@ -10,21 +10,26 @@ a value from both modes alike. Each is looked for on two short rows of arbitrary
 
 Whether responses may share their prompt's row is found out in the same way: one made-up
 group is scored flat and as a tree. A model that fails is read flat, which is as exact.
+
+The backward pass of the duality check also measures what one keeps of every position:
+it depends on the model, and the estimate of a run's memory needs it.
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from entropy_ddp.data.batch import Batch, Sequence, Shard
 from entropy_ddp.data.microbatch import PromptSharing, plan_microbatches
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
-from entropy_ddp.model.activations import saved_for_backward
 from entropy_ddp.model.parameters import inner_product, shifted
 from entropy_ddp.model.precision import precision_context
-from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.model.scoring import Passes
 
 # Relative tolerances: output layer, duality, central difference. Values of a float32
@@ -272,3 +277,45 @@ def _central_difference(
             scores = passes.score(shard)
         sums.append(float((scores.logp + scores.entropy).sum()))
     return (sums[0] - sums[1]) / (2 * step)
+
+
+@dataclass(kw_only=True)
+class Saved:
+    """Memory that was saved for a backward pass over rows of one shape.
+
+    Attributes:
+        shape: rows and padded length of the microbatch.
+        sizes: bytes of each block of memory that grows with the positions, by address.
+    """
+
+    shape: tuple[int, int]
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def per_position(self) -> float:
+        """Bytes for one position of the microbatch."""
+        rows, length = self.shape
+        return sum(self.sizes.values()) / (rows * length)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that is saved, unless it is a weight."""
+        rows, length = self.shape
+        whole = tensor._base if tensor._base is not None else tensor
+        shape = tuple(tensor.shape)
+        grows = shape[:1] == (rows * length,) or (rows in shape and length in shape)
+        if grows and not isinstance(whole, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def saved_for_backward(shape: tuple[int, int]) -> Iterator[Saved]:
+    """Count what forward passes over rows of this shape save.
+
+    The addresses are only distinct while everything that is saved is held: until the
+    backward pass.
+    """
+    saved = Saved(shape=shape)
+    with saved_tensors_hooks(saved.keep, lambda tensor: tensor):
+        yield saved

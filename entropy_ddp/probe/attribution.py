@@ -17,7 +17,7 @@ from entropy_ddp.config import Config
 from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.attribution import (
+from entropy_ddp.estimators.shares import (
     TokenTable,
     concentration,
     judge_proxy,
@@ -26,8 +26,11 @@ from entropy_ddp.estimators.attribution import (
 )
 from entropy_ddp.estimators.standard_errors import relative_difference
 from entropy_ddp.model.parameters import global_norm, inner_product
-from entropy_ddp.model.response_tokens import TokenWeights
-from entropy_ddp.model.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.response_tokens import (
+    DirectionalScores,
+    TokenScores,
+    TokenWeights,
+)
 from entropy_ddp.probe.audits import Extras, audit_rows, tolerance_of
 from entropy_ddp.probe.estimation import changes_at
 from entropy_ddp.probe.measure import Measured, measure

@@ -12,7 +12,7 @@ from entropy_ddp import audit
 from entropy_ddp.checkpoint.trainer_settings import trained_limit
 from entropy_ddp.data.batch import Batch, Ragged, Sequence
 from entropy_ddp.data.rows import DOUBTS, END_RESTORED, LOG_DIFFERS
-from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow

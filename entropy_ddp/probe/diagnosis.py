@@ -24,7 +24,7 @@ from entropy_ddp.estimators.standard_errors import (
     relative_difference,
 )
 from entropy_ddp.model.parameters import global_norm, inner_product
-from entropy_ddp.model.scores import DirectionalScores
+from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import first_sequences, gather_sums, snapshot_device

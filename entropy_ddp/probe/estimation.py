@@ -42,7 +42,7 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
     terms_less_prediction,
 )
-from entropy_ddp.model.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.response_tokens import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import derivatives_of, known_before
 from entropy_ddp.probe.phases import (
     AlongStep,

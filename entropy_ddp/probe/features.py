@@ -40,7 +40,7 @@ from entropy_ddp.estimators.control_variates import (
 )
 from entropy_ddp.estimators.entropy import integrand_tokens
 from entropy_ddp.estimators.linear import TokenDerivatives
-from entropy_ddp.model.scores import NUM_PROJECTIONS, DirectionalScores
+from entropy_ddp.model.response_tokens import NUM_PROJECTIONS, DirectionalScores
 
 SAMPLE_FEATURES = ("top_probability", "margin", "log_variance", "hidden")
 

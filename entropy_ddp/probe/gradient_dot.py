@@ -33,7 +33,7 @@ from entropy_ddp.data.batch import Batch
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.gradient_dot import estimate_dot
 from entropy_ddp.model.parameters import global_norm, inner_product
-from entropy_ddp.model.scores import DirectionalScores
+from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.probe.phases import SteppedScores
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Record

@@ -7,7 +7,7 @@ from torch import Tensor
 from entropy_ddp.estimators.curvature import Curvature
 from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.linear import Slope
-from entropy_ddp.model.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.response_tokens import DirectionalScores, TokenScores
 from entropy_ddp.probe.diagnosis import (
     Audited,
     Duality,

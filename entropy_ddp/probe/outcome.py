@@ -17,8 +17,8 @@ from entropy_ddp.estimators.control_variates import adjusted_change
 from entropy_ddp.estimators.linear import Baseline, Score
 from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.memory import peak_host_bytes
-from entropy_ddp.model.counting import PassCount
 from entropy_ddp.model.parameters import global_norm
+from entropy_ddp.model.walk import PassCount
 from entropy_ddp.probe.measure import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import (

@@ -24,7 +24,7 @@ from entropy_ddp.config import Compute
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.distributed import World
 from entropy_ddp.model.parameters import fingerprint
-from entropy_ddp.model.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.response_tokens import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import FeatureSums
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Costs, Record

@@ -39,7 +39,6 @@ from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import Allowance, MemoryEstimate
-from entropy_ddp.model.counting import PassCount
 from entropy_ddp.model.parameters import differentiate_padding_tokens
 from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.model.scoring import Passes
@@ -49,6 +48,7 @@ from entropy_ddp.model.selfcheck import (
     check_model,
     check_sharing,
 )
+from entropy_ddp.model.walk import PassCount
 from entropy_ddp.probe.keeping import (
     keep_unfinished,
     plan_sample,

@@ -13,7 +13,7 @@ from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.standard_errors import delta_method_error
-from entropy_ddp.estimators.sweep import (
+from entropy_ddp.estimators.step_sizes import (
     SweepPoint,
     choose_grid,
     summarise,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from entropy_ddp.estimators.attribution import (
+from entropy_ddp.estimators.shares import (
     TokenTable,
     covariance_score,
     probability_deciles,

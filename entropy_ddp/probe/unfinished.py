@@ -31,7 +31,7 @@ from entropy_ddp.data.files import write_jsonl
 from entropy_ddp.data.jsonlines import read_rows
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
-from entropy_ddp.model.counting import PassCount
+from entropy_ddp.model.walk import PassCount
 from entropy_ddp.probe.identity import differences
 from entropy_ddp.results import RUN_FILE
 from entropy_ddp.tensors import write_tensors

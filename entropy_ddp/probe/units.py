@@ -26,8 +26,11 @@ from entropy_ddp.estimators.gradient_dot import (
 )
 from entropy_ddp.estimators.standard_errors import group_totals
 from entropy_ddp.model.parameters import global_norm
-from entropy_ddp.model.response_tokens import TokenWeights
-from entropy_ddp.model.scores import DirectionalScores, TokenScores
+from entropy_ddp.model.response_tokens import (
+    DirectionalScores,
+    TokenScores,
+    TokenWeights,
+)
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.update.loss import loss_weights

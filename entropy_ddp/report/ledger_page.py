@@ -1,7 +1,6 @@
 """The page of a run's ledger."""
 
-from entropy_ddp.ledger.accumulate import Entry, Ledger
-from entropy_ddp.ledger.names import NAMES, PART_NAMES, TOKEN_NAMES
+from entropy_ddp.ledger.accumulate import NAMES, PART_NAMES, TOKEN_NAMES, Entry, Ledger
 from entropy_ddp.report.figures.ledger import (
     curve_and_sums,
     gradient_by_probability,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from entropy_ddp.errors import RunError
-from entropy_ddp.estimators.sweep import SweepPoint, SweepSummary
+from entropy_ddp.estimators.step_sizes import SweepPoint, SweepSummary
 
 SCHEMA_VERSION = 1
 

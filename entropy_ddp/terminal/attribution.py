@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.estimators.attribution import TOP_SHARES
+from entropy_ddp.estimators.shares import TOP_SHARES
 from entropy_ddp.report.words import (
     GIVEN_E,
     is_resolved,

@@ -4,8 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from entropy_ddp.ledger.accumulate import Ledger
-from entropy_ddp.ledger.names import NAMES, PART_NAMES, TOKEN_NAMES
+from entropy_ddp.ledger.accumulate import NAMES, PART_NAMES, TOKEN_NAMES, Ledger
 from entropy_ddp.report.words import (
     GIVEN_E,
     differing,

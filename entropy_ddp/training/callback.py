@@ -6,7 +6,7 @@
     trainer.train()
 
 For trainers of transformers and TRL that step with Adam or AdamW. The training is the
-same with and without it, bit for bit: see `neutral`.
+same with and without it, bit for bit: see `untouched`.
 """
 
 import logging
@@ -21,29 +21,29 @@ from transformers import TrainerCallback
 import entropy_ddp
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
+from entropy_ddp.ledger.lines import append_line, require_new
 from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.session import Session
-from entropy_ddp.training.adam import AdamState, gradient_of
 from entropy_ddp.training.capture import (
     SAMPLING,
     BatchCapture,
     SamplingOrder,
     TrainedBatch,
     TrainedRow,
+    listen,
 )
-from entropy_ddp.training.entries import (
+from entropy_ddp.training.live_session import (
+    ProbeSettings,
+    open_live_session,
+    require_probable,
+    torch_optimizer,
+)
+from entropy_ddp.training.step_line import (
     PREFIX,
     entropy_entry,
     logged_values,
     step_entry,
 )
-from entropy_ddp.training.lines import append_line, require_new
-from entropy_ddp.training.listening import listen
-from entropy_ddp.training.live import open_live_session
-from entropy_ddp.training.neutral import untouched
-from entropy_ddp.training.padding import padding_rows
-from entropy_ddp.training.requirements import require_probable, torch_optimizer
-from entropy_ddp.training.settings import ProbeSettings
 from entropy_ddp.training.step_probe import (
     PendingStep,
     StepProbe,
@@ -51,6 +51,8 @@ from entropy_ddp.training.step_probe import (
     probe_after,
     probe_before,
 )
+from entropy_ddp.training.untouched import padding_rows, untouched
+from entropy_ddp.update.decomposition import AdamState, gradient_of
 
 logger = logging.getLogger(__name__)
 

@@ -28,22 +28,22 @@ from entropy_ddp.data.files import sequence_to_row, write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.run import ImportOptions, import_rollouts
+from entropy_ddp.ledger.lines import append_line, require_new
 from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.probe.attribution import score_shares, split_step
 from entropy_ddp.probe.estimation import estimate, predict
 from entropy_ddp.probe.measure import measure
 from entropy_ddp.probe.phases import score_after_step, score_along_step
 from entropy_ddp.probe.session import Progress, Session, open_session
-from entropy_ddp.training.entries import (
+from entropy_ddp.training.live_session import seeded
+from entropy_ddp.training.recorder import batch_file
+from entropy_ddp.training.step_line import (
     Attributed,
     Changes,
     attribution_entry,
     change_entry,
     entropy_entry,
 )
-from entropy_ddp.training.lines import append_line, require_new
-from entropy_ddp.training.live import seeded
-from entropy_ddp.training.recorder import batch_file
 from entropy_ddp.training.step_probe import measured_entropy, middle_slope
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import given_change

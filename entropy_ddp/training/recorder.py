@@ -38,8 +38,7 @@ from entropy_ddp.data.files import write_jsonl
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import has_dropout
-from entropy_ddp.training.capture import ORDER, SAMPLING, SamplingOrder
-from entropy_ddp.training.listening import listen
+from entropy_ddp.training.capture import ORDER, SAMPLING, SamplingOrder, listen
 
 Which = Literal["step", "checkpoint"]
 TRAINER = "GRPOTrainer"

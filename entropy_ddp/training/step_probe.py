@@ -17,23 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from entropy_ddp.data.batch import Batch
-from entropy_ddp.estimators.attribution import TokenTable
 from entropy_ddp.estimators.entropy import Ratio, as_ratio
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
+from entropy_ddp.estimators.shares import TokenTable
 from entropy_ddp.model.parameters import global_norm, inner_product, shifted
-from entropy_ddp.model.scores import TokenScores
+from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.attribution import score_shares, split_step, token_places
 from entropy_ddp.probe.diagnosis import Duality, check_duality
 from entropy_ddp.probe.estimation import EntropyEstimates, estimate, predict
 from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import AlongStep, gather_sums, score_along_step
 from entropy_ddp.probe.session import Session
-from entropy_ddp.training.adam import AdamState, change_of
 from entropy_ddp.training.capture import TrainedBatch
-from entropy_ddp.training.live import sample_evaluation
-from entropy_ddp.training.padding import lookups_cut
-from entropy_ddp.update.decomposition import step_parts
+from entropy_ddp.training.live_session import sample_evaluation
+from entropy_ddp.training.untouched import lookups_cut
+from entropy_ddp.update.decomposition import AdamState, change_of, step_parts
 from entropy_ddp.update.step import Step
 
 

@@ -15,7 +15,7 @@ from entropy_ddp import memory
 from entropy_ddp.cli import main
 from entropy_ddp.distributed import World
 from entropy_ddp.memory import MemoryEstimate, free_host_bytes
-from entropy_ddp.model.activations import saved_for_backward
+from entropy_ddp.model.selfcheck import saved_for_backward
 from entropy_ddp.probe import memory as estimates
 from entropy_ddp.probe.memory import estimate_memory
 

@@ -28,7 +28,7 @@ from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.baselines import NUM_PREDICTORS, RIDGE_PENALTY
-from entropy_ddp.model.scores import NUM_PROJECTIONS
+from entropy_ddp.model.response_tokens import NUM_PROJECTIONS
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.identity import (
     differences,

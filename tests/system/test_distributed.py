@@ -16,9 +16,8 @@ from entropy_ddp.distributed import (
     process_group,
     single_process_warning,
 )
-from entropy_ddp.distributed import watch as watch_module
-from entropy_ddp.distributed.ledger import Failure, Sign
-from entropy_ddp.distributed.watch import Watch
+from entropy_ddp.distributed import failure as failure_module
+from entropy_ddp.distributed.failure import Failure, Sign, Watch
 from entropy_ddp.errors import InputError
 
 RANKS = """
@@ -287,7 +286,7 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Forty ranks that have seen each other."""
     clock, store, told = Clock(), CountedStore(), []
-    monkeypatch.setattr(watch_module, "time", clock)
+    monkeypatch.setattr(failure_module, "time", clock)
     monkeypatch.setattr(Watch, "_unwind", lambda self: None)
     watches = [Watch(store, rank, 40, 10.0, told.append) for rank in range(40)]
     found = Watched(store, clock, watches, told)
@@ -339,7 +338,7 @@ def test_a_rank_that_comes_late_to_a_collective_is_known_to_all(
     watched: Watched,
 ) -> None:
     for rank, watch in enumerate(watched.watches):
-        watch._sign(watch._ledger, Sign(number=9, collectives=7 - (rank == 23)))
+        watch._sign(watch._store, Sign(number=9, collectives=7 - (rank == 23)))
         watch.collectives = 7
     assert watched.watches[5].behind() == [23]
     assert watched.watches[23].behind() == []

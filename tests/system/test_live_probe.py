@@ -24,10 +24,9 @@ from torch import Tensor
 
 from entropy_ddp.data.jsonlines import read_rows
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.ledger.reading import read_ledger
+from entropy_ddp.ledger.lines import append_line, read_ledger
 from entropy_ddp.training import EntropyProbeCallback, RolloutRecorder, callback
 from entropy_ddp.training.capture import TrainedBatch
-from entropy_ddp.training.lines import append_line
 
 pytest.importorskip("trl")
 

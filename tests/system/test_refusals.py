@@ -11,7 +11,7 @@ from torch import nn
 
 from entropy_ddp.errors import InputError
 from entropy_ddp.training import EntropyProbeCallback
-from entropy_ddp.training.requirements import require_probable
+from entropy_ddp.training.live_session import require_probable
 
 pytest.importorskip("trl")
 

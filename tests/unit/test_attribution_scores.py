@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_ddp.estimators.attribution import (
+from entropy_ddp.estimators.shares import (
     TokenTable,
     concentration,
     covariance_score,

@@ -10,7 +10,7 @@ from matplotlib.legend import Legend
 from run_directories import CURVATURE, GRADIENT_DOT, sweep_part, write_run
 
 from entropy_ddp.ledger.accumulate import accumulate
-from entropy_ddp.ledger.reading import RunLog
+from entropy_ddp.ledger.lines import RunLog
 from entropy_ddp.report.comparison import comparison_page
 from entropy_ddp.report.figures.canvas import Figure
 from entropy_ddp.report.figures.ledger import curve_and_sums, parts_by_step

@@ -15,7 +15,7 @@ from rich.console import Console
 from entropy_ddp.cli import main
 from entropy_ddp.errors import InputError
 from entropy_ddp.ledger.accumulate import Ledger, accumulate
-from entropy_ddp.ledger.reading import read_ledger
+from entropy_ddp.ledger.lines import read_ledger
 from entropy_ddp.report.ledger_page import ledger_page
 from entropy_ddp.report.page import render_page
 from entropy_ddp.terminal.ledger import print_ledger

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_ddp.estimators.sweep import (
+from entropy_ddp.estimators.step_sizes import (
     SMALLEST_SHARE,
     SweepPoint,
     SweepSummary,

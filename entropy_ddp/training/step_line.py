@@ -1,51 +1,6 @@
-"""The line of one probed step in `ledger.jsonl`, and the values that are logged of it.
+"""The line of one probed step of a training, and the values that are logged of it.
 
-Every line is a JSON object with a `kind`:
-
-- `run`: the first of every (re)start: `version`, `first_step`, `settings`, `trainer`
-  {loss_type, learning_rate, max_grad_norm, temperature, world_size, dtype}, `steps` (the
-  number of optimizer steps planned).
-- `step`, one of every probed step, changes in nats per token:
-
-  | key | meaning |
-  |---|---|
-  | step | number of the optimizer step, from 1 |
-  | learning_rate, grad_norm, clip_coefficient | of the step |
-  | E, U | {num_groups, num_sequences, num_tokens} |
-  | entropy | {value, se} at theta on E, fresh responses |
-  | first_order, second_order | predicted change {value, se}; second order at the middle |
-  | truth | {value, se, ess_fraction}: importance-weighted change on the same E |
-  | truth_minus_first, truth_minus_second | differences with their paired se |
-  | second_minus_first | the curvature, likewise |
-  | parts | {momentum, decay, gradient} of the first-order change |
-  | tokens | {positive, negative, zero, unattributed}: the gradient part by sign of the
-    advantage; unattributed is what the shares of tokens leave of it |
-  | deciles | the gradient part by probability of the token, least probable first, [10] |
-  | covariance | mean over U's tokens of (log p - mean)(A - mean) |
-  | top_tokens | the tokens with the largest shares, in their context |
-  | by_token, by_prompt | sums of shares by token id and by prompt, the largest |
-  | checks | see below |
-  | seconds | wall-clock seconds that the probe took |
-
-- `end`: `step`, `entropy` {value, se} at the weights that the training ended with.
-
-A key that was not asked for is absent. Of a run that is read from its checkpoints, `run`
-has `checkpoints` in place of `settings` and `trainer`, and a `step` that is about all
-steps since the checkpoint before has their number as `num_steps`; what follows `U` is
-then of the first of them.
-
-With dropout or mixed precision the parts are still the trainer's own: its gradient, its
-moments. The tokens' shares are of the model as it is measured, without either; what they
-leave of the gradient part is `unattributed`. The checks:
-
-- identity: the gradient part from the trainer's own gradient over the sum of its tokens'
-  shares, which are of another pass and of the weights that the hooks saw: 1 expected.
-  identity_gap is |unattributed| over the sum of |share|, the scale of its rounding: where
-  shares cancel, the ratio alone says little.
-- step_gap: ||(theta' - theta) - delta|| / ||delta|| of the step that was foreseen, less
-  what the rounding of theta' can make.
-- duality_gap: forward against reverse mode on E.
-- logp_gap: largest difference of log p on U from what the trainer computed, nats.
+Every key of the line is listed in `ledger.lines`.
 """
 
 from dataclasses import dataclass, replace
@@ -56,14 +11,14 @@ from torch import Tensor
 
 from entropy_ddp.data.batch import Batch
 from entropy_ddp.data.files import decode_prompt
-from entropy_ddp.estimators.attribution import (
+from entropy_ddp.estimators.entropy import Ratio
+from entropy_ddp.estimators.linear import Slope
+from entropy_ddp.estimators.shares import (
     NUM_DECILES,
     TokenTable,
     covariance_score,
     probability_deciles,
 )
-from entropy_ddp.estimators.entropy import Ratio
-from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.probe.estimation import EntropyEstimates
 from entropy_ddp.probe.session import Session

@@ -1,6 +1,11 @@
-"""A probe's session whose model, optimizer and ranks are a trainer's."""
+"""A probe's session whose model, optimizer and ranks are a trainer's.
+
+`ProbeSettings` is what the probe is asked for; `require_probable` refuses, before the
+first step, every training that cannot be probed; `open_live_session` opens the rest.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +32,58 @@ from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.keeping import sample_batch
 from entropy_ddp.probe.session import Session, token_limits, verify_model
 from entropy_ddp.sampling.generation import random_bytes
-from entropy_ddp.training.neutral import untouched
-from entropy_ddp.training.settings import ProbeSettings
+from entropy_ddp.training.untouched import untouched
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """Settings of `EntropyProbeCallback`.
+
+    Attributes:
+        out: folder of `ledger.jsonl`; made if it is not there.
+        every: the optimizer steps whose number is a multiple of this are probed.
+        num_prompts: prompts drawn for E at each probed step, with replacement.
+        responses_per_prompt: responses to each.
+        max_new_tokens: responses are cut off at this many tokens; None for the
+            trainer's `max_completion_length`.
+        prompts: what E is drawn from: a file or the keys of a `prompts` section, a list
+            of prompts (texts, or lists of messages); None for the prompts that are
+            trained on.
+        truth: score E after the step too.
+        second_order: predict the change at the middle of the step too.
+        top: number of tokens and prompts listed by name.
+        seed: seed of all that is drawn for E.
+        tokens_per_microbatch: budget of padded tokens for one forward pass.
+    """
+
+    out: str | Path
+    every: int = 10
+    num_prompts: int = 128
+    responses_per_prompt: int = 1
+    max_new_tokens: int | None = None
+    prompts: str | Path | dict[str, Any] | list[Any] | None = None
+    truth: bool = True
+    second_order: bool = True
+    top: int = 20
+    seed: int = 0
+    tokens_per_microbatch: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("every", 1),
+            ("num_prompts", 2),
+            ("responses_per_prompt", 1),
+            ("top", 1),
+            ("seed", 0),
+            ("tokens_per_microbatch", 1),
+        ):
+            found = getattr(self, name)
+            if not isinstance(found, int) or found < least:
+                raise InputError(
+                    f"{name}: expected a whole number of at least {least}, found "
+                    f"{found!r}; correct the callback's settings"
+                )
+
 
 # Prompts of the training set that E is drawn from, at most.
 MOST_PROMPTS = 1000
@@ -190,3 +245,88 @@ def _no_files(model: Any) -> CheckpointFiles:
         optimizer=None,
         tokenizer=name,
     )
+
+
+DEEPSPEED = (
+    "DeepSpeed keeps gradients and optimizer state in shards of its own, which cannot be "
+    "read at the optimizer step"
+)
+FSDP = (
+    "FSDP shards parameters and gradients, so that no rank can take the derivative along "
+    "the whole step"
+)
+PARALLEL = (
+    "parallelism_config splits the model or its sequences over ranks, so that no rank has "
+    "the whole step"
+)
+COMPILED = (
+    "torch.compile hides the model's outputs from the hooks that read the token weights"
+)
+REPLICATED = (
+    "DataParallel replicates the model at every step; start one process per GPU with "
+    "torchrun instead"
+)
+SCALED = "fp16 scales the gradients by a factor that the optimizer removes"
+LIGER = (
+    "Liger's kernels have no forward-mode derivatives, and their fused losses return no "
+    "log-probabilities"
+)
+QUANTIZED = "quantized weights have no forward-mode derivatives"
+PACKED = "packed rows hold several sequences; turn packing and padding_free off"
+PROMPT_LEARNING = "prompt learning puts trained vectors in place of tokens"
+NO_TOKENIZER = (
+    "processing_class is no tokenizer with an end-of-sequence token, which sampling "
+    "fresh responses needs"
+)
+
+
+def require_probable(trainer: Any) -> None:
+    """Check that gradients, weights and batch of this training can be read.
+
+    Args:
+        trainer: a transformers Trainer, about to train.
+
+    Raises:
+        InputError: one sentence that names what is in the way.
+    """
+    found = _obstacle(trainer)
+    if found is not None:
+        raise InputError(f"entropy probe: {found}; train without the callback")
+
+
+def _obstacle(trainer: Any) -> str | None:
+    args, model = trainer.args, trainer.model
+    adapters = getattr(model, "peft_config", {}).values()
+    tokenizer = trainer.processing_class
+    found = {
+        DEEPSPEED: getattr(trainer, "is_deepspeed_enabled", False),
+        FSDP: getattr(trainer, "is_fsdp_enabled", False),
+        PARALLEL: getattr(args, "parallelism_config", None) is not None,
+        COMPILED: args.torch_compile
+        or isinstance(model, torch._dynamo.OptimizedModule),
+        REPLICATED: args.n_gpu > 1,
+        SCALED: args.fp16,
+        LIGER: args.use_liger_kernel,
+        QUANTIZED: getattr(model, "is_quantized", False),
+        PACKED: getattr(args, "packing", False) or getattr(args, "padding_free", False),
+        PROMPT_LEARNING: any(getattr(a, "is_prompt_learning", False) for a in adapters),
+        NO_TOKENIZER: getattr(tokenizer, "eos_token_id", None) is None,
+    }
+    sentences = [sentence for sentence, is_there in found.items() if is_there]
+    return sentences[0] if sentences else _optimizer_obstacle(trainer.optimizer)
+
+
+def _optimizer_obstacle(optimizer: Any) -> str | None:
+    inner = torch_optimizer(optimizer)
+    if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
+        return (
+            f"the optimizer is {type(inner).__module__}.{type(inner).__name__}, and only "
+            "the steps of torch.optim.Adam and AdamW are known as sums of their parts "
+            "(8-bit and paged optimizers keep other moments)"
+        )
+    return None
+
+
+def torch_optimizer(optimizer: Any) -> Any:
+    """The optimizer below accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -15,14 +15,123 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
 
 from entropy_ddp.atomic import remove_temporary
-from entropy_ddp.distributed.ledger import Failure, Ledger, Sign, StoreGone
 from entropy_ddp.interruption import end_at_once, ignore_signals
+
+_FAILURE = "entropy_ddp/first_failure"
+_TOLD = "entropy_ddp/failure_told"
+_LOOKER = "entropy_ddp/looks_for_the_gone"
+_SIGN = "entropy_ddp/sign_of_life"
+
+
+class StoreGone(Exception):
+    """The process that holds the store does not answer any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a run ends.
+
+    Attributes:
+        rank: the rank that says so.
+        code: the exit code of every rank.
+        message: what failed.
+    """
+
+    rank: int
+    code: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """A sign of life of one rank.
+
+    Attributes:
+        number: counts up; 0 before the first sign.
+        collectives: number of collectives that the rank has come to.
+        ended: whether the rank has no more to do.
+    """
+
+    number: int = 0
+    collectives: int = 0
+    ended: bool = False
+
+
+class StoreConnection:
+    """A connection of its own to the store: calls over one connection wait in line."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store.clone()
+        self._known: set[int] = set()
+
+    def claim(self, failure: Failure) -> Failure:
+        """The first failure of the run, which is this one if there was none before."""
+        with _answering():
+            text = json.dumps(asdict(failure))
+            return _failure(self._store.compare_set(_FAILURE, "", text))
+
+    def first_failure(self) -> Failure | None:
+        """The first failure of the run, if there is one."""
+        with _answering():
+            if not self._store.check([_FAILURE]):
+                return None
+            return _failure(self._store.get(_FAILURE))
+
+    def looks_first(self, rank: int) -> bool:
+        """Whether this rank is the first to look which of all the ranks are gone."""
+        with _answering():
+            found = self._store.compare_set(_LOOKER, "", str(rank))
+            return found == str(rank).encode()
+
+    def set_told(self) -> None:
+        """Let the other ranks know that the message of the failure is out."""
+        with suppress(StoreGone), _answering():
+            self._store.set(_TOLD, "1")
+
+    def wait_told(self, seconds: float) -> None:
+        """Wait until the message of the failure is out, or for this long."""
+        with suppress(StoreGone), _answering():
+            self._store.wait([_TOLD], timedelta(seconds=seconds))
+
+    def sign(self, rank: int, sign: Sign) -> None:
+        """Leave a sign of life of this rank."""
+        with _answering():
+            self._store.set(f"{_SIGN}/{rank}", json.dumps(asdict(sign)))
+
+    def signs(self, ranks: Sequence[int]) -> dict[int, Sign]:
+        """The last sign of life of those ranks that ever gave one."""
+        with _answering():
+            for rank in ranks:
+                if rank not in self._known and self._store.check([f"{_SIGN}/{rank}"]):
+                    self._known.add(rank)
+            known = [rank for rank in ranks if rank in self._known]
+            texts = []
+            if known:
+                texts = self._store.multi_get([f"{_SIGN}/{rank}" for rank in known])
+            signs = [Sign(**json.loads(text)) for text in texts]
+        return dict(zip(known, signs, strict=True))
+
+
+def _failure(text: bytes) -> Failure:
+    return Failure(**json.loads(text))
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    # Errors of the network and of the store are RuntimeErrors.
+    except (RuntimeError, OSError) as error:
+        raise StoreGone(str(error)) from error
+
 
 _SIGN_SECONDS = 0.5
 _GUARD_SECONDS = 0.1
@@ -79,7 +188,10 @@ class Watch:
         self._store_rank = None if agent else 0
         self._silence_seconds = silence_seconds
         self._tell = tell
-        self._ledger, self._threads_ledger = Ledger(store), Ledger(store)
+        self._store, self._threads_store = (
+            StoreConnection(store),
+            StoreConnection(store),
+        )
         now = time.monotonic()
         self._others = [other for other in range(world_size) if other != rank]
         watched = self._others if rank == 0 else {0, rank - 1}
@@ -108,7 +220,7 @@ class Watch:
         self._is_finishing = self._rank != 0
         self._hurry.set()
         try:
-            self._sign(self._ledger, Sign(ended=True))
+            self._sign(self._store, Sign(ended=True))
             while self._rank == 0 and self._remaining():
                 time.sleep(0.01)
         except StoreGone:
@@ -121,7 +233,7 @@ class Watch:
     def behind(self) -> list[int]:
         """The ranks that have come to fewer collectives than this one."""
         try:
-            signs = self._ledger.signs(self._others)
+            signs = self._store.signs(self._others)
         except StoreGone:
             return []
         found = {rank: signs.get(rank, Sign()) for rank in self._others}
@@ -173,15 +285,15 @@ class Watch:
             message = f"{silence}; then rank {mine.rank} failed: {mine.message}"
             mine = Failure(rank=mine.rank, code=_CODE_FAILED, message=message)
             tell = partial(self._tell, silence)
-        first = self._failure or self._ledger.claim(mine)
+        first = self._failure or self._store.claim(mine)
         self._code = first.code
         if first == mine:
             if not gone:
                 _leave_for_launcher(mine)
             tell()
-            self._ledger.set_told()
+            self._store.set_told()
         else:
-            self._ledger.wait_told(_TELL_SECONDS)
+            self._store.wait_told(_TELL_SECONDS)
         return first
 
     def _fallen_silent(self) -> list[int]:
@@ -189,17 +301,17 @@ class Watch:
 
         One rank looks, if many have lost a connection: its failure is that of the run.
         """
-        if not self._ledger.looks_first(self._rank):
+        if not self._store.looks_first(self._rank):
             self._wait_for_failure(_GONE_SECONDS + 2 * _SIGN_SECONDS)
         if self._failure is not None:
             return []
         # What a killed rank had sent already is in the store before the first look.
         time.sleep(_GUARD_SECONDS)
-        before = self._ledger.signs(self._others)
+        before = self._store.signs(self._others)
         silent = [r for r in self._others if not before.get(r, Sign()).ended]
         begin = time.monotonic()
         while self._failure is None:
-            now = self._ledger.signs(silent)
+            now = self._store.signs(silent)
             silent = [r for r in silent if now.get(r) == before.get(r, Sign())]
             if not silent or time.monotonic() - begin > _GONE_SECONDS:
                 return silent
@@ -211,12 +323,12 @@ class Watch:
         while self._failure is None and time.monotonic() - begin < seconds:
             time.sleep(_GUARD_SECONDS)
 
-    def _sign(self, ledger: Ledger, sign: Sign) -> None:
+    def _sign(self, store: StoreConnection, sign: Sign) -> None:
         """Leave a sign; none of the other thread's comes after the one that ends."""
         with self._signing:
             if not self._has_ended:
                 self._has_ended = sign.ended
-                ledger.sign(self._rank, sign)
+                store.sign(self._rank, sign)
 
     def _remaining(self) -> list[int]:
         return [rank for rank, seen in self._seen.items() if not seen.sign.ended]
@@ -224,7 +336,7 @@ class Watch:
     def _end_together(self) -> None:
         """The rank that holds the store is the last to go."""
         self._hurry.set()
-        self._sign(self._ledger, Sign(ended=True))
+        self._sign(self._store, Sign(ended=True))
         if self._rank != self._store_rank:
             return
         give_up = time.monotonic() + _GRACE_SECONDS + 1
@@ -248,9 +360,9 @@ class Watch:
                 time.sleep(0.01)
 
     def _exchange(self, sign: Sign) -> None:
-        ledger = self._threads_ledger
-        self._sign(ledger, sign)
-        signs = ledger.signs(self._remaining())
+        store = self._threads_store
+        self._sign(store, sign)
+        signs = store.signs(self._remaining())
         now = time.monotonic()
         was_absent = now - self._exchanged > _ABSENT_SECONDS
         for rank, seen in self._seen.items():
@@ -261,7 +373,7 @@ class Watch:
         self._answered = self._exchanged = now
         if self._failure is not None:
             return
-        first = ledger.first_failure()
+        first = store.first_failure()
         silent = self._silent(self._silence_seconds)
         # Rank 0 knows of all that are silent, unless it is silent itself or has ended.
         is_told = self._rank and 0 in set(self._remaining()) - set(silent)
@@ -271,7 +383,7 @@ class Watch:
             self._failure = first
             self._code = first.code
             self._unwind()
-            ledger.wait_told(_TELL_SECONDS)
+            store.wait_told(_TELL_SECONDS)
             self._leave_at = time.monotonic() + _GRACE_SECONDS
 
     def _look_lower(self, now: float) -> None:
@@ -293,10 +405,10 @@ class Watch:
     def _accuse(self, silent: list[int]) -> Failure:
         message = _silence(silent, self._silence_seconds)
         mine = Failure(rank=self._rank, code=_CODE_FAILED, message=message)
-        first = self._threads_ledger.claim(mine)
+        first = self._threads_store.claim(mine)
         if first == mine:
             self._tell(message)
-            self._threads_ledger.set_told()
+            self._threads_store.set_told()
         return first
 
     # The thread that never waits.

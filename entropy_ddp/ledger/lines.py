@@ -1,0 +1,182 @@
+"""`ledger.jsonl`: its lines, appended while a run trains, and read back.
+
+Every line is a JSON object with a `kind`:
+
+- `run`: the first of every (re)start: `version`, `first_step`, `settings`, `trainer`
+  {loss_type, learning_rate, max_grad_norm, temperature, world_size, dtype}, `steps` (the
+  number of optimizer steps planned).
+- `step`, one of every probed step, changes in nats per token:
+
+  | key | meaning |
+  |---|---|
+  | step | number of the optimizer step, from 1 |
+  | learning_rate, grad_norm, clip_coefficient | of the step |
+  | E, U | {num_groups, num_sequences, num_tokens} |
+  | entropy | {value, se} at theta on E, fresh responses |
+  | first_order, second_order | predicted change {value, se}; second order at the middle |
+  | truth | {value, se, ess_fraction}: importance-weighted change on the same E |
+  | truth_minus_first, truth_minus_second | differences with their paired se |
+  | second_minus_first | the curvature, likewise |
+  | parts | {momentum, decay, gradient} of the first-order change |
+  | tokens | {positive, negative, zero, unattributed}: the gradient part by sign of the
+    advantage; unattributed is what the shares of tokens leave of it |
+  | deciles | the gradient part by probability of the token, least probable first, [10] |
+  | covariance | mean over U's tokens of (log p - mean)(A - mean) |
+  | top_tokens | the tokens with the largest shares, in their context |
+  | by_token, by_prompt | sums of shares by token id and by prompt, the largest |
+  | checks | see below |
+  | seconds | wall-clock seconds that the probe took |
+
+- `end`: `step`, `entropy` {value, se} at the weights that the training ended with.
+
+A key that was not asked for is absent. Of a run that is read from its checkpoints, `run`
+has `checkpoints` in place of `settings` and `trainer`, and a `step` that is about all
+steps since the checkpoint before has their number as `num_steps`; what follows `U` is
+then of the first of them.
+
+With dropout or mixed precision the parts are still the trainer's own: its gradient, its
+moments. The tokens' shares are of the model as it is measured, without either; what they
+leave of the gradient part is `unattributed`. The checks:
+
+- identity: the gradient part from the trainer's own gradient over the sum of its tokens'
+  shares, which are of another pass and of the weights that the hooks saw: 1 expected.
+  identity_gap is |unattributed| over the sum of |share|, the scale of its rounding: where
+  shares cancel, the ratio alone says little.
+- step_gap: ||(theta' - theta) - delta|| / ||delta|| of the step that was foreseen, less
+  what the rounding of theta' can make.
+- duality_gap: forward against reverse mode on E.
+- logp_gap: largest difference of log p on U from what the trainer computed, nats.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entropy_ddp.errors import InputError, RunError
+
+LEDGER_FILE = "ledger.jsonl"
+# Kinds of lines, and what each must have.
+NEEDED = {
+    "run": ("first_step", "steps"),
+    "step": ("step", "entropy", "first_order"),
+    "end": ("step", "entropy"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLog:
+    """A ledger file.
+
+    Attributes:
+        runs: the line of the start and of every restart.
+        entries: the probed steps, ascending; of a step that was trained twice, the one
+            that the training went on from.
+        end: the last line of a training that ended; None of one that goes on.
+        notes: sentences on what was left out.
+    """
+
+    runs: list[dict[str, Any]]
+    entries: list[dict[str, Any]]
+    end: dict[str, Any] | None
+    notes: list[str]
+
+
+def read_ledger(folder: Path) -> RunLog:
+    """Read the ledger of a run.
+
+    A restart from a checkpoint takes back what was written of later steps. A last line
+    without its end is of a process that was killed, and left out.
+
+    Raises:
+        InputError: there is none, or a line is no line of a ledger.
+    """
+    file = folder / LEDGER_FILE
+    if not file.is_file():
+        raise InputError(
+            f"{file}: expected a run's ledger, found no such file; name the folder that "
+            "the callback was given as `out`"
+        )
+    text = file.read_text(encoding="utf-8")
+    lines, notes = text.split("\n"), []
+    if lines.pop():
+        notes.append("the last line is cut off (the training was killed): left out")
+    log = RunLog(runs=[], entries=[], end=None, notes=notes)
+    for number, line in enumerate(lines, start=1):
+        log = _with_line(log, _parsed(line, f"{file}:{number}"))
+    if not log.entries:
+        raise InputError(
+            f"{file}: expected at least one probed step, found none; let the training "
+            "go on, or probe more often (`every`)"
+        )
+    return log
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: expected a JSON object, found {line[:40]!r}"
+        ) from error
+    kind = str(found.get("kind")) if isinstance(found, dict) else "none"
+    missing = [key for key in NEEDED.get(kind, ()) if key not in found]
+    if kind not in NEEDED or missing:
+        raise InputError(
+            f"{where}: expected a line of kind {', '.join(NEEDED)} with all of its keys, "
+            f"found kind {kind!r}{' without ' + missing[0] if missing else ''}; is this "
+            "a ledger of this version?"
+        )
+    return found
+
+
+def _with_line(log: RunLog, line: dict[str, Any]) -> RunLog:
+    runs, entries, end = [*log.runs], log.entries, log.end
+    notes = [*log.notes]
+    if line["kind"] == "end":
+        end = line
+    if line["kind"] == "step":
+        entries = [*entries, line]
+    if line["kind"] == "run":
+        kept = [entry for entry in entries if entry["step"] < line["first_step"]]
+        if len(kept) < len(entries):
+            notes.append(
+                f"restarted at step {line['first_step']}: {len(entries) - len(kept)} "
+                "lines of steps that were taken back are left out"
+            )
+        runs, entries, end = [*runs, line], kept, None
+    return RunLog(runs=runs, entries=entries, end=end, notes=notes)
+
+
+def require_new(folder: Path) -> None:
+    """Check that a training from its first step has a ledger to itself.
+
+    Raises:
+        InputError: there is one already.
+    """
+    file = folder / LEDGER_FILE
+    if file.exists():
+        raise InputError(
+            f"{file}: expected no ledger for a training that begins, found one; give "
+            "the callback another `out`, or remove it"
+        )
+
+
+def append_line(folder: Path, entry: dict[str, Any]) -> None:
+    """Append one whole line: a reader never sees half of one for long.
+
+    Raises:
+        RunError: a number is not finite, or the file cannot be written.
+    """
+    file = folder / LEDGER_FILE
+    try:
+        line = json.dumps(entry, allow_nan=False)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+    except ValueError as error:
+        raise RunError(f"{file}: step {entry.get('step')}: {error}") from error
+    except OSError as error:
+        raise RunError(
+            f"{file}: cannot be written ({error.strerror or error}); check that the "
+            "folder has room and may be written to"
+        ) from error
