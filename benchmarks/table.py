@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.comparison import Comparison, Setting
 from entropy_ddp import __version__
-from entropy_ddp.atomic import written_whole
+from entropy_ddp.files import written_whole
 
 LIBRARIES = ("torch", "transformers", "peft", "numpy")
 

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.atomic import temporary
 from entropy_ddp.errors import InputError
+from entropy_ddp.files import temporary
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from entropy_ddp.atomic import remove_temporary
+from entropy_ddp.files import remove_temporary
 
 EXIT_INTERRUPTED = 1
 # For the main thread to come back from a call into C, and to unwind.

@@ -10,17 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entropy_ddp.checkpoint.find import Policy, find_checkpoint
-from entropy_ddp.checkpoint.layouts import (
+from entropy_ddp.checkpoint.find import (
+    CheckpointFiles,
     adapters_in,
+    find_checkpoint,
     has_full_model,
     is_training_state,
 )
-from entropy_ddp.checkpoint.second import second_parameters
+from entropy_ddp.checkpoint.policy import (
+    Policy,
+    load_base,
+    load_state,
+    require_same_adapter_names,
+)
+from entropy_ddp.checkpoint.weights import read_adapter, read_adapter_config
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import fault_of_file
-from entropy_ddp.model.parameters import ParameterLayout
+from entropy_ddp.files import fault_of_file
+from entropy_ddp.model.parameters import ParameterLayout, preserved
 
 
 def read_change(
@@ -118,3 +125,67 @@ def _require_fitting(path: Path, tensors: Mapping[str, Tensor], policy: Policy) 
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"update.delta: {path}: {name} has NaN or infinite values")
+
+
+# Settings of an adapter that its weights mean nothing without.
+ADAPTER_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+)
+
+
+def second_parameters(
+    policy: Policy, files: CheckpointFiles, precision: Precision, attention: str
+) -> dict[str, Tensor]:
+    """Trainable parameters of another checkpoint, on the CPU, in the policy's dtype.
+
+    Args:
+        policy: the first checkpoint, opened; its parameters are as they were afterwards.
+        files: the second checkpoint.
+        precision: dtype of the model.
+        attention: Hugging Face attention implementation.
+
+    Raises:
+        InputError: the second checkpoint cannot be read, or is of another model.
+    """
+    if files.state is None and files.adapter is None:
+        dtype = getattr(torch, precision.model)
+        model = load_base(files.base, dtype, attention, files.trust_remote_code)
+        if dtype == torch.float64:
+            model.to(dtype)
+        return {name: p.detach() for name, p in model.named_parameters()}
+    # Their weights stand in our model for a moment: no second copy of what is frozen.
+    everything = [*policy.model.parameters(), *policy.model.buffers()]
+    moved = list(policy.parameters.values()) if files.state is None else everything
+    with preserved(moved, torch.device("cpu")):
+        if files.state is None:
+            _set_adapter(policy, files)
+        else:
+            load_state(policy.model, files.state)
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in policy.parameters.items()
+        }
+
+
+def _set_adapter(policy: Policy, files: CheckpointFiles) -> None:
+    from peft import set_peft_model_state_dict
+
+    ours, theirs = policy.files.adapter, files.adapter
+    assert ours is not None and theirs is not None
+    pairs = [read_adapter_config(adapter) for adapter in (ours, theirs)]
+    for key in ADAPTER_SETTINGS:
+        mine, other = (config.get(key) for config in pairs)
+        if mine != other:
+            raise InputError(
+                f"adapter {theirs}: {key} is {other}, and {mine} in {ours}: the "
+                "difference of their weights is not that of their policies"
+            )
+    name, stored = policy.files.adapter_name, read_adapter(theirs)
+    require_same_adapter_names(policy.model, theirs, name, stored)
+    set_peft_model_state_dict(policy.model, stored, adapter_name=name)

@@ -1,46 +1,178 @@
-"""A checkpoint on disk: which files it consists of, and the policy they hold.
+"""A checkpoint on disk: which files it consists of. No tensor is read.
 
-Weights come from safetensors, or from pickles by `torch.load(weights_only=True)` where
-there is nothing else; so does the optimizer state: opening a checkpoint never runs code
-from it. Whatever is missing, surplus or of another shape is an error that names it.
+Recognised, and refused with the export that would help: the sharded checkpoints of
+DeepSpeed ZeRO, of FSDP and of torch.distributed.checkpoint, whose parts belong to ranks
+and not to parameters.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from entropy_ddp.checkpoint.layouts import (
+from entropy_ddp.checkpoint.weights import (
     ADAPTER_CONFIG,
-    DEFAULT_ADAPTER,
     SAFE_FILES,
-    adapters_in,
-    existing_folder,
-    has_full_model,
-    is_training_state,
     listing,
-    refuse_sharded_weights,
+    read_adapter_config,
+    tensor_names,
     weight_file,
 )
-from entropy_ddp.checkpoint.stored import stored_dtypes, tensor_names
-from entropy_ddp.checkpoint.weights import (
-    load_adapter,
-    load_base,
-    load_state,
-    make_adapter,
-    needs_own_code,
-    own_code_refused,
-    quiet_transformers,
-    read_adapter_config,
-)
-from entropy_ddp.config import Checkpoint, Compute, Precision
+from entropy_ddp.config import Checkpoint
 from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import fault_of_file
-from entropy_ddp.model.implementations import use_exact_experts
-from entropy_ddp.model.parameters import trainable_parameters
+
+# PEFT writes this adapter into the folder itself, others into folders of their name.
+DEFAULT_ADAPTER = "default"
+
+_DELTA = (
+    "or measure what the trainer's step did, without optimizer state, by update.delta: "
+    "the next checkpoint"
+)
+
+_GATHER = (
+    "save the gathered state in the trainer: torch.save(torch.distributed.checkpoint."
+    "state_dict.get_optimizer_state_dict(model, optimizer, options=StateDictOptions("
+    'full_state_dict=True, cpu_offload=True)), "optimizer.pt")'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedLayout:
+    """A kind of checkpoint whose files belong to ranks.
+
+    Attributes:
+        name: what it is called.
+        patterns: any of these names in a folder tells it.
+        weights: how its weights are exported as safetensors.
+        optimizer: how its optimizer state is exported as one file.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    weights: str
+    optimizer: str
+
+
+SHARDED_LAYOUTS = (
+    ShardedLayout(
+        name="a DeepSpeed ZeRO checkpoint",
+        patterns=(
+            "zero_to_fp32.py",
+            "global_step[0-9]*",
+            "*zero_pp_rank_*_optim_states.pt",
+            "*mp_rank_*_model_states.pt",
+            "pytorch_model/*mp_rank_*_model_states.pt",
+        ),
+        weights="export its weights with `python zero_to_fp32.py . OUT "
+        "--safe_serialization` in that folder, with config.json beside them",
+        optimizer="gather it in the trainer with deepspeed.utils."
+        'safe_get_full_optimizer_state(parameter, "exp_avg") and "exp_avg_sq" into '
+        '{"state": {name: {step, exp_avg, exp_avg_sq}}, "param_groups": [...]} with '
+        "`params` lists of names, and torch.save that as optimizer.pt",
+    ),
+    ShardedLayout(
+        name="an FSDP checkpoint of verl, sharded by rank",
+        patterns=(
+            "model_world_size_*_rank_*.pt",
+            "optim_world_size_*_rank_*.pt",
+            "*/model_world_size_*_rank_*.pt",
+        ),
+        weights="export its weights with `python -m verl.model_merger merge --backend "
+        "fsdp --local_dir FOLDER --target_dir OUT`",
+        optimizer=_GATHER,
+    ),
+    ShardedLayout(
+        name="a sharded FSDP checkpoint of accelerate or the Trainer",
+        patterns=("pytorch_model_fsdp_[0-9]*", "optimizer_[0-9]*/.metadata"),
+        weights="export its weights with `accelerate merge-weights "
+        "FOLDER/pytorch_model_fsdp_0 OUT`, with config.json beside them",
+        optimizer="save with fsdp_state_dict_type: FULL_STATE_DICT, or " + _GATHER,
+    ),
+    ShardedLayout(
+        name="a checkpoint of torch.distributed.checkpoint",
+        patterns=("*.distcp", "*/*.distcp"),
+        weights="convert it with `python -m torch.distributed.checkpoint.format_utils "
+        "dcp_to_torch FOLDER FILE`, load its model part into the model and save that "
+        "with save_pretrained (prime-rl writes such a folder under weights/)",
+        optimizer="convert it with `python -m torch.distributed.checkpoint.format_utils "
+        "dcp_to_torch FOLDER FILE` and torch.save its optimizer part as optimizer.pt",
+    ),
+)
+
+
+def sharded_layout(folder: Path) -> tuple[ShardedLayout, str] | None:
+    """The kind of sharded checkpoint that a folder is, and the name that tells it."""
+    for layout in SHARDED_LAYOUTS:
+        for pattern in layout.patterns:
+            for path in sorted(folder.glob(pattern)):
+                return layout, str(path.relative_to(folder))
+    return None
+
+
+def refuse_sharded_weights(folder: Path) -> None:
+    """Refuse a folder without whole weights if their shards are recognised in it.
+
+    Raises:
+        InputError: they are; with the export that would help.
+    """
+    found = sharded_layout(folder)
+    if found is not None:
+        layout, name = found
+        raise InputError(
+            f"{folder}: expected whole weights, found {layout.name} ({name}); "
+            f"{layout.weights}"
+        )
+
+
+def why_no_optimizer(folder: Path | None) -> str:
+    """The sentence on a folder without a readable optimizer state."""
+    found = None if folder is None else sharded_layout(folder)
+    if found is not None:
+        layout, name = found
+        return (
+            f"{folder}: expected a whole optimizer state, found {layout.name} ({name}); "
+            f"{layout.optimizer}, {_DELTA}"
+        )
+    return (
+        "checkpoint: no optimizer.pt or optimizer.bin found; set checkpoint.optimizer to "
+        "the saved AdamW state (a fresh optimizer would step in another direction), "
+        f"{_DELTA}"
+    )
+
+
+def has_full_model(folder: Path) -> bool:
+    """Whether the folder holds whole weights and the configuration of their model."""
+    return weight_file(folder) is not None and (folder / "config.json").exists()
+
+
+def is_training_state(folder: Path) -> bool:
+    """Whether it is a folder of accelerate's `save_state`: weights, and no model."""
+    return (
+        weight_file(folder) is not None
+        and not (folder / "config.json").exists()
+        and not (folder / ADAPTER_CONFIG).exists()
+    )
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """The PEFT adapters of a folder by name: in it, and one folder below."""
+    below = {
+        path.parent.name: path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")
+    }
+    own = {DEFAULT_ADAPTER: folder} if (folder / ADAPTER_CONFIG).exists() else {}
+    return own | {name: below[name] for name in sorted(below)}
+
+
+def existing_folder(name: str) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        raise InputError(f"{path}: expected a checkpoint folder, found none there")
+    return path
+
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 
@@ -69,48 +201,6 @@ class CheckpointFiles:
     optimizer: Path | None
     tokenizer: str
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """A model opened for measurement.
-
-    Attributes:
-        model: the causal language model in evaluation mode, adapter included.
-        tokenizer: its tokenizer, or None if the checkpoint has none.
-        parameters: the trainable parameters by name.
-        files: where it came from.
-        dtype: dtype of weights and activations.
-        device: where it is.
-        stored: dtypes of the weights in the files, by part of the checkpoint.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    parameters: dict[str, nn.Parameter]
-    files: CheckpointFiles
-    dtype: torch.dtype
-    device: torch.device
-    stored: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of logits."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
-
-    @property
-    def end_ids(self) -> set[int]:
-        """Token ids that end a response: the tokenizer's and the model's own."""
-        declared = self.model.generation_config.eos_token_id
-        ids = {declared} if isinstance(declared, int) else set(declared or ())
-        own = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        return ids if own is None else ids | {own}
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence the model's positions allow; None if unlimited."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
 
 
 def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
@@ -255,107 +345,3 @@ def _find_tokenizer(folder: Path | None, adapter: Path | None, base: str) -> str
         if place is not None and (place / "tokenizer_config.json").exists():
             return str(place)
     return base
-
-
-def resolve_device(compute: Compute, local_rank: int) -> torch.device:
-    """The device of this rank, made torch's current one if it is a GPU.
-
-    Raises:
-        InputError: `cuda` was asked for and there is none, or fewer than ranks.
-    """
-    count = torch.cuda.device_count()
-    if compute.device == "cuda" and not count:
-        raise InputError("compute.device: cuda asked for, but torch sees no GPU")
-    if compute.device == "cpu" or not count:
-        return torch.device("cpu")
-    if local_rank >= count:
-        raise InputError(
-            f"compute.device: this machine has {count} GPUs, and rank {local_rank} of "
-            "it finds none; start at most that many processes, or set compute.device: "
-            "cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def load_policy(
-    files: CheckpointFiles,
-    precision: Precision,
-    attention: str,
-    device: torch.device,
-) -> Policy:
-    """Load base model, adapter and tokenizer; evaluation mode, trainable parameters on.
-
-    Raises:
-        InputError: weights are missing, surplus, of another shape or not finite.
-    """
-    from transformers.utils import logging
-
-    # Its bars would write over ours, on every rank.
-    logging.disable_progress_bar()
-    dtype = getattr(torch, precision.model)
-    model = load_base(files.base, dtype, attention, files.trust_remote_code)
-    use_exact_experts(model, dtype)
-    if files.adapter is None:
-        model.requires_grad_(True)
-    elif files.state is None:
-        model = load_adapter(model, files.adapter, files.adapter_name)
-    else:
-        model = make_adapter(model, files.adapter, files.adapter_name)
-    if dtype == torch.float64:
-        model.to(dtype)
-    if files.state is not None:
-        load_state(model, files.state)
-    model.to(device).eval()
-    policy = Policy(
-        model=model,
-        tokenizer=load_tokenizer(files.tokenizer, files.trust_remote_code),
-        parameters=trainable_parameters(model),
-        files=files,
-        dtype=dtype,
-        device=device,
-        stored=stored_dtypes(state=files.state, base=files.base, adapter=files.adapter),
-    )
-    if not policy.parameters:
-        raise InputError(
-            f"{files.adapter or files.base}: has no trainable parameters; is the "
-            "adapter one without weights?"
-        )
-    _require_finite_weights(model)
-    return policy
-
-
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or hub id; None if the folder has none.
-
-    Args:
-        source: folder or hub id.
-        trust_remote_code: whether code that comes with it may be run.
-
-    Raises:
-        InputError: it is there, and cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
-        return None
-
-    def describe(reason: str) -> str:
-        if needs_own_code(reason):
-            return own_code_refused(f"tokenizer {source}")
-        return f"tokenizer {source}: cannot be loaded ({reason}); copy its files again"
-
-    with fault_of_file(f"tokenizer {source}", describe), quiet_transformers():
-        return AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code
-        )
-
-
-def _require_finite_weights(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.detach().isfinite().all()):
-            raise InputError(
-                f"checkpoint: expected finite weights, found NaN or infinity in {name}; "
-                "take an earlier checkpoint"
-            )

@@ -16,9 +16,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from entropy_ddp.checkpoint.layouts import existing_folder
-from entropy_ddp.checkpoint.training_arguments import (
-    FILE_NAME,
+from entropy_ddp.checkpoint.find import existing_folder
+from entropy_ddp.checkpoint.trainer_files import (
+    ARGUMENTS_FILE,
     TrainingArguments,
     find_training_arguments,
     read_training_arguments,
@@ -201,7 +201,7 @@ def with_training_arguments(config: Config) -> Config:
     path = find_training_arguments(config.checkpoint)
     if path is None:
         raise InputError(
-            f"update.from_checkpoint: expected {FILE_NAME} in the checkpoint's folder, "
+            f"update.from_checkpoint: expected {ARGUMENTS_FILE} in the checkpoint's folder, "
             "found none; set update.from_checkpoint: false and give the trainer's "
             "settings in the configuration"
         )

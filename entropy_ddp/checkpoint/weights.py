@@ -1,29 +1,201 @@
-"""A checkpoint's files become a model: its very weights, every mistake named."""
+"""Weights as a folder holds them: tensors by name, and the dtypes they are stored in."""
 
 import json
-import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from entropy_ddp.checkpoint.layouts import (
-    ADAPTER_CONFIG,
-    SAFE_FILES,
-    listing,
-    refuse_sharded_weights,
-    weight_file,
-)
-from entropy_ddp.checkpoint.stored import load_plain, read_tensors
 from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import fault_of_file, require_regular_file
-from entropy_ddp.model.implementations import supported_attention
+from entropy_ddp.files import fault_of_file, require_regular_file
+
+SAFE_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+# Read with torch.load(weights_only=True), where there is no safetensors file.
+PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+ADAPTER_FILES = ("adapter_model.safetensors",)
+
+# A header that is longer is not one of weights.
+MAX_HEADER_BYTES = 1 << 27
+
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def weight_file(folder: Path) -> str | None:
+    """The file (or index of files) of a folder's whole weights; safetensors first."""
+    names = (*SAFE_FILES, *PICKLED_FILES)
+    return next((name for name in names if (folder / name).exists()), None)
+
+
+def listing(folder: Path) -> str:
+    """The first names of a folder, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The whole weights of a folder, on the CPU, by their names in the file.
+
+    Raises:
+        InputError: the file cannot be read, or not as tensors only.
+    """
+    from safetensors.torch import load_file
+
+    path = _one_file(folder)
+    if path.name in SAFE_FILES:
+        with _unreadable(path):
+            return load_file(path)
+    stored = load_plain(path, "file of weights")
+    if not isinstance(stored, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor)
+        for name, tensor in stored.items()
+    ):
+        raise InputError(
+            f"{path}: expected tensors by name, found {type(stored).__name__}; save the "
+            "weights as safetensors"
+        )
+    return stored
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names of the whole weights of a folder.
+
+    Raises:
+        InputError: the file cannot be read, or not as tensors only.
+    """
+    from safetensors import safe_open
+
+    path = _one_file(folder)
+    if path.name not in SAFE_FILES:
+        return list(read_tensors(folder))
+    with _unreadable(path), safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _one_file(folder: Path) -> Path:
+    name = weight_file(folder)
+    assert name is not None
+    if name.endswith(".json"):
+        raise InputError(
+            f"{folder / name}: expected one file of weights, as accelerate's save_state "
+            "leaves it, found an index of many; is config.json missing from the folder?"
+        )
+    return folder / name
+
+
+def _unreadable(path: Path) -> AbstractContextManager[None]:
+    require_regular_file(path)
+    return fault_of_file(
+        str(path),
+        lambda reason: (
+            f"{path}: not a readable file of weights: {reason}; copy it again"
+        ),
+    )
+
+
+def load_plain(path: Path, what: str) -> Any:
+    """What a file of torch.save holds, if it is tensors and plain values only.
+
+    Args:
+        path: the file; nothing that its pickle names is imported or run.
+        what: what it should be, for the message.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    require_regular_file(path)
+
+    def describe(reason: str) -> str:
+        return (
+            f"{path}: not a readable {what} (tensors and plain values only; no code is "
+            f"run from it): {_pickle_reason(reason)}"
+        )
+
+    with fault_of_file(str(path), describe), warnings.catch_warnings():
+        # About pickles of another make, which are refused or read like any.
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _pickle_reason(reason: str) -> str:
+    """A reason without torch's advice to load the file in a way that runs its code."""
+    if "Weights only load failed" not in reason and "weights_only" not in reason:
+        return f"{reason}; copy the file again"
+    return (
+        "it is no file of torch.save, or its pickle names functions or classes to be "
+        "called; copy it again, or save it as tensors"
+    )
+
+
+def stored_dtypes(
+    *, state: Path | None, base: str, adapter: Path | None
+) -> dict[str, str]:
+    """Dtypes of the weights in the files, by part of the checkpoint.
+
+    A part whose files do not tell (pickles, the base model of a hub) is absent.
+
+    Args:
+        state: folder of accelerate's `save_state`, which takes the others' place.
+        base: the base model.
+        adapter: folder of the adapter.
+    """
+    files: dict[str, list[Path]] = {"state": [], "base": [], "adapter": []}
+    if state is not None:
+        files["state"] = _weight_files(state)
+    else:
+        files["base"] = _weight_files(_local_folder(base))
+        if adapter is not None:
+            files["adapter"] = [adapter / name for name in ADAPTER_FILES]
+    found = {}
+    for part, paths in files.items():
+        counts: Counter[str] = Counter()
+        for path in paths:
+            if path.is_file():
+                counts.update(_header_dtypes(path))
+        if counts:
+            found[part] = ", ".join(name for name, _ in counts.most_common())
+    return found
+
+
+def _local_folder(base: str) -> Path | None:
+    """Where the files of a folder or hub id are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(base).is_dir():
+        return Path(base)
+    path = try_to_load_from_cache(base, "config.json")
+    return Path(path).parent if isinstance(path, str) else None
+
+
+def _weight_files(folder: Path | None) -> list[Path]:
+    """The safetensors files of a folder's whole weights; none for pickles."""
+    name = None if folder is None else weight_file(folder)
+    if folder is None or name not in SAFE_FILES:
+        return []
+    if name == SAFE_FILES[0]:
+        return [folder / name]
+    with _unreadable(folder / name):
+        index = json.loads((folder / name).read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+        return [folder / shard for shard in shards]
+
+
+def _header_dtypes(path: Path) -> Counter[str]:
+    """Number of tensors of each dtype, from the file's header alone."""
+    with _unreadable(path), path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(size, MAX_HEADER_BYTES)))
+        tensors = (entry for name, entry in header.items() if name != "__metadata__")
+        return Counter(_NAMES.get(entry["dtype"], entry["dtype"]) for entry in tensors)
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
@@ -55,162 +227,6 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def load_base(
-    base: str, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
-) -> nn.Module:
-    """The model of a folder or hub id with its weights.
-
-    Args:
-        base: folder or hub id.
-        dtype: of weights and activations.
-        attention: Hugging Face attention implementation asked for.
-        trust_remote_code: whether code that comes with the model may be run.
-
-    Raises:
-        InputError: it cannot be loaded, needs code that may not be run, or weights are
-            missing, surplus or of another shape.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder = Path(base)
-    pickled = folder.is_dir() and weight_file(folder) not in (None, *SAFE_FILES)
-
-    def describe(reason: str) -> str:
-        if needs_own_code(reason):
-            return own_code_refused(f"base model {base}")
-        hint = _base_hint(folder, base, pickled)
-        return f"base model {base}: cannot be loaded ({reason}); {hint}"
-
-    with fault_of_file(f"base model {base}", describe), quiet_transformers():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            attn_implementation=supported_attention(base, attention, trust_remote_code),
-            use_safetensors=not pickled,
-            weights_only=True,
-            trust_remote_code=trust_remote_code,
-            # Reported below, by name.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            names = sorted(_describe(entry) for entry in report[kind])
-            raise InputError(
-                f"base model {base}: {len(names)} {kind.replace('_', ' ')}, the first "
-                f"is {names[0]}; the weights do not belong to its config.json"
-            )
-    return model
-
-
-def needs_own_code(reason: str) -> bool:
-    """Whether transformers refused files because they need code of their own."""
-    return "custom code" in reason or "trust_remote_code" in reason
-
-
-def own_code_refused(source: str) -> str:
-    """The message about files that need code of their own."""
-    return (
-        f"{source}: needs the Python code that comes with it, which is not run unasked; "
-        "read that code, and give --trust-remote-code if you trust it"
-    )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within the context, the libraries print no reports of their own: errors only."""
-    from huggingface_hub.utils import logging as hub
-    from transformers.utils import logging
-
-    before = logging.get_verbosity(), hub.get_verbosity()
-    logging.set_verbosity_error()
-    hub.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before[0])
-        hub.set_verbosity(before[1])
-
-
-def _base_hint(folder: Path, base: str, pickled: bool) -> str:
-    """What to do about a base model that cannot be loaded."""
-    if pickled:
-        return (
-            "pickled weights are read as tensors only, no code is run from them; save "
-            "them as safetensors with save_pretrained"
-        )
-    if folder.is_dir():
-        refuse_sharded_weights(folder)
-        if (folder / "config.json").is_file() and weight_file(folder) is not None:
-            return "copy its files again, or set checkpoint.base to another folder"
-        return "set checkpoint.base to its folder or hub id"
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
-        return (
-            "it is no folder here, and as a hub id it is neither in the cache nor can "
-            f"it be downloaded: run `hf download {base}` where there is a network, or "
-            "set checkpoint.base to its folder"
-        )
-    return "there is no such folder; set checkpoint.base to where it is now"
-
-
-def _describe(entry: Any) -> str:
-    """A key of a loading report, with its shapes if they are what is wrong."""
-    if isinstance(entry, str):
-        return entry
-    name, found, expected = entry
-    return f"{name} (found {tuple(found)}, expected {tuple(expected)})"
-
-
-def load_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
-    """The model with an adapter of this name around it, trainable.
-
-    Raises:
-        InputError: the adapter cannot be read, or does not fit the model.
-    """
-    from peft import PeftModel
-
-    settings = read_adapter_config(adapter)
-    stored = read_adapter(adapter)
-    _require_base_of(model, adapter, settings.get("base_model_name_or_path"))
-    with _misfit(adapter), warnings.catch_warnings():
-        # They are told below, as an error.
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        wrapped = PeftModel.from_pretrained(
-            model, str(adapter), adapter_name=name, is_trainable=True
-        )
-    require_same_adapter_names(wrapped, adapter, name, stored)
-    return wrapped
-
-
-def _require_base_of(model: nn.Module, adapter: Path, named: Any) -> None:
-    """Check a base model against the one that an adapter names, where that is a folder.
-
-    Adapters of two kinds of models can have the same names and shapes.
-
-    Raises:
-        InputError: it is of another kind.
-    """
-    file = Path(str(named)) / "config.json"
-    if not isinstance(named, str) or not file.is_file():
-        return
-    if getattr(model.config, "auto_map", None):
-        # Code of its own gives a model a name of its own.
-        return
-
-    def describe(reason: str) -> str:
-        return f"base model {file}: cannot be read ({reason}); copy it again"
-
-    with fault_of_file(str(file), describe):
-        expected = json.loads(file.read_text(encoding="utf-8"))
-        kind = expected["model_type"]
-    found = model.config.model_type
-    if kind != found:
-        raise InputError(
-            f"adapter {adapter}: expected the base model {named}, a {kind}, found a "
-            f"{found}; is checkpoint.base the model it was trained on?"
-        )
-
-
 def read_adapter(adapter: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder, on the CPU, by their names in the file.
 
@@ -236,105 +252,3 @@ def read_adapter(adapter: Path) -> dict[str, Tensor]:
 
     with fault_of_file(str(files[0]), describe):
         return load_peft_weights(str(adapter), device="cpu")
-
-
-def require_same_adapter_names(
-    model: nn.Module, adapter: Path, name: str, stored: Mapping[str, Tensor]
-) -> None:
-    """Check that a file of adapter weights has the tensors of the model's adapter.
-
-    Raises:
-        InputError: one is missing on either side, or of another shape.
-    """
-    from peft import get_peft_model_state_dict
-
-    # Left to itself, PEFT compares the vocabulary with the base model's, and asks the hub
-    # for it where its folder is not to be found.
-    expected, with_embeddings = (
-        get_peft_model_state_dict(
-            model, adapter_name=name, save_embedding_layers=embeddings
-        )
-        for embeddings in (False, True)
-    )
-    if with_embeddings.keys() == stored.keys():
-        expected = with_embeddings
-    require_same_tensors(f"adapter {adapter}", "the adapter file", stored, expected)
-
-
-def require_same_tensors(
-    source: str,
-    place: str,
-    stored: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-) -> None:
-    """Check names and shapes of stored tensors.
-
-    Args:
-        source: what is opened, for the message.
-        place: where the tensors are from, for the message.
-        stored: the tensors by name.
-        expected: tensors of the names and shapes that they should have.
-
-    Raises:
-        InputError: names are missing or surplus, or a shape is another; with the first
-            and their number.
-    """
-    differing = sorted(expected.keys() ^ stored.keys())
-    for name in differing:
-        where = place if name in expected else "the model"
-        raise InputError(
-            f"{source}: {name} is missing from {where} ({len(differing)} of "
-            f"{len(expected.keys() | stored.keys())} names differ); is checkpoint.base "
-            "the model it was trained on?"
-        )
-    wrong = sorted(n for n in expected if stored[n].shape != expected[n].shape)
-    for name in wrong:
-        raise InputError(
-            f"{source}: {name} should be {tuple(expected[name].shape)}, found "
-            f"{tuple(stored[name].shape)} ({len(wrong)} of {len(expected)} tensors have "
-            "another shape); is checkpoint.base the model it was trained on?"
-        )
-
-
-def make_adapter(model: nn.Module, adapter: Path, name: str) -> nn.Module:
-    """The model with an adapter as configured around it, its weights still to be set.
-
-    Raises:
-        InputError: the configuration does not fit the model.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    read_adapter_config(adapter)
-    with _misfit(adapter):
-        config = LoraConfig.from_pretrained(str(adapter))
-        config.inference_mode = False
-        return get_peft_model(model, config, adapter_name=name)
-
-
-def _misfit(adapter: Path) -> AbstractContextManager[None]:
-    return fault_of_file(
-        f"adapter {adapter}",
-        lambda reason: (
-            f"adapter {adapter}: does not fit the base model ({reason}); is "
-            "checkpoint.base the model it was trained on?"
-        ),
-    )
-
-
-def load_state(model: nn.Module, folder: Path) -> None:
-    """Fill a model with the weights that accelerate's `save_state` left.
-
-    Raises:
-        InputError: names or shapes are not the model's.
-    """
-    stored = {n.removeprefix("module."): t for n, t in read_tensors(folder).items()}
-    expected = model.state_dict()
-    # Of tensors that share their memory, a safetensors file has one name only.
-    present = {t.data_ptr() for n, t in expected.items() if n in stored}
-    tied = {
-        n for n, t in expected.items() if n not in stored and t.data_ptr() in present
-    }
-    required = {n: t for n, t in expected.items() if n not in tied}
-    place = str(weight_file(folder))
-    require_same_tensors(str(folder), place, stored, required)
-    model.load_state_dict(stored, strict=False)

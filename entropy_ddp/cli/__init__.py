@@ -12,9 +12,9 @@ import click
 
 from entropy_ddp import __version__
 from entropy_ddp.cli.import_command import import_
-from entropy_ddp.cli.inputs import check, demo, sample
 from entropy_ddp.cli.jobs import attribute, audit, probe, sweep
 from entropy_ddp.cli.ledger_command import ledger
+from entropy_ddp.cli.prepare import check, demo, sample
 from entropy_ddp.cli.ranks import EXIT_FAILED
 from entropy_ddp.cli.report_command import report
 from entropy_ddp.interruption import Interrupted, end_at_once, signals_raise

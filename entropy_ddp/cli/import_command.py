@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from entropy_ddp.cli.console import error_console, output_console
-from entropy_ddp.cli.options import trusting
+from entropy_ddp.cli.options import error_console, output_console, trusting
 from entropy_ddp.cli.ranks import run_ranks
 
 if TYPE_CHECKING:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import (
+from entropy_ddp.cli.options import (
+    Options,
+    configured,
     error_console,
+    output_folder,
     progress_console,
     stdout_kept,
     table_console,
 )
-from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, require_report, run_ranks
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import (
+from entropy_ddp.cli.options import (
+    Options,
+    configured,
     print_warning,
     progress_console,
     table_console,
 )
-from entropy_ddp.cli.options import Options, configured
 from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, run_ranks
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _probe(world: "World", run: Path, out: Path, options: Options) -> None:
 
 
 def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
-    from entropy_ddp.atomic import written_whole
+    from entropy_ddp.files import written_whole
     from entropy_ddp.ledger.accumulate import accumulate
     from entropy_ddp.ledger.lines import read_ledger
     from entropy_ddp.report.writing import missing_report_extra

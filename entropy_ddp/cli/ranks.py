@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from entropy_ddp.cli.console import error_console, print_warning
-from entropy_ddp.cli.options import Options
+from entropy_ddp.cli.options import Options, error_console, print_warning
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.interruption import (
     Interrupted,

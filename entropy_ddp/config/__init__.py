@@ -1,7 +1,6 @@
 """A run's configuration: its schema, and how it is read."""
 
 from entropy_ddp.config.reading import load_config, to_yaml, validated, with_sections
-from entropy_ddp.config.sampling import Prompts, Reward, Sample
 from entropy_ddp.config.schema import (
     BatchSource,
     Checkpoint,
@@ -13,9 +12,12 @@ from entropy_ddp.config.schema import (
     Loss,
     Normalize,
     Precision,
+    Prompts,
+    Reward,
+    Sample,
+    Section,
     Update,
 )
-from entropy_ddp.config.section import Section
 
 __all__ = [
     "BatchSource",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from entropy_ddp.config.schema import Config
 from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import reason_of, require_regular_file
+from entropy_ddp.files import reason_of, require_regular_file
 
 # With its aliases written out. A line of them can stand for more than any memory.
 MAX_VALUES = 100_000

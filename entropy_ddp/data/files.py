@@ -18,11 +18,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from entropy_ddp.atomic import written_whole
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.jsonlines import make_problem, read_rows, show
 from entropy_ddp.data.rows import TokenLimits, make_sequence
 from entropy_ddp.errors import RunError
+from entropy_ddp.files import written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

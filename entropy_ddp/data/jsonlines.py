@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import require_regular_file
+from entropy_ddp.files import require_regular_file
 
 # Lists and objects in one another. JSON's own readers and writers fail at some hundreds.
 MAX_DEPTH = 100

@@ -22,7 +22,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
 
-from entropy_ddp.atomic import remove_temporary
+from entropy_ddp.files import remove_temporary
 from entropy_ddp.interruption import end_at_once, ignore_signals
 
 _FAILURE = "entropy_ddp/first_failure"

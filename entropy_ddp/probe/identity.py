@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import entropy_ddp
-from entropy_ddp.checkpoint.find import Policy
+from entropy_ddp.checkpoint.policy import Policy
 from entropy_ddp.config import Config
 from entropy_ddp.data.batch import Batch
 from entropy_ddp.model.parameters import fingerprint, frozen_fingerprint

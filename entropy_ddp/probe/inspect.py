@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.checkpoint.find import Policy
-from entropy_ddp.checkpoint.layouts import DEFAULT_ADAPTER
-from entropy_ddp.checkpoint.trainer_settings import contradictions
-from entropy_ddp.checkpoint.training_arguments import (
+from entropy_ddp.checkpoint.find import DEFAULT_ADAPTER
+from entropy_ddp.checkpoint.policy import Policy
+from entropy_ddp.checkpoint.trainer_files import (
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.checkpoint.trainer_settings import contradictions
 from entropy_ddp.config import Config
 from entropy_ddp.data.files import read_batch
 from entropy_ddp.distributed import World

@@ -14,12 +14,13 @@ from entropy_ddp.probe.identity import (
 )
 from entropy_ddp.probe.unfinished import open_unfinished
 from entropy_ddp.results import UNFINISHED
-from entropy_ddp.sampling.draws import (
+from entropy_ddp.sampling.rollouts import (
     SamplingSettings,
     describe_sampling,
+    merge_rows,
     plan_sampling,
+    sample_rollouts,
 )
-from entropy_ddp.sampling.rollouts import merge_rows, sample_rollouts
 
 if TYPE_CHECKING:
     from entropy_ddp.probe.session import Session

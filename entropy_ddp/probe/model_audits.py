@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from entropy_ddp import audit
-from entropy_ddp.checkpoint.trainer_settings import contradictions
-from entropy_ddp.checkpoint.training_arguments import (
+from entropy_ddp.checkpoint.trainer_files import (
     TrainingArguments,
     find_training_arguments,
     read_training_arguments,
 )
+from entropy_ddp.checkpoint.trainer_settings import contradictions
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.forward_mode import weight_norms
 from entropy_ddp.model.implementations import slower_routes

@@ -15,14 +15,17 @@ from torch import Tensor
 from entropy_ddp.checkpoint.change import read_change
 from entropy_ddp.checkpoint.find import (
     CheckpointFiles,
-    Policy,
     find_checkpoint,
+    why_no_optimizer,
+)
+from entropy_ddp.checkpoint.optimizer import load_optimizer
+from entropy_ddp.checkpoint.policy import (
+    Policy,
+    adapter_disabled,
     load_policy,
+    require_reference,
     resolve_device,
 )
-from entropy_ddp.checkpoint.layouts import why_no_optimizer
-from entropy_ddp.checkpoint.optimizer_state import load_optimizer
-from entropy_ddp.checkpoint.reference import adapter_disabled, require_reference
 from entropy_ddp.checkpoint.trainer_settings import (
     require_masked,
     with_training_arguments,
@@ -55,7 +58,7 @@ from entropy_ddp.probe.keeping import (
     sampled_rows,
 )
 from entropy_ddp.probe.unfinished import Costs, Record, Unfinished
-from entropy_ddp.sampling.draws import Plan
+from entropy_ddp.sampling.rollouts import Plan
 from entropy_ddp.update.loss import require_sampling_logprobs
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp import audit
-from entropy_ddp.checkpoint.trainer_log import last_step, next_grad_norm
-from entropy_ddp.checkpoint.training_arguments import (
+from entropy_ddp.checkpoint.trainer_files import (
     find_training_arguments,
+    last_step,
+    next_grad_norm,
     read_training_arguments,
 )
 from entropy_ddp.errors import InputError

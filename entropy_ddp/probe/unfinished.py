@@ -25,16 +25,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from entropy_ddp.atomic import written_whole
 from entropy_ddp.data.batch import Ragged, Shard
 from entropy_ddp.data.files import write_jsonl
 from entropy_ddp.data.jsonlines import read_rows
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.files import write_tensors, written_whole
 from entropy_ddp.model.walk import PassCount
 from entropy_ddp.probe.identity import differences
 from entropy_ddp.results import RUN_FILE
-from entropy_ddp.tensors import write_tensors
 
 _NAME = re.compile(r"(?P<phase>.+)\.(?P<rank>\d+)-of-(?P<ranks>\d+)\.(?P<run>\w+)")
 Named = dict[str, Tensor]

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_ddp.atomic import written_whole
 from entropy_ddp.errors import InputError
+from entropy_ddp.files import written_whole
 from entropy_ddp.report.files import read_run
 from entropy_ddp.report.subjects import group_runs
 

@@ -15,11 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from entropy_ddp.atomic import temporary, written_whole
 from entropy_ddp.data.files import write_jsonl
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.files import temporary, write_tensors, written_whole
 from entropy_ddp.results.schema import Probed
-from entropy_ddp.tensors import write_tensors
 
 # Where a run that is under way keeps what its phases leave.
 UNFINISHED = "unfinished"

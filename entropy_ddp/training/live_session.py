@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from entropy_ddp.checkpoint.find import CheckpointFiles, Policy
+from entropy_ddp.checkpoint.find import CheckpointFiles
+from entropy_ddp.checkpoint.policy import Policy
 from entropy_ddp.config import (
     BatchSource,
     Checkpoint,

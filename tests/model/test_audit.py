@@ -30,7 +30,7 @@ from tiny_runs import TinyRun
 from torch import Tensor, nn
 
 from entropy_ddp import audit
-from entropy_ddp.checkpoint.find import Policy
+from entropy_ddp.checkpoint.policy import Policy
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.names import short_name

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from trained import KINDS, Made, adapted, train
 
 from entropy_ddp.checkpoint.change import read_change
-from entropy_ddp.checkpoint.find import Policy, find_checkpoint, load_policy
+from entropy_ddp.checkpoint.find import find_checkpoint
+from entropy_ddp.checkpoint.policy import Policy, load_policy
 from entropy_ddp.config import Checkpoint, Config, Precision, load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
-from entropy_ddp.checkpoint.find import Policy, find_checkpoint, load_policy
+from entropy_ddp.checkpoint.find import find_checkpoint
+from entropy_ddp.checkpoint.policy import Policy, load_policy
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
 

@@ -25,8 +25,9 @@ from trained import (
     trainer_lora,
 )
 
-from entropy_ddp.checkpoint.find import Policy, find_checkpoint, load_policy
-from entropy_ddp.checkpoint.optimizer_state import load_optimizer
+from entropy_ddp.checkpoint.find import find_checkpoint
+from entropy_ddp.checkpoint.optimizer import load_optimizer
+from entropy_ddp.checkpoint.policy import Policy, load_policy
 from entropy_ddp.config import Checkpoint, Config, Precision
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError

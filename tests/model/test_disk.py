@@ -17,14 +17,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import TinyRun, make_run
 
-from entropy_ddp import atomic
-from entropy_ddp.atomic import written_whole
+from entropy_ddp import files
 from entropy_ddp.data.files import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
+from entropy_ddp.files import write_tensors, written_whole
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import UNFINISHED, Probed, write_results
-from entropy_ddp.tensors import write_tensors
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -49,7 +48,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> Iterator
         return full() if calls == number else original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, call, maybe_full)
+        patch.setattr(files.os, call, maybe_full)
         yield
 
 

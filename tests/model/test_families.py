@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_runs import as_batch, make_passes
 from torch import Tensor, nn
 
-from entropy_ddp.checkpoint.find import find_checkpoint, load_policy
+from entropy_ddp.checkpoint.find import find_checkpoint
+from entropy_ddp.checkpoint.policy import load_policy
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.data.microbatch import PromptSharing

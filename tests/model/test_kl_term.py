@@ -13,7 +13,7 @@ from reference import LossSettings, Row
 from tiny_runs import TinyRun, as_batch, make_passes, make_run
 from torch import Tensor
 
-from entropy_ddp.checkpoint.reference import adapter_disabled, require_reference
+from entropy_ddp.checkpoint.policy import adapter_disabled, require_reference
 from entropy_ddp.config import Update
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError

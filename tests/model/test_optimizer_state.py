@@ -21,11 +21,12 @@ from torch.distributed.checkpoint.state_dict import (
 from trained import train
 from transformers import Adafactor, GPT2Config, GPT2LMHeadModel
 
-from entropy_ddp.checkpoint.find import find_checkpoint, load_policy
-from entropy_ddp.checkpoint.optimizer_state import (
+from entropy_ddp.checkpoint.find import find_checkpoint
+from entropy_ddp.checkpoint.optimizer import (
     _require_same_names as require_same_names,
 )
-from entropy_ddp.checkpoint.optimizer_state import load_optimizer
+from entropy_ddp.checkpoint.optimizer import load_optimizer
+from entropy_ddp.checkpoint.policy import load_policy
 from entropy_ddp.config import Checkpoint, Precision
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import trainable_parameters

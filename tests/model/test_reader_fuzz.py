@@ -42,17 +42,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from entropy_ddp.checkpoint.change import read_change
-from entropy_ddp.checkpoint.find import Policy, find_checkpoint, load_policy
-from entropy_ddp.checkpoint.optimizer_state import load_optimizer
-from entropy_ddp.checkpoint.stored import read_tensors, stored_dtypes, tensor_names
+from entropy_ddp.checkpoint.find import find_checkpoint
+from entropy_ddp.checkpoint.optimizer import load_optimizer
+from entropy_ddp.checkpoint.policy import Policy, load_policy
 from entropy_ddp.checkpoint.trainer_settings import with_training_arguments
+from entropy_ddp.checkpoint.weights import read_tensors, stored_dtypes, tensor_names
 from entropy_ddp.config import Checkpoint, Precision, Prompts, load_config
 from entropy_ddp.data.files import read_batch, require_rewards
 from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.importers.records import Source
+from entropy_ddp.importers.records import Source, Tally, Tokenising, make_rows
 from entropy_ddp.importers.run import READERS
-from entropy_ddp.importers.tokenising import Tally, Tokenising, make_rows
 from entropy_ddp.sampling.prompts import encode_prompt, read_prompts
 
 LIMITS = TokenLimits(vocabulary_size=17, max_positions=64)

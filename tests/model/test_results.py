@@ -13,10 +13,10 @@ from checkpoints import run_config, save_checkpoint, write_rows
 from reference import random_rows
 from safetensors.torch import load_file
 
-from entropy_ddp.atomic import written_whole
 from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.files import written_whole
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import Probed, Results, prepare_folder, write_results
 

@@ -29,7 +29,6 @@ from entropy_ddp.config import Prompts, Reward
 from entropy_ddp.data.files import TokenLimits, read_batch, write_jsonl
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import Allowance
-from entropy_ddp.sampling.draws import SamplingSettings
 from entropy_ddp.sampling.generation import (
     _InverseTransform,
     make_uniforms,
@@ -37,6 +36,7 @@ from entropy_ddp.sampling.generation import (
 )
 from entropy_ddp.sampling.rollouts import (
     SampledShard,
+    SamplingSettings,
     merge_rows,
     sample_rollouts,
 )

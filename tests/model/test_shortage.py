@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from entropy_ddp.checkpoint import change, optimizer_state, weights
-from entropy_ddp.checkpoint import find as checkpoint
+from entropy_ddp.checkpoint import change, optimizer, policy, weights
 from entropy_ddp.errors import InputError, RunError, raise_if_out_of_memory
 
 SHORTAGES = [
@@ -18,15 +17,15 @@ SHORTAGES = [
 ]
 # What a library is asked, and who asks it.
 READERS: dict[str, Callable[[Path], Any]] = {
-    "transformers.AutoTokenizer.from_pretrained": lambda f: checkpoint.load_tokenizer(
+    "transformers.AutoTokenizer.from_pretrained": lambda f: policy.load_tokenizer(
         str(f)
     ),
-    "transformers.AutoModelForCausalLM.from_pretrained": lambda f: weights.load_base(
+    "transformers.AutoModelForCausalLM.from_pretrained": lambda f: policy.load_base(
         str(f), torch.float32, "sdpa"
     ),
     "peft.utils.load_peft_weights": weights.read_adapter,
     "safetensors.torch.load_file": lambda f: change._of_file(f / "d", None),  # type: ignore
-    "torch.load": lambda f: optimizer_state._read_state(f / "optimizer.pt"),
+    "torch.load": lambda f: optimizer._read_state(f / "optimizer.pt"),
 }
 
 

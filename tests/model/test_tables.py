@@ -18,8 +18,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from tiny_runs import make_run
 
-from entropy_ddp.cli.console import table_console
-from entropy_ddp.cli.options import Options
+from entropy_ddp.cli.options import Options, table_console
 from entropy_ddp.distributed import World
 from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.run import run_probe

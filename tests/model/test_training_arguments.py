@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_runs import TinyRun, make_run
 
+from entropy_ddp.checkpoint.trainer_files import (
+    ARGUMENTS_FILE,
+    SHOWN,
+    read_training_arguments,
+)
 from entropy_ddp.checkpoint.trainer_settings import (
     contradictions,
     with_training_arguments,
-)
-from entropy_ddp.checkpoint.training_arguments import (
-    FILE_NAME,
-    SHOWN,
-    read_training_arguments,
 )
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
@@ -56,7 +56,7 @@ TRAINED: dict[str, Any] = {
 
 def save_settings(folder: Path, **values: Any) -> Path:
     """A training_args.bin as torch writes it."""
-    path = folder / FILE_NAME
+    path = folder / ARGUMENTS_FILE
     torch.save(Settings(**(TRAINED | values)), path)
     return path
 
@@ -78,7 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def checkpoint(run: TinyRun) -> Any:
     """Its folder, from which a training_args.bin is removed afterwards."""
     yield run.saved.folder
-    (run.saved.folder / FILE_NAME).unlink(missing_ok=True)
+    (run.saved.folder / ARGUMENTS_FILE).unlink(missing_ok=True)
 
 
 # What is read
@@ -93,7 +93,7 @@ def test_trl_settings_are_read_as_trl_holds_them(tmp_path: Path) -> None:
         reward_weights=[1.0, 0.5], lr_scheduler_type="cosine", num_generations=4,
         per_device_train_batch_size=8, gradient_accumulation_steps=2,
     )  # fmt: skip
-    path = tmp_path / FILE_NAME
+    path = tmp_path / ARGUMENTS_FILE
     torch.save(config, path)
     arguments = read_training_arguments(path)
     assert arguments.kind.endswith("GRPOConfig")
@@ -111,7 +111,7 @@ def test_nothing_in_the_pickle_runs(tmp_path: Path, wrapped: bool) -> None:
     document = (
         Settings(temperature=0.5, trap=Bomb(created)) if wrapped else Bomb(created)
     )
-    path = save_pickle(tmp_path / FILE_NAME, document)
+    path = save_pickle(tmp_path / ARGUMENTS_FILE, document)
     if wrapped:
         assert read_training_arguments(path).values == {"temperature": 0.5}
     else:
@@ -134,7 +134,7 @@ def test_what_is_no_archive_is_refused(
     tmp_path: Path, data: bytes, message: str
 ) -> None:
     """With the path and the advice to copy it again."""
-    path = tmp_path / FILE_NAME
+    path = tmp_path / ARGUMENTS_FILE
     path.write_bytes(data)
     with pytest.raises(InputError, match=message):
         read_training_arguments(path)
@@ -142,7 +142,7 @@ def test_what_is_no_archive_is_refused(
 
 def test_a_cut_pickle_is_refused(tmp_path: Path) -> None:
     """The archive is whole, the pickle inside is not."""
-    path = tmp_path / FILE_NAME
+    path = tmp_path / ARGUMENTS_FILE
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("training_args/data.pkl", pickle.dumps([1, 2])[:-3])
     with pytest.raises(InputError, match="damaged pickle"):
@@ -153,7 +153,7 @@ def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
     """Not followed for ever."""
     loop: list[Any] = []
     loop.append(loop)
-    path = save_pickle(tmp_path / FILE_NAME, Settings(trap=loop))
+    path = save_pickle(tmp_path / ARGUMENTS_FILE, Settings(trap=loop))
     with pytest.raises(InputError, match="maximum recursion depth"):
         read_training_arguments(path)
 
@@ -179,7 +179,10 @@ def test_the_trainers_settings_are_used_where_none_are_given(
     assert config.update.max_grad_norm == 0.25
     assert config.batches.advantage == "standardized"
     assert config.objective.temperature == 0.75
-    assert contradictions(config, read_training_arguments(checkpoint / FILE_NAME)) == []
+    assert (
+        contradictions(config, read_training_arguments(checkpoint / ARGUMENTS_FILE))
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_of_a_given_change_only_the_temperature_is_held_against_the_trainer(
 ) -> None:
     """There is no step here that could be another one than the trainer's."""
     save_settings(checkpoint, loss_type="cispo", beta=0.04)
-    arguments = read_training_arguments(checkpoint / FILE_NAME)
+    arguments = read_training_arguments(checkpoint / ARGUMENTS_FILE)
     batches = {"E": run.config().batches.model_dump()["E"]}
     found = {
         temperature: contradictions(
@@ -317,7 +320,7 @@ def test_what_a_mean_is_over_matters_where_groups_differ_in_size(
     """To TRL's dr_grpo all responses are alike."""
     save_settings(checkpoint)
     config = resolved(run, average_over="groups")
-    arguments = read_training_arguments(checkpoint / FILE_NAME)
+    arguments = read_training_arguments(checkpoint / ARGUMENTS_FILE)
     uneven = run.open().batches["U"]
     (only,) = contradictions(config, arguments, uneven)
     assert (only.key, only.trained) == ("update.average_over", "responses")
@@ -395,7 +398,7 @@ def test_a_file_that_cannot_be_read_stops_only_who_needs_it(
     run: TinyRun, checkpoint: Path
 ) -> None:
     """A probe that takes nothing from it says so and goes on."""
-    (checkpoint / FILE_NAME).write_bytes(b"damaged")
+    (checkpoint / ARGUMENTS_FILE).write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"file of torch\.save"):
         resolved(run)
     rows = {row.name: row for row in run.probe().results.audit}

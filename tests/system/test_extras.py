@@ -43,7 +43,7 @@ for command in json.loads(sys.argv[2]):
     print(json.dumps([result.exit_code, result.stdout, result.stderr]))
 """
 MATHS = """
-from entropy_ddp.config.sampling import Reward
+from entropy_ddp.config.schema import Reward
 from entropy_ddp.sampling.rewards import load_rewards
 
 (term,) = load_rewards([Reward(math="answer")])

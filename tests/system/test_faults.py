@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from entropy_ddp import distributed
-from entropy_ddp.atomic import written_whole
+from entropy_ddp.files import written_whole
 from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.errors import InputError, RunError
 

@@ -22,9 +22,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
-from entropy_ddp.sampling.answers import check_gold
 from entropy_ddp.sampling.prompts import read_prompts
-from entropy_ddp.sampling.rewards import Sample, load_rewards, score_rewards
+from entropy_ddp.sampling.rewards import Sample, check_gold, load_rewards, score_rewards
 
 CONFIG = launching.REPOSITORY / "configs" / "gsm8k_qwen2.5_1.5b.yaml"
 PROBLEMS = launching.REPOSITORY / "tests" / "data" / "word_problems.jsonl"

@@ -7,8 +7,14 @@ import pytest
 
 from entropy_ddp.config import Reward
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.sampling.answers import check_gold, find_answer, find_gold
-from entropy_ddp.sampling.rewards import Sample, load_rewards, score_rewards
+from entropy_ddp.sampling.rewards import (
+    Sample,
+    check_gold,
+    find_answer,
+    find_gold,
+    load_rewards,
+    score_rewards,
+)
 
 GSM8K = {"gold_after": "####", "answer_pattern": "<answer>(.*?)</answer>"}
 WORKED = "3 * 750 = <<3*750=2250>>2,250\n#### 2,250"

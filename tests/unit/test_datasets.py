@@ -10,8 +10,7 @@ import pytest
 
 from entropy_ddp.config import Prompts
 from entropy_ddp.errors import InputError
-from entropy_ddp.sampling.datasets import describe_source, iterate_rows
-from entropy_ddp.sampling.prompts import read_prompts
+from entropy_ddp.sampling.prompts import describe_source, iterate_rows, read_prompts
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a", "level": 1, "turns": [{"role": "user", "content": "x"}]},

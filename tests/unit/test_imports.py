@@ -14,12 +14,10 @@ PACKAGE = Path(entropy_ddp.__file__).parent
 ROOMS = (
     "__init__",
     "errors",
-    "atomic",
+    "files",
     "interruption",
-    "inputs",
     "names",
     "memory",
-    "tensors",
     "config",
     "distributed",
     "data",
@@ -55,7 +53,7 @@ RESERVED = {
 HEAVY = {"torch", "numpy", "transformers", "peft", "accelerate", "trl", "safetensors"}
 # What runs before a command does: help and usage errors need no more.
 LIGHT_ROOMS = {
-    "__init__", "__main__", "errors", "interruption", "atomic", "inputs", "names",
+    "__init__", "__main__", "errors", "files", "interruption", "names",
     "config", "ledger", "cli",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

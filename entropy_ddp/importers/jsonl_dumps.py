@@ -1,4 +1,8 @@
-"""Dumps that hold token ids: prime-rl's token export and NeMo-RL's train data.
+"""Dumps of JSON lines, a file a step: verl's, prime-rl's and NeMo-RL's.
+
+verl: `{step}.jsonl` has input, output, gts, score, step, whatever the reward function added,
+and in newer versions uid. Both texts are decoded without special tokens. There are no
+advantages. Rows of one prompt stand anywhere: they are found by uid, or by the prompt.
 
 prime-rl: `token_exports/step_N/rank_R.jsonl`, one sequence a line, with token_ids,
 loss_mask, advantages, rewards and inference_logprobs, each [length].
@@ -9,11 +13,11 @@ input_lengths or more, and rewards and sample_loss_mask of the sequence. Every v
 be wrapped in a list of one. Sequences whose sample_loss_mask is 0 are not in the loss
 and are left out.
 
-In both, position k of every list belongs to token k. The prompt is what stands before
+In the last two, position k of every list belongs to token k. The prompt is what stands before
 the first token in the loss, the response is what is in the loss, and tokens after it
 (the environment's answer, padding) touch nothing and are dropped. A response in several
 pieces is an error: tokens that the policy did not sample would be taken for its own.
-Neither dump names the prompt draws: a group is the sequences of equal prompt tokens of
+Neither of them names the prompt draws: a group is the sequences of equal prompt tokens of
 one step. NeMo-RL's own baselines are of these groups too.
 """
 
@@ -23,7 +27,56 @@ from typing import Any
 
 from entropy_ddp.data.jsonlines import make_problem, read_rows, show
 from entropy_ddp.data.rows import is_number
-from entropy_ddp.importers.records import Record, Source, require, step_in_name
+from entropy_ddp.importers.records import (
+    Record,
+    Source,
+    require,
+    require_number,
+    require_text,
+    step_in_name,
+)
+
+VERL_ADVICE = "is it a file of verl's trainer.rollout_data_dir?"
+VERL_KEYS = ("input", "output", "score")
+
+
+def read_verl(path: Path, source: Source) -> list[Record]:
+    """The sequences of one dump.
+
+    Raises:
+        InputError: the file cannot be read, or a key is missing or of another type.
+    """
+    rows = list(read_rows(path))
+    with_uid = sum(row.get("uid") is not None for row in rows)
+    if 0 < with_uid < len(rows):
+        number = next(i for i, row in enumerate(rows, 1) if row.get("uid") is None)
+        raise make_problem(
+            f"{path}:{number}", "`uid` in all rows or in none", "none here", VERL_ADVICE
+        )
+    return [_verl_record(row, path, n) for n, row in enumerate(rows, start=1)]
+
+
+def _verl_record(row: dict[str, Any], path: Path, number: int) -> Record:
+    where = f"{path}:{number}"
+    prompt = require_text(row, "input", where, VERL_ADVICE)
+    # Absent from old versions, which name the file by it too.
+    step = step_in_name(path, r"^(\d+)\.jsonl")
+    if "step" in row:
+        step = int(require_number(row, "step", where, VERL_ADVICE))
+    by_uid = row.get("uid") is not None
+    key = require(row, "uid", where, VERL_ADVICE) if by_uid else prompt
+    return Record(
+        where=where,
+        group=(step, "uid" if by_uid else "prompt", str(key)),
+        grouped_by_prompt=not by_uid,
+        prompt=prompt,
+        prompt_lacks_special_tokens=True,
+        response=require_text(row, "output", where, VERL_ADVICE),
+        reward=require_number(row, "score", where, VERL_ADVICE),
+        step=step,
+        extra={k: v for k, v in row.items() if k not in VERL_KEYS},
+    )
+
 
 PRIME_ADVICE = "is it a file of prime-rl's token export (enable_token_export)?"
 NEMO_ADVICE = (

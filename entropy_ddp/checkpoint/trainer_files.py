@@ -1,11 +1,14 @@
-"""The settings a checkpoint was trained with, read from its training_args.bin.
+"""What a Trainer leaves beside the weights: its settings, and a log of its steps.
 
-The file is a pickle, and a pickle may name any function and have it called. Here every
-name that it holds resolves to an inert stub that only records what it was given:
-nothing is imported, nothing runs. What is read is what the stub of the outermost object
-recorded, as plain values.
+The settings stand in training_args.bin, which is a pickle, and a pickle may name any
+function and have it called. Here every name that it holds resolves to an inert stub that
+only records what it was given: nothing is imported, nothing runs. What is read is what
+the stub of the outermost object recorded, as plain values. The log stands in
+trainer_state.json.
 """
 
+import json
+import math
 import pickle
 import pickletools
 import re
@@ -18,9 +21,9 @@ from typing import Any
 
 from entropy_ddp.config import Checkpoint
 from entropy_ddp.errors import InputError
-from entropy_ddp.inputs import fault_of_file
+from entropy_ddp.files import fault_of_file
 
-FILE_NAME = "training_args.bin"
+ARGUMENTS_FILE = "training_args.bin"
 # A pickle of settings has some kilobytes; a larger one is something else.
 MAX_BYTES = 2**20
 SHOWN = {
@@ -125,7 +128,7 @@ class _InertUnpickler(pickle.Unpickler):
 def find_training_arguments(checkpoint: Checkpoint) -> Path | None:
     """The training_args.bin of a checkpoint's folder or its adapter's, if there is one."""
     folders = [f for f in (checkpoint.path, checkpoint.adapter) if f is not None]
-    files = [Path(folder) / FILE_NAME for folder in folders]
+    files = [Path(folder) / ARGUMENTS_FILE for folder in folders]
     return next((path for path in files if path.is_file()), None)
 
 
@@ -225,3 +228,63 @@ def _plain_container(value: Any, known: dict[int, Any]) -> Any:
         last = value.arguments[-1]
         return last if isinstance(last, str) else _NOT_PLAIN
     return _NOT_PLAIN
+
+
+STATE_FILE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def last_step(folder: Path) -> int | None:
+    """How many steps a checkpoint has behind it; None where its folder does not say."""
+    step = _state(folder).get("global_step")
+    return step if type(step) is int else None
+
+
+def numbered_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a Trainer's output folder, in the order of their steps."""
+    found = {
+        int(match[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := CHECKPOINT.fullmatch(path.name)) is not None
+    }
+    return {step: found[step] for step in sorted(found)}
+
+
+def next_grad_norm(folder: Path) -> float | None:
+    """Norm of the gradient, before clipping, of the step that was taken from it.
+
+    None where no later checkpoint of the training is beside it, or it was not logged.
+
+    Args:
+        folder: a Trainer's checkpoint folder.
+    """
+    step, history = last_step(folder), _history(folder)
+    if step is None:
+        return None
+    for number, later in numbered_checkpoints(folder.resolve().parent).items():
+        entries = _history(later) if number > step else []
+        # A training that was resumed goes on with the log; another has its own.
+        if entries[: len(history)] != history:
+            continue
+        for entry in entries[len(history) :]:
+            norm = entry.get("grad_norm")
+            if entry.get("step") == step + 1 and isinstance(norm, float):
+                return norm if math.isfinite(norm) else None
+    return None
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The log's entries; what is not a number in them is none, which equals itself."""
+    history = _state(folder).get("log_history")
+    entries = history if isinstance(history, list) else []
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """The file's content; nothing where it is not one: no result depends on it."""
+    try:
+        text = (folder / STATE_FILE).read_text(encoding="utf-8")
+        state = json.loads(text, parse_constant=lambda name: None)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}

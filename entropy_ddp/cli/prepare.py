@@ -1,4 +1,4 @@
-"""Commands that make inputs or look at them: sample, check, demo."""
+"""The commands before a run: sample, check, demo."""
 
 import json
 import sys
@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from entropy_ddp.cli.console import (
+from entropy_ddp.cli.options import (
+    Options,
+    configured,
     error_console,
+    output_folder,
     progress_console,
     stdout_kept,
     table_console,
 )
-from entropy_ddp.cli.options import Options, configured, output_folder
 from entropy_ddp.cli.ranks import load, run_ranks
 
 if TYPE_CHECKING:
