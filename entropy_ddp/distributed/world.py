@@ -126,11 +126,28 @@ class World:
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module inside DistributedDataParallel, or itself without a group.
 
-        Parameters are not broadcast: whether ranks loaded the same ones is checked,
-        not arranged.
+        Backward passes run within its `no_sync`, and the sum over ranks is taken once,
+        of flat buffers, by `sum`. Parameters are not broadcast: whether ranks loaded the
+        same ones is checked, not arranged.
         """
         if self.store is None:
             return module
+        # Buckets to reduce in would be a second copy of all gradients, which nobody
+        # fills: within no_sync gradients are no views of them, whatever
+        # gradient_as_bucket_view says. The reducer must have one parameter, and gets
+        # the smallest.
+        trained = [p for p in module.parameters() if p.requires_grad]
+        reduced = min(trained, key=lambda parameter: parameter.numel())
+        ignored = [
+            f"{owner}.{name}"
+            for owner, part in module.named_modules()
+            # Under each of its names, if it is tied.
+            for name, parameter in part.named_parameters(recurse=False)
+            if parameter.requires_grad and parameter is not reduced
+        ]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            module, ignored
+        )
         # Buffers must not be synchronised before each forward pass: ranks run different
         # numbers of them. torch 2.13 renames the option.
         known = inspect.signature(DistributedDataParallel).parameters

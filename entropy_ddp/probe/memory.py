@@ -146,7 +146,11 @@ def _while_stepped(session: Session) -> tuple[int, int]:
 
 
 def _with_gradients(session: Session, buffers: int) -> tuple[int, int]:
-    """Bytes of so many buffers and of `.grad`: on the device, on the host."""
+    """Bytes of so many buffers and of `.grad`: on the device, on the host.
+
+    `.grad` is the only copy of the gradients: DistributedDataParallel has no buckets for
+    them (`World.wrap`).
+    """
     vectors, gradients = buffers * _buffer_bytes(session), _weight_bytes(session)
     if session.policy.device.type == "cpu":
         return 0, vectors + gradients

@@ -1,6 +1,8 @@
 """How much memory a run is said to need, what is free, and what is said about it."""
 
+import gc
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from tiny_runs import TinyRun, make_run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entropy_ddp import memory
 from entropy_ddp.cli import main
@@ -179,6 +182,61 @@ def test_it_is_said_before_the_run_and_in_check(
     quiet = invoke("probe", "--out", str(tmp_path / "third"), "--quiet")
     assert "memory" not in quiet.stderr
     assert json.loads(invoke("check", "--json").stdout)["memory"]["fits"] is False
+
+
+# What DistributedDataParallel holds
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that are made, in C++ too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format:
+            self.size += made.untyped_storage().nbytes()
+        return made
+
+
+@pytest.fixture
+def group() -> Iterator[World]:
+    """A process group of one rank."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield World(store=store)
+    # Wrapped modules hold the group and live in cycles.
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+def tied_model() -> torch.nn.Module:
+    """Large weights, two of which are one; a small one; a frozen one."""
+    parts = [torch.nn.Linear(100, 100) for _ in range(4)]
+    parts[3].weight = parts[0].weight
+    parts[2].requires_grad_(False)
+    return torch.nn.Sequential(torch.nn.Sequential(*parts))
+
+
+def test_ranks_hold_no_second_copy_of_the_gradients(group: World) -> None:
+    """Buckets would be one; where nothing is done about them, they are there."""
+
+    def ratio(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> float:
+        model = tied_model()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with Allocated() as allocated:
+            wrapped = wrap(model)
+        with wrapped.no_sync():
+            wrapped(torch.ones(3, 100)).sum().backward()
+        assert all(p.grad is not None for p in trained)
+        return allocated.size / sum(p.grad.nbytes for p in trained)
+
+    assert ratio(group.wrap) < 0.02
+    assert ratio(torch.nn.parallel.DistributedDataParallel) > 0.99
 
 
 MEASURED = """
