@@ -28,6 +28,7 @@ LIBRARIES = (
     "accelerate",
     "peft",
     "safetensors.torch",
+    "torch._decomp.decompositions_for_jvp",
     "torch.distributed.run",
     "torch.nn.parallel",
     "transformers.models.gpt2.modeling_gpt2",
@@ -150,7 +151,8 @@ def can_fork(
     """Whether a fork is what a start would be: plain Python, and the usual settings."""
     options = [command[1]] if command[1].startswith("-") else []
     is_plain = command[0] == sys.executable and set(options) <= {"-c", "-m"}
-    return is_plain and _settings(variables) == _settings(usual)
+    # A command that ran in this process has left `QUIET` in its environment.
+    return is_plain and _settings(QUIET | variables) == _settings(QUIET | usual)
 
 
 def require_server(usual: Mapping[str, str]) -> None:
@@ -224,13 +226,19 @@ def _fork_the_ranks_of_torchrun() -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler import (
         SubprocessHandler,
     )
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     def fork(handler: Any, command: Sequence[str], variables: dict[str, str]) -> Forked:
         files = (handler._stdout or sys.stdout, handler._stderr or sys.stderr)
         streams = (0, *(file.fileno() for file in files))
         return Forked(command, variables, streams)
 
+    def name_of_caller(depth: int = 2) -> str:
+        return sys._getframe(depth).f_code.co_name
+
     SubprocessHandler._popen = fork
+    # For its log the agent asks who calls, and reads the source of every frame for it.
+    dynamic_rendezvous.get_method_name = name_of_caller
 
 
 def _become(request: dict[str, Any], given: Sequence[int]) -> None:
