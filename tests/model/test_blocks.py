@@ -26,8 +26,13 @@ from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
 RTOL = 1e-12  # of the largest term: the same float64 sums in another order
 BYTES_PER_TOKEN = 6 * 8
+# Some four microbatches of E, and fewer where phases are counted and not numbers.
+SOME = {"compute": {"device": "cpu", "tokens_per_microbatch": 100}}
+FEW = {"compute": {"device": "cpu", "tokens_per_microbatch": 10_000}}
 Job = Callable[..., Probed]
 JOBS: dict[str, Job] = {
     "probe": run_probe,
@@ -77,7 +82,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 
 def config_of(run: TinyRun, case: str) -> Config:
-    sections = {"update": {"lr_override": 0.02}} | CASES[case]
+    sections = {"update": {"lr_override": 0.02}} | SOME | CASES[case]
     return run.config(**sections)
 
 
@@ -191,6 +196,7 @@ def test_collectives_do_not_depend_on_the_size_of_E(
             linear={"score": "to_go", "baseline": "ridge"},
             gradient_dot={"enabled": False},
             sweep={"etas": [1e-4, 1e-3]},
+            **FEW,
         )
         world, out = World(), tmp_path / str(number)
         out.mkdir()
@@ -231,7 +237,7 @@ def test_six_numbers_are_kept_of_every_token(run: TinyRun, baseline: str) -> Non
     sizes = []
     for rows in (short, long):
         session = replace(run, E=rows).open(
-            linear={"score": "to_go", "baseline": baseline}
+            linear={"score": "to_go", "baseline": baseline}, **SOME
         )
         sizes.append(held_bytes(measure(session, "gradient")))
     more_tokens = 6 * len(run.E)
@@ -248,7 +254,7 @@ def phases_of(job: Job, run: TinyRun, **sections: Any) -> dict[str, int]:
     def note(name: str, done: int, tokens: int) -> None:
         begun[name] = tokens
 
-    job(run.config(**sections), World(), None, note)
+    job(run.config(**sections, **FEW), World(), None, note)
     return begun
 
 

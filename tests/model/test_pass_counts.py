@@ -13,14 +13,15 @@ from tiny_runs import TinyRun, make_run
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.data.microbatch import plan_microbatches
 from entropy_ddp.distributed import World
-from entropy_ddp.probe import audits
+from entropy_ddp.probe import audits, diagnosis
 from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES as SAMPLE
-from entropy_ddp.probe.diagnosis import SAMPLE_TOKENS
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
 
+pytestmark = pytest.mark.usefixtures("models_checked_once")
+
+SAMPLE = 12  # sequences of E that an audit samples here
 ETAS = [1e-4, 3e-4, 2e-3]
 Counts = dict[tuple[str, str], int]
 
@@ -97,7 +98,14 @@ JOBS: dict[str, tuple[Callable[[Any, Path], Probed], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("budget", [1, 10_000])
 @pytest.mark.parametrize("job", JOBS)
-def test_no_pass_too_many(tiny: TinyRun, tmp_path: Path, job: str, budget: int) -> None:
+def test_no_pass_too_many(
+    tiny: TinyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    job: str,
+    budget: int,
+) -> None:
+    monkeypatch.setattr(diagnosis, "SAMPLE_SEQUENCES", SAMPLE)
     run_job, sections = JOBS[job]
     if job == "sweep with the step itself":
         rate = tiny.saved.optimizer.param_groups[0]["lr"]
@@ -112,7 +120,7 @@ def test_no_pass_too_many(tiny: TinyRun, tmp_path: Path, job: str, budget: int) 
     sample = tiny.E[:SAMPLE]
     assert (
         sum(len(row.prompt_ids) + len(row.response_ids) for row in sample)
-        <= SAMPLE_TOKENS
+        <= diagnosis.SAMPLE_TOKENS
     )
     rows = {(row["pass"], row["batch"]): row for row in probed.results.run.passes}
     assert {key: row["sequences"] for key, row in rows.items()} == in_sequences(*sizes)[
