@@ -38,7 +38,7 @@ from entropy_ddp.estimators.baselines import (
     ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import zero_mean_sums
-from entropy_ddp.estimators.curvature import Curvature, SecondOrder, curvature
+from entropy_ddp.estimators.curvature import Curvature, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
     Ratio,
@@ -53,7 +53,6 @@ from entropy_ddp.estimators.linear import (
     Baseline,
     Score,
     Slope,
-    TokenDerivatives,
     applicable_estimators,
     sequence_terms,
     slope_from_terms,
@@ -65,6 +64,7 @@ from entropy_ddp.model.head import (
     distribution_features,
     softmax_of,
 )
+from entropy_ddp.model.response_tokens import DirectionalScores
 
 END = 0
 NUM_INPUTS = 6
@@ -100,10 +100,10 @@ class Table:
         return self.arrays[ARRAYS.index(name)]
 
     @property
-    def tokens(self) -> TokenDerivatives:
+    def tokens(self) -> DirectionalScores:
         """Values and first derivatives, [t] each."""
         names = ("logp", "entropy", "dlogp", "dentropy")
-        return TokenDerivatives(**{name: self[name] for name in names})
+        return DirectionalScores(**{name: self[name] for name in names})
 
     @property
     def features(self) -> dict[str, Tensor]:
@@ -384,7 +384,7 @@ def changes(
 
 def second_order(
     batch: Table, normalize: Normalize, integrand: Integrand = "rb"
-) -> SecondOrder:
+) -> dict[str, Tensor]:
     """Per-sequence derivatives along v."""
     first, second = (
         {name: batch.ragged.sum(batch[d + name]) for name in ("logp", "entropy")}
@@ -398,12 +398,12 @@ def second_order(
         ).numerator
         for sums in (first, second)
     ]
-    return SecondOrder(
-        dlogp=first["logp"],
-        d2logp=second["logp"],
-        dnumerator=numerators[0],
-        d2numerator=numerators[1],
-    )
+    return {
+        "dlogp": first["logp"],
+        "d2logp": second["logp"],
+        "dnumerator": numerators[0],
+        "d2numerator": numerators[1],
+    }
 
 
 def curvature_of(
@@ -411,4 +411,4 @@ def curvature_of(
 ) -> Curvature:
     """The second derivative on a batch."""
     derivatives = second_order(batch, normalize, integrand)
-    return curvature(derivatives, batch.ratio(normalize, integrand), groups)
+    return curvature(batch.ratio(normalize, integrand), groups, **derivatives)

@@ -35,12 +35,13 @@ from torch import Tensor
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import folds_of
 from entropy_ddp.estimators.entropy import EntropyChange
-from entropy_ddp.estimators.linear import Slope, TokenDerivatives
+from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     group_totals,
     jackknife_error,
 )
+from entropy_ddp.model.response_tokens import DirectionalScores
 
 GROUPS_PER_VARIATE = 10.0
 # Variates for each predictor: u and m, of four functions g each.
@@ -50,7 +51,7 @@ PENALTY_PER_VARIATE = 3.0
 
 
 def zero_mean_sums(
-    tokens: TokenDerivatives,
+    tokens: DirectionalScores,
     features: dict[str, Tensor],
     predictor: Tensor,
     ragged: Ragged,

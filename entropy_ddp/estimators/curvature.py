@@ -31,21 +31,6 @@ from entropy_ddp.estimators.standard_errors import group_totals, jackknife_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondOrder:
-    """Per-sequence derivatives along v, float64, [N] each.
-
-    Attributes:
-        dlogp, d2logp: first and second derivative of l_i.
-        dnumerator, d2numerator: of the estimator's numerator A_i.
-    """
-
-    dlogp: Tensor
-    d2logp: Tensor
-    dnumerator: Tensor
-    d2numerator: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class Curvature:
     """H'' in nats per squared unit of learning rate.
 
@@ -81,13 +66,22 @@ class Curvature:
         return abs(2 * slope / self.value) if self.value else None
 
 
-def curvature(derivatives: SecondOrder, original: Ratio, groups: Tensor) -> Curvature:
-    """H'' and its error from per-sequence derivatives.
+def curvature(
+    original: Ratio,
+    groups: Tensor,
+    *,
+    dlogp: Tensor,
+    d2logp: Tensor,
+    dnumerator: Tensor,
+    d2numerator: Tensor,
+) -> Curvature:
+    """H'' and its error from per-sequence derivatives along v, float64, [N] each.
 
     Args:
-        derivatives: along v.
         original: the entropy estimator at theta.
         groups: group of each sequence, [N].
+        dlogp, d2logp: l'_i and l''_i.
+        dnumerator, d2numerator: A'_i and A''_i of the estimator's numerator.
 
     Raises:
         InputError: there are fewer than two groups.
@@ -98,11 +92,11 @@ def curvature(derivatives: SecondOrder, original: Ratio, groups: Tensor) -> Curv
         size = torch.zeros_like(original.numerator)
     mean_entropy = original.value if original.size is not None else 0.0
     centred = original.numerator - mean_entropy * size
-    dlogp = derivatives.dlogp
-    twice = derivatives.d2logp + dlogp.square()
+    # l'' + l'^2: the second derivative of w_i over w_i, which is 1 at eta = 0.
+    twice = d2logp + dlogp.square()
     pieces = (
-        twice * centred + 2 * dlogp * derivatives.dnumerator + derivatives.d2numerator,
-        dlogp * centred + derivatives.dnumerator,
+        twice * centred + 2 * dlogp * dnumerator + d2numerator,
+        dlogp * centred + dnumerator,
         dlogp * size,
         twice * size,
         centred,

@@ -114,19 +114,6 @@ def reweighted(original: Ratio, log_weights: Tensor) -> Ratio:
     return Ratio(numerator=original.numerator * weights, size=original.size * weights)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefixSums:
-    """Per-sequence sums of `per_decision`, scaled by exp(-shift); float64, [n] each.
-
-    Attributes:
-        entropy: sum_k w_{i,<k} H_ik(theta').
-        steps: sum_k w_{i,<k}.
-    """
-
-    entropy: Tensor
-    steps: Tensor
-
-
 def prefix_log_weights(ragged: Ragged, log_ratio: Tensor) -> Tensor:
     """log w_{i,<k} of every token, from log p'_ik - log p_ik, [t]."""
     return ragged.sum_before(log_ratio)
@@ -134,17 +121,27 @@ def prefix_log_weights(ragged: Ragged, log_ratio: Tensor) -> Tensor:
 
 def prefix_sums(
     ragged: Ragged, log_weights: Tensor, entropy: Tensor, shift: float
-) -> PrefixSums:
-    """The sums of `per_decision` from prefix weights and entropies at theta', [t]."""
+) -> Ratio:
+    """The sums of `per_decision` over each sequence, scaled by exp(-shift); [n] each.
+
+    numerator_i = sum_k w_{i,<k} H_ik(theta'), size_i = sum_k w_{i,<k}.
+
+    Args:
+        ragged: layout of the tokens.
+        log_weights: log w_{i,<k}, [t].
+        entropy: H_ik at theta', [t].
+        shift: at least the largest log-weight, so that no weight overflows.
+    """
     weights = (log_weights - shift).exp()
-    return PrefixSums(entropy=ragged.sum(weights * entropy), steps=ragged.sum(weights))
+    return Ratio(numerator=ragged.sum(weights * entropy), size=ragged.sum(weights))
 
 
-def per_decision_ratio(normalize: Normalize, sums: PrefixSums, shift: float) -> Ratio:
+def per_decision_ratio(normalize: Normalize, sums: Ratio, shift: float) -> Ratio:
     """The `per_decision` estimator at theta' from the sums over all sequences."""
     if normalize == "per_token":
-        return Ratio(numerator=sums.entropy, size=sums.steps)
-    unscaled = sums.entropy * torch.tensor(shift, dtype=torch.float64).exp()
+        # The scale drops out of the ratio.
+        return sums
+    unscaled = sums.numerator * torch.tensor(shift, dtype=torch.float64).exp()
     size = torch.ones_like(unscaled) if normalize == "per_sequence" else None
     return Ratio(numerator=unscaled, size=size)
 

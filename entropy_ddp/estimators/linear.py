@@ -39,26 +39,10 @@ from entropy_ddp.estimators.standard_errors import (
     group_totals,
     jackknife_error,
 )
+from entropy_ddp.model.response_tokens import DirectionalScores
 
 Score = Literal["full", "to_go"]
 Baseline = Literal["none", "hk", "loo", "ridge"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenDerivatives:
-    """Flat token arrays at theta and their derivatives along v, float64, [t] each."""
-
-    logp: Tensor
-    entropy: Tensor
-    dlogp: Tensor
-    dentropy: Tensor
-
-    def integrand(self, kind: Integrand) -> tuple[Tensor, Tensor]:
-        """The integrand of each step and its derivative, [t]."""
-        return (
-            integrand_tokens(kind, self.logp, self.entropy),
-            integrand_tokens(kind, self.dlogp, self.dentropy),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +63,7 @@ class SlopeWeights:
 
 
 def slope_weights(
-    tokens: TokenDerivatives,
+    tokens: DirectionalScores,
     ragged: Ragged,
     mean_entropy: float,
     estimator: tuple[Integrand, Normalize, Score, Baseline],
@@ -99,7 +83,7 @@ def slope_weights(
         ValueError: `to_go` of `per_sequence_token_mean`, which has no such form.
     """
     integrand, normalize, score, baseline = estimator
-    values, _ = tokens.integrand(integrand)
+    values = integrand_tokens(integrand, tokens.logp, tokens.entropy)
     pathwise = ragged.spread(pathwise_weights(normalize, ragged.lengths))
     if score == "full":
         totals = ragged.sum(values * pathwise)
@@ -157,7 +141,7 @@ def _sizes(normalize: Normalize, ragged: Ragged) -> Tensor:
 
 
 def sequence_terms(
-    tokens: TokenDerivatives,
+    tokens: DirectionalScores,
     ragged: Ragged,
     weights: SlopeWeights,
     integrand: Integrand,
@@ -167,7 +151,7 @@ def sequence_terms(
     Columns: centred sum (score, pathwise and denominator terms together), score,
     pathwise, and r_i, the factor of -Hbar in the denominator term.
     """
-    _, derivative = tokens.integrand(integrand)
+    derivative = integrand_tokens(integrand, tokens.dlogp, tokens.dentropy)
     pathwise = ragged.sum(weights.pathwise * derivative)
     columns = (
         ragged.sum(weights.centred * tokens.dlogp) + pathwise,

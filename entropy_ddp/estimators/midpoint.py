@@ -23,11 +23,12 @@ from torch import Tensor
 
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.entropy import Ratio
-from entropy_ddp.estimators.linear import Slope, TokenDerivatives, slope_from_terms
+from entropy_ddp.estimators.linear import Slope, slope_from_terms
+from entropy_ddp.model.response_tokens import DirectionalScores
 
 
 def midpoint_columns(
-    tokens: TokenDerivatives, log_ratio: Tensor, ragged: Ragged, mean_entropy: float
+    tokens: DirectionalScores, log_ratio: Tensor, ragged: Ragged, mean_entropy: float
 ) -> Tensor:
     """Sums of one rank's sequences for `midpoint_slope`, [n, 6].
 

@@ -181,21 +181,8 @@ def probability_deciles(logp: Tensor) -> Tensor:
     return decile
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A choice of tokens to leave out of the update.
-
-    Attributes:
-        name: what is chosen, in words.
-        mask: whether a token is left out, [T].
-    """
-
-    name: str
-    mask: Tensor
-
-
-def rules(table: TokenTable, fraction: float) -> list[Rule]:
-    """Choices of tokens whose leaving out is worth asking about.
+def rules(table: TokenTable, fraction: float) -> dict[str, Tensor]:
+    """Choices of tokens to leave out of the update, as masks by their name in words, [T].
 
     Args:
         table: U's tokens.
@@ -206,19 +193,16 @@ def rules(table: TokenTable, fraction: float) -> list[Rule]:
     covariance = covariance_score(table.logp, table.advantage)
     failed, succeeded = table.advantage < 0, table.advantage > 0
     improbable = table.logp < math.log(0.5)
-    return [
-        Rule(
-            name=f"largest entropy loss, {percent}", mask=_largest(-table.share, count)
-        ),
-        Rule(
-            name=f"largest entropy gain, {percent}", mask=_largest(table.share, count)
-        ),
-        Rule(name=f"largest covariance, {percent}", mask=_largest(covariance, count)),
-        Rule(name="tokens with A < 0 and p < 0.5", mask=failed & improbable),
-        Rule(name="tokens with A > 0 and p < 0.5", mask=succeeded & improbable),
-        Rule(name="all tokens with A < 0", mask=failed),
-        Rule(name="all tokens with A > 0", mask=succeeded),
-    ]
+    return {
+        # A loss of entropy is a negative share.
+        f"largest entropy loss, {percent}": _largest(-table.share, count),
+        f"largest entropy gain, {percent}": _largest(table.share, count),
+        f"largest covariance, {percent}": _largest(covariance, count),
+        "tokens with A < 0 and p < 0.5": failed & improbable,
+        "tokens with A > 0 and p < 0.5": succeeded & improbable,
+        "all tokens with A < 0": failed,
+        "all tokens with A > 0": succeeded,
+    }
 
 
 def _largest(score: Tensor, count: int) -> Tensor:

@@ -300,14 +300,15 @@ def _what_if(
     """delta_h1 without the tokens that each rule chooses; with `verify`, the truth too."""
     settings = session.config.attribution
     rows = []
-    for number, rule in enumerate(rules(table, settings.fraction), start=1):
+    chosen = rules(table, settings.fraction)
+    for number, (rule, mask) in enumerate(chosen.items(), start=1):
         row: dict[str, Any] = {
-            "rule": rule.name,
-            "num_tokens": int(rule.mask.sum()),
-            "delta_h1": total - float(table.share[rule.mask].sum()),
+            "rule": rule,
+            "num_tokens": int(mask.sum()),
+            "delta_h1": total - float(table.share[mask].sum()),
         }
         if settings.verify:
-            row |= _masked_truth(session, measured, ~rule.mask, f"what-if-{number}")
+            row |= _masked_truth(session, measured, ~mask, f"what-if-{number}")
         rows.append(row)
     return rows
 

@@ -26,7 +26,6 @@ from entropy_ddp.estimators.standard_errors import (
 from entropy_ddp.model.parameters import global_norm, inner_product
 from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import first_sequences, gather_sums, snapshot_device
 from entropy_ddp.probe.session import Session
 from entropy_ddp.probe.unfinished import Record
@@ -169,7 +168,7 @@ def _configured_weights(
     terms = torch.zeros(len(sample.positions), 4, dtype=torch.float64)
     for block in sample.blocks():
         # The sample's tokens are the first of E's.
-        tokens = derivatives_of(base.at(block.tokens))
+        tokens = base.at(block.tokens)
         predicted = None if prediction is None else prediction[block.tokens]
         weights = slope_weights(tokens, block.ragged, mean_entropy, kind, predicted)
         terms[block.sequences] = sequence_terms(

@@ -20,10 +20,9 @@ from entropy_ddp.estimators.baselines import (
     ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import adjusted_slope
-from entropy_ddp.estimators.curvature import Curvature, SecondOrder, curvature
+from entropy_ddp.estimators.curvature import Curvature, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
-    PrefixSums,
     Ratio,
     all_entropy_changes,
     as_ratio,
@@ -43,7 +42,7 @@ from entropy_ddp.estimators.linear import (
     terms_less_prediction,
 )
 from entropy_ddp.model.response_tokens import DirectionalScores, TokenScores
-from entropy_ddp.probe.features import derivatives_of, known_before
+from entropy_ddp.probe.features import known_before
 from entropy_ddp.probe.phases import (
     AlongStep,
     SecondDerivatives,
@@ -173,12 +172,13 @@ def _per_decision(
     shift = session.world.max(max((own for _, own, _ in pieces), default=0.0))
     rows = torch.zeros(len(shard.positions), 2, dtype=torch.float64)
     for sequences, own, sums in pieces:
-        rows[sequences] = torch.stack([sums.entropy, sums.steps], dim=1)
+        assert sums.size is not None
+        rows[sequences] = torch.stack([sums.numerator, sums.size], dim=1)
         rows[sequences] *= math.exp(own - shift)
     gathered = session.world.gather_rows(rows, shard.positions, len(shard.batch))
-    entropy, steps = gathered.unbind(1)
+    numerator, size = gathered.unbind(1)
     return per_decision_ratio(
-        objective.normalize, PrefixSums(entropy=entropy, steps=steps), shift
+        objective.normalize, Ratio(numerator=numerator, size=size), shift
     )
 
 
@@ -226,7 +226,7 @@ def _terms(
     }
     direct = [kind for kind in estimators if kind[1] not in predicted]
     for block in shard.blocks():
-        tokens = derivatives_of(base.at(block.tokens))
+        tokens = base.at(block.tokens)
         for score, baseline in direct:
             kind = (integrand, normalize, score, baseline)
             weights = slope_weights(tokens, block.ragged, mean_entropy, kind)
@@ -327,10 +327,11 @@ def estimate_curvature(
         _ratio(session, SequenceSums(logp=logp, entropy=entropy)).numerator
         for logp, entropy in (first, (second.logp, second.entropy))
     ]
-    derivatives = SecondOrder(
+    return curvature(
+        estimates.original,
+        batch.groups,
         dlogp=first[0],
         d2logp=second.logp,
         dnumerator=numerators[0],
         d2numerator=numerators[1],
     )
-    return curvature(derivatives, estimates.original, batch.groups)

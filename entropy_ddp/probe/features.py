@@ -39,7 +39,6 @@ from entropy_ddp.estimators.control_variates import (
     zero_mean_sums,
 )
 from entropy_ddp.estimators.entropy import integrand_tokens
-from entropy_ddp.estimators.linear import TokenDerivatives
 from entropy_ddp.model.response_tokens import NUM_PROJECTIONS, DirectionalScores
 
 SAMPLE_FEATURES = ("top_probability", "margin", "log_variance", "hidden")
@@ -114,7 +113,7 @@ class FeatureSums:
         self.totals += position_totals(target, ragged.position, len(self.totals))
         usable = self.zero_mean.shape[1] // VARIATES_PER_PREDICTOR
         self.zero_mean[block.sequences] = zero_mean_sums(
-            derivatives_of(scores), scores.features, known[:, :usable], ragged
+            scores, scores.features, known[:, :usable], ragged
         )
         innovation = -(scores.logp + scores.entropy)
         columns = torch.stack([innovation, scores.features["log_variance"]], dim=1)
@@ -147,13 +146,3 @@ class FeatureSums:
                 shape = (self.num_sample_tokens, *values.shape[1:])
                 self.sample[name] = values.new_empty(shape)
             self.sample[name][block.tokens[here]] = values[here]
-
-
-def derivatives_of(scores: DirectionalScores) -> TokenDerivatives:
-    """An order-1 score as the estimators take it."""
-    return TokenDerivatives(
-        logp=scores.logp,
-        entropy=scores.entropy,
-        dlogp=scores.dlogp,
-        dentropy=scores.dentropy,
-    )

@@ -26,7 +26,6 @@ from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.attribution import score_shares, split_step, token_places
 from entropy_ddp.probe.diagnosis import Duality, check_duality
 from entropy_ddp.probe.estimation import EntropyEstimates, estimate, predict
-from entropy_ddp.probe.features import derivatives_of
 from entropy_ddp.probe.phases import AlongStep, gather_sums, score_along_step
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.capture import TrainedBatch
@@ -270,7 +269,7 @@ def middle_slope(
         there = scores.at(block.tokens)
         ratio = there.logp - along.scores.logp[block.tokens]
         columns[block.sequences] = midpoint_columns(
-            derivatives_of(there), ratio, block.ragged, mean_entropy
+            there, ratio, block.ragged, mean_entropy
         )
     rows = session.world.gather_rows(columns, shard.positions, len(shard.batch))
     return midpoint_slope(rows, mean_entropy, shard.batch.groups)

@@ -230,8 +230,8 @@ def test_rounding_does_not_choose_among_tokens_in_one_context() -> None:
             rules(replace(table, share=share, logp=share, advantage=share), 0.1)
             for share in (noisy(score, seed), score)
         )
-        for one, other in zip(found[:3], expected[:3], strict=True):
-            assert torch.equal(one.mask, other.mask), one.name
+        for name in list(expected)[:3]:
+            assert torch.equal(found[name], expected[name]), name
         assert top_overlap(noisy(score, seed), score, 0.1) == 1.0
 
 
@@ -264,7 +264,7 @@ def test_rules_choose_what_they_say(fraction: float) -> None:
     """Sorted by hand: as many as the fraction says, one at least."""
     table = make_table()
     chosen = [
-        set(rule.mask.nonzero()[:, 0].tolist()) for rule in rules(table, fraction)
+        set(mask.nonzero()[:, 0].tolist()) for mask in rules(table, fraction).values()
     ]
     tokens = range(len(table.share))
     count = max(1, round(fraction * len(tokens)))
@@ -282,4 +282,3 @@ def test_rules_choose_what_they_say(fraction: float) -> None:
         {t for t in tokens if advantage[t] < 0},
         {t for t in tokens if advantage[t] > 0},
     ]
-    assert len({rule.name for rule in rules(table, fraction)}) == len(chosen)

@@ -25,11 +25,11 @@ from entropy_ddp.estimators.baselines import (
 from entropy_ddp.estimators.entropy import integrand_tokens
 from entropy_ddp.estimators.linear import (
     Baseline,
-    TokenDerivatives,
     sequence_terms,
     slope_weights,
     terms_less_prediction,
 )
+from entropy_ddp.model.response_tokens import DirectionalScores
 
 ATOL = 1e-12  # the same sums of numbers of order 1 in another order
 SOLVE_ATOL = 1e-9  # and a linear system of condition below 1e5 on top
@@ -359,7 +359,7 @@ def test_terms_from_sums_are_those_from_tokens(
 
 
 def _term_scale(
-    tokens: TokenDerivatives, prediction: Tensor, mean_entropy: float
+    tokens: DirectionalScores, prediction: Tensor, mean_entropy: float
 ) -> float:
     """Largest entropy to go, or prediction of it, times the largest score, of a batch."""
     size = float(prediction[:, 0].abs().max()) + mean_entropy * float(

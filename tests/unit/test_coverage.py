@@ -11,7 +11,7 @@ errors that take sequences for independent are wrong by a third.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 import pytest
@@ -40,10 +40,9 @@ from entropy_ddp.estimators.baselines import (
     ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import adjusted_change, adjusted_slope
-from entropy_ddp.estimators.curvature import Curvature, SecondOrder, curvature
+from entropy_ddp.estimators.curvature import Curvature, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
-    PrefixSums,
     Ratio,
     entropy_change,
     per_decision_ratio,
@@ -148,9 +147,7 @@ class Pieces:
         after = _rows(self.after[normalize], index)
         after = reweighted(after, self.log_weights[index])
         yield entropy_change("snis", before, after, 1.0, groups)
-        sums = PrefixSums(
-            entropy=self.prefix.entropy[index], steps=self.prefix.steps[index]
-        )
+        sums = _rows(self.prefix, index)
         after = per_decision_ratio(normalize, sums, self.shift)
         yield entropy_change("per_decision", before, after, 1.0, groups)
 
@@ -194,10 +191,9 @@ class Pieces:
         self, index: Tensor, groups: Tensor, normalize: Normalize
     ) -> Curvature:
         """The second derivative."""
-        second = self.second[normalize]
-        rows = {f.name: getattr(second, f.name)[index] for f in fields(second)}
+        rows = {name: x[index] for name, x in self.second[normalize].items()}
         original = _rows(self.before[normalize], index)
-        return curvature(SecondOrder(**rows), original, groups)
+        return curvature(original, groups, **rows)
 
 
 def _rows(ratio: Ratio, index: Tensor) -> Ratio:

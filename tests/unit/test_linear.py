@@ -12,15 +12,15 @@ from torch import Tensor
 
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.entropy import Ratio, as_ratio
+from entropy_ddp.estimators.entropy import Ratio, as_ratio, integrand_tokens
 from entropy_ddp.estimators.linear import (
     Slope,
-    TokenDerivatives,
     applicable_estimators,
     sequence_terms,
     slope_from_terms,
     slope_weights,
 )
+from entropy_ddp.model.response_tokens import DirectionalScores
 
 RTOL = 1e-12  # the same few sums in another order, relative to the largest term
 
@@ -38,7 +38,7 @@ def double(*values: float) -> Tensor:
 
 
 def compute_slope(
-    tokens: TokenDerivatives,
+    tokens: DirectionalScores,
     lengths: Tensor,
     groups: Tensor,
     estimator: tuple[Any, Any, Any, Any],
@@ -46,7 +46,7 @@ def compute_slope(
     """The slope of one rank's batch; estimator as `slope_weights` takes it."""
     integrand, normalize, score, baseline = estimator
     ragged = Ragged(lengths)
-    values, _ = tokens.integrand(integrand)
+    values = integrand_tokens(integrand, tokens.logp, tokens.entropy)
     original = as_ratio(normalize, ragged.sum(values), lengths)
     weights = slope_weights(tokens, ragged, original.value, estimator)
     terms = sequence_terms(tokens, ragged, weights, integrand)
@@ -55,7 +55,7 @@ def compute_slope(
 
 # By hand: two sequences of two tokens and one, each a group
 
-TOKENS = TokenDerivatives(
+TOKENS = DirectionalScores(
     logp=double(-1.0, -2.0, -0.5),
     entropy=double(0.5, 0.7, 1.1),
     dlogp=double(0.1, -0.5, 0.2),
@@ -148,12 +148,14 @@ def made_up(seed: int, num_groups: int) -> tuple[list[Row], list[Any]]:
     return rows, tokens
 
 
-def flat(rows: list[Row], tokens: list[Any]) -> tuple[TokenDerivatives, Tensor, Tensor]:
+def flat(
+    rows: list[Row], tokens: list[Any]
+) -> tuple[DirectionalScores, Tensor, Tensor]:
     """The same as flat arrays, with lengths and groups."""
     names = ("logp", "entropy", "dlogp", "dentropy")
     columns = map(torch.cat, zip(*tokens, strict=True))
     return (
-        TokenDerivatives(**dict(zip(names, columns, strict=True))),
+        DirectionalScores(**dict(zip(names, columns, strict=True))),
         torch.tensor([len(row.response_ids) for row in rows]),
         torch.tensor([row.group for row in rows]),
     )

@@ -8,12 +8,12 @@ import torch
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.entropy import as_ratio
 from entropy_ddp.estimators.linear import (
-    TokenDerivatives,
     sequence_terms,
     slope_from_terms,
     slope_weights,
 )
 from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
+from entropy_ddp.model.response_tokens import DirectionalScores
 
 LENGTHS = torch.tensor([3, 1, 4, 2, 5])
 GROUPS = torch.tensor([0, 0, 1, 2, 3])
@@ -24,10 +24,10 @@ LOGP = torch.randn(3, 15, generator=GENERATOR, dtype=torch.float64)
 ENTROPY = torch.randn(3, 15, generator=GENERATOR, dtype=torch.float64)
 
 
-def at(eta: float) -> TokenDerivatives:
+def at(eta: float) -> DirectionalScores:
     powers = torch.tensor([1.0, eta, eta**2], dtype=torch.float64)
     slopes = torch.tensor([0.0, 1.0, 2 * eta], dtype=torch.float64)
-    return TokenDerivatives(
+    return DirectionalScores(
         logp=powers @ LOGP,
         entropy=powers @ ENTROPY,
         dlogp=slopes @ LOGP,

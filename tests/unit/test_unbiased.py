@@ -29,9 +29,8 @@ from torch import Tensor
 from entropy_ddp.config import Integrand, Normalize
 from entropy_ddp.estimators import control_variates
 from entropy_ddp.estimators.control_variates import adjusted_slope
-from entropy_ddp.estimators.curvature import SecondOrder, curvature
+from entropy_ddp.estimators.curvature import curvature
 from entropy_ddp.estimators.entropy import (
-    PrefixSums,
     Ratio,
     per_decision_ratio,
     prefix_log_weights,
@@ -412,9 +411,9 @@ def test_change_of_all_responses(normalize: Normalize, integrand: Integrand) -> 
         sums = prefix_sums(ragged, log_weights, table["entropy_after"], 0.5)
         ratio = per_decision_ratio(
             normalize,
-            PrefixSums(
-                entropy=sums.entropy * p.probabilities,
-                steps=sums.steps * p.probabilities,
+            Ratio(
+                numerator=sums.numerator * p.probabilities,
+                size=sums.size * p.probabilities,
             ),
             0.5,
         )
@@ -465,14 +464,12 @@ def test_curvature_of_all_responses(normalize: Normalize, integrand: Integrand) 
     table = p.table()
     derivatives = second_order(table, normalize, integrand)
     found = curvature(
-        SecondOrder(
-            dlogp=derivatives.dlogp,
-            d2logp=derivatives.d2logp,
-            dnumerator=derivatives.dnumerator * p.probabilities,
-            d2numerator=derivatives.d2numerator * p.probabilities,
-        ),
         at_infinite_size(p, table.ratio(normalize, integrand)),
         torch.arange(len(p.probabilities)),
+        dlogp=derivatives["dlogp"],
+        d2logp=derivatives["d2logp"],
+        dnumerator=derivatives["dnumerator"] * p.probabilities,
+        d2numerator=derivatives["d2numerator"] * p.probabilities,
     )
     assert abs(found.value - p.derivative(2, normalize, integrand)) < ATOL
 
