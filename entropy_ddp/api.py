@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.answers.headline import headline, verdict_counts
 from entropy_ddp.checkpoint.trainer_settings import with_training_arguments
 from entropy_ddp.config import Config, load_config, to_yaml, validated, with_sections
 from entropy_ddp.data.batch import Batch
@@ -33,7 +34,6 @@ from entropy_ddp.probe.attribution import attribute_session
 from entropy_ddp.probe.run import audit_session, probe_session
 from entropy_ddp.probe.session import Progress, Session, no_progress, open_session
 from entropy_ddp.probe.sweep import sweep_session
-from entropy_ddp.report.answer import headline
 from entropy_ddp.results import (
     Probed,
     Results,
@@ -41,8 +41,7 @@ from entropy_ddp.results import (
     read_results,
     write_results,
 )
-from entropy_ddp.terminal.heading import verdict_counts
-from entropy_ddp.terminal.notebook import as_html
+from entropy_ddp.terminal.commands import as_html
 
 __all__ = [
     "Config",
@@ -123,8 +122,9 @@ class Measured:
 
     def __repr__(self) -> str:
         """The answer in one sentence, and whether it may be trusted."""
-        answer = "".join(headline(self.results.to_dict()))
-        counts = verdict_counts(self.results)
+        document = self.results.to_dict()
+        answer = "".join(headline(document))
+        counts = verdict_counts(document)
         if self.results.status != "ok":
             answer = f"NOT TO BE TRUSTED: {answer}"
         return f"{answer} Audits: {self.results.status} ({counts})."

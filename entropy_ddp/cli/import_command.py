@@ -85,7 +85,7 @@ def _import(
     from entropy_ddp.importers.records import Source
     from entropy_ddp.importers.run import ImportOptions, import_rollouts
     from entropy_ddp.importers.table import parse_columns
-    from entropy_ddp.terminal.inputs import print_import
+    from entropy_ddp.terminal.commands import print_import
 
     source = Source(
         rewards=arguments.pop("rewards"),

@@ -97,15 +97,14 @@ def _job(
     from entropy_ddp.probe.sweep import run_sweep
     from entropy_ddp.report.writing import write_report
     from entropy_ddp.results import nothing_left, prepare_folder, write_results
-    from entropy_ddp.terminal import attribution, runs
-    from entropy_ddp.terminal.heading import print_distrust
+    from entropy_ddp.terminal import commands
     from entropy_ddp.terminal.progress import phase_progress
 
     job, show = {
-        "probe": (run_probe, runs.print_results),
-        "sweep": (run_sweep, runs.print_sweep),
-        "attribute": (run_attribution, attribution.print_attribution),
-        "audit": (run_audit, runs.print_diagnosis),
+        "probe": (run_probe, commands.print_results),
+        "sweep": (run_sweep, commands.print_sweep),
+        "attribute": (run_attribution, commands.print_attribution),
+        "audit": (run_audit, commands.print_diagnosis),
     }[name]
     console = table_console(world, options)
     with (
@@ -122,10 +121,10 @@ def _job(
     if console is not None:
         show(console, probed.results, str(out))
         if name == "probe" and probed.results.attribution is not None:
-            attribution.print_shares(console, probed.results)
+            commands.print_shares(console, probed.results)
     else:
         # Quiet is no reason to leave with exit code 3 and without a word.
-        print_distrust(error_console(), probed.results)
+        commands.print_distrust(error_console(), probed.results)
     if options.report:
         written = write_report([out], None)
         if console is not None:

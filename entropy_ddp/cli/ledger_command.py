@@ -66,7 +66,7 @@ def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
     from entropy_ddp.ledger.accumulate import accumulate
     from entropy_ddp.ledger.lines import read_ledger
     from entropy_ddp.report.writing import missing_report_extra
-    from entropy_ddp.terminal.ledger import print_ledger
+    from entropy_ddp.terminal.commands import print_ledger
 
     found = accumulate(read_ledger(folder))
     text = json.dumps(asdict(found), allow_nan=False, indent=1)

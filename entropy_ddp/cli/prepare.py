@@ -40,7 +40,7 @@ def sample(options: Options) -> None:
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
     from entropy_ddp.probe.sample import run_sample, sampled_files
     from entropy_ddp.results import nothing_left, prepare_folder
-    from entropy_ddp.terminal.inputs import print_samples
+    from entropy_ddp.terminal.commands import print_samples
     from entropy_ddp.terminal.progress import phase_progress
 
     names = [path.name for path in sampled_files(config, out).values()]
@@ -78,7 +78,7 @@ def check(options: Options) -> None:
 
 def _check(config: "Config", world: "World", options: Options) -> int:
     from entropy_ddp.probe.inspect import inspect_run
-    from entropy_ddp.terminal.inputs import print_inspection
+    from entropy_ddp.terminal.commands import print_inspection
     from entropy_ddp.terminal.progress import phase_progress
 
     console = table_console(world, options)

@@ -1,4 +1,4 @@
-"""How a batch is read from a rollout file, and rollout files are written.
+"""How a batch is read from a rollout file.
 
 A rollout file holds one JSON object a line, `.jsonl` or `.jsonl.gz`; one line is one
 sequence (see `rows` for what a row may hold). What concerns more than one row is checked
@@ -9,20 +9,16 @@ here:
 - `advantage` is given for all responses of a group or for none.
 """
 
-import gzip
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.jsonlines import make_problem, read_rows, show
 from entropy_ddp.data.rows import TokenLimits, make_sequence
-from entropy_ddp.errors import RunError
-from entropy_ddp.files import written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -215,38 +211,3 @@ def sequence_to_row(
     }
     row.update({key: value for key, value in known.items() if value is not None})
     return row | sequence.extra
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON lines under a temporary name, then rename: never half a file.
-
-    The bytes depend on the rows alone: gzip data (a name ending in `.gz`) carries
-    neither a time nor a name.
-
-    Args:
-        path: the file; its folder exists, an old file is replaced.
-        rows: JSON objects with finite numbers.
-
-    Raises:
-        RunError: if a number is not finite or the file cannot be written.
-    """
-    with written_whole(path) as stream:
-        if path.name.endswith(".gz"):
-            with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
-                _write_rows(packed, rows, path)
-        else:
-            _write_rows(stream, rows, path)
-
-
-def _write_rows(
-    stream: IO[bytes] | gzip.GzipFile, rows: Iterable[dict[str, Any]], path: Path
-) -> None:
-    for number, row in enumerate(rows, start=1):
-        try:
-            line = json.dumps(row, allow_nan=False)
-        except ValueError as error:
-            raise RunError(
-                f"{path}:{number}: expected a row of finite numbers, found {show(row)} "
-                f"({error}); find out which quantity overflowed"
-            ) from error
-        stream.write(line.encode() + b"\n")

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from entropy_ddp.errors import InputError
-from entropy_ddp.files import require_regular_file
+from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.files import require_regular_file, written_whole
 
 # Lists and objects in one another. JSON's own readers and writers fail at some hundreds.
 MAX_DEPTH = 100
@@ -188,3 +188,38 @@ def _inner_values(value: object) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines under a temporary name, then rename: never half a file.
+
+    The bytes depend on the rows alone: gzip data (a name ending in `.gz`) carries
+    neither a time nor a name.
+
+    Args:
+        path: the file; its folder exists, an old file is replaced.
+        rows: JSON objects with finite numbers.
+
+    Raises:
+        RunError: if a number is not finite or the file cannot be written.
+    """
+    with written_whole(path) as stream:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile("", "wb", fileobj=stream, mtime=0) as packed:
+                _write_rows(packed, rows, path)
+        else:
+            _write_rows(stream, rows, path)
+
+
+def _write_rows(
+    stream: IO[bytes] | gzip.GzipFile, rows: Iterable[dict[str, Any]], path: Path
+) -> None:
+    for number, row in enumerate(rows, start=1):
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError as error:
+            raise RunError(
+                f"{path}:{number}: expected a row of finite numbers, found {show(row)} "
+                f"({error}); find out which quantity overflowed"
+            ) from error
+        stream.write(line.encode() + b"\n")

@@ -8,7 +8,6 @@ Shape legend: N sequences, p points.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from entropy_ddp.estimators.standard_errors import (
     delta_method_error,
     effective_sample_size,
 )
+from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
 
 SMALLEST_SHARE = 1e-3
 # No step keeps all weights equal: a threshold of 1 is read as this.
@@ -56,62 +56,6 @@ def choose_grid(
     ends = math.log(smallest), math.log(low)
     steps = torch.linspace(*ends, num_points, dtype=torch.float64)
     return [float(f"{eta:.6g}") for eta in steps.exp().tolist()]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepPoint:
-    """One step size: keys of a row of `sweep` in results.json.
-
-    Attributes:
-        eta: learning rate; negative on the mirrored side of a symmetric sweep.
-        delta_h_true: measured change.
-        se: its standard error.
-        ess_fraction: effective sample size over N.
-        delta_h1: first-order prediction.
-        delta_h1_se: its standard error.
-        delta_h2: second-order prediction; None without curvature.
-        delta_h2_se: its standard error; None without curvature.
-        trusted: whether the effective sample size is at least both thresholds of the
-            run; what is not is outside every statement about the sweep. None in the
-            results of versions that did not write it.
-        difference_se: paired standard error of delta_h_true - delta_h1.
-    """
-
-    eta: float
-    delta_h_true: float
-    se: float
-    ess_fraction: float
-    delta_h1: float
-    delta_h1_se: float
-    delta_h2: float | None
-    difference_se: float
-    delta_h2_se: float | None = None
-    trusted: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepSummary:
-    """What a sweep says as a whole.
-
-    Attributes:
-        exponent: d log |delta_h_true| / d log eta by least squares over trusted points
-            above the noise; 1 in the linear regime. None with fewer than two points.
-        exponent_se: its standard error, from the influences of each group on all
-            points together: they share most of their noise, which drops out.
-        agreement: smallest and largest eta of the run of trusted points, from the
-            smallest up, at which truth and first order agree within two standard errors
-            of the truth. None if there is none.
-        noise_floor: |Delta H| when nothing moves.
-        odd: for a symmetric sweep, {eta, delta_h, se} with delta_h half the difference
-            of both sides: the even orders, curvature first, drop out. Of steps that are
-            trusted on both sides; None if there is none.
-    """
-
-    exponent: float | None
-    agreement: list[float] | None
-    noise_floor: float
-    odd: list[dict[str, float]] | None
-    exponent_se: float | None = None
 
 
 def summarise(

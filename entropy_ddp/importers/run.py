@@ -15,7 +15,7 @@ from entropy_ddp.checkpoint.trainer_files import (
     read_training_arguments,
 )
 from entropy_ddp.config import Checkpoint
-from entropy_ddp.data.files import write_jsonl
+from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.data.rows import (
     DOUBTS,
     END_RESTORED,

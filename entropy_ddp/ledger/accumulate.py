@@ -316,24 +316,3 @@ def _notes(log: RunLog, steps: dict[str, int], series: list[str]) -> list[str]:
         if name not in series
     ]
     return notes
-
-
-NAMES = {
-    "curve": "entropy on fresh responses, last - first",
-    "truth": "sum of ΔH true",
-    "first_order": "sum of ΔH first order",
-    "second_order": "sum of ΔH second order",
-}
-PART_NAMES = {
-    "momentum": "momentum (earlier batches)",
-    "decay": "weight decay",
-    "gradient": "gradient of the step's batch",
-    "curvature": "curvature (second order - first)",
-    "rest": "rest",
-}
-TOKEN_NAMES = {
-    "positive": "tokens with A > 0",
-    "negative": "tokens with A < 0",
-    "zero": "tokens with A = 0",
-    "unattributed": "not of the tokens (dropout, rounding)",
-}

@@ -13,11 +13,8 @@ from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.standard_errors import delta_method_error
-from entropy_ddp.estimators.step_sizes import (
-    SweepPoint,
-    choose_grid,
-    summarise,
-)
+from entropy_ddp.estimators.step_sizes import choose_grid, summarise
+from entropy_ddp.estimators.sweep_points import SweepPoint
 from entropy_ddp.model.parameters import shifted
 from entropy_ddp.probe.audits import Extras, audit_rows
 from entropy_ddp.probe.estimation import changes_at

@@ -26,8 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from entropy_ddp.data.batch import Ragged, Shard
-from entropy_ddp.data.files import write_jsonl
-from entropy_ddp.data.jsonlines import read_rows
+from entropy_ddp.data.jsonlines import read_rows, write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.files import write_tensors, written_whole

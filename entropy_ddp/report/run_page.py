@@ -1,16 +1,38 @@
 """The page of one checkpoint: the answer, whether to trust it, and what it rests on."""
 
+import math
 from typing import Any
 
-from entropy_ddp.report import answer, details, kinds
-from entropy_ddp.report.figures import attribution, change, sequences, sweep
-from entropy_ddp.report.files import Columns
+from entropy_ddp.answers import headline, shares, tables
+from entropy_ddp.answers.headline import Document
+from entropy_ddp.answers.words import (
+    FIXED,
+    RESOLVED,
+    UNITS,
+    around,
+    count,
+    is_resolved,
+    linear_error,
+    missed_error,
+    number,
+    percent,
+    percent_with_error,
+    shown_error,
+    supported,
+    supported_percent,
+    typeset,
+    visible,
+    with_error,
+)
+from entropy_ddp.names import short_name
+from entropy_ddp.report.figures import attribution, change
+from entropy_ddp.report.page import Glance, Page, Section, shown
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.token_text import read_tokens, token_texts
-from entropy_ddp.report.view import Listing, Page, Section
-from entropy_ddp.report.words import UNITS, linear_error, number, percent
+from entropy_ddp.results.reading import Columns
 
-Document = dict[str, Any]
+# Characters on both sides of the strongest token.
+CONTEXT = 24
 
 
 def run_page(subject: Subject) -> Page:
@@ -35,14 +57,14 @@ def run_page(subject: Subject) -> Page:
     return Page(
         title=f"Entropy change: {name}",
         kicker=_kicker(subject),
-        alarm=answer.alarm(document),
-        headline=answer.headline(document),
-        sign=answer.sign(document),
-        lead=answer.lead(document),
-        glances=answer.glances(subject),
-        complaints=answer.complaints(document["audit"]),
-        checked=answer.checked(document["audit"]),
-        audits_id=details.AUDITS_ID,
+        alarm=headline.alarm(document),
+        headline=headline.headline(document),
+        sign=headline.sign(document),
+        lead=headline.lead(document),
+        glances=glances(document),
+        complaints=complaints(document["audit"]),
+        checked=headline.checked(document["audit"]),
+        audits_id=tables.AUDITS_ID,
         sections=sections,
     )
 
@@ -56,6 +78,155 @@ def _kicker(subject: Subject) -> str:
     return f"{place} · {commands} · {started[:10]}"
 
 
+def glances(document: Document) -> list[Glance]:
+    """How sure, whether to trust it, and what did it."""
+    answers = [_how_much(document), _how_sure(document), _trust(document)]
+    if "attribution" in document:
+        answers.append(_what_did_it(document))
+    return answers
+
+
+def _how_much(document: Document) -> Glance:
+    truth = document["truth"]
+    before, change = truth["H_orig"], truth["delta_h_true"]
+    error = shown_error(truth)
+    answer = supported(change, error, 3, signed=True)
+    if before > 0:
+        answer = supported(100 * change / before, 100 * error / before, 2, signed=True)
+        answer += f"{FIXED}%"
+    pair = with_error(change, error)
+    detail = f"{pair} {UNITS[truth['normalize']]}"
+    spread = truth.get("H_orig_se")
+    if spread is not None:
+        bits = with_error(before / math.log(2), spread / math.log(2), signed=False)
+        detail += f"; H is {bits} bits before the step"
+        if truth["normalize"] == "per_token" and 0 < before < 10:
+            choices = supported(math.exp(before), math.exp(before) * spread, 2)
+            detail += f". The policy chooses among about {choices} tokens at each step"
+    return Glance(question="How much?", answer=answer, detail=detail + ".")
+
+
+def _how_sure(document: Document) -> Glance:
+    truth = document["truth"]
+    change, error = truth["delta_h_true"], shown_error(truth)
+    groups = count(document["E"]["num_groups"], "prompt draw")
+    detail = f"± is one standard error over {groups} of E."
+    if error == 0:
+        return Glance(question="How sure?", answer="No error", detail=detail)
+    errors = abs(change) / error
+    answer, tone = f"{number(errors, 2)} standard errors", "good"
+    if not headline.stands_out(truth):
+        answer, tone = f"Only {number(errors, 2)} standard errors", "doubtful"
+        detail += " More responses in E would tell a fall from a rise."
+    if document["status"] != "ok":
+        tone = ""
+        detail += " In an untrusted run that error is not to be trusted either."
+    if change and headline.stands_out(truth):
+        detail += f" {_missed(document)}"
+    return Glance(question="How sure?", answer=answer, detail=detail, tone=tone)
+
+
+def _missed(document: Document) -> str:
+    """What first order misses of the change, by the paired error of the two."""
+    truth, linear = document["truth"], document["linear"]
+    change = truth["delta_h_true"]
+    missed = change - linear["delta_h1"]
+    paired = missed_error(document, "linear")
+    if missed and abs(missed) > RESOLVED * paired:
+        pair = percent_with_error(
+            abs(missed / change), paired / abs(change), signed=False
+        )
+        return f"First order misses {pair} of it: not noise."
+    return f"First order agrees with it within {percent(2 * paired / abs(change))}."
+
+
+def _trust(document: Document) -> Glance:
+    rows, ess = document["audit"], document["truth"]["ess_fraction"]
+    failed = sum(row["verdict"] == "fail" for row in rows)
+    warned = sum(row["verdict"] == "warn" for row in rows)
+    detail = f"Effective sample size {percent(ess, 3)} of E."
+    checks = count(len(rows), "check")
+    if failed or document["status"] != "ok":
+        answer, tone = "No", "bad"
+        detail = f"{failed} of {checks} failed. " + detail
+    elif warned:
+        answer, tone = "With reservations", "doubtful"
+        detail = f"{warned} of {checks} {'warns' if warned == 1 else 'warn'}. " + detail
+    else:
+        answer, tone = "Yes", "good"
+        detail = f"All {checks} passed. " + detail
+    return Glance(question="To be trusted?", answer=answer, detail=detail, tone=tone)
+
+
+def _what_did_it(document: Document) -> Glance:
+    found = document["attribution"]
+    named = {
+        "Momentum of earlier batches": found["momentum"],
+        "Weight decay": found["weight_decay"],
+        "The gradient of U": found["gradient"],
+    }
+    total, error = found["total"], linear_error(document)
+    name, value = max(named.items(), key=lambda item: abs(item[1]))
+    if not value or not total:
+        return Glance(
+            question="What did it?", answer="Nothing", detail="Every part of it is 0."
+        )
+    told = is_resolved(total, error)
+    same_sign = told and all(part * total >= 0 for part in named.values())
+    answer = (
+        f"{name}, {supported_percent(value / total, error / abs(total))}"
+        if same_sign
+        else name
+    )
+    gradient = found["gradient"]
+    if not gradient:
+        detail = "The gradient of U is zero."
+        return Glance(question="What did it?", answer=answer, detail=detail)
+    own = supported(gradient, error, 3, signed=True)
+    if same_sign:
+        own = supported_percent(gradient / total, error / abs(total))
+    detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
+    half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
+    detail = f"{detail}; {half}" if detail else half[0].upper() + half[1:]
+    return Glance(
+        question="What did it?",
+        answer=answer,
+        detail=f"{detail}, on this E. {_strongest(found['top_tokens'])}".strip(),
+    )
+
+
+def _strongest(tokens: list[dict[str, Any]]) -> str:
+    if not tokens or "context" not in tokens[0]:
+        return ""
+    before, token, after = tokens[0]["context"]
+    before, after = around(before, after, CONTEXT)
+    verb = "lowers" if tokens[0]["share"] < 0 else "raises"
+    context = f"{before}[{visible(token)}]{after}"
+    line = tokens[0]["index"] + 1
+    return f"The strongest token {verb} it: {context}, line{FIXED}{line} of U."
+
+
+def complaints(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The checks that are not ok in the page's signs, what fails first."""
+    return [
+        {
+            "verdict": row["verdict"],
+            "name": row["name"],
+            "value": _found(row["value"]),
+            "expected": typeset(row["expected"]),
+            "hint": row["hint"][:1].upper() + row["hint"][1:],
+        }
+        for row in headline.complaints(rows)
+    ]
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, dict):
+        parts = (f"{short_name(name)}: {_found(item)}" for name, item in value.items())
+        return "; ".join(parts)
+    return shown(tables.found(value))
+
+
 def _prediction(document: Document) -> Section:
     return Section(
         id="prediction",
@@ -65,9 +236,9 @@ def _prediction(document: Document) -> Section:
             change.all_estimators(document),
         ),
         tables=(
-            details.change(document),
-            details.estimators(document),
-            details.step(document),
+            tables.measured(document),
+            tables.estimators(document),
+            tables.step(document),
         ),
     )
 
@@ -77,18 +248,18 @@ def _sweep(subject: Subject) -> Section:
     run = subject.run_with("sweep")
     assert run is not None
     truth = run.config.truth
-    figures = [sweep.sweep_change(document)]
+    figures = [change.sweep_change(document)]
     if any(
-        point["delta_h1"] for point in document["sweep"] if answer.is_trusted(point)
+        point["delta_h1"] for point in document["sweep"] if headline.is_trusted(point)
     ):
-        figures.append(sweep.sweep_missed(document))
-    figures.append(sweep.sweep_weights(document, truth.ess_warn, truth.ess_abort))
+        figures.append(change.sweep_missed(document))
+    figures.append(change.sweep_weights(document, truth.ess_warn, truth.ess_abort))
     return Section(
         id="sweep",
         title="How far the first order reaches",
-        lead=" ".join(answer.sweep_sentences(document)),
+        lead=" ".join(headline.sweep_sentences(document)),
         figures=figures,
-        tables=(details.sweep(document),),
+        tables=(tables.sweep(document),),
     )
 
 
@@ -100,9 +271,9 @@ def _responses(columns: Columns, document: Document) -> Section:
         if _is_varied(columns, key)
     ]
     figures = [
-        sequences.contributions(columns, normalize),
-        *(sequences.against(columns, normalize, key) for key in keys),
-        sequences.weights(columns, document["truth"]),
+        change.contributions(columns, normalize),
+        *(change.against(columns, normalize, key) for key in keys),
+        change.weights(columns, document["truth"]),
     ]
     return Section(id="responses", title="The responses of E", figures=figures)
 
@@ -124,7 +295,7 @@ def _gradient_dot(document: Document) -> Section:
         title="Gradient-dot form",
         lead=lead,
         figures=(change.gradient_dot(document),),
-        tables=(details.gradient_dot(document),),
+        tables=(tables.gradient_dot(document),),
     )
 
 
@@ -151,14 +322,14 @@ def _attribution(subject: Subject) -> Section:
         if moved
         else "No token of U has a share: its gradient is zero."
     )
-    tables = []
+    shown_tables = []
     if moved:
         unit, error = UNITS[normalize], linear_error(document)
-        lead = f"{lead} {kinds.sentence(tokens.by_kind, unit, error)}"
-        tables = [
-            kinds.table(tokens.by_kind, unit, "the tokens of U", error),
-            details.top_tokens(document),
-            details.proxies(document),
+        lead = f"{lead} {shares.sentence(tokens.by_kind, unit, error)}"
+        shown_tables = [
+            shares.table(tokens.by_kind, unit, "the tokens of U", error),
+            tables.top_tokens(document),
+            tables.proxies(document),
         ]
     return Section(
         id="attribution",
@@ -166,7 +337,12 @@ def _attribution(subject: Subject) -> Section:
         lead=lead,
         figures=(attribution.parts(document),),
         token_texts=token_texts(run, tokens, update) if moved else None,
-        tables=(*tables, details.what_if(document)),
+        tables=(
+            *shown_tables,
+            tables.parts(document),
+            tables.kinds_of_tokens(document),
+            tables.what_if(document),
+        ),
         later_figures=later if moved else (),
     )
 
@@ -178,13 +354,13 @@ def _everything_else(subject: Subject) -> Section:
         id="run",
         title="This run",
         tables=(
-            details.facts(document, folders),
-            details.audits(document),
-            details.parameters(document),
-            details.costs(document),
+            tables.facts(document, folders),
+            tables.audits(document),
+            tables.parameters(document),
+            tables.costs(document),
         ),
         listings=[
-            Listing(title=f"Configuration of {run.folder.name}", text=run.config_text)
+            (f"Configuration of {run.folder.name}", run.config_text)
             for run in subject.runs
         ],
     )

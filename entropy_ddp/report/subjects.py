@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.report.files import COMMANDS, StoredRun
+from entropy_ddp.results.reading import COMMANDS, StoredRun
 
 # Sections and keys of a configuration that choose parts of a page, or how a run is
 # computed, but not what its numbers mean.

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_ddp.report.files import Columns, StoredRun
-from entropy_ddp.report.kinds import SharesByKind
-from entropy_ddp.report.view import Token, TokenText, TokenTexts
-from entropy_ddp.report.words import (
+from entropy_ddp.answers.shares import SharesByKind
+from entropy_ddp.answers.words import (
     UNITS,
     differing,
     number,
@@ -23,6 +21,8 @@ from entropy_ddp.report.words import (
     supported,
     visible,
 )
+from entropy_ddp.report.page import TokenText, TokenTexts
+from entropy_ddp.results.reading import Columns, StoredRun
 
 NUM_RESPONSES = 12
 # Of a long response so many tokens around the strongest one are open, and so many on
@@ -160,11 +160,11 @@ def _window(sizes: Sequence[float]) -> tuple[int, int]:
     return start, start + OPEN_TOKENS
 
 
-def _tokens(rows: Iterable[Row], largest: float) -> list[Token]:
+def _tokens(rows: Iterable[Row], largest: float) -> list[dict[str, Any]]:
     return [_token(row, largest) for row in rows]
 
 
-def _token(row: Row, largest: float) -> Token:
+def _token(row: Row, largest: float) -> dict[str, Any]:
     share = row["share"]
     # The square root, as shares are spread over many powers of ten.
     strength = math.sqrt(abs(share) / largest) if largest else 0.0
@@ -172,10 +172,10 @@ def _token(row: Row, largest: float) -> Token:
     values += [number(row[name], DIGITS) for name in ("logp", "entropy", "covariance")]
     text = row.get("text", f"⟨{row['token_id']}⟩")
     sign = "cold" if share < 0 else "warm"
-    return Token(
-        text=visible(text),
-        sign=sign if strength >= 0.05 else "",
-        strength=f"{strength:.2f}".removeprefix("0"),
-        numbers="|".join([str(row["k"]), *values]),
-        breaks=text.endswith("\n"),
-    )
+    return {
+        "text": visible(text),
+        "sign": sign if strength >= 0.05 else "",
+        "strength": f"{strength:.2f}".removeprefix("0"),
+        "numbers": "|".join([str(row["k"]), *values]),
+        "breaks": text.endswith("\n"),
+    }

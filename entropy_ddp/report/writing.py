@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from entropy_ddp.errors import InputError
 from entropy_ddp.files import written_whole
-from entropy_ddp.report.files import read_run
+from entropy_ddp.report.page import Page, render_page
 from entropy_ddp.report.subjects import group_runs
-
-if TYPE_CHECKING:
-    from entropy_ddp.report.view import Page
+from entropy_ddp.results.reading import read_run
 
 EXTRA_LIBRARIES = ("jinja2", "matplotlib")
 PAGE_NAME, PLOTS_NAME = "report.html", "plots"
@@ -93,10 +90,8 @@ def _folder_of_all(folders: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
-def _write(page: "Page", path: Path, plots: Path) -> Written:
+def _write(page: Page, path: Path, plots: Path) -> Written:
     """Write the plots, then the page; plots of an earlier page do not stay."""
-    from entropy_ddp.report.page import render_page
-
     html = render_page(page)
     try:
         plots.mkdir(parents=True, exist_ok=True)

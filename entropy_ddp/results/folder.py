@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from entropy_ddp.data.files import write_jsonl
+from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.files import temporary, write_tensors, written_whole
 from entropy_ddp.results.schema import Probed

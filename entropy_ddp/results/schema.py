@@ -1,4 +1,4 @@
-"""The schema of a run's results.
+"""The schema of a run's results; it needs no torch.
 
 `Results.to_dict()` is results.json. A part that was not asked for is absent. Entropies
 are in nats, per token or per sequence as `truth.normalize` says; slopes are per unit of
@@ -8,12 +8,13 @@ learning rate.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from entropy_ddp.errors import RunError
-from entropy_ddp.estimators.step_sizes import SweepPoint, SweepSummary
+from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
 
@@ -371,6 +372,6 @@ class Probed:
 
     results: Results
     sequences: Iterable[dict[str, Any]]
-    delta: dict[str, Tensor] | None
+    delta: "dict[str, Tensor] | None"
     tokens: Iterable[dict[str, Any]] | None = None
     sampled: frozenset[str] = frozenset()

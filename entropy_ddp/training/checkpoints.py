@@ -24,7 +24,8 @@ from entropy_ddp import __version__
 from entropy_ddp.checkpoint.find import OPTIMIZER_FILES
 from entropy_ddp.checkpoint.trainer_files import numbered_checkpoints
 from entropy_ddp.config import Config, load_config
-from entropy_ddp.data.files import sequence_to_row, write_jsonl
+from entropy_ddp.data.files import sequence_to_row
+from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.run import ImportOptions, import_rollouts

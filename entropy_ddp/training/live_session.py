@@ -24,7 +24,8 @@ from entropy_ddp.config import (
 )
 from entropy_ddp.config.schema import Batches, Linear, Objective, Truth
 from entropy_ddp.data.batch import Batch
-from entropy_ddp.data.files import make_batch, write_jsonl
+from entropy_ddp.data.files import make_batch
+from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import trainable_parameters

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from entropy_ddp.data.files import write_jsonl
+from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import has_dropout

@@ -38,7 +38,7 @@ from entropy_ddp.probe import model_audits, session
 from entropy_ddp.probe.batch_audits import batch_rows
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import AuditRow, Probed, Results
-from entropy_ddp.terminal.runs import print_diagnosis, print_results
+from entropy_ddp.terminal.commands import print_diagnosis, print_results
 from entropy_ddp.update import step
 
 RTOL = 1e-10  # the contract's bar for float64

@@ -30,8 +30,8 @@ from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.run import run_audit, run_probe
 from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed, write_results
-from entropy_ddp.terminal import runs
-from entropy_ddp.terminal.inputs import print_inspection
+from entropy_ddp.terminal import commands
+from entropy_ddp.terminal.commands import print_inspection
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")
 
@@ -257,7 +257,7 @@ def test_tables_and_results_say_that_it_is_a_change(
     config = with_delta(lora, path)
     results = run_probe(config, World(), None, quiet).results
     console = Console(file=io.StringIO(), width=200)
-    runs.print_results(console, results, "runs/x")
+    commands.print_results(console, results, "runs/x")
     print_inspection(console, inspect_run(config, World(), quiet))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()

@@ -34,7 +34,7 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.probe.inspect import inspect_run
 from entropy_ddp.probe.run import run_probe
 from entropy_ddp.probe.session import require_optimizer
-from entropy_ddp.terminal.inputs import print_inspection
+from entropy_ddp.terminal.commands import print_inspection
 
 CPU = torch.device("cpu")
 

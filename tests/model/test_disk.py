@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_runs import TinyRun, make_run
 
 from entropy_ddp import files
-from entropy_ddp.data.files import write_jsonl
+from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.files import write_tensors, written_whole

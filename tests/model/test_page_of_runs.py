@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tiny_runs import make_run
 
 from entropy_ddp.cli import main
-from entropy_ddp.report.causes import BY_SHARE
+from entropy_ddp.report.comparison import BY_SHARE
 from entropy_ddp.report.writing import write_report
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from entropy_ddp.config import Prompts, Reward
-from entropy_ddp.data.files import TokenLimits, read_batch, write_jsonl
+from entropy_ddp.data.files import TokenLimits, read_batch
+from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import Allowance
 from entropy_ddp.sampling.generation import (

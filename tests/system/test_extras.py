@@ -27,10 +27,8 @@ from run_directories import write_run
 
 # Modules that make pages; all others are imported without any extra.
 PAGES = {
-    "causes", "comparison", "details", "figures.attribution", "figures.canvas",
-    "figures.causes", "figures.change", "figures.forest", "figures.ledger",
-    "figures.progress", "figures.scatter", "figures.sequences", "figures.sweep",
-    "ledger_page", "page", "run_page",
+    "comparison", "figures.attribution", "figures.canvas", "figures.change",
+    "figures.charts", "figures.checkpoints", "figures.ledger", "ledger_page", "run_page",
 }  # fmt: skip
 ONLY = "import json, sys, installed; installed.only(*sys.argv[1].split())\n"
 MISSING = "print(json.dumps(installed.missing_imports()))"

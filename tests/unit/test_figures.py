@@ -14,9 +14,9 @@ from entropy_ddp.ledger.lines import RunLog
 from entropy_ddp.report.comparison import comparison_page
 from entropy_ddp.report.figures.canvas import Figure
 from entropy_ddp.report.figures.ledger import curve_and_sums, parts_by_step
-from entropy_ddp.report.files import read_run
 from entropy_ddp.report.run_page import run_page
 from entropy_ddp.report.subjects import group_runs
+from entropy_ddp.results.reading import read_run
 
 
 def drawn(figure: Figure) -> MatplotlibFigure:

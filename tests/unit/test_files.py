@@ -20,9 +20,8 @@ from entropy_ddp.data.files import (
     read_batch,
     require_rewards,
     sequence_to_row,
-    write_jsonl,
 )
-from entropy_ddp.data.jsonlines import read_rows
+from entropy_ddp.data.jsonlines import read_rows, write_jsonl
 from entropy_ddp.data.rows import make_sequence
 from entropy_ddp.errors import InputError, RunError
 

@@ -30,8 +30,9 @@ ROOMS = (
     "results",
     "audit",
     "ledger",
-    "report",
+    "answers",
     "terminal",
+    "report",
     "demo",
     "probe",
     "api",
@@ -51,10 +52,20 @@ RESERVED = {
     "jinja2": {"report/page.py"},
 }
 HEAVY = {"torch", "numpy", "transformers", "peft", "accelerate", "trl", "safetensors"}
-# What runs before a command does: help and usage errors need no more.
+# What `pip install entropy_ddp` alone does not bring.
+EXTRAS = {
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "trl",
+    "datasets",
+    "pyarrow",
+    "math_verify",
+}
+# What runs before a command does, help and usage errors, and after it: no model.
 LIGHT_ROOMS = {
     "__init__", "__main__", "errors", "files", "interruption", "names",
-    "config", "ledger", "cli",
+    "config", "ledger", "results", "answers", "terminal", "cli",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -150,6 +161,20 @@ def test_what_needs_no_model_imports_no_heavy_library(path: Path) -> None:
     if room == "report":
         # Its figures are drawn from arrays.
         assert not loaded & (HEAVY - {"numpy"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_base_install_imports_no_extra(path: Path) -> None:
+    """Nor does anything that is imported with it, but for the figures of pages."""
+    loaded = {name.partition(".")[0] for name in imported_with(module_of(path))}
+    allowed = {"matplotlib"} if room_of(path) == "report" else set()
+    assert loaded & EXTRAS <= allowed
+
+
+@pytest.mark.parametrize("module", ["page", "subjects", "token_text", "writing"])
+def test_pages_are_refused_before_an_extra_is_imported(module: str) -> None:
+    """What is missing is said in one line, by what needs none of it."""
+    assert not imported_with(f"entropy_ddp.report.{module}") & EXTRAS
 
 
 def module_of(path: Path) -> str:

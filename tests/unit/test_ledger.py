@@ -18,7 +18,7 @@ from entropy_ddp.ledger.accumulate import Ledger, accumulate
 from entropy_ddp.ledger.lines import read_ledger
 from entropy_ddp.report.ledger_page import ledger_page
 from entropy_ddp.report.page import render_page
-from entropy_ddp.terminal.ledger import print_ledger
+from entropy_ddp.terminal.commands import print_ledger
 
 
 def run_line(first: int = 1, steps: int = 3) -> dict[str, Any]:

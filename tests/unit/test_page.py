@@ -18,13 +18,12 @@ from run_directories import (
 )
 
 from entropy_ddp.report.figures.canvas import LARGEST_SCATTER, PALETTE
-from entropy_ddp.report.figures.sequences import against
-from entropy_ddp.report.files import read_run
-from entropy_ddp.report.page import render_page
+from entropy_ddp.report.figures.change import against
+from entropy_ddp.report.page import Page, render_page
 from entropy_ddp.report.run_page import run_page
 from entropy_ddp.report.subjects import group_runs
-from entropy_ddp.report.view import Page
 from entropy_ddp.report.writing import write_report
+from entropy_ddp.results.reading import read_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'{{ 7*7 }}"
 VOID = {"meta", "link", "br", "img", "hr", "input"}

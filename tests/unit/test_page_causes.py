@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from run_directories import write_run
 
+from entropy_ddp.answers.cells import Table
+from entropy_ddp.answers.shares import KINDS, SharesByKind, sentence, together
 from entropy_ddp.report.comparison import comparison_page
-from entropy_ddp.report.files import StoredRun, read_run
-from entropy_ddp.report.kinds import KINDS, SharesByKind, sentence, together
-from entropy_ddp.report.page import render_page
+from entropy_ddp.report.page import Page, Section, hover, render_page
 from entropy_ddp.report.run_page import run_page
 from entropy_ddp.report.subjects import group_runs
-from entropy_ddp.report.view import Page, Section, Table
+from entropy_ddp.results.reading import StoredRun, read_run
 
 TEXTS = [["1"] * 9, ["3"] * 2, ["4"] * 7, ["5"] * 6]
 FIXED = "\N{NO-BREAK SPACE}"
@@ -98,13 +98,13 @@ def test_shares_are_summed_by_sign_and_probability(
     count = sum(map(len, expected.values()))
     total = sum(map(sum, expected.values()))
     rows = table(page, "Shares by sign of the advantage and by probability").rows
-    shown = {row[0].text.replace(FIXED, " "): row for row in rows}
-    assert len(shown) == 5 and int(shown["all"][1].title) == count
+    shown = {row[0].value.replace(FIXED, " "): row for row in rows}
+    assert len(shown) == 5 and shown["all"][1].value == count
     for (fails, improbable), shares in expected.items():
         kind = f"A {'<' if fails else '>'} 0, p {'<' if improbable else '≥'} 0.5"
-        assert int(shown[kind][1].title) == len(shares)
-        assert float(shown[kind][3].title) == pytest.approx(sum(shares))
-        assert float(shown[kind][4].title) == pytest.approx(sum(shares) / total)
+        assert shown[kind][1].value == len(shares)
+        assert shown[kind][3].value == pytest.approx(sum(shares))
+        assert shown[kind][4].value == pytest.approx(sum(shares) / total)
     leading = max(expected, key=lambda key: sum(expected[key]) / total)
     assert leading == (True, True)
     said = section(page, "attribution").lead.replace(FIXED, " ")
@@ -119,8 +119,8 @@ def test_shares_are_summed_by_sign_and_probability(
 def test_parts_stand_at_every_checkpoint(page: Page) -> None:
     """In order of the steps; what is 0 everywhere is not drawn."""
     rows = table(page, "Parts and shares, at each checkpoint").rows
-    assert [row[0].text for row in rows] == [f"step{FIXED}{n}" for n in (10, 20, 60)]
-    momentum = [float(row[1].title) for row in rows]
+    assert [row[0].value for row in rows] == [f"step{FIXED}{n}" for n in (10, 20, 60)]
+    momentum = [row[1].value for row in rows]
     assert momentum == pytest.approx([-1e-3, -2e-3, -6e-3])
     lead = section(page, "attribution").lead
     assert "momentum −0.009 and gradient of U −6 × 10⁻⁴" in lead.replace(FIXED, " ")
@@ -131,19 +131,16 @@ def test_parts_stand_at_every_checkpoint(page: Page) -> None:
 def test_the_strongest_tokens_of_all_runs_are_named(page: Page) -> None:
     """The largest share first, with the run that it is of."""
     rows = table(page, "The tokens that matter most, of all runs").rows
-    assert [row[1].marked for row in rows] == [
+    assert [row[-1].value for row in rows] == [
         ("a", f"T{step}", "b") for step in (60, 20, 10)
     ]
-    assert [row[-1].text for row in rows] == [f"step{FIXED}{n}" for n in (60, 20, 10)]
+    assert [row[-2].value for row in rows] == [f"step{FIXED}{n}" for n in (60, 20, 10)]
 
 
 def test_rules_are_summed_and_the_best_is_shown(page: Page) -> None:
     """Of those that need no shares: here the second leaves -0.0021 of first order."""
     rows = table(page, "All rules as numbers").rows
-    shown = {
-        row[0].text: [float(cell.title.split(" ± ")[0]) for cell in row[1:]]
-        for row in rows
-    }
+    shown = {row[0].value: [cell.value for cell in row[1:]] for row in rows}
     assert shown["nothing left out"] == pytest.approx([0, -0.0063, -0.006])
     assert shown[RULES[0]] == pytest.approx([90, 0.0009, 0.0018])
     assert shown[RULES[1]] == pytest.approx([93, -0.0021, -0.0012])
@@ -156,7 +153,7 @@ def test_rules_are_summed_and_the_best_is_shown(page: Page) -> None:
     assert "it is −0.001200 ± 0.000017." in said
     by_step = table(page, "What if, at each checkpoint")
     assert by_step.columns[1:] == [f"step{FIXED}{n}" for n in (10, 20, 60)]
-    assert by_step.rows[2][3].title == f"{2e-5 * 60 - 1e-3!r} ± 1e-05"
+    assert hover(by_step.rows[2][3]) == f"{2e-5 * 60 - 1e-3!r} ± 1e-05"
 
 
 def test_what_some_runs_lack_is_said(tmp_path: Path) -> None:
@@ -170,7 +167,7 @@ def test_what_some_runs_lack_is_said(tmp_path: Path) -> None:
         section.lead for section in page.sections
     )
     shown = table(page, "All rules as numbers")
-    assert [row[0].text for row in shown.rows] == ["nothing left out", RULES[1]]
+    assert [row[0].value for row in shown.rows] == ["nothing left out", RULES[1]]
     assert list(shown.columns) == ["left out", "tokens", "first order"]
     caption = section(page, "what-if").figures[0].caption
     assert "both predicted by first order" in caption
@@ -223,7 +220,7 @@ def test_one_run_has_the_same_table(runs: list[Path]) -> None:
     page = run_page(group_runs([read_run(runs[0])])[0])
     rows = table(page, "Shares by sign of the advantage and by probability").rows
     expected = sums_of(runs[:1])
-    assert float(rows[0][3].title) == pytest.approx(sum(expected[True, True]))
+    assert rows[0][3].value == pytest.approx(sum(expected[True, True]))
     assert "are" in section(page, "attribution").lead
     said = re.sub(FIXED, " ", section(page, "attribution").lead)
     assert "Tokens with A < 0 and p < 0.5 are" in said

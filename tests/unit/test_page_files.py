@@ -11,8 +11,7 @@ from run_directories import CURVATURE, sweep_part, write_run
 
 from entropy_ddp.cli import main
 from entropy_ddp.report import writing
-from entropy_ddp.report.files import READABLE_SCHEMA_VERSION
-from entropy_ddp.results import SCHEMA_VERSION, UNFINISHED
+from entropy_ddp.results import UNFINISHED
 
 TEXTS = [["1", "2"], ["3"], ["4", "5", "6"]]
 
@@ -74,11 +73,6 @@ def test_the_missing_extra_is_named(
     arguments = ["probe", "--report", "--config", str(config), "--out", str(tmp_path)]
     result = CliRunner().invoke(main, arguments)
     assert_refused(result, *words)
-
-
-def test_the_schema_that_is_read_is_the_one_that_is_written() -> None:
-    """The reader has a number of its own, as the writer imports torch."""
-    assert READABLE_SCHEMA_VERSION == SCHEMA_VERSION
 
 
 @pytest.mark.slow

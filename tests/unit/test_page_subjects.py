@@ -10,11 +10,11 @@ from run_directories import CURVATURE, sweep_part, write_run
 
 from entropy_ddp.errors import InputError
 from entropy_ddp.report.comparison import comparison_page
-from entropy_ddp.report.files import read_run
+from entropy_ddp.report.page import Page, shown
 from entropy_ddp.report.run_page import run_page
 from entropy_ddp.report.subjects import Subject, group_runs
-from entropy_ddp.report.view import Page
 from entropy_ddp.report.writing import write_report
+from entropy_ddp.results.reading import read_run
 
 TEXTS = [["1", "2"], ["3"], ["4", "5", "6"]]
 COMPLAINT = {
@@ -48,7 +48,7 @@ def test_probe_sweep_and_attribution_make_one_page(tmp_path: Path) -> None:
     page = run_page(subject)
     ids = [section.id for section in page.sections]
     assert ids == ["prediction", "sweep", "responses", "attribution", "run"]
-    assert [c.name for c in page.complaints] == ["sweep: what is swept"]
+    assert [c["name"] for c in page.complaints] == ["sweep: what is swept"]
 
 
 def test_a_part_that_no_run_has_is_left_out(tmp_path: Path) -> None:
@@ -156,13 +156,13 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
     ]
     page = compare(*runs)
     rows = page.sections[0].tables[0].rows
-    assert [row[0].text for row in rows] == [
+    assert [row[0].value for row in rows] == [
         "step\N{NO-BREAK SPACE}20",
         "step\N{NO-BREAK SPACE}40",
         "step\N{NO-BREAK SPACE}100",
     ]
-    assert [row[1].title for row in rows] == ["0.25", "0.2", "0.1"]
-    assert [row[-1].text for row in rows] == ["ok", "untrusted", "ok"]
+    assert [row[1].value for row in rows] == [0.25, 0.2, 0.1]
+    assert [shown(row[-1]) for row in rows] == ["ok", "untrusted", "ok"]
     assert (
         page.alarm == "1 of 3 checkpoints not to be trusted: step\N{NO-BREAK SPACE}40."
     )
@@ -250,8 +250,8 @@ def test_what_several_checkpoints_complain_of_is_said_once(tmp_path: Path) -> No
     page = compare(*runs)
     (complaint,) = page.complaints
     steps = [f"step\N{NO-BREAK SPACE}{step}" for step in (20, 40, 60)]
-    assert complaint.name == f"{steps[0]}, {steps[1]} and {steps[2]}: what is swept"
-    assert complaint.value == "20, 40 and 60"
+    assert complaint["name"] == f"{steps[0]}, {steps[1]} and {steps[2]}: what is swept"
+    assert complaint["value"] == "20, 40 and 60"
     assert page.checked == "3 of 3 checks complain."
 
 
@@ -263,10 +263,10 @@ def test_runs_without_steps_keep_their_order(tmp_path: Path) -> None:
     ]
     page = compare(*runs)
     rows = page.sections[0].tables[0].rows
-    assert [row[0].text for row in rows] == ["second", "first"]
+    assert [row[0].value for row in rows] == ["second", "first"]
     same = write_run(tmp_path / "other" / "first", config={"update.loss": "nll"})
     rows = compare(runs[1], same).sections[0].tables[0].rows
-    assert [row[0].text for row in rows] == [str(runs[1]), str(same)]
+    assert [row[0].value for row in rows] == [str(runs[1]), str(same)]
 
 
 def test_different_units_are_not_compared(tmp_path: Path) -> None:

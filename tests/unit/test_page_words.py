@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_directories import CURVATURE, DOCUMENT, sweep_part
 
-from entropy_ddp.report import answer
-from entropy_ddp.report.words import (
+from entropy_ddp.answers import headline
+from entropy_ddp.answers.words import (
     differing,
     number,
     percent,
@@ -100,37 +100,37 @@ SENTENCES = {
 @pytest.mark.parametrize(("change", "sentence"), SENTENCES.items())
 def test_the_answer_is_a_sentence(change: float, sentence: str) -> None:
     """A fall, a rise, or neither when it drowns in its error."""
-    said = answer.headline(document(delta_h_true=change))
+    said = headline.headline(document(delta_h_true=change))
     assert plain("".join(said)) == sentence
 
 
 def test_no_change_is_no_change() -> None:
     """An update without signal and momentum."""
-    said = "".join(answer.headline(document(delta_h_true=0.0, se=0.0)))
+    said = "".join(headline.headline(document(delta_h_true=0.0, se=0.0)))
     assert said == "One Dr. GRPO step leaves the entropy as it is."
 
 
 def test_the_answer_is_also_a_share_of_the_entropy() -> None:
     """With its error, and with what was predicted."""
-    assert plain(answer.lead(document())) == (
+    assert plain(headline.lead(document())) == (
         "It falls by 0.800 ± 0.044 % of itself, 0.2500 ± 0.0060 before. First order "
         "predicts −0.00210 ± 0.00012."
     )
     old = document()
     for key in ("H_orig_se", "H_upd_se", "noise_floor"):
         del old["truth"][key]
-    assert plain(answer.lead(old)) == (
+    assert plain(headline.lead(old)) == (
         "It falls by 0.800 ± 0.040 % of itself. First order predicts −0.00210 ± 0.00012."
     )
 
 
 def test_rounding_is_in_the_error_that_is_shown() -> None:
     """Where it is as large as the sampling error, and a fall is none any more."""
-    said = "".join(answer.headline(document(noise_floor=0.0001)))
+    said = "".join(headline.headline(document(noise_floor=0.0001)))
     assert "lowers the entropy by 0.00200 ± 0.00014" in plain(said)
-    said = "".join(answer.headline(document(noise_floor=0.002)))
+    said = "".join(headline.headline(document(noise_floor=0.002)))
     assert "changes the entropy by −0.0020 ± 0.0020" in plain(said)
-    assert answer.sign(document(noise_floor=0.002)) == ""
+    assert headline.sign(document(noise_floor=0.002)) == ""
 
 
 SECOND_ORDER = {
@@ -153,8 +153,8 @@ def test_what_the_second_order_misses(
     second, paired, noise = case
     found = document(noise_floor=noise)
     found["curvature"] = CURVATURE | {"delta_h2": second, "difference_se": paired}
-    assert plain(answer.second_order(found)).endswith(said)
-    assert answer.second_order(document()) == ""
+    assert plain(headline.second_order(found)).endswith(said)
+    assert headline.second_order(document()) == ""
 
 
 def swept(**changes: Any) -> dict[str, Any]:
@@ -166,34 +166,34 @@ def swept(**changes: Any) -> dict[str, Any]:
 
 def test_what_a_sweep_says() -> None:
     """Of trusted points that stand out of their errors, with the error that is left."""
-    said = plain(" ".join(answer.sweep_sentences(swept())))
+    said = plain(" ".join(headline.sweep_sentences(swept())))
     assert said.startswith(
         "First order and truth agree within two standard errors of the truth from 1 × "
         "10⁻⁴ to 0.001, where these are 10 % of it. The measured change grows as the "
         "learning rate to the power 0.9900 ± 0.0040; 1 is what first order says."
     )
     assert "η*" not in said
-    said = " ".join(answer.sweep_sentences(swept() | {"curvature": CURVATURE}))
+    said = " ".join(headline.sweep_sentences(swept() | {"curvature": CURVATURE}))
     assert "η* = 0.090 ± 0.034" in plain(said)
     known = CURVATURE | {"se": 40.0}
-    said = " ".join(answer.sweep_sentences(swept() | {"curvature": known}))
+    said = " ".join(headline.sweep_sentences(swept() | {"curvature": known}))
     assert "η*, is not resolved" in said and "0.09" not in said
 
 
 def test_a_sweep_says_nothing_of_what_is_not_trusted_or_not_seen() -> None:
     """Few effective responses, or changes within their errors."""
-    told = answer.sweep_sentences(swept(trusted=False))
+    told = headline.sweep_sentences(swept(trusted=False))
     assert told[0] == (
         "No step size of the sweep has enough effective responses to be trusted."
     )
     assert "3 step sizes" in told[1] and "outside every statement" in told[1]
-    assert answer.sweep_sentences(swept(se=1.0))[0] == (
+    assert headline.sweep_sentences(swept(se=1.0))[0] == (
         "No measured change of the sweep stands out of its error."
     )
     # A range of agreement of another version that reached into such points.
     found = swept()
     found["sweep"][1] |= {"trusted": False}
-    assert answer.reach(found)[1].endswith(
+    assert headline.reach(found)[1].endswith(
         "up to 1\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10⁻⁴"
     )
 
@@ -241,13 +241,13 @@ def test_no_sentence_has_a_digit_that_its_error_does_not_support(
     found["curvature"] = CURVATURE | {
         "delta_h2": value + missed * se / 30, "delta_h2_se": se, "difference_se": se / 30,
     }  # fmt: skip
-    for said in ("".join(answer.headline(found)), answer.lead(found)):
+    for said in ("".join(headline.headline(found)), headline.lead(found)):
         rest = PAIR.sub("", plain(said))
         assert not re.search(r"\d", rest), said
-    second = plain(answer.second_order(found))
+    second = plain(headline.second_order(found))
     rest = PAIR.sub("", re.sub(r"difference, [^,]*\.$", "", second))
     assert not re.search(r"\d", rest), second
-    for pair in PAIR.finditer(plain(answer.lead(found)) + second):
+    for pair in PAIR.finditer(plain(headline.lead(found)) + second):
         value_text, error_text = pair["value"], pair["error"]
         assert _places(value_text) == _places(error_text), pair[0]
         digits = error_text.replace(".", "").replace(",", "").lstrip("0")
@@ -268,15 +268,17 @@ def _places(number: str) -> int:
 
 def test_other_normalisations_have_their_units() -> None:
     """Nats per sequence, or in all."""
-    assert "nats per sequence" in answer.headline(document(normalize="per_sequence"))[2]
-    assert "nats in all" in answer.headline(document(normalize="sum"))[2]
+    assert (
+        "nats per sequence" in headline.headline(document(normalize="per_sequence"))[2]
+    )
+    assert "nats in all" in headline.headline(document(normalize="sum"))[2]
 
 
 def test_a_given_change_is_no_step() -> None:
     """A change that was loaded has no loss to name."""
     update = {**DOCUMENT["update"], "delta": "delta.safetensors"}
     del update["loss"]
-    assert answer.subject_of(update) == "The given change of the parameters"
+    assert headline.subject_of(update) == "The given change of the parameters"
 
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

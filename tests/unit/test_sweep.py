@@ -10,12 +10,11 @@ from torch import Tensor
 
 from entropy_ddp.estimators.step_sizes import (
     SMALLEST_SHARE,
-    SweepPoint,
-    SweepSummary,
     choose_grid,
     predicted_ess_fraction,
     summarise,
 )
+from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
 
 GRID_RTOL = 1e-5  # learning rates are rounded to six digits
 ESS_ATOL = 1e-5

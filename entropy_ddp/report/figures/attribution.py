@@ -7,6 +7,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as MatplotlibFigure
 
+from entropy_ddp.answers.headline import Document
+from entropy_ddp.answers.words import (
+    AXIS_UNITS,
+    is_resolved,
+    linear_error,
+    name_of_kind,
+    supported_percent,
+    title_of_kinds,
+)
 from entropy_ddp.report.figures.canvas import (
     Figure,
     Palette,
@@ -16,24 +25,17 @@ from entropy_ddp.report.figures.canvas import (
     sign_colour,
     unit_label,
 )
-from entropy_ddp.report.figures.forest import (
+from entropy_ddp.report.figures.charts import (
     FRAME_PIXELS,
     ROW_PIXELS,
+    Axis,
     Estimate,
     draw_forest,
     forest_height,
-)
-from entropy_ddp.report.figures.scatter import Axis, scatter, what_is_drawn
-from entropy_ddp.report.words import (
-    AXIS_UNITS,
-    is_resolved,
-    linear_error,
-    name_of_kind,
-    supported_percent,
-    title_of_kinds,
+    scatter,
+    what_is_drawn,
 )
 
-Document = dict[str, Any]
 Bar = tuple[str, float]
 
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from entropy_ddp.report.words import MINUS, number, power_of_ten
+from entropy_ddp.answers.words import MINUS, number, power_of_ten
 
 WIDTH = 440  # CSS pixels at natural size, which the page scales
 PNG_PIXELS_PER_POINT = 3

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
+from entropy_ddp.answers.words import GIVEN_E, number
 from entropy_ddp.ledger.accumulate import PARTS, Ledger
 from entropy_ddp.report.figures.canvas import (
     Figure,
@@ -16,7 +17,6 @@ from entropy_ddp.report.figures.canvas import (
     unit_label,
     whole_ticks,
 )
-from entropy_ddp.report.words import GIVEN_E, number
 
 UNIT = "nats/token"
 # Name in the legend, colour in the palette, and line of each series.

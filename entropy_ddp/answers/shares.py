@@ -6,8 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_ddp.report.view import Cell, Table, digits, given_e, words
-from entropy_ddp.report.words import (
+from entropy_ddp.answers.cells import (
+    Row,
+    Table,
+    number,
+    part,
+    share,
+    share_part,
+    text,
+)
+from entropy_ddp.answers.words import (
     FIXED,
     GIVEN_E,
     is_resolved,
@@ -71,9 +79,9 @@ def together(several: Iterable[SharesByKind]) -> SharesByKind:
     """The sums of several runs added up."""
     found = SharesByKind()
     for one in several:
-        for kind, part in one.sums.items():
-            found.sums[kind].num_tokens += part.num_tokens
-            found.sums[kind].share += part.share
+        for kind, summed in one.sums.items():
+            found.sums[kind].num_tokens += summed.num_tokens
+            found.sums[kind].share += summed.share
     return found
 
 
@@ -85,8 +93,8 @@ def _kind(row: Mapping[str, Any]) -> str:
 
 
 def named(kind: str) -> str:
-    """A kind in a sentence."""
-    return f"tokens with {unbroken(kind).replace(', ', ' and ')}"
+    """A kind at the beginning of a sentence."""
+    return f"Tokens with {unbroken(kind).replace(', ', ' and ')}"
 
 
 def unbroken(kind: str) -> str:
@@ -106,52 +114,44 @@ def sentence(found: SharesByKind, unit: str, error: float) -> str:
     if not total:
         return "The shares of U's tokens add up to nothing."
     kind = found.leading()
-    part = found.sums[kind]
-    tokens = named(kind)
-    begin = f"{tokens[0].upper()}{tokens[1:]} are "
-    begin += f"{percent(part.num_tokens / found.num_tokens)} of U's tokens and "
-    ratio = part.share / total
+    leading = found.sums[kind]
+    of_all = percent(leading.num_tokens / found.num_tokens)
+    begin = f"{named(kind)} are {of_all} of U's tokens and "
+    ratio = leading.share / total
     if ratio <= 1 and is_resolved(total, error):
         others = ", all others together the rest" if ratio < 1 else ""
-        share = supported_percent(ratio, error / abs(total))
-        return f"{begin}make {share} of the gradient's part{others}."
+        shown = supported_percent(ratio, error / abs(total))
+        return f"{begin}make {shown} of the gradient's part{others}."
     # More than all of it, or of what may be nothing: a percentage would hide that.
-    alone = supported(part.share, error, 3, signed=True)
+    alone = supported(leading.share, error, 3, signed=True)
     begin += f"would alone move the entropy by {alone} {unit}; the others "
     if ratio <= 1:
-        rest = supported(total - part.share, error, 3, signed=True)
+        rest = supported(total - leading.share, error, 3, signed=True)
         return f"{begin}by {rest}, all on this E: the whole is within its error."
-    return f"{begin}take {supported(abs(total - part.share), error, 3)} of it back."
+    return f"{begin}take {supported(abs(total - leading.share), error, 3)} of it back."
 
 
 def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Table:
-    """All kinds as numbers.
+    """All kinds as numbers; arguments as of `sentence`.
 
     Args:
-        found: the sums.
-        unit: of shares.
         summed_over: over what they are taken.
-        error: standard error of the first-order change that they are part of.
     """
     total = found.share
-    relative = error / abs(total) if total else 0.0
-    rows = []
-    for kind, part in found.sums.items():
-        if part.num_tokens:
-            of_all, of_total = part.num_tokens / found.num_tokens, None
-            if total:
-                of_total = part.share / total
-            rows.append(
-                [
-                    words(unbroken(kind)), digits(part.num_tokens), _share(of_all),
-                    given_e(part.share, error), _share(of_total, relative),
-                ]
-            )  # fmt: skip
+    rows: list[Row] = [
+        (
+            text(unbroken(kind)), number(one.num_tokens, 9),
+            share(one.num_tokens / found.num_tokens),
+            part(one.share, error), share_part(one.share, total, error),
+        )
+        for kind, one in found.sums.items()
+        if one.num_tokens
+    ]  # fmt: skip
     rows.append(
-        [
-            words("all"), digits(found.num_tokens), _share(1.0),
-            given_e(total, error), _share(1.0 if total else None),
-        ]
+        (
+            text("all"), number(found.num_tokens, 9), share(1.0), part(total, error),
+            share_part(total, total, error),
+        )
     )  # fmt: skip
     return Table(
         title="Shares by sign of the advantage and by probability",
@@ -163,20 +163,3 @@ def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Tab
             f"Summed over {summed_over}. A negative share lowers the entropy. {GIVEN_E}"
         ),
     )  # fmt: skip
-
-
-def _share(value: float | None, error: float = 0.0) -> Cell:
-    """A share; of a whole that is within its error it is seen on hover only.
-
-    Args:
-        value: the share.
-        error: standard error of the whole over its size; 0 for a count.
-    """
-    if value is None:
-        return Cell(text="–", is_number=True)
-    text = "–"
-    if not error:
-        text = percent(value)
-    elif is_resolved(1.0, error):
-        text = supported_percent(value, error)
-    return Cell(text=text, title=repr(value), is_number=True)

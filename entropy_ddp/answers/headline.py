@@ -1,39 +1,29 @@
-"""The answer in words, chosen by the sign and the size of the numbers."""
+"""The answer in words, chosen by the sign and the size of the numbers.
+
+Every function takes what results.json holds.
+"""
 
 import math
 from typing import Any
 
-from entropy_ddp.names import short_name
-from entropy_ddp.report import words
-from entropy_ddp.report.subjects import Subject
-from entropy_ddp.report.view import Complaint, Glance
-from entropy_ddp.report.words import (
-    FIXED,
+from entropy_ddp.answers.words import (
     LOSSES,
-    RESOLVED,
     UNITS,
-    around,
     count,
-    exact,
+    is_resolved,
     linear_error,
     missed_error,
     number,
     percent,
     percent_with_error,
     shown_error,
-    supported,
-    supported_percent,
-    true_minus,
-    typeset,
-    visible,
     with_error,
 )
 
 Document = dict[str, Any]
 # `truth.ess_warn` where nothing else is set.
 DEFAULT_ESS_WARN = 0.5
-# Characters on both sides of the strongest token.
-CONTEXT = 24
+VERDICTS = ("ok", "warn", "fail")
 
 
 def subject_of(update: dict[str, Any]) -> str:
@@ -43,15 +33,15 @@ def subject_of(update: dict[str, Any]) -> str:
     return f"One {LOSSES.get(update['loss'], update['loss'])} step"
 
 
-def is_resolved(truth: dict[str, Any]) -> bool:
+def stands_out(truth: dict[str, Any]) -> bool:
     """Whether the measured change stands out of its error."""
-    return words.is_resolved(truth["delta_h_true"], shown_error(truth))
+    return is_resolved(truth["delta_h_true"], shown_error(truth))
 
 
 def sign(document: Document) -> str:
     """`cold` for a fall, `warm` for a rise, empty for what may be neither."""
     truth = document["truth"]
-    if not is_resolved(truth) or document["status"] != "ok":
+    if not stands_out(truth) or document["status"] != "ok":
         return ""
     return "cold" if truth["delta_h_true"] < 0 else "warm"
 
@@ -63,7 +53,7 @@ def headline(document: Document) -> tuple[str, str, str]:
     unit = UNITS[truth["normalize"]]
     if change == 0 and truth["se"] == 0:
         return f"{subject} leaves the entropy ", "as it is", "."
-    if not is_resolved(truth):
+    if not stands_out(truth):
         value = with_error(change, error)
         after = f" {unit}: too little to tell from zero."
         return f"{subject} changes the entropy by ", value, after
@@ -81,7 +71,7 @@ def lead(document: Document) -> str:
     if before > 0:
         share, error = change / before, shown_error(truth) / before
         error = math.hypot(error, share * truth.get("H_orig_se", 0.0) / before)
-        if is_resolved(truth):
+        if stands_out(truth):
             verb = "falls" if change < 0 else "rises"
             pair = percent_with_error(abs(share), error, signed=False)
             sentences.append(f"It {verb} by {pair} of itself{_entropy(truth)}.")
@@ -108,7 +98,7 @@ def second_order(document: Document) -> str:
     missed = truth["delta_h_true"] - curvature["delta_h2"]
     error = missed_error(document, "curvature")
     begin = f"With the curvature of the step the prediction is {second}, and it misses"
-    if words.is_resolved(missed, error):
+    if is_resolved(missed, error):
         return f"{begin} the truth by {with_error(missed, error)}."
     return f"{begin} nothing beyond the error of the difference, {number(error, 2)}."
 
@@ -128,7 +118,9 @@ def reach(document: Document) -> tuple[str, str]:
     summary = document["sweep_summary"]
     points = [p for p in document["sweep"] if p["eta"] > 0 and is_trusted(p)]
     floor = summary["noise_floor"]
-    told = [p for p in points if _stands_out(p, floor)]
+    told = [
+        p for p in points if is_resolved(p["delta_h_true"], math.hypot(p["se"], floor))
+    ]
     agreement = summary.get("agreement")
     # What another version let reach into points that are not trusted ends before them.
     inside = [p for p in told if agreement and p["eta"] <= agreement[1]]
@@ -147,10 +139,6 @@ def reach(document: Document) -> tuple[str, str]:
     elif not told:
         why = "No measured change of the sweep stands out of its error"
     return why, why
-
-
-def _stands_out(point: dict[str, Any], floor: float) -> bool:
-    return words.is_resolved(point["delta_h_true"], math.hypot(point["se"], floor))
 
 
 def sweep_sentences(document: Document) -> list[str]:
@@ -187,7 +175,7 @@ def sweep_sentences(document: Document) -> list[str]:
 def _edge(curvature: dict[str, Any]) -> str:
     """eta*, where the curvature is known well enough to tell it."""
     second, error = curvature["second_derivative"], curvature["se"]
-    if not words.is_resolved(second, error):
+    if not is_resolved(second, error):
         return (
             "The edge of the linear regime, η*, is not resolved: the curvature is not."
         )
@@ -195,168 +183,10 @@ def _edge(curvature: dict[str, Any]) -> str:
     return f"The second order equals the first at η* = {edge}, the edge of the linear regime."
 
 
-def glances(subject: Subject) -> list[Glance]:
-    """How sure, whether to trust it, and what did it."""
-    document = subject.document
-    answers = [_how_much(document), _how_sure(document), _trust(document)]
-    if "attribution" in document:
-        answers.append(_what_did_it(document))
-    return answers
-
-
-def _how_much(document: Document) -> Glance:
-    truth = document["truth"]
-    before, change = truth["H_orig"], truth["delta_h_true"]
-    error = shown_error(truth)
-    answer = supported(change, error, 3, signed=True)
-    if before > 0:
-        answer = supported(100 * change / before, 100 * error / before, 2, signed=True)
-        answer += f"{FIXED}%"
-    pair = with_error(change, error)
-    detail = f"{pair} {UNITS[truth['normalize']]}"
-    spread = truth.get("H_orig_se")
-    if spread is not None:
-        bits = with_error(before / math.log(2), spread / math.log(2), signed=False)
-        detail += f"; H is {bits} bits before the step"
-        if truth["normalize"] == "per_token" and 0 < before < 10:
-            choices = supported(math.exp(before), math.exp(before) * spread, 2)
-            detail += f". The policy chooses among about {choices} tokens at each step"
-    return Glance(question="How much?", answer=answer, detail=detail + ".")
-
-
-def _how_sure(document: Document) -> Glance:
-    truth = document["truth"]
-    change, error = truth["delta_h_true"], shown_error(truth)
-    groups = count(document["E"]["num_groups"], "prompt draw")
-    detail = f"± is one standard error over {groups} of E."
-    if error == 0:
-        return Glance(question="How sure?", answer="No error", detail=detail)
-    errors = abs(change) / error
-    answer, tone = f"{number(errors, 2)} standard errors", "good"
-    if not is_resolved(truth):
-        answer, tone = f"Only {number(errors, 2)} standard errors", "doubtful"
-        detail += " More responses in E would tell a fall from a rise."
-    if document["status"] != "ok":
-        tone = ""
-        detail += " In an untrusted run that error is not to be trusted either."
-    if change and is_resolved(truth):
-        detail += f" {_missed(document)}"
-    return Glance(question="How sure?", answer=answer, detail=detail, tone=tone)
-
-
-def _missed(document: Document) -> str:
-    """What first order misses of the change, by the paired error of the two."""
-    truth, linear = document["truth"], document["linear"]
-    change = truth["delta_h_true"]
-    missed = change - linear["delta_h1"]
-    paired = missed_error(document, "linear")
-    if missed and abs(missed) > RESOLVED * paired:
-        pair = percent_with_error(
-            abs(missed / change), paired / abs(change), signed=False
-        )
-        return f"First order misses {pair} of it: not noise."
-    return f"First order agrees with it within {percent(2 * paired / abs(change))}."
-
-
-def _trust(document: Document) -> Glance:
-    rows, ess = document["audit"], document["truth"]["ess_fraction"]
-    failed = sum(row["verdict"] == "fail" for row in rows)
-    warned = sum(row["verdict"] == "warn" for row in rows)
-    detail = f"Effective sample size {percent(ess, 3)} of E."
-    checks = count(len(rows), "check")
-    if failed or document["status"] != "ok":
-        answer, tone = "No", "bad"
-        detail = f"{failed} of {checks} failed. " + detail
-    elif warned:
-        answer, tone = "With reservations", "doubtful"
-        detail = f"{warned} of {checks} {'warns' if warned == 1 else 'warn'}. " + detail
-    else:
-        answer, tone = "Yes", "good"
-        detail = f"All {checks} passed. " + detail
-    return Glance(question="To be trusted?", answer=answer, detail=detail, tone=tone)
-
-
-def _what_did_it(document: Document) -> Glance:
-    found = document["attribution"]
-    named = {
-        "Momentum of earlier batches": found["momentum"],
-        "Weight decay": found["weight_decay"],
-        "The gradient of U": found["gradient"],
-    }
-    total, error = found["total"], linear_error(document)
-    name, value = max(named.items(), key=lambda item: abs(item[1]))
-    if not value or not total:
-        return Glance(
-            question="What did it?", answer="Nothing", detail="Every part of it is 0."
-        )
-    told = words.is_resolved(total, error)
-    same_sign = told and all(part * total >= 0 for part in named.values())
-    answer = (
-        f"{name}, {supported_percent(value / total, error / abs(total))}"
-        if same_sign
-        else name
-    )
-    gradient = found["gradient"]
-    if not gradient:
-        detail = "The gradient of U is zero."
-        return Glance(question="What did it?", answer=answer, detail=detail)
-    own = supported(gradient, error, 3, signed=True)
-    if same_sign:
-        own = supported_percent(gradient / total, error / abs(total))
-    detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
-    half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
-    detail = f"{detail}; {half}" if detail else half[0].upper() + half[1:]
-    return Glance(
-        question="What did it?",
-        answer=answer,
-        detail=f"{detail}, on this E. {_strongest(found['top_tokens'])}".strip(),
-    )
-
-
-def _strongest(tokens: list[dict[str, Any]]) -> str:
-    if not tokens or "context" not in tokens[0]:
-        return ""
-    before, token, after = tokens[0]["context"]
-    before, after = around(before, after, CONTEXT)
-    verb = "lowers" if tokens[0]["share"] < 0 else "raises"
-    context = f"{before}[{visible(token)}]{after}"
-    line = tokens[0]["index"] + 1
-    return f"The strongest token {verb} it: {context}, line{FIXED}{line} of U."
-
-
-def complaints(rows: list[dict[str, Any]]) -> list[Complaint]:
+def complaints(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The checks that are not ok: what fails before what only warns."""
     found = [row for row in rows if row["verdict"] != "ok"]
-    return [
-        Complaint(
-            verdict=row["verdict"],
-            name=row["name"],
-            value=as_text(row["value"]),
-            expected=typeset(row["expected"]),
-            hint=row["hint"][:1].upper() + row["hint"][1:],
-        )
-        for row in sorted(found, key=lambda row: row["verdict"])
-    ]
-
-
-def as_text(value: Any) -> str:
-    """What a check found, in few words."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (int, float)):
-        return number(value)
-    if isinstance(value, dict):
-        parts = (f"{short_name(name)}: {as_text(item)}" for name, item in value.items())
-        return "; ".join(parts)
-    return true_minus(exact(value)) if _is_number(value) else str(value)
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        float(text)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return sorted(found, key=lambda row: row["verdict"])
 
 
 def alarm(document: Document) -> str:
@@ -376,3 +206,39 @@ def checked(rows: list[dict[str, Any]]) -> str:
     if not told:
         return f"All {count(len(rows), 'check')} passed."
     return f"{' and '.join(told)} of {count(len(rows), 'check')}."
+
+
+def verdict_counts(document: Document) -> str:
+    """How many checks have each verdict."""
+    verdicts = [row["verdict"] for row in document["audit"]]
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
+
+
+def described(document: Document) -> dict[str, str]:
+    """What was probed, and on which machine, by name."""
+    run = document["run"]
+    lines: dict[str, str] = {}
+    for split in ("E", "U"):
+        if split in document:
+            batch = document[split]
+            lines[split] = (
+                f"{batch['num_sequences']:,} sequences in {batch['num_groups']:,} "
+                f"groups, {batch['num_tokens']:,} response tokens"
+            )
+    if "delta" in document["update"]:
+        lines["in place of a step"] = document["update"]["delta"]
+    ranks = count(run["world_size"], "rank")
+    machine = f"{ranks} on {run['device']}, {run['dtype']}, seed {run['seed']}"
+    lines["computed by"] = machine
+    if "memory" in run:
+        used, estimate = (
+            f"{run['memory'][name] / 1e9:.2f} GB"
+            for name in ("peak_bytes", "estimated_bytes")
+        )
+        lines["memory"] = f"{used} a rank at the peak ({estimate} estimated)"
+    if run.get("out_of_memory_retries"):
+        fitted = f"{run['tokens_per_microbatch']:,} tokens"
+        lines["memory ran out"] = f"at most {fitted} in a microbatch"
+    if run.get("resumed"):
+        lines["resumed, from before"] = ", ".join(run["resumed"])
+    return lines

@@ -14,6 +14,8 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-3, 1e6
 # Changes smaller than this many standard errors are not called falls or rises.
 RESOLVED = 2.0
+# Where there is no number.
+DASH = "–"
 DECILE = "probability decile"
 # Characters below which what texts have in common is not a template.
 TEMPLATE = 16
@@ -24,11 +26,11 @@ UNITS = {
     "per_sequence_token_mean": "nats per token (mean over sequences)",
     "sum": "nats in all",
 }
-# The same where there is little room.
+# The same on axes and above tables.
 AXIS_UNITS = {
     "per_token": "nats/token",
     "per_sequence": "nats/sequence",
-    "per_sequence_token_mean": "nats/token, mean",
+    "per_sequence_token_mean": "nats/token, mean over sequences",
     "sum": "nats",
 }
 LOSSES = {"dr_grpo": "Dr. GRPO", "grpo": "GRPO", "dapo": "DAPO", "nll": "NLL"}

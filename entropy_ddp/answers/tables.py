@@ -1,0 +1,556 @@
+"""Every table of a run, from what results.json holds; each is built here and only here."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from entropy_ddp.answers.cells import (
+    Cell,
+    Row,
+    Table,
+    change,
+    context,
+    decimal,
+    entry,
+    expression,
+    head,
+    level,
+    number,
+    part,
+    place,
+    share,
+    share_part,
+    size,
+    text,
+    verdict,
+)
+from entropy_ddp.answers.headline import (
+    Document,
+    described,
+    is_trusted,
+    second_order,
+    subject_of,
+)
+from entropy_ddp.answers.words import (
+    AXIS_UNITS,
+    GIVEN_E,
+    UNITS,
+    linear_error,
+    missed_error,
+    name_of_kind,
+    percent,
+    relative_error,
+    shown_error,
+    title_of_kinds,
+    with_error,
+)
+from entropy_ddp.answers.words import (
+    number as in_words,
+)
+from entropy_ddp.names import short_name
+
+AUDITS_ID = "audits"
+# What a probe shows of its audits: the sums, counts and gaps by which it can be wrong.
+CENTRAL_AUDITS = (
+    "gradient coverage: entropy (X)",
+    "gradient coverage: loss (Y)",
+    "delta_h1, ten decimals",
+    "delta_h1, ten digits",
+    "optimizer steps",
+    "sum_deriv_scales",
+    "total_tokens_used",
+    "duality gap",
+    "attribution gap",
+    "noise floor of delta_h_true",
+    "restored bits: parameters and optimizer state",
+    "equal on all ranks: parameters after the step",
+    "collectives: parameter buffers",
+)
+
+
+# The change
+
+
+def answer(document: Document) -> Table:
+    """Truth, prediction and their difference in standard errors, on one row."""
+    truth, linear = document["truth"], document["linear"]
+    missed = truth["delta_h_true"] - linear["delta_h1"]
+    paired = missed_error(document, "linear")
+    unit = AXIS_UNITS[truth["normalize"]]
+    before, spread = truth["H_orig"], truth.get("H_orig_se")
+    entropy = f"{in_words(before, 2)} {unit}"
+    if spread is not None:
+        pairs = [
+            with_error(before / per, spread / per, signed=False)
+            for per in (1.0, math.log(2))
+        ]
+        entropy = f"{pairs[0]} {unit} = {pairs[1]} bits"
+    notes = [
+        f"{entropy}; ± is one standard error.",
+        "The difference has a (paired) error of its own: it is what first order misses.",
+        second_order(document),
+    ]
+    subject = subject_of(document["update"])
+    return Table(
+        title=f"Entropy change of {subject[0].lower()}{subject[1:]}, {unit}",
+        columns=(
+            "H before", "ΔH true", "ΔH first order", "true - first order", "in SE",
+        ),
+        rows=[
+            (
+                level(before, spread),
+                change(truth["delta_h_true"], shown_error(truth)),
+                change(linear["delta_h1"], linear_error(document)),
+                change(missed, paired),
+                number(missed / paired if paired else None, 2, signed=True),
+            )
+        ],
+        caption="\n".join(note for note in notes if note),
+    )  # fmt: skip
+
+
+def measured(document: Document) -> Table:
+    """The numbers behind it, each by itself."""
+    truth, linear = document["truth"], document["linear"]
+    numbers = {
+        "entropy before": truth["H_orig"],
+        "its standard error, of another E": truth.get("H_orig_se"),
+        "entropy after": truth["H_upd"],
+        "its standard error too": truth.get("H_upd_se"),
+        "measured change": truth["delta_h_true"],
+        "its standard error": truth["se"],
+        "rounding in it": truth.get("noise_floor"),
+        "first-order change": linear["delta_h1"],
+        "its standard error, given the step": linear_error(document),
+        "standard error of their difference": linear["difference_se"],
+        "effective sample size, responses": truth["ess"],
+        "effective sample size over N": truth["ess_fraction"],
+        "responses with a clipped weight, share": truth["clip_fraction"],
+    }
+    unit = UNITS[truth["normalize"]]
+    return Table(
+        title="The change as numbers",
+        columns=("quantity", "value"),
+        rows=[(text(name), number(value, 5)) for name, value in numbers.items()],
+        caption=f"Entropies in {unit}; importance weights: {truth['is_mode']}.",
+        folded=True,
+    )
+
+
+def estimators(document: Document) -> Table:
+    """Every estimator of the same two numbers, with its error."""
+    rows: list[Row] = []
+    first = document["truth_all"][0]["se"]
+    for row in document["truth_all"]:
+        mark = "*" if row["is_mode"] == document["truth"]["is_mode"] else ""
+        cells = _estimate(row["delta_h_true"], row["se"], first, mark)
+        cells += _estimate(
+            row.get("delta_h_true_adjusted"), row.get("se_adjusted"), first
+        )
+        rows.append((text(f"true, {row['is_mode']}"), *cells))
+    rows.append(())
+    eta, linear = document["update"]["learning_rate_used"], document["linear"]
+    configured = (linear["score"], linear["baseline"], linear["control_variates"])
+    first = abs(eta) * document["linear_all"][0]["se"]
+    by_kind: dict[tuple[str, str], dict[bool, Document]] = {}
+    for row in document["linear_all"]:
+        kind = (row["score"], row["baseline"])
+        by_kind.setdefault(kind, {})[row["control_variates"]] = row
+    for (score, baseline), found in by_kind.items():
+        cells = ()
+        for with_variates in (False, True):
+            value = error = None
+            if with_variates in found:
+                row = found[with_variates]
+                value, error = eta * row["slope"], abs(eta) * row["se"]
+            mark = "*" if configured == (score, baseline, with_variates) else ""
+            cells += _estimate(value, error, first, mark)
+        name = "full" if score == "full" else f"{score}, {baseline}"
+        rows.append((text(f"first order, {name}"), *cells))
+    return Table(
+        title="All estimators of this run",
+        columns=("estimator", "ΔH", "needed", "ΔH with less noise", "needed"),
+        rows=rows,
+        caption=(
+            "* the configured one. Less noise: control variates removed, of the truth "
+            "what the best slope shows. Needed: sequences for the error of the first row "
+            f"of each kind. In {UNITS[document['truth']['normalize']]}."
+        ),
+        folded=True,
+    )
+
+
+def _estimate(
+    value: float | None, error: float | None, first: float, mark: str = ""
+) -> tuple[Cell, ...]:
+    """An estimate, and the share of the responses that its error would need."""
+    if value is None or error is None:
+        return text(""), text("")
+    needed = (error / first) ** 2 if first else None
+    return change(value, error, mark), share(needed, 3)
+
+
+def step(document: Document) -> Table:
+    """The step, and the terms of the slope along it."""
+    update, linear = document["update"], document["linear"]
+    eta, error = update["learning_rate_used"], linear_error(document)
+    rate = "eta of the change" if "delta" in update else "learning rate"
+    exact = {
+        rate: eta,
+        "norm of the change": update["param_update_l2"],
+        "gradient norm": update.get("grad_norm"),
+        "clip coefficient": update.get("clip_coef"),
+    }
+    rows: list[Row] = [head("the step")]
+    rows += [(text(n), number(v, 7)) for n, v in exact.items() if v is not None]
+    rows += [
+        head("ΔH first order by term"),
+        *((text(name), part(eta * v, error)) for name, v in linear["terms"].items()),
+        head("slope and curvature"),
+        (text("slope, nats / eta"), change(linear["slope"], linear["se"])),
+        (text("its error by jackknife"), size(linear["se_jackknife"], 2)),
+    ]
+    curvature = document.get("curvature", {})
+    for name, value, its_error in (
+        ("second derivative H''", "second_derivative", "se"),
+        ("ΔH second order", "delta_h2", "delta_h2_se"),
+        ("eta*, edge of linearity", "eta_star", "eta_star_se"),
+    ):
+        if value in curvature and its_error in curvature:
+            rows.append((text(name), change(curvature[value], curvature[its_error])))
+    moved = update["top_parameters"][0]
+    caption = f"moved most: {short_name(moved['name'])}, by {in_words(moved['l2'])}"
+    if curvature and curvature["se"] > abs(curvature["second_derivative"]):
+        caption += (
+            "\nthe error of H'' is above H'': --set curvature.enabled=false leaves it "
+            "out, and half of the work on E"
+        )
+    return Table(
+        title="The step and the terms of ΔH first order",
+        columns=("quantity", "value"),
+        rows=rows,
+        caption=caption,
+        folded=True,
+    )
+
+
+def parameters(document: Document) -> Table:
+    """The parameters that moved most."""
+    return Table(
+        title="The parameters that moved most",
+        columns=("parameter", "norm of its change"),
+        rows=[
+            (text(short_name(row["name"]), whole=row["name"]), number(row["l2"]))
+            for row in document["update"]["top_parameters"]
+        ],
+        folded=True,
+    )
+
+
+def sweep(document: Document) -> Table:
+    """Truth and predictions by step size."""
+    floor = document["sweep_summary"]["noise_floor"]
+    rows = [
+        (
+            size(point["eta"]),
+            change(point["delta_h_true"], math.hypot(point["se"], floor)),
+            change(point["delta_h1"], point["delta_h1_se"]),
+            change(point.get("delta_h2"), point.get("delta_h2_se")),
+            Cell(
+                value=point["ess_fraction"],
+                kind="number",
+                mark="" if is_trusted(point) else "×",
+            ),
+        )
+        for point in document["sweep"]
+    ]
+    caption = ""
+    if not all(map(is_trusted, document["sweep"])):
+        caption = "×: too few effective responses, outside every statement."
+    return Table(
+        title=f"Entropy change by step size, {AXIS_UNITS[document['truth']['normalize']]}",
+        columns=(
+            "learning rate", "ΔH true", "ΔH first order", "ΔH second order", "ESS / N",
+        ),
+        rows=rows,
+        caption=caption,
+        folded=True,
+    )  # fmt: skip
+
+
+def gradient_dot(document: Document) -> Table:
+    """The gradient-dot form, its variance, and the terms it comes from."""
+    dot = document["gradient_dot"]
+    rows: list[Row] = [
+        (text("entropy change"), change(dot["deltaH1"], dot["se_deltaH1"])),
+        (
+            text("⟨X, Y⟩ = −U_cross"),
+            change(dot["bars_dot"], math.sqrt(dot["V_X"] + dot["V_Y"])),
+        ),
+    ]
+    # Variances, known to a few percent at best, and norms of noisy vectors.
+    sizes = {
+        "variance of ⟨X, Y⟩ due to E, V_X": dot["V_X"],
+        "variance of ⟨X, Y⟩ due to U, V_Y": dot["V_Y"],
+        "variance over the square of ⟨X, Y⟩": dot.get("frac_var"),
+        "norm of X": dot["x_norm"],
+        "norm of Y": dot["y_norm"],
+        "error with the covariance of X and Y": dot.get("se_paired"),
+        "learning rate": dot["learning_rate"],
+    }
+    rows += [(text(n), size(v, 2)) for n, v in sizes.items() if v is not None]
+    form = f"direction {dot['direction']}, weighting {dot['weighting']}"
+    means = "X and Y: mean gradients over E and over U."
+    same = " E and U are the same rollouts: the diagonal was removed."
+    return Table(
+        title=f"Gradient-dot form, {form}",
+        columns=("quantity", "value"),
+        rows=rows,
+        caption=means + same * dot["u_statistic"],
+        folded=True,
+    )
+
+
+# The attribution
+
+
+def parts(document: Document) -> Table:
+    """The parts of the change, and how concentrated the gradient's is."""
+    found, error = document["attribution"], linear_error(document)
+    total = found["total"]
+    names = {
+        "momentum (earlier batches)": found["momentum"],
+        "weight decay": found["weight_decay"],
+        "gradient of U": found["gradient"],
+    }
+    rows = [
+        (text(name), part(value, error), share_part(value, total, error))
+        for name, value in names.items()
+    ]
+    whole = (text("total"), change(total, error), share_part(total, total, error))
+    return Table(
+        title="ΔH first order by part of the step",
+        columns=("part", "nats", "of the total"),
+        rows=[*rows, whole],
+        caption=(
+            f"attribution gap {in_words(found['attribution_gap'], 3)}; half of the sum of "
+            f"|share| is in {percent(found['concentration'])} of U's tokens. {GIVEN_E}"
+        ),
+        folded=True,
+    )
+
+
+def top_tokens(document: Document) -> Table:
+    """The tokens with the largest shares, in their context."""
+    tokens = document["attribution"]["top_tokens"]
+    return token_table(
+        f"The {len(tokens)} tokens that matter most",
+        tokens,
+        UNITS[document["linear"]["normalize"]],
+        relative_error(document),
+    )
+
+
+def token_table(
+    title: str,
+    tokens: Sequence[dict[str, Any]],
+    unit: str,
+    relative: float,
+    runs: Sequence[str] = (),
+) -> Table:
+    """Tokens in their context.
+
+    Args:
+        title: what they are.
+        tokens: rows of `attribution.top_tokens`.
+        unit: of shares.
+        relative: error of the first-order change over its size.
+        runs: names the run that each is of; empty if there is only one.
+    """
+    columns = ["share", "log p", "entropy", "A", "line", "k"]
+    rows = [
+        [
+            part(token["share"], relative * abs(token["share"])),
+            decimal(token["logp"]),
+            decimal(token["entropy"]),
+            decimal(token["advantage"], signed=True),
+            place(token["index"] + 1),
+            place(token["k"]),
+        ]
+        for token in tokens
+    ]
+    if runs:
+        columns.append("run")
+        for row, run in zip(rows, runs, strict=True):
+            row.append(text(run))
+    for row, token in zip(rows, tokens, strict=True):
+        pieces = token.get("context", ("", "–", ""))
+        row.append(context(pieces, falls=token["share"] < 0))
+    return Table(
+        title=title,
+        columns=[*columns, "token in its context"],
+        rows=rows,
+        caption=(
+            f"Shares in {unit}; a negative one lowers the entropy. By itself, making an "
+            "improbable token likelier (log p below −H) raises the entropy, and making a "
+            "probable one likelier lowers it. A: the advantage; line of U and k-th token "
+            "of its response."
+        ),
+    )
+
+
+def kinds_of_tokens(document: Document) -> Table:
+    """Shares summed by several kinds of tokens; of each kind they add up to the same."""
+    error = linear_error(document)
+    rows: list[Row] = []
+    for name, found in document["attribution"]["summaries"].items():
+        rows.append(head(f"by {title_of_kinds(name)}"))
+        rows += [
+            (
+                text(name_of_kind(name, row["label"])),
+                part(row["share"], error),
+                number(row["num_tokens"], 9),
+            )
+            for row in found
+        ]
+    return Table(
+        title="Shares summed by kind of token",
+        columns=("kind", "nats", "tokens"),
+        rows=rows,
+        folded=True,
+    )
+
+
+def proxies(document: Document) -> Table:
+    """How well cheap scores rank tokens."""
+    found = document["attribution"]
+    scores = {"covariance": found["covariance"], **found["proxies"]}
+    fractions = list(found["covariance"]["top_overlap"])
+    rows = [
+        (
+            text(name.replace("_", " ")),
+            decimal(judged.get("spearman"), 2, signed=True),
+            *(share(judged["top_overlap"].get(fraction)) for fraction in fractions),
+        )
+        for name, judged in scores.items()
+    ]
+    overlaps = (f"top {percent(float(fraction), 1)}" for fraction in fractions)
+    return Table(
+        title="How well cheap scores rank tokens by their share",
+        columns=("score", "Spearman", *overlaps),
+        rows=rows,
+        caption=(
+            "A score that predicts entropy loss has a Spearman correlation near −1 with "
+            "the share. Top: how many of the tokens that matter most are among as many "
+            "with the most extreme scores."
+        ),
+    )
+
+
+def what_if(document: Document) -> Table:
+    """The change had some tokens been left out of the update."""
+    found, error = document["attribution"]["what_if"], linear_error(document)
+    floor = document["truth"].get("noise_floor") or 0.0
+    verified = any("delta_h_true" in row for row in found)
+    rows = []
+    for row in found:
+        cells = [text(row["rule"]), number(row["num_tokens"], 9)]
+        cells.append(part(row["delta_h1"], error))
+        if verified:
+            cells.append(change(row["delta_h_true"], math.hypot(row["se"], floor)))
+        rows.append(cells)
+    return Table(
+        title="What if these tokens had been left out of the update",
+        columns=["left out", "tokens", "ΔH first order"] + ["ΔH true"] * verified,
+        rows=rows,
+        caption=(
+            f"In {UNITS[document['linear']['normalize']]}. First order: with the Adam "
+            "denominator of the whole update; true: the masked step taken."
+        ),
+        folded=True,
+    )
+
+
+# The run
+
+
+def audits(document: Document) -> Table:
+    """Every check: what was found, what it should be, the verdict."""
+    return _audits("All audits", document["audit"])
+
+
+def central_audits(document: Document) -> Table:
+    """Those that every result stands on."""
+    rows = document["audit"]
+    chosen = [row for name in CENTRAL_AUDITS for row in rows if row["name"] == name]
+    note = (
+        f"{len(chosen)} of {len(rows)} audits; all are in results.json, and the command "
+        "audit prints them"
+    )
+    return _audits("Central audits", chosen, note)
+
+
+def _audits(title: str, checks: Iterable[dict[str, Any]], caption: str = "") -> Table:
+    rows: list[Row] = []
+    for row in checks:
+        value = row["value"]
+        # A line for each entry: names are too long for a column of values.
+        entries = value.items() if isinstance(value, dict) else ()
+        rows.append(
+            (
+                text(row["name"]),
+                text("") if isinstance(value, dict) else found(value),
+                expression(row["expected"]),
+                verdict(row["verdict"]),
+            )
+        )
+        rows += [
+            (entry(short_name(name)), found(item), text(""), text(""))
+            for name, item in entries
+        ]
+    return Table(
+        title=title,
+        columns=("check", "found", "expected", ""),
+        rows=rows,
+        caption=caption,
+        folded=True,
+        id=AUDITS_ID,
+    )
+
+
+def found(value: Any) -> Cell:
+    """A cell of what a check found, with all the digits that tell runs apart."""
+    if isinstance(value, bool):
+        # As JSON and the column of what is expected spell it.
+        return expression(str(value).lower())
+    if isinstance(value, (int, float)):
+        return number(value, 11)
+    return expression(str(value))
+
+
+def facts(document: Document, folders: Sequence[str]) -> Table:
+    """Batches, machine and versions."""
+    run = document["run"]
+    pairs = {
+        "run directory": ", ".join(folders),
+        **described(document),
+        "started": run["started"],
+        "took": f"{sum(run['seconds'].values()):,.1f} seconds",
+        **run["versions"],
+    }
+    return Table(
+        title="Batches, machine, versions",
+        columns=("", ""),
+        rows=[(text(name), text(value)) for name, value in pairs.items()],
+    )
+
+
+def costs(document: Document) -> Table:
+    """Seconds of each phase."""
+    seconds = document["run"]["seconds"]
+    return Table(
+        title="Time of each phase",
+        columns=("phase", "seconds"),
+        rows=[(text(name), number(value, 3)) for name, value in seconds.items()],
+        folded=True,
+    )
