@@ -16,9 +16,10 @@ from benchmarks.worker import UNDIVIDED_PHASES
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.model.response_tokens import TokenScores
-from entropy_ddp.probe.phases import loss_gradient
-from entropy_ddp.probe.run import run_probe
-from entropy_ddp.probe.session import Session, no_progress, open_session
+from entropy_ddp.probe.opening import open_session
+from entropy_ddp.probe.passes import loss_gradient
+from entropy_ddp.probe.pipeline import run
+from entropy_ddp.probe.session import Session, no_progress
 
 SMALL = Shape(
     hidden=128, intermediate=352, layers=2, heads=4, kv_heads=2, vocabulary=512
@@ -59,7 +60,7 @@ def _probe(order: int, setting: Setting) -> Comparison:
         config = Config.model_validate(document)
         session = open_session(config, World(), None, no_progress)
         timings = time_in_turns(
-            lambda: run_probe(config, World(), None, no_progress),
+            lambda: run("probe", config, World(), None, no_progress),
             _passes_alone(session, order),
             setting,
         )
@@ -80,7 +81,7 @@ def _probe(order: int, setting: Setting) -> Comparison:
 
 def _passes_alone(session: Session, order: int) -> Callable[[], TokenScores]:
     passes = session.passes
-    shard = session.shard(session.batches["E"])
+    shard = session.shard("E")
     direction = make_direction(passes)
     step = difference_step(passes, shard)
 

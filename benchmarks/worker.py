@@ -11,7 +11,7 @@ import torch
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World, process_group
-from entropy_ddp.probe.run import run_probe
+from entropy_ddp.probe.pipeline import run
 from entropy_ddp.probe.session import no_progress
 
 # What every rank does whole, whatever their number; a library's first import is in it.
@@ -26,7 +26,7 @@ def probe(config: Config, world: World) -> dict[str, Any]:
         and after in bytes, collectives by purpose (number, bytes), and two results.
     """
     begin, before = time.perf_counter(), _peak_resident_bytes()
-    results = run_probe(config, world, None, no_progress).results
+    results = run("probe", config, world, None, no_progress).results
     seconds = time.perf_counter() - begin
     undivided = sum(results.run.seconds.get(name, 0.0) for name in UNDIVIDED_PHASES)
     return {

@@ -16,7 +16,7 @@ the same results.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,10 +30,9 @@ from entropy_ddp.data.batch import Batch
 from entropy_ddp.distributed import World
 from entropy_ddp.distributed import process_group as ranks
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.probe.attribution import attribute_session
-from entropy_ddp.probe.run import audit_session, probe_session
-from entropy_ddp.probe.session import Progress, Session, no_progress, open_session
-from entropy_ddp.probe.sweep import sweep_session
+from entropy_ddp.probe.opening import open_session
+from entropy_ddp.probe.pipeline import Command, run_opened
+from entropy_ddp.probe.session import Progress, Session, no_progress
 from entropy_ddp.results import (
     Probed,
     Results,
@@ -165,28 +164,28 @@ class Run:
             InputError: a key is unknown, wrong, or cannot be set any more.
             RunError: a number is not finite.
         """
-        return self._do(probe_session, sections)
+        return self._do("probe", sections)
 
     def sweep(self, **sections: Mapping[str, Any]) -> Measured:
         """Truth and predictions over a grid of step sizes, all from one step.
 
         Arguments and errors as of `probe`.
         """
-        return self._do(sweep_session, sections)
+        return self._do("sweep", sections)
 
     def attribute(self, **sections: Mapping[str, Any]) -> Measured:
         """The share of every token and sequence of U in the first-order change.
 
         Arguments and errors as of `probe`.
         """
-        return self._do(attribute_session, sections)
+        return self._do("attribute", sections)
 
     def audit(self, **sections: Mapping[str, Any]) -> Measured:
         """A probe with every check, on all of E.
 
         Arguments and errors as of `probe`.
         """
-        return self._do(audit_session, sections)
+        return self._do("audit", sections)
 
     def __repr__(self) -> str:
         """What was opened."""
@@ -199,9 +198,7 @@ class Run:
         place = self.config.checkpoint.path or self.config.checkpoint.adapter
         return "; ".join([f"{place}: {elements:,} trainable elements", *batches])
 
-    def _do(
-        self, job: Callable[[Session], Probed], sections: Mapping[str, Any]
-    ) -> Measured:
+    def _do(self, command: Command, sections: Mapping[str, Any]) -> Measured:
         fixed = sorted(sections.keys() - {*SECTIONS_OF_A_JOB})
         if fixed:
             raise InputError(
@@ -215,7 +212,7 @@ class Run:
         session = replace(
             self._session, config=config, seconds=seconds, started=datetime.now(UTC)
         )
-        probed = job(session)
+        probed = run_opened(command, session)
         return Measured(results=probed.results, config=config, _probed=probed)
 
 

@@ -36,9 +36,8 @@ LIBRARIES = (
     "transformers.models.qwen2.modeling_qwen2",
     "entropy_ddp.api",
     "entropy_ddp.cli",
-    "entropy_ddp.probe.run",
+    "entropy_ddp.probe.pipeline",
     "entropy_ddp.probe.sample",
-    "entropy_ddp.probe.sweep",
     "entropy_ddp.results",
 )
 # What libraries look at when they are loaded, which here is before the command is known.

@@ -15,12 +15,12 @@ from typing import Any
 import reference as ref
 import torch
 from checkpoints import Saved, run_config, save_checkpoint
+from jobs import run_audit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.run import run_audit
 from entropy_ddp.results import Probed
 
 Document = dict[str, Any]

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from entropy_ddp.probe import inspect, session
+from entropy_ddp.probe import check, opening
 from entropy_ddp.probe.session import Session
 
 
 @contextmanager
 def models_checked_once() -> Iterator[None]:
     """As long as the context lasts."""
-    verify = remembering(session.verify_model)
+    verify = remembering(opening.verify_model)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (session, inspect):
+        for module in (opening, check):
             patch.setattr(module, "verify_model", verify)
         yield
 

@@ -9,6 +9,7 @@ from typing import Any
 import reference as ref
 import torch
 from checkpoints import Saved, run_config, save_checkpoint, write_rows
+from jobs import run_probe
 from reference import LossSettings, Row
 from torch import Tensor, nn
 
@@ -20,8 +21,8 @@ from entropy_ddp.distributed import World
 from entropy_ddp.model.parameters import trainable_parameters
 from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.run import run_probe
-from entropy_ddp.probe.session import Session, open_session
+from entropy_ddp.probe.opening import open_session
+from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Probed
 
 E_RESPONSES = [1, 2, 3, 1, 2, 1]

@@ -22,6 +22,7 @@ from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, load, require_report, run_rank
 if TYPE_CHECKING:
     from entropy_ddp.config import Config
     from entropy_ddp.distributed import World
+    from entropy_ddp.probe.pipeline import Command
 
 
 with_report = click.option(
@@ -74,38 +75,36 @@ def audit(options: Options) -> None:
     _run_job("audit", options)
 
 
-def _run_job(name: str, options: Options) -> None:
+def _run_job(command: "Command", options: Options) -> None:
     """Run a job that leaves a run directory, and exit with its code."""
     config = load(options)
     if options.report:
         require_report()
-    out = output_folder(options, config, name)
+    out = output_folder(options, config, command)
     sys.exit(
         run_ranks(
-            lambda world: _job(name, config, world, out, options),
+            lambda world: _job(command, config, world, out, options),
             config.compute.rank_timeout_seconds,
         )
     )
 
 
 def _job(
-    name: str, config: "Config", world: "World", out: Path, options: Options
+    command: "Command", config: "Config", world: "World", out: Path, options: Options
 ) -> int:
     from entropy_ddp.config import to_yaml
-    from entropy_ddp.probe.attribution import run_attribution
-    from entropy_ddp.probe.run import run_audit, run_probe
-    from entropy_ddp.probe.sweep import run_sweep
+    from entropy_ddp.probe.pipeline import run
     from entropy_ddp.report.writing import write_report
     from entropy_ddp.results import nothing_left, prepare_folder, write_results
     from entropy_ddp.terminal import commands
     from entropy_ddp.terminal.progress import phase_progress
 
-    job, show = {
-        "probe": (run_probe, commands.print_results),
-        "sweep": (run_sweep, commands.print_sweep),
-        "attribute": (run_attribution, commands.print_attribution),
-        "audit": (run_audit, commands.print_diagnosis),
-    }[name]
+    show = {
+        "probe": commands.print_results,
+        "sweep": commands.print_sweep,
+        "attribute": commands.print_attribution,
+        "audit": commands.print_diagnosis,
+    }[command]
     console = table_console(world, options)
     with (
         nothing_left(out, options.overwrite),
@@ -114,13 +113,13 @@ def _job(
     ):
         if world.is_main:
             prepare_folder(out, options.overwrite, options.resume)
-        probed = job(config, world, out, progress)
+        probed = run(command, config, world, out, progress)
     if not world.is_main:
         return 0
     write_results(out, probed, to_yaml(config))
     if console is not None:
         show(console, probed.results, str(out))
-        if name == "probe" and probed.results.attribution is not None:
+        if command == "probe" and probed.results.attribution is not None:
             commands.print_shares(console, probed.results)
     else:
         # Quiet is no reason to leave with exit code 3 and without a word.

@@ -77,7 +77,7 @@ def check(options: Options) -> None:
 
 
 def _check(config: "Config", world: "World", options: Options) -> int:
-    from entropy_ddp.probe.inspect import inspect_run
+    from entropy_ddp.probe.check import inspect_run
     from entropy_ddp.terminal.commands import print_inspection
     from entropy_ddp.terminal.progress import phase_progress
 

@@ -4,144 +4,90 @@ Beside the passes of a probe it costs one backward pass over E (which the audit 
 against reverse mode is part of) and one forward-mode pass over U, however large U is.
 """
 
-import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_ddp import audit
-from entropy_ddp.config import Config
 from entropy_ddp.data.batch import Batch, Shard
-from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError
+from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.shares import (
     TokenTable,
     concentration,
+    covariance_score,
     judge_proxy,
+    probability_deciles,
     proxies,
     rules,
+    share_by,
 )
 from entropy_ddp.estimators.standard_errors import relative_difference
-from entropy_ddp.model.parameters import global_norm, inner_product
-from entropy_ddp.model.response_tokens import (
-    DirectionalScores,
-    TokenScores,
-    TokenWeights,
-)
-from entropy_ddp.probe.audits import Extras, audit_rows, tolerance_of
-from entropy_ddp.probe.estimation import changes_at
-from entropy_ddp.probe.measure import Measured, measure
-from entropy_ddp.probe.outcome import make_results
-from entropy_ddp.probe.phases import snapshot_device
-from entropy_ddp.probe.session import Progress, Session, open_session
-from entropy_ddp.probe.token_tables import summaries, token_rows, top_tokens
-from entropy_ddp.probe.unfinished import Record
-from entropy_ddp.results import AttributionResult, AuditRow, Probed, Rows
+from entropy_ddp.model.parameters import inner_product
+from entropy_ddp.model.response_tokens import TokenScores, TokenWeights
+from entropy_ddp.probe.estimates import changes_at
+from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.passes import score_along, step_taken, update_weights
+from entropy_ddp.probe.resume import PassResult
+from entropy_ddp.probe.session import Session
+from entropy_ddp.results import AttributionResult
 from entropy_ddp.update.decomposition import step_parts
-from entropy_ddp.update.loss import loss_weights
-from entropy_ddp.update.step import Step, one_step
+from entropy_ddp.update.step import Step
 
-# Of the largest term of the slope; the rounding of the stored weights is added.
-GAP_TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 1e-1,
-}
+# Tokens shown on either side of a token in its context.
+CONTEXT_TOKENS = 16
 
 
-def run_attribution(
-    config: Config, world: World, out: Path | None, progress: Progress
-) -> Probed:
-    """A probe without curvature, and the share of every token and sequence of U.
-
-    Args:
-        config: the run's configuration.
-        world: the ranks.
-        out: run directory, where sampled rollouts are kept; None keeps none.
-        progress: told how far the current phase is.
-
-    Raises:
-        InputError: the configuration, the checkpoint or a batch is wrong.
-        RunError: a number is not finite.
-    """
-    require_attributable(config)
-    return attribute_session(open_session(config, world, out, progress, "attribute"))
-
-
-def attribute_session(session: Session) -> Probed:
-    """The attribution of what is open already; errors as of `run_attribution`."""
-    require_attributable(session.config)
-    measured = measure(session, "gradient", with_curvature=False)
-    return attributed(
-        session, measured, audit_rows(session, measured, Extras()), "attribute"
-    )
-
-
-def require_attributable(config: Config) -> None:
-    """Check that the change can be attributed to U.
-
-    Raises:
-        InputError: it is not an optimizer's step, or control variates are to be removed.
-    """
-    require_plain_slope(config)
-    if config.update.delta is not None:
-        raise InputError(
-            "update.delta: attribution is of the optimizer's step on U; a change that is "
-            "given does not say what it was made of; leave update.delta out"
-        )
-
-
-def require_plain_slope(config: Config) -> None:
-    """Check that the configured slope is a derivative along the update.
-
-    Raises:
-        InputError: control variates are to be removed from it.
-    """
-    if config.linear.control_variates:
-        raise InputError(
-            "linear.control_variates: attribution is of a slope without them (they are "
-            "no derivative of the update); set it to false"
-        )
-
-
-def attributed(
-    session: Session,
-    measured: Measured,
-    rows: list[AuditRow],
-    command: str,
-    **parts: Any,
-) -> Probed:
-    """The results of what was measured on all of E, with the attribution to U.
+def attribute(session: Session, measured: Measured) -> None:
+    """Add to what was measured the share of every token of U in delta_h1.
 
     Args:
         session: the run.
         measured: with the gradient of the entropy on all of E.
-        rows: the audits.
-        command: the job.
-        parts: other parts of the results.
     """
     assert measured.gradient is not None
+    step, slope = measured.step, measured.slope
     size = measured.estimates.original.denominator
-    slope = measured.duality.gradient / size
-    split = split_step(session, measured.gradient, measured.step, slope)
-    shard = session.shard(session.batches["U"])
-    weights = loss_weights(shard, session.config.update, session.reference_logp)
-    table = score_shares(session, weights, split.direction)
+    slope_gradient = measured.duality.gradient / size
+    split = split_step(session, measured.gradient, step, slope_gradient)
+    del slope_gradient
+    table = score_shares(session, update_weights(session), split.direction)
     # Used up: not to be held while the what-if steps are taken.
     split.direction.clear()
-    shares = table.share.new_zeros(len(session.batches["U"]))
-    shares.index_add_(0, table.sequence, table.share)
-    result = _attribution_result(session, measured, split, table)
-    rows = [*rows, _gap_row(session, measured, slope, result)]
-    probed = make_results(
-        session, measured, rows, command, shares=shares, attribution=result, **parts
+    gradient = float(table.share.sum())
+    total = split.momentum + split.decay + gradient
+    scores = proxies(table)
+    judged = {name: judge_proxy(score, table.share) for name, score in scores.items()}
+    measured.token_table = table
+    measured.attribution = AttributionResult(
+        momentum=split.momentum,
+        weight_decay=split.decay,
+        gradient=gradient,
+        total=total,
+        attribution_gap=relative_difference(
+            total, step.learning_rate * slope.value, largest_term(measured)
+        ),
+        covariance=judged.pop("covariance"),
+        proxies=judged,
+        concentration=concentration(table.share),
+        summaries=summaries(session, table),
+        what_if=_what_if(session, measured.base, table, total),
+        top_tokens=top_tokens(session, table),
     )
-    tokens = Rows(lambda: token_rows(session, table))
-    return replace(probed, tokens=tokens)
+
+
+def largest_term(measured: Measured) -> float:
+    """The largest term of delta_h1 by absolute value, in nats."""
+    terms = measured.slope.terms.values()
+    return measured.step.learning_rate * max(map(abs, terms))
+
+
+def sequence_shares(session: Session, table: TokenTable) -> Tensor:
+    """Share of each sequence of U, [N]: the sum of its tokens'."""
+    shares = table.share.new_zeros(len(session.batches["U"]))
+    return shares.index_add_(0, table.sequence, table.share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +144,9 @@ def score_shares(
         weights: dL / d log p and dL / dH of every token of this rank's shard of U.
         direction: z, as `split_step` gives it.
     """
-    batch = session.batches["U"]
-    shard = session.shard(batch)
-
-    def score() -> Record:
-        with session.phase("shares: U along the gradient", shard.ragged.num_tokens):
-            scores = session.passes.score(shard, direction, as_trained=True)
-            return Record(tokens=scores.arrays())
-
-    scores = DirectionalScores(**session.kept("shares", shard, score).tokens)
+    batch, shard = session.batches["U"], session.shard("U")
+    name = "shares: U along the gradient"
+    scores = score_along(session, shard, name, direction)
     tokens = torch.arange(shard.ragged.num_tokens)
     on_logp, on_entropy = weights(tokens, scores.logp, scores.entropy)
     share = -(on_logp * scores.dlogp + on_entropy * scores.dentropy)
@@ -240,62 +180,8 @@ def _advantages(session: Session) -> Tensor:
     return batch.advantages
 
 
-def _attribution_result(
-    session: Session, measured: Measured, parts: SplitStep, table: TokenTable
-) -> AttributionResult:
-    gradient = float(table.share.sum())
-    total = parts.momentum + parts.decay + gradient
-    step, slope = measured.step, measured.slope
-    scores = proxies(table)
-    judged = {name: judge_proxy(score, table.share) for name, score in scores.items()}
-    return AttributionResult(
-        momentum=parts.momentum,
-        weight_decay=parts.decay,
-        gradient=gradient,
-        total=total,
-        attribution_gap=relative_difference(
-            total, step.learning_rate * slope.value, _term_scale(measured)
-        ),
-        covariance=judged.pop("covariance"),
-        proxies=judged,
-        concentration=concentration(table.share),
-        summaries=summaries(session, table),
-        what_if=_what_if(session, measured, table, total),
-        top_tokens=top_tokens(session, table),
-    )
-
-
-def _term_scale(measured: Measured) -> float:
-    """The largest term of delta_h1, in nats."""
-    terms = measured.slope.terms.values()
-    return measured.step.learning_rate * max(map(abs, terms))
-
-
-def _gap_row(
-    session: Session, measured: Measured, gradient: Tensor, result: AttributionResult
-) -> AuditRow:
-    """Whether the parts add up, to rounding.
-
-    delta_h1 is along the change of the weights as they are stored, every element of it
-    off by up to half an ulp of its weight; the parts are not. That makes at most
-    |grad H| |theta| eps / 2 nats.
-    """
-    weights = session.policy.parameters.values()
-    size = math.hypot(*(global_norm(weight.detach()) for weight in weights))
-    half_an_ulp = torch.finfo(session.policy.dtype).eps / 2
-    scale = _term_scale(measured)
-    rounding = global_norm(gradient) * size * half_an_ulp / scale if scale else 0.0
-    return audit.close(
-        "attribution gap",
-        result.attribution_gap,
-        tolerance_of(session, GAP_TOLERANCE) + rounding,
-        "the parts of the step do not add up to it: the optimizer's update rule is not "
-        "the one that is decomposed",
-    )
-
-
 def _what_if(
-    session: Session, measured: Measured, table: TokenTable, total: float
+    session: Session, base: TokenScores, table: TokenTable, total: float
 ) -> list[dict[str, Any]]:
     """delta_h1 without the tokens that each rule chooses; with `verify`, the truth too."""
     settings = session.config.attribution
@@ -308,51 +194,37 @@ def _what_if(
             "delta_h1": total - float(table.share[mask].sum()),
         }
         if settings.verify:
-            row |= _masked_truth(session, measured, ~mask, f"what-if-{number}")
+            change = _masked_truth(session, base, ~mask, f"what if {number}")
+            row |= {"delta_h_true": change.value, "se": change.se}
         rows.append(row)
     return rows
 
 
 def _masked_truth(
-    session: Session, measured: Measured, keep: Tensor, name: str
-) -> dict[str, float]:
+    session: Session, base: TokenScores, keep: Tensor, name: str
+) -> EntropyChange:
     """Take the step on the kept tokens only, score E, undo; keep [T] of all of U."""
-    evaluation = session.shard(session.batches["E"])
-    record = session.kept(
-        name,
-        evaluation,
-        lambda: Record(tokens=_score_after_masked_step(session, keep).arrays()),
-    )
-    scores = TokenScores(**record.tokens)
-    truth = session.config.truth
-    change = changes_at(session, measured.base, scores)[truth.is_mode]
-    return {"delta_h_true": change.value, "se": change.se}
+    passes, shard, evaluation = session.passes, session.shard("U"), session.shard("E")
+    places = token_places(session.batches["U"], shard)
+    weights = _masked(update_weights(session), keep[places])
 
-
-def _score_after_masked_step(session: Session, keep: Tensor) -> TokenScores:
-    world, passes, config = session.world, session.passes, session.config
-    assert session.optimizer is not None
-    batch = session.batches["U"]
-    shard = session.shard(batch)
-    weights = _masked(
-        loss_weights(shard, config.update, session.reference_logp),
-        keep[token_places(batch, shard)],
-    )
-    evaluation = session.shard(session.batches["E"])
-    num_tokens = shard.ragged.num_tokens + evaluation.ragged.num_tokens
-    with session.phase("what if: masked step", num_tokens):
+    def score_after_masked_step() -> PassResult:
         gradient, _ = passes.gradient(
             shard, weights, session.buffer_dtype, as_trained=True
         )
-        world.sum(gradient, "parameter buffers")
-        with one_step(
-            session.optimizer,
-            session.policy.parameters,
-            gradient,
-            config.update,
-            snapshot_device(config.compute),
-        ):
-            return passes.score(evaluation)
+        session.world.sum(gradient, "parameter buffers")
+        with step_taken(session, gradient):
+            return PassResult(tokens=passes.score(evaluation).arrays())
+
+    found = session.pass_over(
+        evaluation,
+        "what if: masked step",
+        score_after_masked_step,
+        tokens=shard.ragged.num_tokens + evaluation.ragged.num_tokens,
+        kept_as=name,
+    )
+    changes = changes_at(session, base, TokenScores(**found.tokens))
+    return changes[session.config.truth.is_mode]
 
 
 def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
@@ -361,3 +233,87 @@ def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
         return on_logp * keep[token.cpu()].to(on_logp), on_entropy
 
     return masked
+
+
+def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
+    """Shares by sign of advantage, probability, position, reward and pass rate."""
+    batch, share = session.batches["U"], table.share
+    sign = (table.advantage.sign() + 1).long()
+    decile = probability_deciles(table.logp)
+    edges = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
+    place = torch.bucketize(table.position + 1, edges, right=True) - 1
+    positions = [
+        f"{low}" if high == low + 1 else f"{low}-{high - 1}"
+        for low, high in pairwise(edges.tolist())
+    ]
+    found = {
+        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, share),
+        "probability decile": share_by(
+            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, share
+        ),
+        "position": share_by([*positions, f"{edges[-1]} on"], place, share),
+    }
+    rewards = [s.reward for s in batch.sequences]
+    if all(reward is not None for reward in rewards):
+        best = torch.tensor(rewards, dtype=torch.float64)
+        passed = (best >= best.max()).double()
+        rate = torch.zeros(batch.num_groups, dtype=torch.float64)
+        rate.index_add_(0, batch.groups, passed)
+        rate /= batch.group_sizes
+        quarter = (rate * 4).long().clamp(max=3)[batch.groups]
+        ragged = batch.ragged
+        found["largest reward"] = share_by(
+            ["not reached", "reached"], ragged.spread(passed.long()), share
+        )
+        found["pass rate of the group"] = share_by(
+            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), share
+        )
+    return found
+
+
+def token_rows(session: Session, table: TokenTable) -> Iterator[dict[str, Any]]:
+    """The rows of tokens.jsonl.gz, one by one: every token of U, k counted from 1."""
+    batch, tokenizer = session.batches["U"], session.policy.tokenizer
+    covariance = covariance_score(table.logp, table.advantage)
+    columns = {
+        "logp": table.logp,
+        "entropy": table.entropy,
+        "advantage": table.advantage,
+        "covariance": covariance,
+        "share": table.share,
+    }
+    for sequence, start in zip(batch.sequences, batch.ragged.starts.tolist()):
+        here = slice(start, start + sequence.num_tokens)
+        values = zip(*(column[here].tolist() for column in columns.values()))
+        ids = sequence.response_ids.tolist()
+        for k, (token_id, numbers) in enumerate(zip(ids, values), start=1):
+            row = {"index": sequence.index, "k": k, "token_id": token_id}
+            if tokenizer is not None:
+                row["text"] = tokenizer.decode([token_id])
+            yield row | dict(zip(columns, numbers))
+
+
+def top_tokens(session: Session, table: TokenTable) -> list[dict[str, Any]]:
+    """The tokens with the largest shares by absolute value, in their context."""
+    batch, tokenizer = session.batches["U"], session.policy.tokenizer
+    count = min(session.config.attribution.top, len(table.share))
+    rows = []
+    for place in table.share.abs().topk(count).indices.tolist():
+        sequence = batch.sequences[int(table.sequence[place])]
+        position = int(table.position[place])
+        row: dict[str, Any] = {
+            "index": sequence.index,
+            "k": position + 1,
+            "share": float(table.share[place]),
+            "logp": float(table.logp[place]),
+            "entropy": float(table.entropy[place]),
+            "advantage": float(table.advantage[place]),
+        }
+        if tokenizer is not None:
+            ids = sequence.response_ids.tolist()
+            before = [*sequence.prompt_ids.tolist(), *ids[:position]][-CONTEXT_TOKENS:]
+            after = ids[position + 1 : position + 1 + CONTEXT_TOKENS]
+            pieces = (before, [ids[position]], after)
+            row["context"] = [tokenizer.decode(piece) for piece in pieces]
+        rows.append(row)
+    return rows

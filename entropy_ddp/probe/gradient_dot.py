@@ -1,6 +1,14 @@
 """The gradient-dot form of the prediction: its passes, and what ranks exchange.
 
-With D the diagonal matrix that makes Y_u of a unit's gradient (see `units` and
+Groups are units with a gradient each. Unit u of B has the gradient
+G_u = B sum_{t in u} a_t grad log p_t, a sum over its tokens, so that one backward pass
+with the weights a gives the mean over all units. What the units of E and U stand for:
+
+    entropy_units   G_u = X_u, whose direction raises the entropy
+    reward_units    G_u = grad J_u, J_u = mean_g (A_{u,g} / L_u) S_{u,g}
+    loss_units      G_u = -B times the gradient of the unit's share of the loss
+
+With D the diagonal matrix that makes Y_u of a unit's gradient (see
 `estimators.gradient_dot`),
 
     Xbar   one backward pass over E; the log-probabilities at theta that weigh it are
@@ -19,33 +27,36 @@ With `variance_method: backward`, the last two lines are one backward pass per g
 and one per group of U in their place. So they are, whatever the method, when E and U are
 the same rollouts: the terms <X_u, Y_u> to be removed need both gradients of every group.
 
-Shape legend: P trainable elements, B units (groups) of a batch.
+Shape legend: n sequences and t tokens of this rank, B units of the batch, P trainable
+elements.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from entropy_ddp.config import GradientDot, Sample
-from entropy_ddp.data.batch import Batch
+from entropy_ddp.data.batch import Batch, Block, Shard
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.gradient_dot import estimate_dot
-from entropy_ddp.model.parameters import global_norm, inner_product
-from entropy_ddp.model.response_tokens import DirectionalScores
-from entropy_ddp.probe.phases import SteppedScores
-from entropy_ddp.probe.session import Session
-from entropy_ddp.probe.unfinished import Record
-from entropy_ddp.probe.units import (
-    Units,
-    directional_derivatives,
-    entropy_units,
-    loss_units,
-    mean_gradient,
-    reward_units,
-    unit_gradients,
+from entropy_ddp.estimators.gradient_dot import (
+    Weighting,
+    entropy_coefficients,
+    estimate_dot,
+    reward_coefficients,
 )
+from entropy_ddp.estimators.standard_errors import group_totals
+from entropy_ddp.model.parameters import global_norm, inner_product
+from entropy_ddp.model.response_tokens import (
+    DirectionalScores,
+    TokenScores,
+    TokenWeights,
+)
+from entropy_ddp.probe.passes import score_along, update_weights
+from entropy_ddp.probe.resume import PassResult
+from entropy_ddp.probe.session import Session
 from entropy_ddp.results import GradientDotResult
 from entropy_ddp.update.decomposition import gradient_gain, preconditioner
 from entropy_ddp.update.step import Step
@@ -120,6 +131,40 @@ def same_rollouts(left: Batch, right: Batch) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Units:
+    """The groups of one batch that this rank holds, each with its gradient.
+
+    Attributes:
+        shard: this rank's groups; may be empty.
+        weights: gives a_t of this rank's tokens, as `pull_back` wants them.
+        as_trained: whether the gradients are those that the trainer takes.
+    """
+
+    shard: Shard
+    weights: TokenWeights
+    as_trained: bool = False
+
+    @property
+    def group(self) -> Tensor:
+        """Group number of each of this rank's sequences, [n]."""
+        return self.shard.groups
+
+    @property
+    def count(self) -> int:
+        """Number of units B of the whole batch."""
+        return self.shard.batch.num_groups
+
+    def one_by_one(self) -> Iterator[tuple[int, "Units"]]:
+        """Each of this rank's units alone, ascending, with its share of the same mean."""
+        for unit, block in self.shard.by_group():
+            weights = self._weights_of(block)
+            yield unit, replace(self, shard=block.shard, weights=weights)
+
+    def _weights_of(self, block: Block) -> TokenWeights:
+        return lambda token, *rest: self.weights(block.tokens[token.cpu()], *rest)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Factors:
     """Both sides of the inner product.
 
@@ -146,7 +191,7 @@ class Factors:
 
 def gradient_dot(
     session: Session,
-    stepped: SteppedScores,
+    step: Step,
     gradient: Tensor | None,
     base: DirectionalScores,
     settings: GradientDot,
@@ -158,7 +203,7 @@ def gradient_dot(
 
     Args:
         session: the run, its parameters and optimizer at theta (the step undone).
-        stepped: the step that was taken.
+        step: that was taken.
         gradient: gradient of the loss on U before clipping, summed over ranks, [P]; None
             where there is no U.
         base: this rank's tokens of E at theta, with derivatives along step / eta.
@@ -177,9 +222,9 @@ def gradient_dot(
         return None
     assert gradient is not None
     if settings.direction == "step":
-        factors = _step_factors(session, stepped.step, gradient, base, settings)
+        factors = _step_factors(session, step, gradient, base, settings)
     else:
-        factors = _preconditioned_factors(session, stepped.step, base, settings)
+        factors = _preconditioned_factors(session, step, base, settings)
     dot = inner_product(factors.x_bar, factors.y_bar)
     estimate = estimate_dot(dot, *_projections(session, factors, settings))
     learning_rate, paired = factors.learning_rate, estimate.paired_variance
@@ -247,15 +292,11 @@ def _preconditioned_factors(
 
 
 def _mean_gradient(session: Session, units: Units) -> Tensor:
-    split = units.shard.batch.split
+    def pull_back() -> PassResult:
+        return PassResult(shared={"gradient": mean_gradient(session, units)})
 
-    def pull_back() -> Record:
-        phase = f"gradient dot: gradient of {split}"
-        with session.phase(phase, units.shard.ragged.num_tokens):
-            return Record(shared={"gradient": mean_gradient(session, units)})
-
-    kept = session.kept(f"gradient-dot-{split}", units.shard, pull_back)
-    return kept.shared["gradient"]
+    name = f"gradient dot: gradient of {units.shard.batch.split}"
+    return session.pass_over(units.shard, name, pull_back).shared["gradient"]
 
 
 def _projections(
@@ -264,55 +305,36 @@ def _projections(
     """<X_u, Ybar> [B_E], <Y_u, Xbar> [B_U] and, of the same rollouts, <X_u, Y_u> [B]."""
     if same_rollouts(session.batches["E"], session.batches["U"]):
         return _paired(session, factors)
+    x, y = factors.x, factors.y
     if settings.variance_method == "backward":
-        against = (factors.y_bar, factors.scale * factors.x_bar)
-        pairs = zip((factors.x, factors.y), against)
-        return tuple(_group_by_group(session, units, v) for units, v in pairs)
-    return _forward(session, factors)
-
-
-def _forward(session: Session, factors: Factors) -> tuple[Tensor, Tensor]:
-    """All units of a batch in one forward-mode pass."""
-    x, y, passes = factors.x, factors.y, session.passes
-    along_y_bar = factors.along_y_bar
-
-    def along_y() -> Record:
-        with session.phase("gradient dot: E along Y", x.shard.ragged.num_tokens):
-            direction = passes.layout.views(factors.y_bar)
-            return Record(tokens=passes.score(x.shard, direction).arrays())
-
-    def along_x() -> Record:
-        with session.phase("gradient dot: U along X", y.shard.ragged.num_tokens):
-            direction = passes.layout.views(factors.scale * factors.x_bar)
-            scores = passes.score(y.shard, direction, as_trained=True)
-            return Record(tokens=scores.arrays())
-
-    if along_y_bar is None:
-        kept = session.kept("gradient-dot-along-Y", x.shard, along_y)
-        along_y_bar = DirectionalScores(**kept.tokens)
-    kept = session.kept("gradient-dot-along-X", y.shard, along_x)
-    along_x_bar = DirectionalScores(**kept.tokens)
+        return (
+            _group_by_group(session, x, factors.y_bar),
+            _group_by_group(session, y, factors.scale * factors.x_bar),
+        )
+    views, along_y = session.passes.layout.views, factors.along_y_bar
+    if along_y is None:
+        name = "gradient dot: E along Y"
+        along_y = score_along(session, x.shard, name, views(factors.y_bar))
+    direction = views(factors.scale * factors.x_bar)
+    along_x = score_along(session, y.shard, "gradient dot: U along X", direction)
     return (
-        factors.per_unit * directional_derivatives(session, x, along_y_bar),
-        directional_derivatives(session, y, along_x_bar),
+        factors.per_unit * directional_derivatives(session, x, along_y),
+        directional_derivatives(session, y, along_x),
     )
 
 
 def _group_by_group(session: Session, units: Units, vector: Tensor) -> Tensor:
     """<G_u, vector> of all units, one backward pass for each."""
-    split = units.shard.batch.split
 
-    def pull_back() -> Record:
+    def pull_back() -> PassResult:
         products = torch.zeros(units.count, dtype=torch.float64)
-        phase = f"gradient dot: groups of {split}"
-        with session.phase(phase, units.shard.ragged.num_tokens):
-            for unit, flat in unit_gradients(session, units):
-                products[unit] = inner_product(flat, vector)
-            session.world.sum(products, "scalars")
-        return Record(shared={"products": products})
+        for unit, flat in unit_gradients(session, units):
+            products[unit] = inner_product(flat, vector)
+        session.world.sum(products, "scalars")
+        return PassResult(shared={"products": products})
 
-    kept = session.kept(f"gradient-dot-groups-{split}", units.shard, pull_back)
-    return kept.shared["products"]
+    name = f"gradient dot: groups of {units.shard.batch.split}"
+    return session.pass_over(units.shard, name, pull_back).shared["products"]
 
 
 def _paired(session: Session, factors: Factors) -> tuple[Tensor, ...]:
@@ -320,17 +342,148 @@ def _paired(session: Session, factors: Factors) -> tuple[Tensor, ...]:
     x, y = factors.x, factors.y
     onto_y, onto_x = factors.y_bar, factors.scale * factors.x_bar
 
-    def pull_back() -> Record:
+    def pull_back() -> PassResult:
         products = torch.zeros(3, x.count, dtype=torch.float64)
-        with session.phase("gradient dot: groups", 2 * x.shard.ragged.num_tokens):
-            # The same groups on this rank, in the same order: both are dealt out alike.
-            gradients = unit_gradients(session, x), unit_gradients(session, y)
-            for (unit, of_x), (_, of_y) in zip(*gradients, strict=True):
-                products[0, unit] = inner_product(of_x, onto_y)
-                products[1, unit] = inner_product(of_y, onto_x)
-                products[2, unit] = inner_product(of_x, factors.scale * of_y)
-            session.world.sum(products, "scalars")
-        return Record(shared={"products": products})
+        # The same groups on this rank, in the same order: both are dealt out alike.
+        gradients = unit_gradients(session, x), unit_gradients(session, y)
+        for (unit, of_x), (_, of_y) in zip(*gradients, strict=True):
+            products[0, unit] = inner_product(of_x, onto_y)
+            products[1, unit] = inner_product(of_y, onto_x)
+            products[2, unit] = inner_product(of_x, factors.scale * of_y)
+        session.world.sum(products, "scalars")
+        return PassResult(shared={"products": products})
 
-    kept = session.kept("gradient-dot-groups", x.shard, pull_back)
-    return tuple(kept.shared["products"])
+    tokens = 2 * x.shard.ragged.num_tokens
+    found = session.pass_over(x.shard, "gradient dot: groups", pull_back, tokens=tokens)
+    return tuple(found.shared["products"])
+
+
+def entropy_units(session: Session, base: TokenScores, weighting: Weighting) -> Units:
+    """The groups of E with X_u.
+
+    Args:
+        session: the run.
+        base: this rank's tokens of E at theta.
+        weighting: what the log-probability of a response is divided by.
+    """
+    shard = session.shard("E")
+    group, ragged = shard.batch.groups[shard.positions], shard.ragged
+    logp = ragged.sum(base.logp)
+    coefficients = entropy_coefficients(logp, ragged.lengths, group, weighting)
+    return _sequence_units(shard, coefficients / shard.batch.num_groups)
+
+
+def reward_units(session: Session) -> Units:
+    """The groups of U with grad J_u; for the loss `nll` every advantage is 1."""
+    shard = session.shard("U")
+    advantages = torch.ones(len(shard.positions), dtype=torch.float64)
+    if session.config.update.loss != "nll":
+        advantages = shard.batch.advantages[shard.positions]
+    group, lengths = shard.batch.groups[shard.positions], shard.ragged.lengths
+    coefficients = reward_coefficients(advantages, lengths, group)
+    units = _sequence_units(shard, coefficients / shard.batch.num_groups)
+    return replace(units, as_trained=True)
+
+
+def loss_units(session: Session) -> Units:
+    """The groups of U with their share of the configured loss, descending.
+
+    The loss's own normalisation (the number of tokens of U, for `dapo`) is held fixed.
+
+    Raises:
+        InputError: `ratio: clipped` and a sequence has no sampling log-probs.
+    """
+    descent = update_weights(session)
+
+    def ascent(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        on_logp, on_entropy = descent(token, logp, entropy)
+        return -on_logp, on_entropy
+
+    return Units(shard=session.shard("U"), weights=ascent, as_trained=True)
+
+
+def _sequence_units(shard: Shard, coefficients: Tensor) -> Units:
+    """Units whose tokens have their sequence's coefficient as weight, [n]."""
+
+    def weights(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        on_logp = coefficients[shard.ragged.sequence_at(token.cpu())]
+        return on_logp, torch.zeros_like(on_logp)
+
+    return Units(shard=shard, weights=weights)
+
+
+def mean_gradient(session: Session, units: Units) -> Tensor:
+    """Mean of the gradients of all units of all ranks, flat, [P]; one collective."""
+    flat, _ = session.passes.gradient(
+        units.shard, units.weights, session.buffer_dtype, as_trained=units.as_trained
+    )
+    return session.world.sum(flat, "parameter buffers")
+
+
+def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor]]:
+    """The gradient of each of this rank's units, one backward pass for each.
+
+    Yields:
+        Number of the unit, ascending, and its gradient, flat, [P].
+    """
+    for unit, alone in units.one_by_one():
+        flat, _ = session.passes.gradient(
+            alone.shard,
+            alone.weights,
+            session.buffer_dtype,
+            as_trained=units.as_trained,
+        )
+        yield unit, flat.mul_(units.count)
+
+
+def directional_derivatives(
+    session: Session, units: Units, scores: DirectionalScores
+) -> Tensor:
+    """<G_u, d> of all units, [B], d the direction of the scores; one collective.
+
+    Args:
+        session: the run.
+        units: the units.
+        scores: this rank's tokens at theta with derivatives along d.
+    """
+    sums = torch.zeros(len(units.shard.positions), dtype=torch.float64)
+    for block in units.shard.blocks():
+        here = block.tokens
+        weights, _ = units.weights(here, scores.logp[here], scores.entropy[here])
+        sums[block.sequences] = block.ragged.sum(weights * scores.dlogp[here])
+    totals = group_totals(units.count * sums, units.group, units.count)
+    return session.world.sum(totals, "scalars")
+
+
+def proxy_gradient_norm(session: Session, split: str = "U", limit: int = 64) -> float:
+    """Norm of the gradient of mean S over the batch's first `limit` sequences.
+
+    0 exactly when no gradient flows from log-probabilities to trainable parameters: X
+    and Y then vanish whatever the rewards. The sample is the same at every world size.
+
+    Args:
+        session: the run.
+        split: the batch, "E" or "U".
+        limit: size of the sample.
+
+    Raises:
+        RunError: a value is not finite.
+    """
+    shard, sample = session.shard(split), session.batches[split].first(limit)
+    positions = shard.positions[shard.positions < len(sample)]
+    units = _sequence_units(
+        Shard(batch=sample, positions=positions),
+        torch.full((len(positions),), 1 / len(sample), dtype=torch.float64),
+    )
+
+    def pull_back() -> PassResult:
+        norm = global_norm(mean_gradient(session, units))
+        return PassResult(shared={"norm": torch.tensor([norm], dtype=torch.float64)})
+
+    found = session.pass_over(
+        units.shard,
+        "audit: gradient of mean S",
+        pull_back,
+        kept_as=f"audit: gradient of mean S of {split}",
+    )
+    return float(found.shared["norm"])

@@ -28,9 +28,8 @@ from entropy_ddp.model.response_tokens import (
     CHUNK_TOKENS,
     TRAINABLE_CHUNK_TOKENS,
 )
-from entropy_ddp.probe.diagnosis import Audited, audit_sample, other_budget
 from entropy_ddp.probe.gradient_dot import obstacle
-from entropy_ddp.probe.phases import first_sequences
+from entropy_ddp.probe.reverse_mode import Audited, audit_sample, other_budget
 from entropy_ddp.probe.session import Session
 
 # Of every token of E on its rank, of every token of a block, of every sequence.
@@ -171,7 +170,7 @@ def _forward(session: Session) -> int:
     config = passes.tokens.transformer.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)
     for batch in session.batches.values():
-        for rows in _plan(session, _part(session.shard(batch))):
+        for rows in _plan(session, _part(session.shard(batch.split))):
             longest = max(row.length for row in rows)
             positions = len(rows) * longest
             seen = longest if rows[0].is_tree else min(CAUSAL_BLOCK_ROWS, longest)
@@ -194,7 +193,7 @@ def _of_update(session: Session) -> Iterable[list[Row]]:
     """The microbatches of U."""
     if "U" not in session.batches:
         return []
-    return _plan(session, _part(session.shard(session.batches["U"])))
+    return _plan(session, _part(session.shard("U")))
 
 
 def _of_evaluation(session: Session, audited: Audited) -> Iterable[list[Row]]:
@@ -203,9 +202,9 @@ def _of_evaluation(session: Session, audited: Audited) -> Iterable[list[Row]]:
         return []
     batch = session.batches["E"]
     if audited == "gradient":
-        return _plan(session, _part(session.shard(batch)))
+        return _plan(session, _part(session.shard(batch.split)))
     size = audit_sample(batch) if audited == "sample" else len(batch)
-    sample = first_sequences(session, size)
+    sample = session.first_sequences(size)
     return plan_microbatches(_part(sample), other_budget(session))
 
 
@@ -246,7 +245,7 @@ def _tokens(session: Session) -> int:
     """Bytes of numbers for each token and sequence."""
     total = 0
     for batch in session.batches.values():
-        tokens = session.shard(batch).ragged.num_tokens
+        tokens = session.shard(batch.split).ragged.num_tokens
         total += _TOKEN_BYTES * tokens + _BLOCK_BYTES * min(tokens, BLOCK_TOKENS)
         total += _SEQUENCE_BYTES * len(batch)
     return total

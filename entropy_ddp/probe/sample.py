@@ -8,8 +8,13 @@ from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.probe.keeping import keep_unfinished, plan_sample, sampled_rows
-from entropy_ddp.probe.session import Progress, open_policy
+from entropy_ddp.probe.opening import (
+    keep_unfinished,
+    open_policy,
+    plan_sample,
+    sampled_rows,
+)
+from entropy_ddp.probe.session import Progress
 from entropy_ddp.results import UNFINISHED, discard_unfinished
 
 

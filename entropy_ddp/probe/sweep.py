@@ -1,61 +1,31 @@
 """The sweep: truth and both predictions over a grid of step sizes, from one direction.
 
-Each finished point is kept among what the unfinished run leaves: a sweep that was
-interrupted goes on where it stopped, also with another grid.
+One forward pass over E for each size. Each is kept among what the unfinished run leaves:
+a sweep that was interrupted goes on where it stopped, also with another grid.
 """
-
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import Config
-from entropy_ddp.distributed import World
-from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.estimators.step_sizes import choose_grid, summarise
-from entropy_ddp.estimators.sweep_points import SweepPoint
+from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
 from entropy_ddp.model.parameters import shifted
-from entropy_ddp.probe.audits import Extras, audit_rows
-from entropy_ddp.probe.estimation import changes_at
-from entropy_ddp.probe.measure import Measured, measure
-from entropy_ddp.probe.outcome import make_results
-from entropy_ddp.probe.phases import gather_sums, snapshot_device
-from entropy_ddp.probe.session import Progress, Session, open_session
-from entropy_ddp.probe.unfinished import Record
-from entropy_ddp.results import Probed
+from entropy_ddp.probe.estimates import changes_at
+from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.passes import gather_sums
+from entropy_ddp.probe.resume import PassResult
+from entropy_ddp.probe.session import Session
 
 
-def run_sweep(
-    config: Config, world: World, out: Path | None, progress: Progress
-) -> Probed:
-    """A probe, then E scored at theta + eta v for every eta of the grid.
-
-    Args:
-        config: the run's configuration.
-        world: the ranks.
-        out: run directory, where finished phases and points are kept; None keeps none.
-        progress: told how far the current phase is.
-
-    Raises:
-        InputError: the configuration, the checkpoint or a batch is wrong, or the
-            unfinished run in the folder is another one.
-        RunError: a number is not finite.
-    """
-    return sweep_session(open_session(config, world, out, progress, "sweep"))
-
-
-def sweep_session(session: Session) -> Probed:
-    """A sweep of what is open already; errors as of `run_sweep`."""
-    measured = measure(session)
+def sweep_step_sizes(
+    session: Session, measured: Measured
+) -> tuple[list[SweepPoint], SweepSummary]:
+    """E scored at theta + eta v for every eta of the grid."""
     found = [_point(session, measured, eta) for eta in _grid(session, measured)]
     points = [point for point, _ in found]
     influences = {point.eta: influence for point, influence in found}
-    summary = summarise(points, measured.noise_floor, influences)
-    rows = audit_rows(session, measured, Extras())
-    return make_results(
-        session, measured, rows, "sweep", sweep=points, sweep_summary=summary
-    )
+    return points, summarise(points, measured.noise_floor, influences)
 
 
 def _grid(session: Session, measured: Measured) -> list[float]:
@@ -63,8 +33,7 @@ def _grid(session: Session, measured: Measured) -> list[float]:
     sweep = session.config.sweep
     etas = sweep.etas
     if etas is None:
-        shard = session.shard(session.batches["E"])
-        (dlogp,) = gather_sums(session.world, shard, measured.base.dlogp)
+        (dlogp,) = gather_sums(session.world, session.shard("E"), measured.base.dlogp)
         etas = choose_grid(
             dlogp,
             measured.slope.value,
@@ -76,49 +45,43 @@ def _grid(session: Session, measured: Measured) -> list[float]:
     return [s * eta for eta in etas for s in ((1, -1) if sweep.symmetric else (1,))]
 
 
-def _change_at(session: Session, measured: Measured, eta: float) -> EntropyChange:
-    """Delta H at theta + eta v; at the step's own learning rate it is measured already."""
-    if eta == measured.step.learning_rate:
-        return measured.change
-    shard = session.shard(session.batches["E"])
-    passes = session.passes
-    device = snapshot_device(session.config.compute)
+def _change_at(session: Session, measured: Measured, eta: float) -> PassResult:
+    """Delta H at theta + eta v."""
+    passes, shard = session.passes, session.shard("E")
     direction = measured.step.direction(passes.parameters)
-    with (
-        session.phase(f"sweep: eta = {eta:.3g}", shard.ragged.num_tokens),
-        shifted(passes.parameters, direction, eta, device),
-    ):
+    with shifted(passes.parameters, direction, eta, session.snapshot_device):
         scores = passes.score(shard)
-    changes = changes_at(session, measured.base, scores)
-    return changes[session.config.truth.is_mode]
+    change = changes_at(session, measured.base, scores)[session.config.truth.is_mode]
+    numbers = [change.value, change.se, change.ess_fraction]
+    values = torch.tensor(numbers, dtype=torch.float64)
+    return PassResult(shared={"values": values, "influence": change.influence})
 
 
 def _point(
     session: Session, measured: Measured, eta: float
 ) -> tuple[SweepPoint, Tensor]:
-    """The row of one step size, and each group's influence on its truth, [n].
-
-    What a pass measured is kept.
-    """
-    slope, curvature = measured.slope, measured.curvature
-
-    def measured_values() -> Record:
-        change = _change_at(session, measured, eta)
-        difference = delta_method_error(change.influence - eta * slope.influence)
-        values = [change.value, change.se, change.ess_fraction, difference]
-        kept = {"values": torch.tensor(values, dtype=torch.float64)}
-        return Record(shared=kept | {"influence": change.influence})
-
-    # The number in full: two learning rates that are printed alike are two points.
-    shard = session.shard(session.batches["E"])
-    record = session.kept(f"eta={eta.hex()}", shard, measured_values)
-    value, error, ess_fraction, difference = record.shared["values"].tolist()
+    """The row of one step size, and each group's influence on its truth, [n]."""
+    slope, curvature, change = measured.slope, measured.curvature, measured.change
+    value, error, ess_fraction = change.value, change.se, change.ess_fraction
+    influence = change.influence
+    # At the step's own learning rate it is measured already.
+    if eta != measured.step.learning_rate:
+        found = session.pass_over(
+            session.shard("E"),
+            f"sweep: eta = {eta:.3g}",
+            lambda: _change_at(session, measured, eta),
+            # In full: two learning rates that are shown alike are two points.
+            kept_as=f"sweep: eta = {eta!r}",
+        )
+        value, error, ess_fraction = found.shared["values"].tolist()
+        influence = found.shared["influence"]
     truth = session.config.truth
     second = second_error = None
     if curvature is not None:
         second = curvature.second_order(eta, slope.value)
-        influence = curvature.second_order_influence(eta, slope.influence)
-        second_error = delta_method_error(influence)
+        second_error = delta_method_error(
+            curvature.second_order_influence(eta, slope.influence)
+        )
     point = SweepPoint(
         eta=eta,
         delta_h_true=value,
@@ -128,7 +91,7 @@ def _point(
         delta_h1_se=abs(eta) * slope.se,
         delta_h2=second,
         delta_h2_se=second_error,
-        difference_se=difference,
+        difference_se=delta_method_error(influence - eta * slope.influence),
         trusted=ess_fraction >= max(truth.ess_warn, truth.ess_abort),
     )
-    return point, record.shared["influence"]
+    return point, influence

@@ -32,10 +32,11 @@ from entropy_ddp.importers.run import ImportOptions, import_rollouts
 from entropy_ddp.ledger.lines import append_line, require_new
 from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.probe.attribution import score_shares, split_step
-from entropy_ddp.probe.estimation import estimate, predict
-from entropy_ddp.probe.measure import measure
-from entropy_ddp.probe.phases import score_after_step, score_along_step
-from entropy_ddp.probe.session import Progress, Session, open_session
+from entropy_ddp.probe.estimates import estimate
+from entropy_ddp.probe.opening import open_session
+from entropy_ddp.probe.passes import score_after_step, score_along_step
+from entropy_ddp.probe.pipeline import Plan, measure
+from entropy_ddp.probe.session import Progress, Session
 from entropy_ddp.training.live_session import seeded
 from entropy_ddp.training.recorder import batch_file
 from entropy_ddp.training.step_line import (
@@ -190,15 +191,15 @@ def _change_config(run: CheckpointRun, interval: Interval) -> Config:
 
 def _change(session: Session) -> dict[str, Any]:
     """Truth and predictions of the whole change between two checkpoints."""
-    stepped = score_after_step(session, None)
-    along = score_along_step(session, stepped.step, 0)
-    estimates = estimate(session, along, stepped.scores, predict(session, along, 0))
+    step, stepped, _ = score_after_step(session, None)
+    along = score_along_step(session, step)
+    estimates = estimate(session, along, stepped)
     mean = estimates.original.value
     changes = Changes(
         evaluation=session.batches["E"],
         entropy=estimates.original,
         estimates=estimates,
-        midpoint=middle_slope(session, stepped.step, along, mean, place=0.0),
+        midpoint=middle_slope(session, step, along, mean, place=0.0),
         truth=True,
     )
     return change_entry(changes)
@@ -257,12 +258,12 @@ def _split(
     }
     config = run.configured(**values)
     session = open_session(config, world, None, progress)
-    measured = measure(session, "gradient", with_curvature=False)
+    measured = measure(session, Plan(audited="gradient", curvature=False))
     gradient = measured.gradient
     assert gradient is not None
     slope = measured.duality.gradient / measured.estimates.original.denominator
     split = split_step(session, gradient, measured.step, slope)
-    shard = session.shard(session.batches["U"])
+    shard = session.shard("U")
     weights = loss_weights(shard, session.config.update, session.reference_logp)
     views = session.passes.layout.views(gradient)
     attributed = Attributed(

@@ -31,8 +31,8 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import trainable_parameters
 from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.keeping import sample_batch
-from entropy_ddp.probe.session import Session, token_limits, verify_model
+from entropy_ddp.probe.opening import sample_batch, token_limits, verify_model
+from entropy_ddp.probe.session import Session
 from entropy_ddp.sampling.generation import random_bytes
 from entropy_ddp.training.untouched import untouched
 

@@ -20,9 +20,9 @@ from entropy_ddp.estimators.shares import (
     probability_deciles,
 )
 from entropy_ddp.estimators.standard_errors import delta_method_error
-from entropy_ddp.probe.estimation import EntropyEstimates
+from entropy_ddp.probe.attribution import top_tokens
+from entropy_ddp.probe.estimates import EntropyEstimates
 from entropy_ddp.probe.session import Session
-from entropy_ddp.probe.token_tables import top_tokens
 from entropy_ddp.training.step_probe import StepProbe
 
 PREFIX = "entropy_ddp/"

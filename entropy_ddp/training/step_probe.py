@@ -24,9 +24,9 @@ from entropy_ddp.estimators.shares import TokenTable
 from entropy_ddp.model.parameters import global_norm, inner_product, shifted
 from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.attribution import score_shares, split_step, token_places
-from entropy_ddp.probe.diagnosis import Duality, check_duality
-from entropy_ddp.probe.estimation import EntropyEstimates, estimate, predict
-from entropy_ddp.probe.phases import AlongStep, gather_sums, score_along_step
+from entropy_ddp.probe.estimates import EntropyEstimates, estimate
+from entropy_ddp.probe.passes import AlongStep, gather_sums, score_along_step
+from entropy_ddp.probe.reverse_mode import Duality, check_duality
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.capture import TrainedBatch
 from entropy_ddp.training.live_session import sample_evaluation
@@ -156,14 +156,13 @@ def probe_after(
     Raises:
         RunError: a number is not finite.
     """
-    shard = session.shard(probe.evaluation)
+    shard = session.shard("E")
     probe.step_gap = _step_gap(session, probe)
     stepped: TokenScores = probe.along.scores
     if truth:
         with session.phase("truth: E after the step", shard.ragged.num_tokens):
             stepped = session.passes.score(shard)
-    predictions = predict(session, probe.along, 0)
-    probe.estimates = estimate(session, probe.along, stepped, predictions)
+    probe.estimates = estimate(session, probe.along, stepped)
     if second_order:
         probe.midpoint = middle_slope(
             session, probe.step, probe.along, probe.entropy.value, place=1.0
@@ -175,7 +174,7 @@ def measured_entropy(session: Session, number: int) -> Ratio:
     """The policy's entropy on fresh responses, as after the last step."""
     evaluation = sample_evaluation(session, number)
     session.batches = {"E": evaluation}
-    shard = session.shard(evaluation)
+    shard = session.shard("E")
     scores = session.passes.score(shard)
     (sums,) = gather_sums(session.world, shard, scores.entropy)
     return as_ratio("per_token", sums, evaluation.lengths)
@@ -202,7 +201,7 @@ def _coming_step(session: Session, pending: PendingStep) -> Step:
 
 def _entropy(session: Session, along: AlongStep) -> Ratio:
     evaluation = session.batches["E"]
-    shard = session.shard(evaluation)
+    shard = session.shard("E")
     (sums,) = gather_sums(session.world, shard, along.scores.entropy)
     return as_ratio("per_token", sums, evaluation.lengths)
 
@@ -212,7 +211,7 @@ def _shares(
 ) -> tuple[TokenTable, float]:
     """Shares of U's tokens before clipping, and the largest gap of log p."""
     trained = pending.trained
-    shard = session.shard(trained.batch)
+    shard = session.shard("U")
     on_logp, on_entropy = (
         trained.token_values(shard, name) for name in ("on_logp", "on_entropy")
     )
@@ -257,7 +256,7 @@ def middle_slope(
         mean_entropy: the entropy on E at theta.
         place: where the parameters are: 0 at theta, 1 at theta'.
     """
-    passes, shard = session.passes, session.shard(session.batches["E"])
+    passes, shard = session.passes, session.shard("E")
     direction = step.direction(passes.parameters)
     with (
         session.phase("second order: E at the middle", shard.ragged.num_tokens),

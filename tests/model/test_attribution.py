@@ -19,6 +19,7 @@ import pytest
 import reference as ref
 import torch
 import yaml
+from jobs import run_attribution
 from reference import LossSettings, Objective
 from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, make_run
@@ -32,7 +33,6 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import fingerprint
 from entropy_ddp.probe import attribution
-from entropy_ddp.probe.attribution import run_attribution
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Probed, write_results
 from entropy_ddp.update.step import optimizer_tensors

@@ -22,6 +22,7 @@ import pytest
 import reference as ref
 import torch
 from checkpoints import save_checkpoint
+from jobs import run_probe
 from planted import END, Document, Scene
 from reference import LossSettings, Objective
 from rich.console import Console
@@ -29,14 +30,14 @@ from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun
 from torch import Tensor, nn
 
-from entropy_ddp import audit
 from entropy_ddp.checkpoint.policy import Policy
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.names import short_name
-from entropy_ddp.probe import model_audits, session
-from entropy_ddp.probe.batch_audits import batch_rows
-from entropy_ddp.probe.run import run_probe
+from entropy_ddp.probe import opening, session
+from entropy_ddp.probe.audits import model, truth
+from entropy_ddp.probe.audits.batch import batch_rows
+from entropy_ddp.probe.audits.step import scale_checks
 from entropy_ddp.results import AuditRow, Probed, Results
 from entropy_ddp.terminal.commands import print_diagnosis, print_results
 from entropy_ddp.update import step
@@ -515,7 +516,7 @@ def test_whose_limit_cut_the_responses_off(
     settings = SimpleNamespace(max_completion_length=limit)
     torch.save(settings, saved.folder / "training_args.bin")
     cut = replace(plain.with_rows("E", cut_off), saved=saved)
-    opened = session.open_session(
+    opened = opening.open_session(
         cut.config(tmp_path), World(), None, session.no_progress
     )
     rows = batch_rows(opened)
@@ -694,14 +695,14 @@ def test_an_adapter_that_is_not_in_use_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     bypass: Callable[[nn.Module], None],
 ) -> None:
-    load = session.load_policy
+    load = opening.load_policy
 
     def load_bypassed(*arguments: Any) -> Policy:
         policy = load(*arguments)
         bypass(policy.model)
         return policy
 
-    monkeypatch.setattr(session, "load_policy", load_bypassed)
+    monkeypatch.setattr(opening, "load_policy", load_bypassed)
     with pytest.raises(RunError, match="adapter merged or disabled"):
         plain.audit(tmp_path)
 
@@ -741,13 +742,13 @@ def test_rounding_is_held_against_the_change_and_its_error(
     noise: float, change: tuple[float, float], verdict: str
 ) -> None:
     """In bfloat16 float32 is enough, and no step size mends it."""
-    row = audit.noise_check(noise, change, "bfloat16")
+    row = truth.noise_row(noise, *change, "bfloat16")
     assert row.verdict == verdict
     if verdict != "ok":
         assert "precision.model: float32" in row.hint
         assert "float64" not in row.hint and "linear" not in row.hint
     if noise > change[1]:
-        rows = audit.linearity_checks((1e-3, 1e-3), 0.1, change[1], noise)
+        rows = truth.linearity_rows(1e-3, 1e-3, 0.1, change[1], noise)
         assert {r.verdict for r in rows} == {"ok"}
 
 
@@ -761,13 +762,13 @@ def test_bfloat16_without_its_instructions_is_said(
     """With what it costs; other precisions and devices have no such row."""
     facts = tmp_path / "cpuinfo"
     facts.write_text(f"processor : 0\nflags : fpu {flags}\n")
-    assert model_audits.multiplies_bfloat16(facts) is native
-    assert model_audits.multiplies_bfloat16(tmp_path / "absent") is None
-    (row,) = model_audits.precision_rows("cpu", "bfloat16", native)
+    assert model.multiplies_bfloat16(facts) is native
+    assert model.multiplies_bfloat16(tmp_path / "absent") is None
+    (row,) = model.precision_rows("cpu", "bfloat16", native)
     assert row.verdict == ("ok" if native else "warn")
     assert native or "four times the cost" in row.hint
-    assert not model_audits.precision_rows("cpu", "float32", native)
-    assert not model_audits.precision_rows("cuda", "bfloat16", native)
+    assert not model.precision_rows("cpu", "float32", native)
+    assert not model.precision_rows("cuda", "bfloat16", native)
 
 
 # Rewards without a signal
@@ -921,9 +922,9 @@ def test_a_microbatch_lost_or_counted_twice(
     scale_sum: float, tokens: tuple[int, int], name: str
 ) -> None:
     """Three microbatches of a batch of 100 tokens, or not."""
-    rows = audit.scale_checks(scale_sum, 0.03, tokens)
+    rows = scale_checks(scale_sum, 0.03, *tokens)
     assert [row.name for row in rows if row.verdict == "fail"] == [name]
-    rows = audit.scale_checks(0.03, 0.03, (100, 100))
+    rows = scale_checks(0.03, 0.03, 100, 100)
     assert {row.verdict for row in rows} == {"ok"}
 
 

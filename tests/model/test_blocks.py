@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import reference as ref
+from jobs import run_attribution, run_audit, run_probe, run_sweep
 from reference import Row
 from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, make_run
@@ -19,11 +20,8 @@ from torch import Tensor
 from entropy_ddp.config import Config
 from entropy_ddp.data import batch
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.diagnosis import SAMPLE_SEQUENCES
-from entropy_ddp.probe.measure import measure
-from entropy_ddp.probe.run import run_audit, run_probe
-from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.probe.pipeline import Plan, measure
+from entropy_ddp.probe.reverse_mode import SAMPLE_SEQUENCES
 from entropy_ddp.results import Probed
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")
@@ -239,7 +237,7 @@ def test_six_numbers_are_kept_of_every_token(run: TinyRun, baseline: str) -> Non
         session = replace(run, E=rows).open(
             linear={"score": "to_go", "baseline": baseline}, **SOME
         )
-        sizes.append(held_bytes(measure(session, "gradient")))
+        sizes.append(held_bytes(measure(session, Plan(audited="gradient"))))
     more_tokens = 6 * len(run.E)
     assert sizes[1] - sizes[0] == BYTES_PER_TOKEN * more_tokens
 

@@ -12,6 +12,7 @@ import reference as ref
 import torch
 import yaml
 from checkpoints import save_checkpoint
+from jobs import run_attribution, run_audit, run_probe, run_sweep
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_runs import TinyRun, make_run
@@ -25,10 +26,7 @@ from entropy_ddp.config import Checkpoint, Config, Precision, load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import ParameterLayout, fingerprint
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.inspect import inspect_run
-from entropy_ddp.probe.run import run_audit, run_probe
-from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.probe.check import inspect_run
 from entropy_ddp.results import Probed, write_results
 from entropy_ddp.terminal import commands
 from entropy_ddp.terminal.commands import print_inspection
@@ -123,7 +121,7 @@ from pathlib import Path
 
 from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import load_config, to_yaml
-from entropy_ddp.probe.run import run_probe
+from jobs import run_probe
 from entropy_ddp.results import prepare_folder, write_results
 
 def body(world):

@@ -14,6 +14,7 @@ import reference
 import torch
 from checkpoints import save_checkpoint, write_rows
 from huggingface_hub import constants
+from jobs import run_probe
 from rich.console import Console
 from torch import nn
 from trained import (
@@ -31,9 +32,8 @@ from entropy_ddp.checkpoint.policy import Policy, load_policy
 from entropy_ddp.config import Checkpoint, Config, Precision
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.probe.inspect import inspect_run
-from entropy_ddp.probe.run import run_probe
-from entropy_ddp.probe.session import require_optimizer
+from entropy_ddp.probe.check import inspect_run
+from entropy_ddp.probe.opening import require_optimizer
 from entropy_ddp.terminal.commands import print_inspection
 
 CPU = torch.device("cpu")

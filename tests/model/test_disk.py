@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import run_probe
 from safetensors.torch import load_file
 from tiny_runs import TinyRun, make_run
 
@@ -22,7 +23,6 @@ from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
 from entropy_ddp.files import write_tensors, written_whole
-from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import UNFINISHED, Probed, write_results
 
 

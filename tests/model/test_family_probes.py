@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from checkpoints import save_checkpoint
 from families import VOCABULARY, plain_model
+from jobs import run_sweep
 from reference import LossSettings, Objective, delta_h_true, random_rows, scores_along
 from tiny_runs import E_RESPONSES, U_RESPONSES, TinyRun
 
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Probed
 
 STEP_RTOL = 1e-10  # of the largest change

@@ -33,17 +33,17 @@ from entropy_ddp.probe.gradient_dot import (
     GradientDotResult,
     gradient_dot,
     obstacle,
+    proxy_gradient_norm,
     same_rollouts,
 )
-from entropy_ddp.probe.phases import (
-    SteppedScores,
+from entropy_ddp.probe.passes import (
     loss_gradient,
     score_after_step,
     score_along_step,
 )
 from entropy_ddp.probe.session import Session
-from entropy_ddp.probe.units import proxy_gradient_norm
 from entropy_ddp.update.decomposition import step_parts
+from entropy_ddp.update.step import Step
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")
 
@@ -95,26 +95,26 @@ class Opened:
 
     session: Session
     gradient: Tensor
-    stepped: SteppedScores
+    step: Step
     base: DirectionalScores
 
     @classmethod
     def of(cls, session: Session) -> "Opened":
-        gradient, _, _ = loss_gradient(session)
-        stepped = score_after_step(session, gradient)
-        base = score_along_step(session, stepped.step).scores
-        return cls(session=session, gradient=gradient, stepped=stepped, base=base)
+        gradient, _ = loss_gradient(session)
+        step, _, _ = score_after_step(session, gradient)
+        base = score_along_step(session, step).scores
+        return cls(session=session, gradient=gradient, step=step, base=base)
 
     def result(self, settings: GradientDot) -> GradientDotResult:
         found = gradient_dot(
-            self.session, self.stepped, self.gradient, self.base, settings
+            self.session, self.step, self.gradient, self.base, settings
         )
         assert found is not None
         return found
 
     @property
     def delta(self) -> Tensor:
-        return self.stepped.step.delta
+        return self.step.delta
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +132,7 @@ class Case:
 
     def y(self, direction: str) -> Tensor:
         if f"y {direction}" not in self.known:
-            clip_coef = self.opened.stepped.step.clip_coef
+            clip_coef = self.opened.step.clip_coef
             self.known[f"y {direction}"] = self.vectors.y(direction, clip_coef)
         return self.known[f"y {direction}"]
 
@@ -168,7 +168,7 @@ def expect(case: Case, settings: GradientDot) -> dict[str, Any]:
     x_bar, y_bar = x.mean(0), case.y_bar(settings.direction)
     rate = 1.0
     if settings.direction == "preconditioned":
-        rate = case.opened.stepped.step.learning_rate
+        rate = case.opened.step.learning_rate
     dot = float(x_bar @ y_bar)
     V_X, V_Y = variance(x, y_bar), variance(y, x_bar)
     return {
@@ -215,7 +215,7 @@ def test_shares_of_the_step_add_up(case: Case) -> None:
         opened.session.optimizer,
         opened.session.policy.parameters,
         opened.gradient,
-        opened.stepped.step,
+        opened.step,
         opened.session.config.update,
     ):
         layout.views(momentum)[name].copy_(parts.momentum)
@@ -309,7 +309,7 @@ def test_auto_says_why_not_and_true_refuses(make_named_run: RunMaker) -> None:
     ]
     for broken, reason in cases:
         opened = Opened.of(broken.open(update=LOSSES["dr_grpo"]))
-        arguments = (opened.session, opened.stepped, opened.gradient, opened.base)
+        arguments = (opened.session, opened.step, opened.gradient, opened.base)
         before = dict(opened.session.world.collectives)
         assert gradient_dot(*arguments, GradientDot()) is None
         with pytest.raises(InputError, match=f"gradient_dot: needs.*{reason}"):
@@ -318,7 +318,7 @@ def test_auto_says_why_not_and_true_refuses(make_named_run: RunMaker) -> None:
         assert found is not None and found.startswith("needs at least 2")
         assert opened.session.world.collectives == before
     opened = Opened.of(run.open(update=LOSSES["dr_grpo"]))
-    arguments = (opened.session, opened.stepped, opened.gradient, opened.base)
+    arguments = (opened.session, opened.step, opened.gradient, opened.base)
     assert obstacle(opened.session.batches, {}) is None
     assert gradient_dot(*arguments, GradientDot(enabled=False)) is None
     assert gradient_dot(*arguments, GradientDot()) is not None
@@ -440,27 +440,28 @@ from dataclasses import asdict
 from pathlib import Path
 from entropy_ddp.config import load_config
 from entropy_ddp.distributed import process_group
-from entropy_ddp.probe import gradient_dot as gd, phases
-from entropy_ddp.probe.session import open_session
-from entropy_ddp.probe.units import proxy_gradient_norm
+from entropy_ddp.probe import gradient_dot as gd
+from entropy_ddp.probe.opening import open_session
+from entropy_ddp.probe.passes import loss_gradient, score_after_step, score_along_step
+from entropy_ddp.probe.gradient_dot import proxy_gradient_norm
 
 def measure(world):
     results = []
     for path in sys.argv[2:]:
         config = load_config(Path(path), ())
         session = open_session(config, world, None, lambda *progress: None)
-        gradient, _, _ = phases.loss_gradient(session)
-        stepped = phases.score_after_step(session, gradient)
-        base = phases.score_along_step(session, stepped.step).scores
+        gradient, _ = loss_gradient(session)
+        step, _, _ = score_after_step(session, gradient)
+        base = score_along_step(session, step).scores
         for direction in ("step", "preconditioned"):
             for method in ("jvp", "backward"):
                 settings = gd.GradientDot(
                     direction=direction, variance_method=method
                 )
-                found = gd.gradient_dot(session, stepped, gradient, base, settings)
+                found = gd.gradient_dot(session, step, gradient, base, settings)
                 results.append(asdict(found))
         results[-1]["proxy"] = proxy_gradient_norm(session)
-    held = [len(session.shard(batch).positions) for batch in session.batches.values()]
+    held = [len(session.shard(split).positions) for split in session.batches]
     text = json.dumps({"results": results, "held": held})
     Path(sys.argv[1], f"{world.rank}.json").write_text(text)
 

@@ -27,6 +27,7 @@ from checkpoints import (
     write_rows,
 )
 from click.testing import CliRunner
+from jobs import run_attribution
 from planted import Scene
 from reference import LossSettings, Row
 from tiny_runs import TinyRun, make_run
@@ -35,9 +36,7 @@ from torch import nn
 from entropy_ddp.cli import main
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.keeping import sample_batch
-from entropy_ddp.probe.session import find_checkpoint, open_policy
+from entropy_ddp.probe.opening import find_checkpoint, open_policy, sample_batch
 
 LEARNING_RATE = 0.01
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import reference as ref
 import torch
+from jobs import run_attribution
 from peft import LoraConfig, get_peft_model
 from reference import LossSettings, Row
 from tiny_runs import TinyRun, as_batch, make_passes, make_run
@@ -17,10 +18,9 @@ from entropy_ddp.checkpoint.policy import adapter_disabled, require_reference
 from entropy_ddp.config import Update
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.inspect import inspect_run
-from entropy_ddp.probe.phases import loss_gradient
-from entropy_ddp.probe.units import loss_units, mean_gradient
+from entropy_ddp.probe.check import inspect_run
+from entropy_ddp.probe.gradient_dot import loss_units, mean_gradient
+from entropy_ddp.probe.passes import loss_gradient
 from entropy_ddp.update.loss import loss_weights
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")

@@ -253,7 +253,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.run import run_probe
+from jobs import run_probe
 
 # Weights that are large beside their activations, and the other way round.
 MODELS = {"full weights": (20_000, 2), "adapter": (5_000, 8)}

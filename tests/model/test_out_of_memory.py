@@ -25,7 +25,7 @@ from entropy_ddp.data.microbatch import PromptSharing
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import Allowance, is_shortage, unless_out_of_memory
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe import session as session_module
+from entropy_ddp.probe import opening
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Results
 
@@ -241,7 +241,7 @@ def short_of_memory(
 ) -> Iterator[None]:
     """Every session that is opened has the shortage in its model, after its checks."""
     opened: list[Session] = []
-    verify = session_module.verify_model
+    verify = opening.verify_model
 
     with monkeypatch.context() as patch:
         contexts: list[Any] = []
@@ -253,7 +253,7 @@ def short_of_memory(
             context.__enter__()
             contexts.append(context)
 
-        patch.setattr(session_module, "verify_model", verify_and_plant)
+        patch.setattr(opening, "verify_model", verify_and_plant)
         yield
         for context in contexts:
             context.__exit__(None, None, None)
@@ -387,18 +387,18 @@ from shortages import Shortage, first_block
 
 from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import load_config
-from entropy_ddp.probe import session
-from entropy_ddp.probe.run import run_probe
+from entropy_ddp.probe import opening
+from jobs import run_probe
 
 def body(world):
-    verify = session.verify_model
+    verify = opening.verify_model
     def verify_and_plant(opened):
         verify(opened)
         if world.rank == 1:
             for shortage in (Shortage(14, "backward"), Shortage(10)):
                 hook = shortage.after_block
                 first_block(opened.policy.model).register_forward_hook(hook)
-    session.verify_model = verify_and_plant
+    opening.verify_model = verify_and_plant
     config = load_config(Path(sys.argv[1]), ())
     results = run_probe(config, world, None, lambda *progress: None).results
     if world.is_main:

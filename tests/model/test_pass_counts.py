@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import reference as ref
+from jobs import run_attribution, run_audit, run_probe, run_sweep
 from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, make_run
 
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.data.microbatch import plan_microbatches
 from entropy_ddp.distributed import World
-from entropy_ddp.probe import audits, diagnosis
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.run import run_audit, run_probe
-from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.probe import reverse_mode
+from entropy_ddp.probe.audits import step
 from entropy_ddp.results import Probed
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")
@@ -105,7 +104,7 @@ def test_no_pass_too_many(
     job: str,
     budget: int,
 ) -> None:
-    monkeypatch.setattr(diagnosis, "SAMPLE_SEQUENCES", SAMPLE)
+    monkeypatch.setattr(reverse_mode, "SAMPLE_SEQUENCES", SAMPLE)
     run_job, sections = JOBS[job]
     if job == "sweep with the step itself":
         rate = tiny.saved.optimizer.param_groups[0]["lr"]
@@ -120,7 +119,7 @@ def test_no_pass_too_many(
     sample = tiny.E[:SAMPLE]
     assert (
         sum(len(row.prompt_ids) + len(row.response_ids) for row in sample)
-        <= diagnosis.SAMPLE_TOKENS
+        <= reverse_mode.SAMPLE_TOKENS
     )
     rows = {(row["pass"], row["batch"]): row for row in probed.results.run.passes}
     assert {key: row["sequences"] for key, row in rows.items()} == in_sequences(*sizes)[
@@ -147,7 +146,7 @@ def test_every_rank_plans_its_own_microbatches_again(
         planned.append(len(shard.positions))
         return plan_microbatches(shard, *rest, **options)
 
-    monkeypatch.setattr(audits, "plan_microbatches", counted)
+    monkeypatch.setattr(step, "plan_microbatches", counted)
     config = tiny.config(curvature={"enabled": False}, gradient_dot={"enabled": False})
     found = run_thread_ranks(3, lambda world: run_probe(config, world, None, quiet))
     assert sum(planned) == len(tiny.E)

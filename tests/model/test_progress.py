@@ -10,13 +10,11 @@ import pytest
 import reference as ref
 from hypothesis import given
 from hypothesis import strategies as some
+from jobs import run_attribution, run_audit, run_probe, run_sweep
 from rich.console import Console
 from tiny_runs import make_run
 
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.run import run_audit, run_probe
-from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.terminal.progress import (
     SECONDS_BETWEEN_LINES,
     Lines,

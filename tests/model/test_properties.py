@@ -14,11 +14,11 @@ import reference as ref
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs import run_probe
 from reference import LossSettings, Objective
 from thread_ranks import run_thread_ranks
 from tiny_runs import SAMPLER_NOISE, TinyRun, make_run
 
-from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import Results
 
 RTOL = 1e-9

@@ -21,6 +21,7 @@ import torch
 import yaml
 from checkpoints import run_config
 from click.testing import CliRunner
+from jobs import run_attribution, run_audit, run_probe, run_sweep
 from tiny_runs import TinyRun, make_run
 from torch import nn
 
@@ -28,10 +29,7 @@ from entropy_ddp.cli import main
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.model.parameters import fingerprint
-from entropy_ddp.probe import session
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.run import run_audit, run_probe
-from entropy_ddp.probe.sweep import run_sweep
+from entropy_ddp.probe import opening
 from entropy_ddp.results import discard_unfinished
 from entropy_ddp.update.step import optimizer_tensors
 
@@ -135,7 +133,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """Count and fail passes of the next job, and remember its state when opened."""
-    load = session.load_optimizer
+    load = opening.load_optimizer
     backward = torch.Tensor.backward
 
     def load_and_watch(path: Path, model: nn.Module, parameters: Any) -> Any:
@@ -150,7 +148,7 @@ def watched(watch: Watch) -> Iterator[None]:
         watch.count("backward")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "load_optimizer", load_and_watch)
+        patch.setattr(opening, "load_optimizer", load_and_watch)
         patch.setattr(torch.Tensor, "backward", backward_and_count)
         yield
 

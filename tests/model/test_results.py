@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import run_config, save_checkpoint, write_rows
+from jobs import run_probe
 from reference import random_rows
 from safetensors.torch import load_file
 
@@ -17,7 +18,6 @@ from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.files import written_whole
-from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import Probed, Results, prepare_folder, write_results
 
 ROWS = [{"split": "E", "index": 0, "logp": -1.0}]

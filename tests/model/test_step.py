@@ -16,7 +16,7 @@ from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.model.parameters import ParameterLayout, fingerprint
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.phases import loss_gradient, score_after_step
+from entropy_ddp.probe.passes import loss_gradient, score_after_step
 from entropy_ddp.probe.session import Session
 from entropy_ddp.update.step import Step, one_step, optimizer_tensors
 
@@ -383,8 +383,7 @@ def test_every_bit_is_back_after_a_failure(
 def test_the_hashes_of_a_scored_step_prove_the_restore(session: Session) -> None:
     gradient, *_ = loss_gradient(session)
     before = state_hash(session)
-    stepped = score_after_step(session, gradient)
-    first, after_step, restored = stepped.hashes
+    _, _, (first, after_step, restored) = score_after_step(session, gradient)
     assert first == restored != after_step
     assert_restored(session, before)
 

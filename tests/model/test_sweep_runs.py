@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import reference as ref
 import torch
+from jobs import run_sweep
 from reference import LossSettings, Objective
 from safetensors.torch import load_file, save_file
 from thread_ranks import run_thread_ranks
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import UNFINISHED, Probed, Results
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import reference as ref
+from jobs import run_attribution, run_probe, run_sweep
 from rich.cells import cell_len
 from rich.console import Console
 from tiny_runs import make_run
@@ -21,9 +22,6 @@ from tiny_runs import make_run
 from entropy_ddp.answers.words import relative_error
 from entropy_ddp.cli.options import Options, table_console
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.run import run_probe
-from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import AuditRow, Results
 from entropy_ddp.terminal import commands
 from entropy_ddp.terminal.commands import (

@@ -16,8 +16,9 @@ from reference import LossSettings
 from torch import nn
 
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.session import Session, no_progress, open_session
-from entropy_ddp.probe.trainer_audits import trainer_rows
+from entropy_ddp.probe.audits.step import trainer_rows
+from entropy_ddp.probe.opening import open_session
+from entropy_ddp.probe.session import Session, no_progress
 from entropy_ddp.results import AuditRow
 from entropy_ddp.update.step import Step
 

@@ -22,7 +22,7 @@ from entropy_ddp.checkpoint.trainer_settings import (
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.probe.inspect import inspect_run
+from entropy_ddp.probe.check import inspect_run
 
 
 class Settings:

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from jobs import run_attribution, run_audit, run_probe, run_sweep
 from launching import REPOSITORY, python, run, torchrun
 from tiny_runs import TinyRun, make_run
 
 from entropy_ddp.api import InputError, Run, open_run, read_results
 from entropy_ddp.distributed import World
 from entropy_ddp.model.parameters import fingerprint
-from entropy_ddp.probe.attribution import run_attribution
-from entropy_ddp.probe.run import run_audit, run_probe
-from entropy_ddp.probe.sweep import run_sweep
 from entropy_ddp.results import Results
 from entropy_ddp.update.step import optimizer_tensors
 

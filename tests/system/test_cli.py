@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
-from entropy_ddp.probe import keeping
-from entropy_ddp.probe.unfinished import Unfinished
+from entropy_ddp.probe import opening
+from entropy_ddp.probe.resume import Unfinished
 from entropy_ddp.sampling import rollouts as sampling
 
 HEAVY = ("torch", "numpy", "transformers", "peft", "accelerate", "safetensors")
@@ -986,9 +986,9 @@ def test_a_batch_that_was_sampled_is_not_sampled_again(
     assert refused.exit_code == 2 and "found another content" in refused.stderr
     kept.write_text(text)
     sampled: list[str] = []
-    sample = keeping.sample_batch
+    sample = opening.sample_batch
     monkeypatch.setattr(
-        keeping,
+        opening,
         "sample_batch",
         lambda s, split, *r: sampled.append(split) or sample(s, split, *r),
     )

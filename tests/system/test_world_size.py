@@ -18,11 +18,11 @@ import launching
 import pytest
 import yaml
 from checkpoints import Saved, run_config, save_checkpoint, write_rows
+from jobs import run_probe
 from reference import Row, drawn_from, random_rows, with_sampling_logprobs
 
 from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.run import run_probe
 from entropy_ddp.results import write_results
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
@@ -49,7 +49,7 @@ from pathlib import Path
 
 from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import load_config, to_yaml
-from entropy_ddp.probe.run import run_probe
+from jobs import run_probe
 from entropy_ddp.results import prepare_folder, write_results
 
 def body(world):

@@ -28,7 +28,6 @@ ROOMS = (
     "update",
     "estimators",
     "results",
-    "audit",
     "ledger",
     "answers",
     "terminal",

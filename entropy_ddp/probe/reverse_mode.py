@@ -1,4 +1,4 @@
-"""The audits that need a pass of their own: forward against reverse mode, noise floor.
+"""The slope again by reverse mode, and E scored again: what audits need passes for.
 
 In a probe they run on the first sequences of E (`audit_sample`), the same at every world
 size, and share one backward pass: it gives the gradient, and log p and H once more. The
@@ -26,9 +26,9 @@ from entropy_ddp.estimators.standard_errors import (
 from entropy_ddp.model.parameters import global_norm, inner_product
 from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.phases import first_sequences, gather_sums, snapshot_device
+from entropy_ddp.probe.passes import gather_sums
+from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
-from entropy_ddp.probe.unfinished import Record
 from entropy_ddp.update.step import Step, one_step
 
 # The audits' sample has few tokens, whatever the size of E and of its sequences: their
@@ -100,7 +100,7 @@ def check_duality(
         cut_otherwise: run the backward pass in other microbatches, for the noise floor.
     """
     objective = session.config.objective
-    sample = first_sequences(session, size)
+    sample = session.first_sequences(size)
     on_logp, terms = _configured_weights(
         session, base, mean_entropy, sample, prediction
     )
@@ -114,16 +114,15 @@ def check_duality(
             on_entropy = torch.zeros_like(on_entropy)
         return on_logp[token.cpu()], on_entropy
 
-    def pull_back() -> Record:
-        with session.phase("audit: reverse mode", sample.ragged.num_tokens):
-            passes = _otherwise(session) if cut_otherwise else session.passes
-            flat, scores = passes.gradient(sample, weights, session.buffer_dtype)
-            session.world.sum(flat, "parameter buffers")
+    def pull_back() -> PassResult:
+        passes = _otherwise(session) if cut_otherwise else session.passes
+        flat, scores = passes.gradient(sample, weights, session.buffer_dtype)
+        session.world.sum(flat, "parameter buffers")
         tokens = scores.arrays() if cut_otherwise else {}
-        return Record(tokens=tokens, shared={"gradient": flat})
+        return PassResult(tokens=tokens, shared={"gradient": flat})
 
-    record = session.kept("reverse-mode", sample, pull_back)
-    gradient = record.shared["gradient"]
+    found = session.pass_over(sample, "audit: reverse mode", pull_back)
+    gradient = found.shared["gradient"]
     reverse = inner_product(gradient, step.delta) / step.learning_rate
     scale = max(map(abs, (centred, score, pathwise, mean_entropy * counts)))
     return Duality(
@@ -135,7 +134,7 @@ def check_duality(
             sample.batch.lengths,
         ).denominator,
         num_sequences=len(sample.batch),
-        noise_floor=_change_of_rounding(session, base, sample, record.tokens)
+        noise_floor=_change_of_rounding(session, base, sample, found.tokens)
         if cut_otherwise
         else None,
     )
@@ -188,7 +187,7 @@ def learning_rate_ratios(
         session.policy.parameters,
         gradient,
         session.config.update,
-        snapshot_device(session.config.compute),
+        session.snapshot_device,
         rate_scale=0.1,
     ) as smaller:
         delta = smaller.delta
@@ -213,13 +212,12 @@ def measure_noise_floor(session: Session, base: DirectionalScores) -> float:
         session: the run.
         base: this rank's tokens of E.
     """
-    sample = first_sequences(session, audit_sample(session.batches["E"]))
+    sample = session.first_sequences(audit_sample(session.batches["E"]))
 
-    def score() -> Record:
-        with session.phase("audit: noise floor", sample.ragged.num_tokens):
-            return Record(tokens=_otherwise(session).score(sample).arrays())
+    def score() -> PassResult:
+        return PassResult(tokens=_otherwise(session).score(sample).arrays())
 
-    again = session.kept("noise-floor", sample, score).tokens
+    again = session.pass_over(sample, "audit: noise floor", score).tokens
     return _change_of_rounding(session, base, sample, again)
 
 

@@ -18,17 +18,16 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.model.implementations import slower_routes
 from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.gradient_dot import is_wanted
-from entropy_ddp.probe.keeping import plan_sample
 from entropy_ddp.probe.memory import described, estimate_memory
-from entropy_ddp.probe.session import (
-    Progress,
-    Session,
+from entropy_ddp.probe.opening import (
     check_batches,
     check_masked,
     open_checkpoint,
+    plan_sample,
     token_limits,
     verify_model,
 )
+from entropy_ddp.probe.session import Progress, Session
 
 
 def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, Any]:

@@ -43,14 +43,16 @@ from entropy_ddp.estimators.linear import (
 )
 from entropy_ddp.model.response_tokens import DirectionalScores, TokenScores
 from entropy_ddp.probe.features import known_before
-from entropy_ddp.probe.phases import (
-    AlongStep,
-    SecondDerivatives,
-    SequenceSums,
-    first_sequences,
-    gather_sums,
-)
+from entropy_ddp.probe.passes import AlongStep, gather_sums
 from entropy_ddp.probe.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSums:
+    """Log-probability l_i and entropy H_i of every sequence of a batch, [N] each."""
+
+    logp: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,9 @@ class EntropyEstimates:
         log_weights: log w_i, [N].
         changes: Delta H by mode of importance weights.
         slopes: the slope by (score, baseline, control variates).
+        predicted_of_sample: what the configured baseline predicts of what follows each
+            of this rank's tokens of the audits' sample, [s, 2]; None for a baseline
+            without predictions.
     """
 
     original: Ratio
@@ -71,28 +76,22 @@ class EntropyEstimates:
     log_weights: Tensor
     changes: dict[ImportanceMode, EntropyChange]
     slopes: dict[tuple[Score, Baseline, bool], Slope]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """What `ridge` and `loo` predict of what follows each token.
-
-    Attributes:
-        sums: sums over each of this rank's sequences of log p' times the predictions,
-            by baseline, [n, 2].
-        sample: the configured baseline's own predictions of the tokens of the audits'
-            sample, [s, 2]; None for a baseline without.
-    """
-
-    sums: dict[Baseline, Tensor]
-    sample: Tensor | None
+    predicted_of_sample: Tensor | None
 
 
 def estimate(
-    session: Session, along: AlongStep, stepped: TokenScores, predictions: Predictions
+    session: Session, along: AlongStep, stepped: TokenScores, sample_size: int = 0
 ) -> EntropyEstimates:
-    """Every estimator of truth and prediction from two scoring passes over E."""
+    """Every estimator of truth and prediction from two scoring passes over E.
+
+    Args:
+        session: the run.
+        along: this rank's tokens of E at theta.
+        stepped: the same at theta_after.
+        sample_size: number of E's first sequences in the audits' sample.
+    """
     base = along.scores
+    sums_of, of_sample = _predict(session, along, sample_size)
     before, after = _sums_of_both(session, base, stepped)
     original = _ratio(session, before)
     return EntropyEstimates(
@@ -100,8 +99,9 @@ def estimate(
         before=before,
         after=after,
         log_weights=after.logp - before.logp,
-        changes=_changes(session, (before, after), (base, stepped)),
-        slopes=_slopes(session, along, original, predictions.sums),
+        changes=_changes(session, before, after, base, stepped),
+        slopes=_slopes(session, along, original, sums_of),
+        predicted_of_sample=of_sample,
     )
 
 
@@ -109,8 +109,8 @@ def changes_at(
     session: Session, base: TokenScores, shifted: TokenScores
 ) -> dict[ImportanceMode, EntropyChange]:
     """Delta H by every mode between two scoring passes over E."""
-    sums = _sums_of_both(session, base, shifted)
-    return _changes(session, sums, (base, shifted))
+    before, after = _sums_of_both(session, base, shifted)
+    return _changes(session, before, after, base, shifted)
 
 
 def _sums_of_both(
@@ -119,7 +119,7 @@ def _sums_of_both(
     """Sums of E's sequences at theta and elsewhere, all ranks'; one collective."""
     logp, entropy, logp_after, entropy_after = gather_sums(
         session.world,
-        session.shard(session.batches["E"]),
+        session.shard("E"),
         *(base.logp, base.entropy, stepped.logp, stepped.entropy),
     )
     return (
@@ -137,18 +137,18 @@ def _ratio(session: Session, sums: SequenceSums) -> Ratio:
 
 def _changes(
     session: Session,
-    sums: tuple[SequenceSums, SequenceSums],
-    scores: tuple[TokenScores, TokenScores],
+    before: SequenceSums,
+    after: SequenceSums,
+    base: TokenScores,
+    stepped: TokenScores,
 ) -> dict[ImportanceMode, EntropyChange]:
-    before, after = sums
-    batch = session.batches["E"]
     return all_entropy_changes(
         _ratio(session, before),
         _ratio(session, after),
         after.logp - before.logp,
         session.config.truth.clip_c,
-        _per_decision(session, session.shard(batch), *scores),
-        batch.groups,
+        _per_decision(session, session.shard("E"), base, stepped),
+        session.batches["E"].groups,
     )
 
 
@@ -189,7 +189,7 @@ def _slopes(
     predicted: dict[Baseline, Tensor],
 ) -> dict[tuple[Score, Baseline, bool], Slope]:
     """The slope by every estimator that applies, from one gather."""
-    shard = session.shard(session.batches["E"])
+    shard = session.shard("E")
     terms = _terms(session, along.scores, original.value, predicted)
     rows = session.world.gather_rows(
         torch.cat([*terms.values(), along.features.zero_mean], dim=1),
@@ -216,7 +216,7 @@ def _terms(
     predicted: dict[Baseline, Tensor],
 ) -> dict[tuple[Score, Baseline], Tensor]:
     """`sequence_terms` of this rank's sequences by estimator, [n, 4] each."""
-    shard = session.shard(session.batches["E"])
+    shard = session.shard("E")
     objective = session.config.objective
     integrand, normalize = objective.integrand, objective.normalize
     estimators = applicable_estimators(normalize)
@@ -240,32 +240,30 @@ def _terms(
     return terms
 
 
-def predict(session: Session, along: AlongStep, sample_size: int) -> Predictions:
-    """The predictions of both baselines that make any; two collectives.
+def _predict(
+    session: Session, along: AlongStep, sample_size: int
+) -> tuple[dict[Baseline, Tensor], Tensor | None]:
+    """What `ridge` and `loo` predict of what follows each token; two collectives.
 
-    Args:
-        session: the run.
-        along: this rank's tokens of E.
-        sample_size: number of E's first sequences in the audits' sample.
+    Returns:
+        Sums over each of this rank's sequences of log p' times the predictions, by
+        baseline, [n, 2]; and the configured baseline's own predictions of the tokens of
+        the audits' sample, [s, 2], None for a baseline without.
     """
     world, features = session.world, along.features
     coefficients = cross_fitted_coefficients(world.sum(features.moments, "scalars"))
     totals = world.sum(features.totals, "scalars")
-    sample = first_sequences(session, sample_size)
-    num_tokens, configured = sample.ragged.num_tokens, session.config.linear.baseline
-    fold = _folds(session.shard(session.batches["E"]))
-    loo, own = _leave_one_out(
-        session, along, totals, num_tokens if configured == "loo" else 0
-    )
-    if configured == "ridge":
-        own = _ridge_of_sample(along, sample, coefficients)
-    return Predictions(
-        sums={
-            "loo": loo,
-            "ridge": ridge_prediction(features.known, coefficients, fold),
-        },
-        sample=own if configured in ("loo", "ridge") else None,
-    )
+    sample, configured = session.first_sequences(sample_size), session.config.linear
+    kept = sample.ragged.num_tokens if configured.baseline == "loo" else 0
+    loo, of_sample = _leave_one_out(session, along, totals, kept)
+    if configured.baseline == "ridge":
+        of_sample = _ridge_of_sample(along, sample, coefficients)
+    fold = _folds(session.shard("E"))
+    sums_of: dict[Baseline, Tensor] = {
+        "loo": loo,
+        "ridge": ridge_prediction(features.known, coefficients, fold),
+    }
+    return sums_of, of_sample if configured.baseline in sums_of else None
 
 
 def _folds(shard: Shard) -> Tensor:
@@ -277,7 +275,7 @@ def _leave_one_out(
     session: Session, along: AlongStep, totals: Tensor, num_sample_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Sums of `loo` over sequences [n, 2], and its predictions of the first tokens."""
-    shard = session.shard(session.batches["E"])
+    shard = session.shard("E")
     sums = torch.zeros(len(shard.positions), 2, dtype=torch.float64)
     own = torch.zeros(num_sample_tokens, 2, dtype=torch.float64)
     for block in shard.blocks():
@@ -317,21 +315,27 @@ def estimate_curvature(
     session: Session,
     estimates: EntropyEstimates,
     base: DirectionalScores,
-    second: SecondDerivatives,
+    second_logp: Tensor,
+    second_entropy: Tensor,
 ) -> Curvature:
-    """H'' along the step from the base pass and the second derivatives of l_i and H_i."""
-    batch = session.batches["E"]
-    shard = session.shard(batch)
-    first = gather_sums(session.world, shard, base.dlogp, base.dentropy)
-    numerators = [
-        _ratio(session, SequenceSums(logp=logp, entropy=entropy)).numerator
-        for logp, entropy in (first, (second.logp, second.entropy))
-    ]
+    """H'' along the step.
+
+    Args:
+        session: the run.
+        estimates: at theta.
+        base: this rank's tokens of E, with derivatives along the step.
+        second_logp, second_entropy: second derivatives of l_i and H_i, [N] each.
+    """
+    first_logp, first_entropy = gather_sums(
+        session.world, session.shard("E"), base.dlogp, base.dentropy
+    )
+    first = SequenceSums(logp=first_logp, entropy=first_entropy)
+    second = SequenceSums(logp=second_logp, entropy=second_entropy)
     return curvature(
         estimates.original,
-        batch.groups,
-        dlogp=first[0],
-        d2logp=second.logp,
-        dnumerator=numerators[0],
-        d2numerator=numerators[1],
+        session.batches["E"].groups,
+        dlogp=first_logp,
+        d2logp=second_logp,
+        dnumerator=_ratio(session, first).numerator,
+        d2numerator=_ratio(session, second).numerator,
     )

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from entropy_ddp import audit
 from entropy_ddp.checkpoint.trainer_files import (
     TrainingArguments,
     find_training_arguments,
@@ -13,7 +12,8 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.model.forward_mode import weight_norms
 from entropy_ddp.model.implementations import slower_routes
 from entropy_ddp.model.parameters import frozen_fingerprint
-from entropy_ddp.probe.phases import SteppedScores
+from entropy_ddp.probe.audits.primitives import compare, fact, threshold
+from entropy_ddp.probe.measured import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 
@@ -27,7 +27,7 @@ def stored_rows(session: Session) -> list[AuditRow]:
     policy = session.policy
     used = str(policy.dtype).removeprefix("torch.")
     return [
-        audit.fact(f"weights of the {part} are stored as", stored, f"used as {used}")
+        fact(f"weights of the {part} are stored as", stored, f"used as {used}")
         for part, stored in policy.stored.items()
         if stored != used
     ]
@@ -42,11 +42,11 @@ def training_rows(session: Session) -> list[AuditRow]:
         arguments = read_training_arguments(path)
     except InputError as error:
         # Nothing is taken from it: the probe does not depend on it.
-        return [audit.fact("training arguments", "not readable", str(error))]
+        return [fact("training arguments", "not readable", str(error))]
     update = session.batches.get("U")
     given = update is None or all(s.advantage is not None for s in update.sequences)
     return _engine_rows(session, arguments) + [
-        audit.check(
+        compare(
             f"trainer's setting: {found.key}",
             found.configured,
             str(found.trained),
@@ -67,7 +67,7 @@ def _engine_rows(session: Session, arguments: TrainingArguments) -> list[AuditRo
     if not (is_trainers and values.get("use_vllm") and values.get(correction)):
         return []
     return [
-        audit.check(
+        compare(
             f"trainer's setting: {correction}",
             "no weights",
             "true, as the trainer had it",
@@ -95,27 +95,53 @@ def moment_rows(session: Session) -> list[AuditRow]:
             tiny += int((moment < group["eps"] ** 2).sum())
             total += moment.numel()
     return [
-        audit.check(
+        compare(
             "parameters without optimizer state",
             stateless,
             "0",
             stateless == 0,
             "their step is not the trainer's",
         ),
-        *audit.moment_checks(tiny / total, zero / total),
+        *_moment_rows(tiny / total, zero / total),
     ]
 
 
-def state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
+def _moment_rows(tiny_share: float, zero_share: float) -> list[AuditRow]:
+    """Second moments that are zero or below eps^2: elements the step hardly scales."""
+    hint = (
+        "the optimizer has hardly seen a gradient there: its step is lr * sign-like "
+        "noise or crushed by eps; was the checkpoint saved after very few steps?"
+    )
+    return [
+        compare(
+            "second moments equal to 0",
+            zero_share,
+            "< 0.5 of all",
+            zero_share < 0.5,
+            hint,
+            fatal=False,
+        ),
+        compare(
+            "second moments below eps^2",
+            tiny_share,
+            "< 0.5 of all",
+            tiny_share < 0.5,
+            hint,
+            fatal=False,
+        ),
+    ]
+
+
+def state_rows(session: Session, measured: Measured) -> list[AuditRow]:
     """Restored bits, equality of ranks, and what was verified of the model."""
-    before, after_step, restored = stepped.hashes
+    before, after_step, restored = measured.hashes
     model = session.policy.model
     all_hashes = session.world.gather_objects(
         (before, after_step, restored, frozen_fingerprint(model))
     )
     equal = [len(set(hashes)) == 1 for hashes in zip(*all_hashes)]
     rows = [
-        audit.check(
+        compare(
             "restored bits: parameters and optimizer state",
             restored[:16],
             before[:16],
@@ -131,7 +157,7 @@ def state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
     )
     for name, same in zip(names, equal):
         rows.append(
-            audit.check(
+            compare(
                 f"equal on all ranks: {name}",
                 same,
                 "true",
@@ -141,7 +167,7 @@ def state_rows(session: Session, stepped: SteppedScores) -> list[AuditRow]:
         )
     for item in session.self_checks:
         rows.append(
-            audit.close(
+            threshold(
                 f"self-check: {item.name}",
                 item.error,
                 item.tolerance,
@@ -169,7 +195,7 @@ def precision_rows(device: str, dtype: str, native: bool | None) -> list[AuditRo
     if device != "cpu" or dtype != "bfloat16" or native is None:
         return []
     return [
-        audit.check(
+        compare(
             "bfloat16 instructions of the CPU",
             native,
             "true",
@@ -188,9 +214,9 @@ def _route_rows(session: Session) -> list[AuditRow]:
     rows = precision_rows(policy.device.type, dtype, multiplies_bfloat16())
     if weight_norms(policy.model):
         text = "not the derivative: DoRA holds weight norms fixed"
-        rows.append(audit.fact("the trainer's gradient", text))
+        rows.append(fact("the trainer's gradient", text))
     return rows + [
-        audit.fact(f"{route.part} implementation", f"eager: {route.reason}")
+        fact(f"{route.part} implementation", f"eager: {route.reason}")
         for route in slower_routes(policy.model, asked, policy.dtype)
     ]
 
@@ -205,7 +231,7 @@ def _sharing_rows(session: Session) -> list[AuditRow]:
         for batch in session.batches.values()
     )
     return [
-        audit.check(
+        compare(
             "responses share their prompt's row",
             sharing.sharing is not None,
             "true where a prompt has several responses" if repeated else "",

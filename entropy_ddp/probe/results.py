@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from entropy_ddp import __version__
-from entropy_ddp.audit import memory_checks, worst_verdict
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.files import decode_prompt, decode_response
 from entropy_ddp.estimators.control_variates import adjusted_change
@@ -19,7 +18,11 @@ from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.model.walk import PassCount
-from entropy_ddp.probe.measure import Measured
+from entropy_ddp.probe.attribution import sequence_shares, token_rows
+from entropy_ddp.probe.audits.primitives import worst_verdict
+from entropy_ddp.probe.audits.step import memory_rows
+from entropy_ddp.probe.estimates import SequenceSums
+from entropy_ddp.probe.measured import Measured
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import (
     AuditRow,
@@ -39,25 +42,11 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 def make_results(
-    session: Session,
-    measured: Measured,
-    rows: list[AuditRow],
-    command: str,
-    shares: Tensor | None = None,
-    **parts: Any,
+    session: Session, measured: Measured, rows: list[AuditRow], command: str
 ) -> Probed:
-    """The results of a probe; the same on every rank.
-
-    Args:
-        session: the run.
-        measured: what the passes gave.
-        rows: the audits.
-        command: the job.
-        shares: share of each sequence of U, [N], of a run that attributes.
-        parts: parts of the results that a job adds: gradient_dot, sweep, attribution.
-    """
+    """The results of a job; the same on every rank."""
     facts = _run_facts(session, command)
-    rows = [*rows, *memory_checks(facts, session.config.compute.tokens_per_microbatch)]
+    rows = [*rows, *memory_rows(facts, session.config.compute.tokens_per_microbatch)]
     results = Results(
         status="untrusted" if worst_verdict(rows) == "fail" else "ok",
         run=facts,
@@ -69,13 +58,18 @@ def make_results(
         linear=_linear_result(session, measured),
         linear_all=_linear_all(measured),
         curvature=_curvature_result(measured),
+        gradient_dot=measured.gradient_dot,
+        sweep=measured.points,
+        sweep_summary=measured.sweep_summary,
+        attribution=measured.attribution,
         audit=rows,
-        **parts,
     )
     layout, delta = session.passes.layout, measured.step.delta
+    table = measured.token_table
     return Probed(
         results=results,
-        sequences=Rows(lambda: _sequence_rows(session, measured, shares)),
+        sequences=Rows(lambda: _sequence_rows(session, measured)),
+        tokens=None if table is None else Rows(lambda: token_rows(session, table)),
         delta=layout.views(delta) if session.config.update.save_delta else None,
         sampled=frozenset(session.num_redraws),
     )
@@ -268,15 +262,12 @@ def _linear_all(measured: Measured) -> list[dict[str, Any]]:
 _ROWS_AT_ONCE = 1024
 
 
-def _sequence_rows(
-    session: Session, measured: Measured, shares: Tensor | None
-) -> Iterator[dict[str, Any]]:
+def _sequence_rows(session: Session, measured: Measured) -> Iterator[dict[str, Any]]:
     """The rows of per_sequence.jsonl one by one: E, then U."""
+    evaluation = _evaluation_rows(session, measured)
     if measured.update_sums is None:
-        return iter(_evaluation_rows(session, measured))
-    return chain(
-        _evaluation_rows(session, measured), _update_rows(session, measured, shares)
-    )
+        return iter(evaluation)
+    return chain(evaluation, _update_rows(session, measured, measured.update_sums))
 
 
 def _columns(
@@ -306,12 +297,12 @@ def _evaluation_rows(session: Session, measured: Measured) -> Iterable[dict[str,
 
 
 def _update_rows(
-    session: Session, measured: Measured, shares: Tensor | None
+    session: Session, measured: Measured, sums: SequenceSums
 ) -> Iterator[dict[str, Any]]:
     """The rows of U; with shares also those, and the decoded text at the end."""
     batch, tokenizer = session.batches["U"], session.policy.tokenizer
-    sums = measured.update_sums
-    assert sums is not None
+    table = measured.token_table
+    shares = None if table is None else sequence_shares(session, table)
     columns = {"logp": sums.logp, "entropy": sums.entropy}
     pairs = _columns(batch.sequences, **columns)
     for place, (sequence, values) in enumerate(pairs):

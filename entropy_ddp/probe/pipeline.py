@@ -1,0 +1,249 @@
+"""What a run does, pass by pass: read this first.
+
+`probe`, `sweep`, `attribute` and `audit` are one pipeline; a plan says which parts a job
+has. In forwards over the batch, one pass costs
+
+    gradient of U               3           forward and backward
+    truth: E after the step     1
+    slope: E along the step     2.2         forward mode
+    curvature                   4.4         forward mode twice, at either side of theta
+    reverse mode                3           on a sample of E, or on all of it
+    noise floor                 1           on a sample of E
+    sweep                       1           for each step size
+    shares of U's tokens        2.2         forward mode over U; a what-if costs 3 of U, 1 of E
+    gradient-dot form           up to 10    see `gradient_dot`
+
+Between passes ranks exchange parameter buffers (one all-reduce for each gradient) and
+tables of per-sequence sums; every rank computes the same numbers from them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
+from entropy_ddp.probe.attribution import attribute
+from entropy_ddp.probe.audits import audit_rows
+from entropy_ddp.probe.audits.truth import attribution_gap
+from entropy_ddp.probe.estimates import SequenceSums, estimate, estimate_curvature
+from entropy_ddp.probe.gradient_dot import (
+    gradient_dot,
+    is_wanted,
+    proxy_gradient_norm,
+)
+from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.memory import announce_memory
+from entropy_ddp.probe.opening import open_session
+from entropy_ddp.probe.passes import (
+    gather_sums,
+    loss_gradient,
+    score_after_step,
+    score_along_step,
+    score_twice_along_step,
+)
+from entropy_ddp.probe.results import make_results
+from entropy_ddp.probe.reverse_mode import (
+    Audited,
+    audit_sample,
+    check_duality,
+    learning_rate_ratios,
+    measure_noise_floor,
+)
+from entropy_ddp.probe.session import Progress, Session
+from entropy_ddp.probe.sweep import sweep_step_sizes
+from entropy_ddp.results import Probed
+
+Command = Literal["probe", "sweep", "attribute", "audit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which parts of the pipeline a job has.
+
+    Attributes:
+        audited: over what of E there is a backward pass.
+        curvature: the second derivative, if the configuration enables it.
+        sweep: the truth at other step sizes.
+        attribution: the shares of U's tokens.
+        gradient_dot: the gradient-dot form, if the configuration enables it.
+        thorough: the audits that cost a step or a pass of their own.
+    """
+
+    audited: Audited = "sample"
+    curvature: bool = True
+    sweep: bool = False
+    attribution: bool = False
+    gradient_dot: bool = False
+    thorough: bool = False
+
+
+def plan_of(command: Command, config: Config) -> Plan:
+    """The parts of a job.
+
+    Raises:
+        InputError: the configuration asks for an attribution that there is none of.
+    """
+    if command == "sweep":
+        return Plan(sweep=True)
+    if command == "audit":
+        return Plan(audited="everything", gradient_dot=True, thorough=True)
+    if command == "attribute":
+        _require_attributable(config)
+        return Plan(audited="gradient", curvature=False, attribution=True)
+    if not config.attribution.enabled:
+        return Plan(gradient_dot=True)
+    _require_attributable(config)
+    return Plan(audited="gradient", gradient_dot=True, attribution=True)
+
+
+def run(
+    command: Command,
+    config: Config,
+    world: World,
+    out: Path | None,
+    progress: Progress,
+) -> Probed:
+    """Open everything, measure, audit; every rank returns the same results.
+
+    Args:
+        command: the job.
+        config: the run's configuration.
+        world: the ranks.
+        out: run directory, where finished passes and sampled batches are kept until the
+            run is done; None keeps none.
+        progress: told how far the current phase is.
+
+    Raises:
+        InputError: the configuration, the checkpoint or a batch is wrong, or the
+            unfinished run in `out` is another one.
+        RunError: a number is not finite.
+    """
+    plan = plan_of(command, config)
+    session = open_session(
+        config, world, out, progress, command, lambda s: _require_batches(plan, s)
+    )
+    return run_opened(command, session)
+
+
+def run_opened(command: Command, session: Session) -> Probed:
+    """The same of what is open already."""
+    plan = plan_of(command, session.config)
+    _require_batches(plan, session)
+    measured = measure(session, plan)
+    rows = audit_rows(session, measured)
+    if plan.attribution:
+        # The share of every token of U: one forward-mode pass.
+        attribute(session, measured)
+        rows.append(attribution_gap(session, measured))
+    return make_results(session, measured, rows, command)
+
+
+def measure(session: Session, plan: Plan) -> Measured:
+    """Every pass of a plan, and the estimates made of them.
+
+    Raises:
+        InputError: the learning rate is 0, or something the loss needs is missing.
+        RunError: a number is not finite.
+    """
+    announce_memory(session, plan.audited)
+    config = session.config
+
+    # The gradient of the loss on U: one forward and backward.
+    gradient = update_scores = update_sums = None
+    if session.change is None:
+        gradient, update_scores = loss_gradient(session)
+        logp, entropy = gather_sums(
+            session.world, session.shard("U"), update_scores.logp, update_scores.entropy
+        )
+        update_sums = SequenceSums(logp=logp, entropy=entropy)
+
+    # The truth: take the step, score E, undo the step bit for bit.
+    step, stepped, hashes = score_after_step(session, gradient)
+
+    # The prediction: E at theta with derivatives along the step. It gives E at theta too.
+    evaluation, sampled = session.batches["E"], plan.audited == "sample"
+    num_reversed = audit_sample(evaluation) if sampled else len(evaluation)
+    along = score_along_step(session, step, num_reversed)
+    base, cut, surprise = along.scores, along.cut, along.features.surprise
+    estimates = estimate(session, along, stepped, num_reversed)
+    # What was kept of the sample's tokens is used up.
+    del along
+    linear = config.linear
+    slope = estimates.slopes[linear.score, linear.baseline, linear.control_variates]
+
+    # The second order. A step that changed nothing has no direction to be curved along.
+    curvature = curvature_step = None
+    if plan.curvature and config.curvature.enabled and bool(step.delta.any()):
+        *second, curvature_step = score_twice_along_step(session, step, base)
+        curvature = estimate_curvature(session, estimates, base, *second)
+
+    # The slope again by reverse mode, and what rounding makes of the truth.
+    duality = check_duality(
+        session,
+        base,
+        estimates.original.value,
+        step,
+        estimates.predicted_of_sample,
+        num_reversed,
+        cut_otherwise=plan.audited != "gradient",
+    )
+    noise_floor = duality.noise_floor
+    if noise_floor is None:
+        noise_floor = measure_noise_floor(session, base)
+
+    measured = Measured(
+        gradient=gradient,
+        update_scores=update_scores,
+        update_sums=update_sums,
+        step=step,
+        stepped=stepped,
+        hashes=hashes,
+        base=base,
+        cut=cut,
+        surprise=surprise,
+        estimates=estimates,
+        change=estimates.changes[config.truth.is_mode],
+        slope=slope,
+        duality=duality,
+        noise_floor=noise_floor,
+        curvature=curvature,
+        curvature_step=curvature_step,
+    )
+    if plan.sweep:
+        measured.points, measured.sweep_summary = sweep_step_sizes(session, measured)
+    if plan.gradient_dot:
+        measured.gradient_dot = gradient_dot(
+            session, step, gradient, base, config.gradient_dot
+        )
+    if plan.thorough and gradient is not None:
+        measured.rate_ratios = learning_rate_ratios(
+            session, gradient, step, duality.gradient
+        )
+        measured.signal = proxy_gradient_norm(session, limit=len(session.batches["U"]))
+    return measured
+
+
+def _require_batches(plan: Plan, session: Session) -> None:
+    """Asked for but impossible is said before the first token and the first pass."""
+    if plan.gradient_dot:
+        is_wanted(session.config.gradient_dot, session.batches, session.planned)
+
+
+def _require_attributable(config: Config) -> None:
+    """The change can be attributed to U.
+
+    Raises:
+        InputError: it is not an optimizer's step, or control variates are to be removed.
+    """
+    if config.linear.control_variates:
+        raise InputError(
+            "linear.control_variates: attribution is of a slope without them (they are "
+            "no derivative of the update); set it to false"
+        )
+    if config.update.delta is not None:
+        raise InputError(
+            "update.delta: attribution is of the optimizer's step on U; a change that is "
+            "given does not say what it was made of; leave update.delta out"
+        )
