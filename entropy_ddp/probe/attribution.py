@@ -44,7 +44,6 @@ def attribute(session: Session, measured: Measured) -> None:
     """Add to what was measured the share of every token of U in delta_h1.
 
     Args:
-        session: the run.
         measured: with the gradient of the entropy on all of E.
     """
     assert measured.gradient is not None
@@ -112,7 +111,6 @@ def split_step(
     """Momentum and decay parts of delta_h1, and the direction z of the gradient part.
 
     Args:
-        session: the run.
         gradient: gradient of the loss, summed over ranks, flat, [P].
         step: the step that was taken with it.
         slope: grad H, gradient of the entropy estimator on all of E, flat, [P].
@@ -140,7 +138,6 @@ def score_shares(
     """Share, log p and entropy of every token of U, all ranks' in file order.
 
     Args:
-        session: the run.
         weights: dL / d log p and dL / dH of every token of this rank's shard of U.
         direction: z, as `split_step` gives it.
     """

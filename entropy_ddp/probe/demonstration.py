@@ -21,7 +21,6 @@ def make_demo(out: Path, seed: int, world: World, progress: Progress) -> DemoChe
         out: folder to make; must not exist, or be empty.
         seed: seed of training and sampling.
         world: one rank.
-        progress: told how far the current phase is.
 
     Raises:
         InputError: the folder is in use, TRL is missing, or there are several ranks.

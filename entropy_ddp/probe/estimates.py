@@ -85,7 +85,6 @@ def estimate(
     """Every estimator of truth and prediction from two scoring passes over E.
 
     Args:
-        session: the run.
         along: this rank's tokens of E at theta.
         stepped: the same at theta_after.
         sample_size: number of E's first sequences in the audits' sample.
@@ -321,8 +320,6 @@ def estimate_curvature(
     """H'' along the step.
 
     Args:
-        session: the run.
-        estimates: at theta.
         base: this rank's tokens of E, with derivatives along the step.
         second_logp, second_entropy: second derivatives of l_i and H_i, [N] each.
     """

@@ -102,7 +102,6 @@ def is_wanted(
     """Whether to compute it: `true`, or `auto` and possible.
 
     Args:
-        settings: which form.
         batches: what there is of E and U.
         planned: by split, what is still to be sampled.
 
@@ -207,7 +206,6 @@ def gradient_dot(
         gradient: gradient of the loss on U before clipping, summed over ranks, [P]; None
             where there is no U.
         base: this rank's tokens of E at theta, with derivatives along step / eta.
-        settings: which form.
 
     Returns:
         The result, the same on every rank; None if it is not wanted, or `auto` and not
@@ -362,7 +360,6 @@ def entropy_units(session: Session, base: TokenScores, weighting: Weighting) -> 
     """The groups of E with X_u.
 
     Args:
-        session: the run.
         base: this rank's tokens of E at theta.
         weighting: what the log-probability of a response is divided by.
     """
@@ -442,8 +439,6 @@ def directional_derivatives(
     """<G_u, d> of all units, [B], d the direction of the scores; one collective.
 
     Args:
-        session: the run.
-        units: the units.
         scores: this rank's tokens at theta with derivatives along d.
     """
     sums = torch.zeros(len(units.shard.positions), dtype=torch.float64)
@@ -462,7 +457,6 @@ def proxy_gradient_norm(session: Session, split: str = "U", limit: int = 64) -> 
     and Y then vanish whatever the rewards. The sample is the same at every world size.
 
     Args:
-        session: the run.
         split: the batch, "E" or "U".
         limit: size of the sample.
 

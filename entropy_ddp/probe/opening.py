@@ -69,10 +69,7 @@ def open_session(
     Whatever can be checked is checked before the first token is sampled.
 
     Args:
-        config: the run's configuration.
-        world: the ranks.
         out: run directory, where finished phases are kept; None keeps none.
-        progress: told how far the current phase is.
         command: which job it is: another one cannot go on with what this one leaves.
         require: what else the job needs of the batches; told before any is sampled.
 

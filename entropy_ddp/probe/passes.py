@@ -76,7 +76,6 @@ def step_taken(
     """Within, the parameters are at theta_after; parameters and state are put back.
 
     Args:
-        session: the run.
         gradient: of the loss, flat, [P]; None for the given change in place of a step.
     """
     parameters, update = session.policy.parameters, session.config.update
@@ -150,8 +149,6 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
     One forward-mode pass.
 
     Args:
-        session: the run.
-        step: the step.
         sample_size: of how many of E's first sequences the features are kept token by
             token, where the configured baseline is the ridge.
     """
@@ -217,7 +214,6 @@ def score_twice_along_step(
     Two forward-mode passes, at either side of theta.
 
     Args:
-        session: the run.
         step: the step along v.
         base: this rank's tokens of E at theta, with derivatives along v.
 

@@ -108,12 +108,8 @@ def run(
     """Open everything, measure, audit; every rank returns the same results.
 
     Args:
-        command: the job.
-        config: the run's configuration.
-        world: the ranks.
         out: run directory, where finished passes and sampled batches are kept until the
             run is done; None keeps none.
-        progress: told how far the current phase is.
 
     Raises:
         InputError: the configuration, the checkpoint or a batch is wrong, or the

@@ -91,7 +91,6 @@ class Unfinished:
         Args:
             name: of the pass; every pass of a run has another.
             shard: the sequences of its arrays.
-            run: the pass.
 
         Raises:
             InputError: a file of it is damaged.
@@ -151,7 +150,6 @@ class Unfinished:
 
         Args:
             world: the ranks; the first of them reads and writes.
-            split: the batch.
             sample: gives rows and number of redraws, on every rank.
 
         Raises:
@@ -282,7 +280,6 @@ def open_unfinished(
 
     Args:
         folder: where its records are, or will be.
-        world: the ranks.
         make_identity: what the run depends on; called on rank 0.
 
     Raises:

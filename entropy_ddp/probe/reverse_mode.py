@@ -90,7 +90,6 @@ def check_duality(
     terms with the whole batch's mean entropy and denominator left out.
 
     Args:
-        session: the run.
         base: this rank's tokens of E, with derivatives along v.
         mean_entropy: Hbar over all of E.
         step: the step along v.
@@ -207,10 +206,6 @@ def measure_noise_floor(session: Session, base: DirectionalScores) -> float:
 
     The number is of the sample's size: that of all of E is smaller, as the rounding of
     sequences is independent.
-
-    Args:
-        session: the run.
-        base: this rank's tokens of E.
     """
     sample = session.first_sequences(audit_sample(session.batches["E"]))
 

@@ -142,7 +142,6 @@ class Session:
         Args:
             shard: the sequences of its arrays.
             name: of the phase, as it is shown.
-            run: the pass.
             tokens: response tokens that this rank passes over; those of the shard, if it
                 is not said.
             kept_as: name of its result, if several passes are shown as one.
@@ -166,7 +165,6 @@ class Session:
         """Time a phase, report its progress, and name it in what fails in it.
 
         Args:
-            name: what the phase does.
             tokens: response tokens that this rank will pass over; 0 if not known.
 
         Raises:

@@ -216,7 +216,6 @@ def _text_rows(
     """Responses whose ids were tokenised from text, and those that may be others.
 
     Args:
-        split: the batch.
         size: how many responses are from text.
         doubtful: of how many the file says that their ids are in doubt.
         named: lines of those that are so by themselves, and not by their step's log.
@@ -272,7 +271,6 @@ def restored_end_check(
     or less, whatever the policy.
 
     Args:
-        split: the batch.
         least: the smallest log-probability of a restored end token, nats.
         tokens: response tokens of the batch, T.
         improbable: lines of the restored ends whose T p is below `RARE_ENDS`.
@@ -382,7 +380,6 @@ def sampler_checks(
     """Whether the sampler had these weights and this temperature, up to its rounding.
 
     Args:
-        split: the batch.
         found: its log-probabilities here and there.
         temperature: at which the policy is scored.
         stale: why other weights are legal for this batch; empty if they are not.
@@ -555,8 +552,6 @@ def on_policy_check(split: str, found: Surprise, temperature: float) -> AuditRow
     first order, V the variance of -log p: so beta is about 1 - total / variance.
 
     Args:
-        split: the batch.
-        found: surprisal and entropy.
         temperature: at which the policy is scored, tau.
     """
     others = abs(found.score_of_others) > SURPRISING

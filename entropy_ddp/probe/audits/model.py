@@ -188,8 +188,6 @@ def precision_rows(device: str, dtype: str, native: bool | None) -> list[AuditRo
     """What bfloat16 costs on a CPU that has no instructions for it.
 
     Args:
-        device: kind of device.
-        dtype: of the model.
         native: whether there are such instructions; None if unknown.
     """
     if device != "cpu" or dtype != "bfloat16" or native is None:

@@ -174,7 +174,6 @@ def noise_row(noise_floor: float, value: float, error: float, dtype: str) -> Aud
     Args:
         noise_floor: what rounding makes of the change of a sample.
         value, error: delta_h_true and its standard error.
-        dtype: of the model.
     """
     drowned = is_rounding(error, noise_floor) or (
         noise_floor > abs(value) and noise_floor > LOST * error
