@@ -1,4 +1,4 @@
-"""Does CONTRIBUTING.md name every file of the package, with the phrase it begins with?"""
+"""Does docs/where.md name every file of the package, with the phrase it begins with?"""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import entropy_ddp
 
 PACKAGE = Path(entropy_ddp.__file__).parent
-PAGE = PACKAGE.parent / "CONTRIBUTING.md"
+PAGE = PACKAGE.parent / "docs" / "where.md"
 
 
 def phrases() -> Iterator[str]:
@@ -28,6 +28,6 @@ def phrases() -> Iterator[str]:
 def test_every_file_is_named_with_its_phrase() -> None:
     _, _, section = PAGE.read_text().partition("## Where things are\n\n")
     assert section.splitlines() == [*phrases()][:-1], (
-        "the section `Where things are` of CONTRIBUTING.md should read:\n\n"
+        "the section `Where things are` of docs/where.md should read:\n\n"
         + "\n".join(phrases())
     )
