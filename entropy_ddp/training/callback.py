@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 import entropy_ddp
@@ -27,10 +29,10 @@ from entropy_ddp.probe.session import Session
 from entropy_ddp.training.capture import (
     SAMPLING,
     BatchCapture,
-    SamplingOrder,
     TrainedBatch,
     TrainedRow,
     listen,
+    sampling_order,
 )
 from entropy_ddp.training.live_session import (
     ProbeSettings,
@@ -45,14 +47,13 @@ from entropy_ddp.training.step_line import (
     step_entry,
 )
 from entropy_ddp.training.step_probe import (
-    PendingStep,
     StepProbe,
     measured_entropy,
     probe_after,
     probe_before,
 )
 from entropy_ddp.training.untouched import padding_rows, untouched
-from entropy_ddp.update.decomposition import AdamState, gradient_of
+from entropy_ddp.update.decomposition import AdamState
 
 logger = logging.getLogger(__name__)
 
@@ -151,19 +152,22 @@ class EntropyProbeCallback(TrainerCallback):
             return
         begin = time.perf_counter()
         capture.disarm()
-        gradient = gradient_of(session.passes.parameters, session.buffer_dtype)
+        gradient = _gradient(session)
         norm = global_norm(gradient) if self._grad_norm is None else self._grad_norm
-        pending = PendingStep(
-            number=number,
-            trained=self._gathered(capture),
-            optimizer=AdamState.of(torch_optimizer(optimizer)),
-            gradient=gradient,
-            padding=padding_rows(model),
-            grad_norm=norm,
-            clip_coefficient=clip_coefficient(args.max_grad_norm, norm),
-        )
+        trained = self._gathered(capture)
+        # Within `untouched` there are no gradients, and no padding.
+        adam, padding = AdamState.of(torch_optimizer(optimizer)), padding_rows(model)
         with untouched(model):
-            self._probe = probe_before(session, pending)
+            self._probe = probe_before(
+                session,
+                number=number,
+                trained=trained,
+                optimizer=adam,
+                gradient=gradient,
+                grad_norm=norm,
+                clip_coefficient=clip_coefficient(args.max_grad_norm, norm),
+                padding=padding,
+            )
         self._seconds = time.perf_counter() - begin
 
     def on_optimizer_step(
@@ -236,8 +240,9 @@ class EntropyProbeCallback(TrainerCallback):
             listen(trainer.accelerator, "clip_grad_norm_", after=after_clipping),
         ]
         if hasattr(trainer, SAMPLING):
-            number = SamplingOrder(trainer=trainer).number
-            self._listening.append(listen(trainer, SAMPLING, after=number))
+            self._listening.append(
+                listen(trainer, SAMPLING, after=sampling_order(trainer))
+            )
 
     def _unwatch(self) -> None:
         for end in self._listening:
@@ -311,6 +316,17 @@ class EntropyProbeCallback(TrainerCallback):
         if reason not in self._warned and self._world.is_main:
             self._warned.add(reason)
             logger.warning("entropy probe: %s (said once)", message)
+
+
+def _gradient(session: Session) -> Tensor:
+    """The gradients as one flat CPU buffer, zero where there is none, [P]."""
+    layout = session.passes.layout
+    flat = torch.zeros(layout.numel, dtype=session.buffer_dtype)
+    for name, view in layout.views(flat).items():
+        gradient = session.passes.parameters[name].grad
+        if gradient is not None:
+            view.copy_(gradient)
+    return flat
 
 
 def clip_coefficient(max_norm: float | None, norm: float) -> float:

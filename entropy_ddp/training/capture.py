@@ -19,7 +19,7 @@ last of them; so two callbacks may listen to one method and end in any order.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,57 +86,59 @@ class _Microbatch:
     residual: float = 0.0
 
 
-@dataclass(kw_only=True)
-class SamplingOrder:
-    """Numbers the responses that a trainer samples, before it mixes and splits them.
+def sampling_order(trainer: Any) -> Callable[[dict[str, Any]], None]:
+    """What numbers the responses of a trainer, before it mixes and splits them.
 
     A run of `num_generations` of them, over all ranks, is one draw of a prompt: rows of
     equal prompts may be of two.
 
-    Attributes:
+    Args:
         trainer: TRL's GRPOTrainer, or one that samples as it does.
-        num_sampled: number of responses so far, of all ranks.
+
+    Returns:
+        Called with every batch that was just sampled, it gives each row its place.
     """
+    num_sampled = 0
 
-    trainer: Any
-    num_sampled: int = 0
-
-    def number(self, batch: dict[str, Any]) -> None:
-        """Give every row of a batch that was just sampled for training its place."""
-        if not self.trainer.model.training:
+    def number(batch: dict[str, Any]) -> None:
+        nonlocal num_sampled
+        if not trainer.model.training:
             return
-        accelerator = self.trainer.accelerator
         size = len(batch["completion_ids"])
-        first = self.num_sampled + accelerator.process_index * size
+        first = num_sampled + trainer.accelerator.process_index * size
         batch[ORDER] = torch.arange(first, first + size)
-        self.num_sampled += accelerator.num_processes * size
+        num_sampled += trainer.accelerator.num_processes * size
+
+    return number
 
 
-@dataclass(kw_only=True)
 class BatchCapture:
     """Watches the forward passes between the begin of a step and its optimizer step.
 
-    Attributes:
+    Args:
         model: the trained model, not wrapped.
         num_ranks: number of ranks, over which gradients are averaged.
         draw_size: how many responses in the order of sampling are of one draw.
+
+    Attributes:
         inputs: what the loss was last called with.
     """
 
-    model: nn.Module
-    num_ranks: int
-    draw_size: int = 1
-    inputs: dict[str, Any] = field(default_factory=dict)
-    _microbatches: list[_Microbatch] = field(default_factory=list)
-    _handles: list[Any] = field(default_factory=list)
-    _is_seen: bool = False
+    def __init__(self, model: nn.Module, num_ranks: int, draw_size: int = 1) -> None:
+        self.inputs: dict[str, Any] = {}
+        self._model = model
+        self._num_ranks = num_ranks
+        self._draw_size = draw_size
+        self._microbatches: list[_Microbatch] = []
+        self._handles: list[Any] = []
+        self._is_seen = False
 
     def arm(self) -> None:
         """Watch from now on, from an empty batch."""
         self.disarm()
         self._microbatches = []
-        self._handles = [self.model.register_forward_pre_hook(self._begun)]
-        for module in _layers_of(self.model):
+        self._handles = [self._model.register_forward_pre_hook(self._begun)]
+        for module in _layers_of(self._model):
             hook = module.register_forward_hook(self._returned, with_kwargs=True)
             self._handles.append(hook)
 
@@ -212,7 +214,7 @@ class BatchCapture:
             attended=attended.detach() != 0,
             counted=counted,
             advantages=advantages,
-            draws=None if order is None else order // self.draw_size,
+            draws=None if order is None else order // self._draw_size,
         )
 
     def _rows_of(self, batch: _Microbatch) -> list[TrainedRow]:
@@ -222,28 +224,37 @@ class BatchCapture:
                 f"one with another part ({100 * batch.residual:.0f} % of its gradient: "
                 "label smoothing?); this loss cannot be attributed to tokens"
             )
+        # DistributedDataParallel divides the sum of the ranks' gradients by their number.
         columns = torch.stack(
             [
-                _or_constant(batch.on_logp, batch.counted, 0.0) / self.num_ranks,
-                _or_constant(batch.on_entropy, batch.counted, 0.0) / self.num_ranks,
+                _or_constant(batch.on_logp, batch.counted, 0.0) / self._num_ranks,
+                _or_constant(batch.on_entropy, batch.counted, 0.0) / self._num_ranks,
                 _or_constant(batch.logp, batch.counted, torch.nan),
             ]
         ).cpu()
-        rows = []
+        advantages, draws, rows = batch.advantages, batch.draws, []
         for number in range(len(batch.input_ids)):
+            # Column j of what is counted is about token j + 1.
             places = batch.counted[number].nonzero()[:, 0].cpu() + 1
             if not len(places):
                 continue
-            advantages, draws = batch.advantages, batch.draws
-            rows.append(
-                _row(
-                    (batch.input_ids[number].cpu(), batch.attended[number].cpu()),
-                    columns[:, number],
-                    (int(places[0]), int(places[-1]) + 1),
-                    advantage=1.0 if advantages is None else float(advantages[number]),
-                    draw=None if draws is None else int(draws[number]),
-                )
+            ids = batch.input_ids[number].cpu()
+            is_prompt = batch.attended[number].cpu().clone()
+            is_response = is_prompt.clone()
+            is_prompt[places[0] :] = False
+            is_response[: places[0]] = False
+            is_response[places[-1] + 1 :] = False
+            on_logp, on_entropy, logp = columns[:, number, is_response[1:]].tolist()
+            row = TrainedRow(
+                prompt_ids=ids[is_prompt].tolist(),
+                response_ids=ids[is_response].tolist(),
+                on_logp=on_logp,
+                on_entropy=on_entropy,
+                logp=logp,
+                advantage=1.0 if advantages is None else float(advantages[number]),
+                draw=None if draws is None else int(draws[number]),
             )
+            rows.append(row)
         return rows
 
 
@@ -282,11 +293,13 @@ def _read_off(batch: _Microbatch, logits: Tensor, slope: Tensor | None) -> None:
             row[part : part + CHUNK_POSITIONS],
             column[part : part + CHUNK_POSITIONS],
         )
-        logp = logits[here].double().log_softmax(-1)
+        logp = logits[here].double().log_softmax(-1)  # [c, V]
         target = batch.input_ids[here[0], here[1] + 1][:, None]
+        # 1_y - p, the gradient of log p_y by the logits.
         basis = (-logp.exp()).scatter_add_(
             1, target, torch.ones_like(target, dtype=logp.dtype)
         )
+        # a_t by least squares; what it leaves is of no log p_y.
         given = slope[here].double()
         size = basis.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
         factor = (given * basis).sum(1) / size
@@ -306,33 +319,6 @@ def _or_constant(values: Tensor | None, counted: Tensor, constant: float) -> Ten
     if values is None:
         return torch.full(counted.shape, constant, dtype=torch.float64)
     return values.double().cpu().masked_fill(~counted.cpu(), constant)
-
-
-def _row(
-    tokens: tuple[Tensor, Tensor],
-    columns: Tensor,
-    span: tuple[int, int],
-    *,
-    advantage: float,
-    draw: int | None,
-) -> TrainedRow:
-    """A row of (token ids, attended) [L] whose loss is on the tokens of a span."""
-    (ids, attended), (first, last) = tokens, span
-    response = attended.clone()
-    response[:first] = False
-    response[last:] = False
-    prompt = attended.clone()
-    prompt[first:] = False
-    on_logp, on_entropy, logp = columns[:, response[1:]].tolist()
-    return TrainedRow(
-        prompt_ids=ids[prompt].tolist(),
-        response_ids=ids[response].tolist(),
-        on_logp=on_logp,
-        on_entropy=on_entropy,
-        logp=logp,
-        advantage=advantage,
-        draw=draw,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,8 +417,7 @@ def listen(
     """Be told of every call of a method from now on.
 
     Args:
-        owner: the object whose method it is.
-        name: the method's name.
+        owner, name: the object and its method.
         before: called with the arguments, before the method is.
         after: called with what the method returned, if it did.
 

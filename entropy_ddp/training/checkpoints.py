@@ -30,8 +30,7 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.importers.run import ImportOptions, import_rollouts
 from entropy_ddp.ledger.lines import append_line, require_new
-from entropy_ddp.model.parameters import inner_product
-from entropy_ddp.probe.attribution import score_shares, split_step
+from entropy_ddp.probe.attribution import score_shares
 from entropy_ddp.probe.estimates import estimate
 from entropy_ddp.probe.opening import open_session
 from entropy_ddp.probe.passes import score_after_step, score_along_step
@@ -40,13 +39,15 @@ from entropy_ddp.probe.session import Progress, Session
 from entropy_ddp.training.live_session import seeded
 from entropy_ddp.training.recorder import batch_file
 from entropy_ddp.training.step_line import (
-    Attributed,
-    Changes,
     attribution_entry,
     change_entry,
     entropy_entry,
 )
-from entropy_ddp.training.step_probe import measured_entropy, middle_slope
+from entropy_ddp.training.step_probe import (
+    measured_entropy,
+    middle_slope,
+    split_by_part,
+)
 from entropy_ddp.update.loss import loss_weights
 from entropy_ddp.update.step import given_change
 
@@ -195,14 +196,8 @@ def _change(session: Session) -> dict[str, Any]:
     along = score_along_step(session, step)
     estimates = estimate(session, along, stepped)
     mean = estimates.original.value
-    changes = Changes(
-        evaluation=session.batches["E"],
-        entropy=estimates.original,
-        estimates=estimates,
-        midpoint=middle_slope(session, step, along, mean, place=0.0),
-        truth=True,
-    )
-    return change_entry(changes)
+    midpoint = middle_slope(session, step, along, mean, place=0.0)
+    return change_entry(session, estimates, midpoint, truth=True)
 
 
 def _keep_evaluation(session: Session, file: Path) -> None:
@@ -262,26 +257,16 @@ def _split(
     gradient = measured.gradient
     assert gradient is not None
     slope = measured.duality.gradient / measured.estimates.original.denominator
-    split = split_step(session, gradient, measured.step, slope)
+    parts, direction = split_by_part(session, gradient, measured.step, slope)
     shard = session.shard("U")
     weights = loss_weights(shard, session.config.update, session.reference_logp)
-    views = session.passes.layout.views(gradient)
-    attributed = Attributed(
-        batch=session.batches["U"],
-        table=score_shares(session, weights, split.direction),
-        momentum=split.momentum,
-        decay=split.decay,
-        gradient=-sum(
-            inner_product(z.reshape(-1), views[name].reshape(-1))
-            for name, z in split.direction.items()
-        ),
-    )
+    table = score_shares(session, weights, direction)
     step = {
         "learning_rate": measured.step.learning_rate,
         "grad_norm": measured.step.grad_norm,
         "clip_coefficient": measured.step.clip_coef,
     }
-    return step | attribution_entry(session, attributed, run.top)
+    return step | attribution_entry(session, table, parts, run.top)
 
 
 def _end(session: Session, step: int) -> dict[str, Any]:

@@ -36,6 +36,10 @@ from entropy_ddp.probe.session import Session
 from entropy_ddp.sampling.generation import random_bytes
 from entropy_ddp.training.untouched import untouched
 
+# Prompts of the training set that E is drawn from, at most.
+MOST_PROMPTS = 1000
+PROMPTS_FILE = "prompts.jsonl"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings:
@@ -87,18 +91,72 @@ class ProbeSettings:
                 )
 
 
-# Prompts of the training set that E is drawn from, at most.
-MOST_PROMPTS = 1000
-PROMPTS_FILE = "prompts.jsonl"
+def require_probable(trainer: Any) -> None:
+    """Check that gradients, weights and batch of this training can be read.
+
+    Raises:
+        InputError: one sentence that names what is in the way.
+    """
+    found = _obstacle(trainer)
+    if found is not None:
+        raise InputError(f"entropy probe: {found}; train without the callback")
+
+
+def _obstacle(trainer: Any) -> str | None:
+    args, model = trainer.args, trainer.model
+    adapters = getattr(model, "peft_config", {}).values()
+    tokenizer = trainer.processing_class
+    obstacles = {
+        "DeepSpeed keeps gradients and optimizer state in shards of its own, which "
+        "cannot be read at the optimizer step": (
+            getattr(trainer, "is_deepspeed_enabled", False)
+        ),
+        "FSDP shards parameters and gradients, so that no rank can take the derivative "
+        "along the whole step": getattr(trainer, "is_fsdp_enabled", False),
+        "parallelism_config splits the model or its sequences over ranks, so that no "
+        "rank has the whole step": getattr(args, "parallelism_config", None)
+        is not None,
+        "torch.compile hides the model's outputs from the hooks that read the token "
+        "weights": (
+            args.torch_compile or isinstance(model, torch._dynamo.OptimizedModule)
+        ),
+        "DataParallel replicates the model at every step; start one process per GPU "
+        "with torchrun instead": args.n_gpu > 1,
+        "fp16 scales the gradients by a factor that the optimizer removes": args.fp16,
+        "Liger's kernels have no forward-mode derivatives, and their fused losses "
+        "return no log-probabilities": args.use_liger_kernel,
+        "quantized weights have no forward-mode derivatives": (
+            getattr(model, "is_quantized", False)
+        ),
+        "packed rows hold several sequences; turn packing and padding_free off": (
+            getattr(args, "packing", False) or getattr(args, "padding_free", False)
+        ),
+        "prompt learning puts trained vectors in place of tokens": (
+            any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters)
+        ),
+        "processing_class is no tokenizer with an end-of-sequence token, which sampling "
+        "fresh responses needs": getattr(tokenizer, "eos_token_id", None) is None,
+    }
+    for sentence, is_there in obstacles.items():
+        if is_there:
+            return sentence
+    optimizer = type(torch_optimizer(trainer.optimizer))
+    if optimizer in (torch.optim.Adam, torch.optim.AdamW):
+        return None
+    return (
+        f"the optimizer is {optimizer.__module__}.{optimizer.__name__}, and only the "
+        "steps of torch.optim.Adam and AdamW are known as sums of their parts (8-bit and "
+        "paged optimizers keep other moments)"
+    )
+
+
+def torch_optimizer(optimizer: Any) -> Any:
+    """The optimizer below accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def open_live_session(trainer: Any, settings: ProbeSettings, world: World) -> Session:
     """A session on the trainer's model, verified as that of any checkpoint.
-
-    Args:
-        trainer: a transformers Trainer, about to train.
-        settings: what is to be probed.
-        world: the trainer's ranks.
 
     Raises:
         InputError: the model cannot be measured, or there are no prompts.
@@ -186,18 +244,14 @@ def _config(trainer: Any, settings: ProbeSettings, world: World) -> Config:
         update=Update(loss="dr_grpo" if rewarded else "nll", max_grad_norm=0.0),
         truth=Truth(is_mode="per_decision"),
         linear=Linear(score="to_go", baseline="hk"),
-        precision=Precision(model=_dtype_name(trainer.model)),
+        # Of the weights that are not trained, or else of all.
+        precision=Precision(model=str(trainer.model.dtype).removeprefix("torch.")),
         compute=Compute(
             tokens_per_microbatch=settings.tokens_per_microbatch,
             snapshot_device="device",
         ),
         seed=settings.seed,
     )
-
-
-def _dtype_name(model: Any) -> Any:
-    """Dtype of the weights that are not trained, or else of all."""
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _prompts(trainer: Any, settings: ProbeSettings, world: World) -> Any:
@@ -247,88 +301,3 @@ def _no_files(model: Any) -> CheckpointFiles:
         optimizer=None,
         tokenizer=name,
     )
-
-
-DEEPSPEED = (
-    "DeepSpeed keeps gradients and optimizer state in shards of its own, which cannot be "
-    "read at the optimizer step"
-)
-FSDP = (
-    "FSDP shards parameters and gradients, so that no rank can take the derivative along "
-    "the whole step"
-)
-PARALLEL = (
-    "parallelism_config splits the model or its sequences over ranks, so that no rank has "
-    "the whole step"
-)
-COMPILED = (
-    "torch.compile hides the model's outputs from the hooks that read the token weights"
-)
-REPLICATED = (
-    "DataParallel replicates the model at every step; start one process per GPU with "
-    "torchrun instead"
-)
-SCALED = "fp16 scales the gradients by a factor that the optimizer removes"
-LIGER = (
-    "Liger's kernels have no forward-mode derivatives, and their fused losses return no "
-    "log-probabilities"
-)
-QUANTIZED = "quantized weights have no forward-mode derivatives"
-PACKED = "packed rows hold several sequences; turn packing and padding_free off"
-PROMPT_LEARNING = "prompt learning puts trained vectors in place of tokens"
-NO_TOKENIZER = (
-    "processing_class is no tokenizer with an end-of-sequence token, which sampling "
-    "fresh responses needs"
-)
-
-
-def require_probable(trainer: Any) -> None:
-    """Check that gradients, weights and batch of this training can be read.
-
-    Args:
-        trainer: a transformers Trainer, about to train.
-
-    Raises:
-        InputError: one sentence that names what is in the way.
-    """
-    found = _obstacle(trainer)
-    if found is not None:
-        raise InputError(f"entropy probe: {found}; train without the callback")
-
-
-def _obstacle(trainer: Any) -> str | None:
-    args, model = trainer.args, trainer.model
-    adapters = getattr(model, "peft_config", {}).values()
-    tokenizer = trainer.processing_class
-    found = {
-        DEEPSPEED: getattr(trainer, "is_deepspeed_enabled", False),
-        FSDP: getattr(trainer, "is_fsdp_enabled", False),
-        PARALLEL: getattr(args, "parallelism_config", None) is not None,
-        COMPILED: args.torch_compile
-        or isinstance(model, torch._dynamo.OptimizedModule),
-        REPLICATED: args.n_gpu > 1,
-        SCALED: args.fp16,
-        LIGER: args.use_liger_kernel,
-        QUANTIZED: getattr(model, "is_quantized", False),
-        PACKED: getattr(args, "packing", False) or getattr(args, "padding_free", False),
-        PROMPT_LEARNING: any(getattr(a, "is_prompt_learning", False) for a in adapters),
-        NO_TOKENIZER: getattr(tokenizer, "eos_token_id", None) is None,
-    }
-    sentences = [sentence for sentence, is_there in found.items() if is_there]
-    return sentences[0] if sentences else _optimizer_obstacle(trainer.optimizer)
-
-
-def _optimizer_obstacle(optimizer: Any) -> str | None:
-    inner = torch_optimizer(optimizer)
-    if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
-        return (
-            f"the optimizer is {type(inner).__module__}.{type(inner).__name__}, and only "
-            "the steps of torch.optim.Adam and AdamW are known as sums of their parts "
-            "(8-bit and paged optimizers keep other moments)"
-        )
-    return None
-
-
-def torch_optimizer(optimizer: Any) -> Any:
-    """The optimizer below accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)

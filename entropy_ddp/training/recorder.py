@@ -26,7 +26,6 @@ it counts in the loss's mean over responses and in nothing else. Its ids are kep
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,26 +37,20 @@ from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import has_dropout
-from entropy_ddp.training.capture import ORDER, SAMPLING, SamplingOrder, listen
+from entropy_ddp.training.capture import ORDER, SAMPLING, listen, sampling_order
 
 Which = Literal["step", "checkpoint"]
 TRAINER = "GRPOTrainer"
 # What a batch carries beside the trainer's own tensors, from sampling to the loss.
 REWARDS = "entropy_ddp_rewards"
+# What is kept beside them: log p of the loss's own forward pass.
+OWN_LOGP = "entropy_ddp_logp"
 # What a batch has in it whose sequences are more than a prompt and a response.
 FOREIGN = {
     "tool_mask": "responses that hold the results of tools",
     "pixel_values": "images",
 }
 Row = dict[str, Any]
-
-
-@dataclass(kw_only=True)
-class _Microbatch:
-    """One call of the loss: what it was given, and log p of its own forward pass."""
-
-    inputs: dict[str, Any]
-    logp: Tensor | None = None
 
 
 def batch_file(folder: Path, step: int) -> Path:
@@ -88,10 +81,10 @@ class RolloutRecorder(TrainerCallback):
         self._world = World()
         self._follows_checkpoint = False
         self._is_recording = False
-        self._order: SamplingOrder | None = None
+        self._number: Callable[[dict[str, Any]], None] | None = None
         self._rewards: Tensor | None = None
-        self._open: _Microbatch | None = None
-        self._microbatches: list[_Microbatch] = []
+        self._open: dict[str, Any] | None = None
+        self._microbatches: list[dict[str, Any]] = []
         self._listening: list[Callable[[], None]] = []
 
     def attach(self, trainer: Any) -> None:
@@ -143,7 +136,7 @@ class RolloutRecorder(TrainerCallback):
         # What an earlier training left when it failed.
         self._stop_listening()
         self._microbatches = []
-        self._order = SamplingOrder(trainer=trainer)
+        self._number = sampling_order(trainer)
         self._listening = [
             listen(trainer, "_calculate_rewards", after=self._on_rewards),
             listen(trainer, SAMPLING, after=self._on_sampled),
@@ -202,10 +195,10 @@ class RolloutRecorder(TrainerCallback):
     def _on_sampled(self, batch: dict[str, Any]) -> None:
         """Give the rows their place and their rewards, before the trainer mixes them."""
         trainer, rewards = self._trainer, self._rewards
-        assert self._order is not None
+        assert self._number is not None
         if not trainer.model.training or rewards is None:
             return
-        self._order.number(batch)
+        self._number(batch)
         size = len(batch["completion_ids"])
         first = trainer.accelerator.process_index * size
         batch[REWARDS] = rewards[first : first + size].cpu()
@@ -214,7 +207,7 @@ class RolloutRecorder(TrainerCallback):
     def _before_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> None:
         self._open = None
         if self._is_recording and model.training:
-            self._open = _Microbatch(inputs=dict(inputs))
+            self._open = dict(inputs)
             self._microbatches.append(self._open)
 
     def _after_loss(self, _: Any) -> None:
@@ -222,7 +215,7 @@ class RolloutRecorder(TrainerCallback):
 
     def _on_logp(self, result: Any) -> None:
         if self._open is not None and torch.is_grad_enabled():
-            self._open.logp = result[0].detach()
+            self._open[OWN_LOGP] = result[0].detach()
 
     def _gathered(self, step: int) -> list[Row]:
         """The rows of all ranks in the order of sampling; what one refuses, all refuse."""
@@ -244,11 +237,12 @@ class RolloutRecorder(TrainerCallback):
         exact = not has_dropout(trainer.model)
         rows = {}
         for batch in self._microbatches:
-            _require_text(batch.inputs)
-            own = batch.logp if exact else None
-            for number, place in enumerate(batch.inputs[ORDER].tolist()):
-                row = _row(batch.inputs, number, own, trainer)
-                rewards = batch.inputs[REWARDS][number].double()
+            _require_text(batch)
+            if not exact:
+                batch.pop(OWN_LOGP, None)
+            for number, place in enumerate(batch[ORDER].tolist()):
+                row = _row(batch, number, trainer)
+                rewards = batch[REWARDS][number].double()
                 rows[place] = row | _scored(rewards, trainer) | {"step": step}
         return rows
 
@@ -273,7 +267,7 @@ def _end_ids(trainer: Any) -> list[int]:
     return [trainer.eos_token_id] if several is None else list(several)
 
 
-def _row(inputs: dict[str, Any], number: int, own: Tensor | None, trainer: Any) -> Row:
+def _row(inputs: dict[str, Any], number: int, trainer: Any) -> Row:
     """One sequence of a microbatch, without what its group and rewards say."""
     prompt_ids, prompt_mask, ids, mask = (
         inputs[name][number].cpu()
@@ -292,11 +286,8 @@ def _row(inputs: dict[str, Any], number: int, own: Tensor | None, trainer: Any) 
         # A truncated response does not end in a padding token of its own.
         last = (ids != padding).nonzero()[-1:].sum()
         row["masked_response_ids"] = ids[: int(last) + 1].tolist()
-    for values in (
-        inputs.get("old_per_token_logps"),
-        inputs.get("sampling_per_token_logps"),
-        own,
-    ):
+    for name in ("old_per_token_logps", "sampling_per_token_logps", OWN_LOGP):
+        values = inputs.get(name)
         if values is not None:
             logprobs = values[number].double().cpu()[counted]
             if bool(logprobs.isfinite().all()):

@@ -3,7 +3,7 @@
 Every key of the line is listed in `ledger.lines`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,42 +28,6 @@ from entropy_ddp.training.step_probe import StepProbe
 PREFIX = "entropy_ddp/"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """What was measured of a change of the parameters.
-
-    Attributes:
-        evaluation: E.
-        entropy: the entropy on E at theta.
-        estimates: truth and prediction.
-        midpoint: prediction from the middle; None if not asked for.
-        truth: whether E was scored after the change.
-    """
-
-    evaluation: Batch
-    entropy: Ratio
-    estimates: EntropyEstimates
-    midpoint: Slope | None
-    truth: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attributed:
-    """A first-order change split into its parts.
-
-    Attributes:
-        batch: U.
-        table: every token of U with its share in the gradient part.
-        momentum, decay, gradient: the parts, nats.
-    """
-
-    batch: Batch
-    table: TokenTable
-    momentum: float
-    decay: float
-    gradient: float
-
-
 def step_entry(
     session: Session, probe: StepProbe, *, truth: bool, top: int
 ) -> dict[str, Any]:
@@ -76,59 +40,60 @@ def step_entry(
         top: number of tokens and prompts listed by name.
     """
     assert probe.estimates is not None
-    changes = Changes(
-        evaluation=probe.evaluation,
-        entropy=probe.entropy,
-        estimates=probe.estimates,
-        midpoint=probe.midpoint,
-        truth=truth,
-    )
     share = probe.clip_coefficient * probe.table.share
-    attributed = Attributed(
-        batch=probe.trained.batch,
-        table=replace(probe.table, share=share),
-        momentum=probe.momentum,
-        decay=probe.decay,
-        gradient=probe.gradient,
-    )
     entry = {
         "kind": "step",
         "step": probe.number,
         "learning_rate": probe.learning_rate,
-        "grad_norm": probe.grad_norm,
+        "grad_norm": probe.step.grad_norm,
         "clip_coefficient": probe.clip_coefficient,
-        **change_entry(changes),
-        **attribution_entry(session, attributed, top),
+        **change_entry(session, probe.estimates, probe.midpoint, truth=truth),
+        **attribution_entry(
+            session, replace(probe.table, share=share), probe.parts, top
+        ),
     }
     entry["checks"] |= {
         "step_gap": probe.step_gap,
-        "duality_gap": probe.duality.gap,
+        "duality_gap": probe.duality_gap,
         "logp_gap": probe.logp_gap,
     }
     return entry
 
 
-def change_entry(changes: Changes) -> dict[str, Any]:
-    """Entropy, predictions and truth."""
-    first = changes.estimates.slopes["to_go", "hk", False]
-    change, middle = changes.estimates.changes["per_decision"], changes.midpoint
+def change_entry(
+    session: Session,
+    estimates: EntropyEstimates,
+    midpoint: Slope | None,
+    *,
+    truth: bool,
+) -> dict[str, Any]:
+    """Entropy, predictions and truth.
+
+    Args:
+        session: the run.
+        estimates: truth and prediction on E.
+        midpoint: prediction from the middle; None if not asked for.
+        truth: whether E was scored after the change.
+    """
+    first = estimates.slopes["to_go", "hk", False]
+    change, batch = estimates.changes["per_decision"], session.batches["E"]
     entry: dict[str, Any] = {
-        "E": sizes_of(changes.evaluation),
-        "entropy": entropy_entry(changes.entropy, changes.evaluation.groups),
+        "E": sizes_of(batch),
+        "entropy": entropy_entry(estimates.original, batch.groups),
         "first_order": {"value": first.value, "se": first.se},
     }
-    if middle is not None:
-        entry["second_order"] = {"value": middle.value, "se": middle.se}
-        entry["second_minus_first"] = _difference(middle, first)
-    if changes.truth:
+    if midpoint is not None:
+        entry["second_order"] = {"value": midpoint.value, "se": midpoint.se}
+        entry["second_minus_first"] = _difference(midpoint, first)
+    if truth:
         entry["truth"] = {
             "value": change.value,
             "se": change.se,
             "ess_fraction": change.ess_fraction,
         }
         entry["truth_minus_first"] = _difference(change, first)
-        if middle is not None:
-            entry["truth_minus_second"] = _difference(change, middle)
+        if midpoint is not None:
+            entry["truth_minus_second"] = _difference(change, midpoint)
     return entry
 
 
@@ -157,25 +122,28 @@ def _difference(change: Any, slope: Any) -> dict[str, float]:
 
 
 def attribution_entry(
-    session: Session, attributed: Attributed, top: int
+    session: Session, table: TokenTable, parts: dict[str, float], top: int
 ) -> dict[str, Any]:
-    """The parts of a first-order change, and who made the gradient's."""
-    batch, table = attributed.batch, attributed.table
+    """The parts of a first-order change, and who made the gradient's.
+
+    Args:
+        session: the run.
+        table: every token of U with its share in the gradient part.
+        parts: {momentum, decay, gradient}, nats.
+        top: number of tokens and prompts listed by name.
+    """
+    batch = session.batches["U"]
     share, total = table.share, float(table.share.sum())
     deciles = share.new_zeros(NUM_DECILES)
     deciles.index_add_(0, probability_deciles(table.logp), share)
-    unattributed = attributed.gradient - total
+    unattributed = parts["gradient"] - total
     checks = {}
     if total:
-        checks["identity"] = attributed.gradient / total
+        checks["identity"] = parts["gradient"] / total
         checks["identity_gap"] = abs(unattributed) / float(share.abs().sum())
     return {
         "U": sizes_of(batch),
-        "parts": {
-            "momentum": attributed.momentum,
-            "decay": attributed.decay,
-            "gradient": attributed.gradient,
-        },
+        "parts": parts,
         "tokens": {
             "positive": float(share[table.advantage > 0].sum()),
             "negative": float(share[table.advantage < 0].sum()),
@@ -186,7 +154,7 @@ def attribution_entry(
         "covariance": float(covariance_score(table.logp, table.advantage).mean()),
         "top_tokens": top_tokens(session, table)[:top],
         "by_token": _by_token(session, batch, share, top),
-        "by_prompt": _by_prompt(session, attributed, top),
+        "by_prompt": _by_prompt(session, batch, table, top),
         "checks": checks,
     }
 
@@ -197,25 +165,22 @@ def _by_token(
     """Sums of shares by token id, the largest by absolute value."""
     ids = torch.cat([sequence.response_ids for sequence in batch.sequences])
     kinds, place = ids.unique(return_inverse=True)
-    totals = share.new_zeros(len(kinds)).index_add_(0, place, share)
-    counts = torch.bincount(place, minlength=len(kinds))
     tokenizer = session.policy.tokenizer
     return [
         {
-            "token_id": int(kinds[i]),
-            "text": tokenizer.decode([int(kinds[i])]),
-            "share": float(totals[i]),
-            "num_tokens": int(counts[i]),
+            "token_id": int(kinds[kind]),
+            "text": tokenizer.decode([int(kinds[kind])]),
+            "share": total,
+            "num_tokens": count,
         }
-        for i in _largest(totals, top)
+        for kind, total, count in _largest_sums(share, place, len(kinds), top)
     ]
 
 
 def _by_prompt(
-    session: Session, attributed: Attributed, top: int
+    session: Session, batch: Batch, table: TokenTable, top: int
 ) -> list[dict[str, Any]]:
     """Sums of shares by prompt, the largest by absolute value."""
-    batch, table = attributed.batch, attributed.table
     # Not by group: a prompt may have been drawn twice.
     numbers: dict[tuple[int, ...], int] = {}
     prompt_of = [
@@ -223,21 +188,27 @@ def _by_prompt(
         for s in batch.sequences
     ]
     place = torch.tensor(prompt_of)[table.sequence]
-    totals = table.share.new_zeros(len(numbers)).index_add_(0, place, table.share)
-    counts = torch.bincount(place, minlength=len(numbers))
     prompts, tokenizer = list(numbers), session.policy.tokenizer
     return [
         {
-            "prompt": decode_prompt(list(prompts[i]), tokenizer),
-            "share": float(totals[i]),
-            "num_tokens": int(counts[i]),
+            "prompt": decode_prompt(list(prompts[number]), tokenizer),
+            "share": total,
+            "num_tokens": count,
         }
-        for i in _largest(totals, top)
+        for number, total, count in _largest_sums(table.share, place, len(prompts), top)
     ]
 
 
-def _largest(totals: Tensor, top: int) -> list[int]:
-    return totals.abs().topk(min(top, len(totals))).indices.tolist()
+def _largest_sums(
+    share: Tensor, place: Tensor, count: int, top: int
+) -> list[tuple[int, float, int]]:
+    """The places with the largest |sum of shares|: (place, sum, number of tokens)."""
+    totals = share.new_zeros(count).index_add_(0, place, share)
+    counts = torch.bincount(place, minlength=count)
+    largest = totals.abs().topk(min(top, count)).indices
+    return list(
+        zip(largest.tolist(), totals[largest].tolist(), counts[largest].tolist())
+    )
 
 
 def logged_values(entry: dict[str, Any]) -> dict[str, float]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.data.batch import Batch
 from entropy_ddp.estimators.entropy import Ratio, as_ratio
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
@@ -26,12 +25,12 @@ from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.attribution import score_shares, split_step, token_places
 from entropy_ddp.probe.estimates import EntropyEstimates, estimate
 from entropy_ddp.probe.passes import AlongStep, gather_sums, score_along_step
-from entropy_ddp.probe.reverse_mode import Duality, check_duality
+from entropy_ddp.probe.reverse_mode import check_duality
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.capture import TrainedBatch
 from entropy_ddp.training.live_session import sample_evaluation
 from entropy_ddp.training.untouched import lookups_cut
-from entropy_ddp.update.decomposition import AdamState, change_of, step_parts
+from entropy_ddp.update.decomposition import AdamState, step_parts
 from entropy_ddp.update.step import Step
 
 
@@ -39,39 +38,32 @@ from entropy_ddp.update.step import Step
 class StepProbe:
     """What is known of one step; the second half is None until it was taken.
 
+    E and U are the session's batches.
+
     Attributes:
         number: number of the step, from 1.
-        trained: U, with the weights of its tokens.
         step: the step as it follows from gradient and optimizer state; its learning
             rate is 1, so that slopes are in nats.
         learning_rate: of the first param group.
-        grad_norm: norm of the gradient before clipping.
-        clip_coefficient: what clipping multiplied it by.
-        evaluation: E.
-        entropy: the entropy estimator on E at theta.
+        clip_coefficient: what clipping multiplied the gradient by.
         along: E at theta, with derivatives along the step.
-        duality: forward against reverse mode on all of E, with grad H.
-        momentum, decay, gradient: parts of the first-order change, nats.
-        table: every token of U with its share in the gradient part.
+        duality_gap: forward against reverse mode on all of E.
+        parts: {momentum, decay, gradient} of the first-order change, nats.
+        table: every token of U with its share in the gradient part, before clipping.
         logp_gap: largest difference of log p on U from the trainer's.
+        before: theta, by parameter name.
         estimates: truth and prediction on E.
         midpoint: prediction from the middle of the step; None if not asked for.
         step_gap: how far the trainer's step is from `step`, relative.
     """
 
     number: int
-    trained: TrainedBatch
     step: Step
     learning_rate: float
-    grad_norm: float
     clip_coefficient: float
-    evaluation: Batch
-    entropy: Ratio
     along: AlongStep
-    duality: Duality
-    momentum: float
-    decay: float
-    gradient: float
+    duality_gap: float
+    parts: dict[str, float]
     table: TokenTable
     logp_gap: float
     before: dict[str, Tensor] = field(repr=False)
@@ -80,72 +72,84 @@ class StepProbe:
     step_gap: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PendingStep:
-    """The step that the trainer is about to take.
+def probe_before(
+    session: Session,
+    *,
+    number: int,
+    trained: TrainedBatch,
+    optimizer: AdamState,
+    gradient: Tensor,
+    grad_norm: float,
+    clip_coefficient: float,
+    padding: dict[nn.Embedding, int],
+) -> StepProbe:
+    """The first half: the parameters are at theta.
 
-    Attributes:
-        number: its number, from 1.
+    Args:
+        session: the run.
+        number: number of the step that the trainer is about to take, from 1.
         trained: U.
-        optimizer: AdamW's state before it.
+        optimizer: AdamW's state before the step.
         gradient: the clipped gradient, flat, [P].
         grad_norm: norm of the gradient before clipping.
         clip_coefficient: what clipping multiplied it by.
         padding: rows of embeddings that the trainer's gradient leaves out.
-    """
-
-    number: int
-    trained: TrainedBatch
-    optimizer: AdamState
-    gradient: Tensor
-    padding: dict[nn.Embedding, int]
-    grad_norm: float
-    clip_coefficient: float
-
-
-def probe_before(session: Session, pending: PendingStep) -> StepProbe:
-    """The first half: the parameters are at theta.
 
     Raises:
         InputError: E has no two groups with tokens.
         RunError: a number is not finite.
     """
     # Read for its groups and its state only.
-    session.optimizer = pending.optimizer  # type: ignore[assignment]
-    step = _coming_step(session, pending)
-    evaluation = sample_evaluation(session, pending.number)
-    session.batches = {"E": evaluation, "U": pending.trained.batch}
+    session.optimizer = optimizer  # type: ignore[assignment]
+    step = _coming_step(session, optimizer, gradient, grad_norm)
+    evaluation = sample_evaluation(session, number)
+    session.batches = {"E": evaluation, "U": trained.batch}
     along = score_along_step(session, step)
-    entropy = _entropy(session, along)
+    entropy = _entropy(session, along.scores)
     duality = check_duality(
         session, along.scores, entropy.value, step, None, len(evaluation)
     )
     slope = duality.gradient / entropy.denominator
-    split = split_step(session, pending.gradient, step, slope)
-    gradients = session.passes.layout.views(pending.gradient)
-    gradient = -sum(
-        inner_product(z.reshape(-1), gradients[name].reshape(-1))
-        for name, z in split.direction.items()
-    )
-    table, logp_gap = _shares(session, pending, split.direction)
+    parts, direction = split_by_part(session, gradient, step, slope)
+    table, logp_gap = _shares(session, trained, padding, direction)
     return StepProbe(
-        number=pending.number,
-        trained=pending.trained,
+        number=number,
         step=step,
-        learning_rate=float(pending.optimizer.param_groups[0]["lr"]),
-        grad_norm=pending.grad_norm,
-        clip_coefficient=pending.clip_coefficient,
-        evaluation=evaluation,
-        entropy=entropy,
+        learning_rate=float(optimizer.param_groups[0]["lr"]),
+        clip_coefficient=clip_coefficient,
         along=along,
-        duality=duality,
-        momentum=split.momentum,
-        decay=split.decay,
-        gradient=gradient,
+        duality_gap=duality.gap,
+        parts=parts,
         table=table,
         logp_gap=logp_gap,
         before={n: p.detach().clone() for n, p in session.passes.parameters.items()},
     )
+
+
+def split_by_part(
+    session: Session, gradient: Tensor, step: Step, slope: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """{momentum, decay, gradient} of the first-order change in nats, and z by name.
+
+    Args:
+        session: the run.
+        gradient: the gradient that the step was made of, flat, [P].
+        step: the step.
+        slope: grad H on all of E, flat, [P].
+    """
+    split = split_step(session, gradient, step, slope)
+    gradients = session.passes.layout.views(gradient)
+    # The step descends: its gradient part is -gain g.
+    of_gradient = -sum(
+        inner_product(z.reshape(-1), gradients[name].reshape(-1))
+        for name, z in split.direction.items()
+    )
+    parts = {
+        "momentum": split.momentum,
+        "decay": split.decay,
+        "gradient": of_gradient,
+    }
+    return parts, split.direction
 
 
 def probe_after(
@@ -164,9 +168,8 @@ def probe_after(
             stepped = session.passes.score(shard)
     probe.estimates = estimate(session, probe.along, stepped)
     if second_order:
-        probe.midpoint = middle_slope(
-            session, probe.step, probe.along, probe.entropy.value, place=1.0
-        )
+        mean = probe.estimates.original.value
+        probe.midpoint = middle_slope(session, probe.step, probe.along, mean, place=1.0)
     probe.before.clear()
 
 
@@ -174,43 +177,41 @@ def measured_entropy(session: Session, number: int) -> Ratio:
     """The policy's entropy on fresh responses, as after the last step."""
     evaluation = sample_evaluation(session, number)
     session.batches = {"E": evaluation}
-    shard = session.shard("E")
-    scores = session.passes.score(shard)
-    (sums,) = gather_sums(session.world, shard, scores.entropy)
+    return _entropy(session, session.passes.score(session.shard("E")))
+
+
+def _entropy(session: Session, scores: TokenScores) -> Ratio:
+    evaluation = session.batches["E"]
+    (sums,) = gather_sums(session.world, session.shard("E"), scores.entropy)
     return as_ratio("per_token", sums, evaluation.lengths)
 
 
-def _coming_step(session: Session, pending: PendingStep) -> Step:
+def _coming_step(
+    session: Session, optimizer: AdamState, gradient: Tensor, grad_norm: float
+) -> Step:
     """The step by the parts of AdamW; the gradient is clipped already."""
-    layout, gradient = session.passes.layout, pending.gradient
+    layout = session.passes.layout
     step = Step(
         delta=torch.zeros_like(gradient),
         learning_rate=1.0,
-        grad_norm=pending.grad_norm,
+        grad_norm=grad_norm,
         clip_coef=1.0,
         num_optimizer_steps=1,
     )
     views, gradients = layout.views(step.delta), layout.views(gradient)
     parameters, update = session.passes.parameters, session.config.update
-    for name, parts in step_parts(
-        pending.optimizer, parameters, gradient, step, update
-    ):
-        views[name].copy_(change_of(parts, gradients[name]))
+    for name, parts in step_parts(optimizer, parameters, gradient, step, update):
+        views[name].copy_(parts.change(gradients[name]))
     return step
 
 
-def _entropy(session: Session, along: AlongStep) -> Ratio:
-    evaluation = session.batches["E"]
-    shard = session.shard("E")
-    (sums,) = gather_sums(session.world, shard, along.scores.entropy)
-    return as_ratio("per_token", sums, evaluation.lengths)
-
-
 def _shares(
-    session: Session, pending: PendingStep, direction: dict[str, Tensor]
+    session: Session,
+    trained: TrainedBatch,
+    padding: dict[nn.Embedding, int],
+    direction: dict[str, Tensor],
 ) -> tuple[TokenTable, float]:
     """Shares of U's tokens before clipping, and the largest gap of log p."""
-    trained = pending.trained
     shard = session.shard("U")
     on_logp, on_entropy = (
         trained.token_values(shard, name) for name in ("on_logp", "on_entropy")
@@ -219,7 +220,7 @@ def _shares(
     def weights(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         return on_logp[token.cpu()], on_entropy[token.cpu()]
 
-    with lookups_cut(pending.padding):
+    with lookups_cut(padding):
         table = score_shares(session, weights, direction)
     everything = trained.batch.shard(0, 1)
     theirs = trained.token_values(everything, "logp")

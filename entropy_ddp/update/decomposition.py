@@ -49,6 +49,10 @@ class StepParts:
     decay: Tensor
     gain: Tensor
 
+    def change(self, gradient: Tensor) -> Tensor:
+        """delta theta of this parameter, from its gradient before clipping."""
+        return self.momentum + self.decay - self.gain * gradient.to(self.gain)
+
 
 def step_parts(
     optimizer: torch.optim.Adam,
@@ -214,19 +218,3 @@ def _fresh(parameter: nn.Parameter) -> dict[str, Any]:
     zero = torch.zeros_like(parameter)
     moments = dict.fromkeys(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), zero)
     return {"step": 0.0, **moments}
-
-
-def gradient_of(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
-    """The gradients as one flat CPU buffer, zero where there is none, [P]."""
-    layout = ParameterLayout.of(parameters)
-    flat = torch.zeros(layout.numel, dtype=dtype)
-    for name, view in layout.views(flat).items():
-        gradient = parameters[name].grad
-        if gradient is not None:
-            view.copy_(gradient)
-    return flat
-
-
-def change_of(parts: StepParts, gradient: Tensor) -> Tensor:
-    """momentum + decay - gain g of one parameter, float64, of its shape."""
-    return parts.momentum + parts.decay - parts.gain * gradient.to(parts.gain)

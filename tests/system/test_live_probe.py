@@ -127,9 +127,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[TrainedBatch]:
     seen: list[TrainedBatch] = []
     original = callback.probe_before
 
-    def spy(session: Any, pending: Any) -> Any:
-        seen.append(pending.trained)
-        return original(session, pending)
+    def spy(session: Any, *, trained: TrainedBatch, **given: Any) -> Any:
+        seen.append(trained)
+        return original(session, trained=trained, **given)
 
     monkeypatch.setattr(callback, "probe_before", spy)
     return seen
