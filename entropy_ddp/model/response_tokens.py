@@ -354,8 +354,9 @@ class ResponseTokens(nn.Module):
         """
         hidden = self.hidden_states(microbatch)
         trainable = [p for p in self.output_layer.parameters() if p.requires_grad]
-        how = (microbatch, weights, settings)
-        return _WeightedSum.apply(self, how, hidden, *trainable)
+        return _WeightedSum.apply(
+            self, microbatch, weights, settings, hidden, *trainable
+        )
 
 
 def _derivatives(
@@ -380,11 +381,12 @@ class _WeightedSum(torch.autograd.Function):
     def forward(
         ctx: Any,
         policy: ResponseTokens,
-        how: tuple[Microbatch, TokenWeights, ScoringSettings],
+        microbatch: Microbatch,
+        weights: TokenWeights,
+        settings: ScoringSettings,
         hidden: Tensor,
         *trainable: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        microbatch, weights, settings = how
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         logps, entropies, hidden_gradients = [], [], []
         # Wide enough for a sum over many chunks.
@@ -393,9 +395,14 @@ class _WeightedSum(torch.autograd.Function):
             for p in trainable
         ]
         for chunk in policy.chunks(len(hidden), trainable=bool(trainable)):
-            token, targets = microbatch.token[chunk], microbatch.target_ids[chunk]
             surrogate, values, into_hidden, *into_layer = _chunk_gradients(
-                policy, hidden[chunk], (token, targets), (weights, settings), trainable
+                policy,
+                hidden[chunk],
+                microbatch.token[chunk],
+                microbatch.target_ids[chunk],
+                weights,
+                settings,
+                trainable,
             )
             total += surrogate
             logps.append(values[0])
@@ -412,34 +419,35 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0]
-        return (
-            None,
-            None,
-            *(saved * scale.to(saved.dtype) for saved in ctx.saved_tensors),
-        )
+        gradients = (saved * scale.to(saved.dtype) for saved in ctx.saved_tensors)
+        # Policy, microbatch, weights and settings have none.
+        return (None, None, None, None, *gradients)
 
 
 def _chunk_gradients(
     policy: ResponseTokens,
     hidden: Tensor,
-    tokens: tuple[Tensor, Tensor],
-    how: tuple[TokenWeights, ScoringSettings],
+    places: Tensor,
+    targets: Tensor,
+    weights: TokenWeights,
+    settings: ScoringSettings,
     trainable: tuple[Tensor, ...],
 ) -> tuple[Any, ...]:
-    """sum(a log p + b H) of a chunk, (log p, H), and the sum's gradients.
+    """sum(a log p + b H) of a chunk, (log p, H) [2, m], and the sum's gradients.
 
     Args:
         policy: whose output layer it is.
         hidden: hidden states, [m, width].
-        tokens: their places and their targets, each [m].
-        how: what gives a and b, and the settings of the pass.
+        places, targets: of the tokens, [m] each.
+        weights: gives a and b.
+        settings: those of the pass.
         trainable: parameters of the output layer whose gradients follow that of the
             hidden states.
     """
-    (weights, settings), (places, targets) = how, tokens
+    # Within an autograd function's forward pass gradients are off.
     with torch.enable_grad():
         piece = hidden.detach().requires_grad_()
-        logits = policy.output_layer(piece)
+        logits = policy.output_layer(piece)  # [m, V]
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     values = []
     # The logits are not read again: their gradient takes their place.
@@ -459,6 +467,7 @@ def _chunk_gradients(
         values.append(torch.stack([logp, entropy]))
         gradient = logits_gradient(softmax, (a, b), targets[rows])
         tempered = policy.logits_map.over(settings.temperature)
+        # From the mapped logits z back to the values x of the layer: times dz/dx.
         if tempered.cap is not None:
             outputs = workspace.copy("scratch", cotangent[rows])
             gradient *= tempered.derivative_(outputs)

@@ -61,19 +61,20 @@ FILL_ELEMENTS, LEAST_FILL = 1 << 20, 512
 # Least change of log p per unit of Euclidean length that is reckoned with: the parameters
 # are moved at most so far even if the first derivative vanishes.
 LEAST_SLOPE = 0.02
+# Elements of a gradient that are looked at together.
+_BLOCK = 1 << 22
 
 
 @dataclass(kw_only=True)
 class Passes:
-    """Both passes over one rank's shards, and the count of what they cost.
+    """Both passes over one rank's shards, which may be empty, and what they have cost.
 
     Attributes:
         tokens: the policy as a function of response tokens.
         wrapped: the same module inside DistributedDataParallel, or itself when there
             is no process group. Its own settings are not read.
         parameters: the trainable parameters by name.
-        dtype: the model's dtype.
-        device: the model's device.
+        dtype, device: the model's.
         advance: called with the number of tokens after every microbatch.
         count_operations: whether floating-point operations are counted.
         runs_hooks: whether backward passes run hooks on the parameters: not a trainer's.
@@ -119,7 +120,7 @@ class Passes:
         """Log p and H of every response token, with a direction also their derivatives.
 
         Args:
-            shard: this rank's sequences; may be empty.
+            shard: this rank's sequences.
             direction: tangent of each trainable parameter by name (order 1), or None
                 (order 0).
             with_features: at order 1, also what baselines and control variates need.
@@ -148,7 +149,7 @@ class Passes:
         costs more than twice as much, and is wrong through layer normalisation.
 
         Args:
-            shard: this rank's sequences; may be empty.
+            shard: this rank's sequences.
             direction: tangent of each trainable parameter by name, not all zero.
             step: how far along it the two passes are from the middle
                 (`difference_step`).
@@ -158,7 +159,7 @@ class Passes:
         Raises:
             RunError: a value is not finite, or the model returned no tangent.
         """
-        second = torch.zeros(2, len(shard.positions), dtype=torch.float64)
+        second = torch.zeros(2, len(shard.positions), dtype=torch.float64)  # l'', H''
         with (
             self.differentiated(as_trained=False),
             self._counted("score order 2", shard) as count,
@@ -224,7 +225,7 @@ class Passes:
         """Put the gradient of sum(a log p + b H) into the parameters' `.grad`.
 
         Args:
-            shard: this rank's sequences; may be empty.
+            shard: this rank's sequences.
             weights: gives a and b of each token; called for a few tokens at a time, which
                 need not be whole sequences.
             collect: called after the backward pass of every microbatch, to move the
@@ -340,8 +341,66 @@ class Passes:
                 collect()
         finally:
             self._drop_gradients()
-        require_finite_gradient(self.pull_back, self.parameters, shard, weights, flat)
+        self._require_finite_gradient(shard, weights, flat)
         return flat, scores
+
+    def _require_finite_gradient(
+        self, shard: Shard, weights: TokenWeights, flat: Tensor
+    ) -> None:
+        """Check a gradient [P]; name batch, line and response token if it is not finite."""
+        # Block by block: no mask of the whole.
+        if all(bool(block.isfinite().all()) for block in flat.split(_BLOCK)):
+            return
+        place = f"the gradient of batch {shard.batch.split}"
+        spans = zip(shard.ragged.starts.tolist(), shard.ragged.ends.tolist())
+        for number, (begin, end) in enumerate(spans):
+            here = shard.positions[number : number + 1]
+            one = Shard(batch=shard.batch, positions=here)
+            bad = partial(self._bad_parameter, one, weights, begin)
+            if begin == end or not bad(begin, end):
+                continue
+            place += f", line {shard.sequences[number].index + 1}"
+            # The shortest beginning that is bad ends with the first bad token.
+            good, worst = begin, end
+            while worst - good > 1:
+                middle = (good + worst) // 2
+                good, worst = (good, middle) if bad(begin, middle) else (middle, worst)
+            name = bad(worst - 1, worst)
+            if name is None:
+                raise RunError(f"{place} is NaN or infinite in the sum over its tokens")
+            raise RunError(
+                f"{place}, response token {worst - begin} is NaN or infinite in {name}; "
+                "are its advantage and its sampling log-probability right?"
+            )
+        raise RunError(f"{place} is NaN or infinite in the sum over its sequences")
+
+    def _bad_parameter(
+        self, one: Shard, weights: TokenWeights, start: int, first: int, last: int
+    ) -> str | None:
+        """The first parameter whose gradient is not finite, for one sequence.
+
+        Args:
+            one: the sequence alone.
+            weights: of the tokens by their places in the whole shard.
+            start: place of the sequence's first token there.
+            first, last: first and one past the last place of the tokens that count.
+        """
+
+        def shifted(place: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+            whole = place + start
+            a, b = weights(whole, *values)
+            other = ((whole < first) | (whole >= last)).to(a.device)
+            return a.masked_fill(other, 0.0), b.masked_fill(other, 0.0)
+
+        try:
+            self.pull_back(one, shifted)
+            for name, parameter in self.parameters.items():
+                gradient = parameter.grad
+                if gradient is not None and not bool(gradient.isfinite().all()):
+                    return name
+            return None
+        finally:
+            self._drop_gradients()
 
     def _drop_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -420,95 +479,3 @@ def _require_finite(scores: TokenScores, shard: Shard) -> None:
             f"token {position} is {float(values[token])}: the model gives this token "
             "probability 0 or its weights are not finite"
         )
-
-
-# Adds the gradient of sum(a log p + b H) over a shard to `.grad`.
-PullBack = Callable[[Shard, TokenWeights], object]
-# Elements of a buffer that are looked at together: no copy of the whole.
-_BLOCK = 1 << 22
-
-
-def require_finite_gradient(
-    pull_back: PullBack,
-    parameters: Mapping[str, nn.Parameter],
-    shard: Shard,
-    weights: TokenWeights,
-    flat: Tensor,
-) -> None:
-    """Check a gradient of sum(a log p + b H) over a shard.
-
-    Args:
-        pull_back: the pass that it was taken with.
-        parameters: what it is a gradient by.
-        shard: this rank's sequences.
-        weights: gives a and b of each token.
-        flat: the gradient, [P].
-
-    Raises:
-        RunError: it is not finite; names batch, line and response token.
-    """
-    if all(bool(block.isfinite().all()) for block in flat.split(_BLOCK)):
-        return
-    place = f"the gradient of batch {shard.batch.split}"
-    spans = zip(shard.ragged.starts.tolist(), shard.ragged.ends.tolist())
-    for number, (begin, end) in enumerate(spans):
-        one = Shard(batch=shard.batch, positions=shard.positions[number : number + 1])
-        bad = partial(_bad_parameter, pull_back, parameters, one, weights, begin)
-        if begin == end or not bad(begin, end):
-            continue
-        place += f", line {shard.sequences[number].index + 1}"
-        # The shortest beginning that is bad ends with the first bad token.
-        good, worst = begin, end
-        while worst - good > 1:
-            middle = (good + worst) // 2
-            good, worst = (good, middle) if bad(begin, middle) else (middle, worst)
-        name = bad(worst - 1, worst)
-        if name is None:
-            raise RunError(f"{place} is NaN or infinite in the sum over its tokens")
-        raise RunError(
-            f"{place}, response token {worst - begin} is NaN or infinite in {name}; "
-            "are its advantage and its sampling log-probability right?"
-        )
-    raise RunError(f"{place} is NaN or infinite in the sum over its sequences")
-
-
-def _bad_parameter(
-    pull_back: PullBack,
-    parameters: Mapping[str, nn.Parameter],
-    one: Shard,
-    weights: TokenWeights,
-    start: int,
-    first: int,
-    last: int,
-) -> str | None:
-    """The first parameter whose gradient is not finite, for one sequence.
-
-    Args:
-        pull_back: the pass that it is taken with.
-        parameters: what it is a gradient by.
-        one: the sequence alone.
-        weights: of the tokens by their places in the whole shard.
-        start: place of the sequence's first token there.
-        first, last: first and one past the last place of the tokens that count.
-    """
-
-    def shifted(place: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        whole = place + start
-        a, b = weights(whole, logp, entropy)
-        other = ((whole < first) | (whole >= last)).to(a.device)
-        return a.masked_fill(other, 0.0), b.masked_fill(other, 0.0)
-
-    try:
-        pull_back(one, shifted)
-        return next(
-            (
-                name
-                for name, parameter in parameters.items()
-                if parameter.grad is not None
-                and not bool(parameter.grad.isfinite().all())
-            ),
-            None,
-        )
-    finally:
-        for parameter in parameters.values():
-            parameter.grad = None

@@ -18,7 +18,7 @@ it depends on the model, and the estimate of a run's memory needs it.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -248,15 +248,15 @@ def _reverse_mode_slope(
 ) -> float:
     ones = torch.ones(shard.ragged.num_tokens, dtype=torch.float64)
     (rows,) = plan_microbatches(shard, 1 << 20)
-    shape = (len(rows), max(row.length for row in rows))
+    count, longest = len(rows), max(row.length for row in rows)
     wide = passes.with_settings(tokens_per_microbatch=1 << 20, share_prompts=False)
     # Parameter by parameter: a flat float64 buffer could be larger than the model.
     try:
-        with saved_for_backward(shape) as saved:
+        with saved_for_backward(count, longest) as sizes:
             wide.pull_back(
                 shard, lambda token, *_: (ones[token.cpu()], ones[token.cpu()])
             )
-        passes.saved_per_position = saved.per_position
+        passes.saved_per_position = sum(sizes.values()) / (count * longest)
         return sum(
             inner_product(parameter.grad.reshape(-1), direction[name].reshape(-1))
             for name, parameter in passes.parameters.items()
@@ -279,43 +279,26 @@ def _central_difference(
     return (sums[0] - sums[1]) / (2 * step)
 
 
-@dataclass(kw_only=True)
-class Saved:
-    """Memory that was saved for a backward pass over rows of one shape.
+@contextmanager
+def saved_for_backward(rows: int, length: int) -> Iterator[dict[int, int]]:
+    """Bytes of each block that forward passes over such rows save, by its address.
 
-    Attributes:
-        shape: rows and padded length of the microbatch.
-        sizes: bytes of each block of memory that grows with the positions, by address.
+    Of memory that grows with the positions: weights are left out. The addresses are only
+    distinct while everything that is saved is held: until the backward pass.
+
+    Args:
+        rows, length: shape of the microbatch.
     """
+    sizes: dict[int, int] = {}
 
-    shape: tuple[int, int]
-    sizes: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def per_position(self) -> float:
-        """Bytes for one position of the microbatch."""
-        rows, length = self.shape
-        return sum(self.sizes.values()) / (rows * length)
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that is saved, unless it is a weight."""
-        rows, length = self.shape
+    def keep(tensor: Tensor) -> Tensor:
         whole = tensor._base if tensor._base is not None else tensor
         shape = tuple(tensor.shape)
         grows = shape[:1] == (rows * length,) or (rows in shape and length in shape)
         if grows and not isinstance(whole, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            self.sizes[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-
-@contextmanager
-def saved_for_backward(shape: tuple[int, int]) -> Iterator[Saved]:
-    """Count what forward passes over rows of this shape save.
-
-    The addresses are only distinct while everything that is saved is held: until the
-    backward pass.
-    """
-    saved = Saved(shape=shape)
-    with saved_tensors_hooks(saved.keep, lambda tensor: tensor):
-        yield saved
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
