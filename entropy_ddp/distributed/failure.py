@@ -25,10 +25,22 @@ from typing import Any, NoReturn
 from entropy_ddp.files import remove_temporary
 from entropy_ddp.interruption import end_at_once, ignore_signals
 
+# Keys of the store.
 _FAILURE = "entropy_ddp/first_failure"
 _TOLD = "entropy_ddp/failure_told"
 _LOOKER = "entropy_ddp/looks_for_the_gone"
 _SIGN = "entropy_ddp/sign_of_life"
+_SIGN_SECONDS = 0.5
+_GUARD_SECONDS = 0.1
+# Silence that explains a lost connection: beyond what a busy interpreter causes.
+_GONE_SECONDS = 4.0
+# For a message to be written to a slow terminal.
+_TELL_SECONDS = 8.0
+# For the main thread to unwind.
+_GRACE_SECONDS = 3.0
+# A gap in this process's own life: it was stopped, and the others' silence means nothing.
+_ABSENT_SECONDS = 2.0
+_CODE_FAILED = 1
 
 
 class StoreGone(Exception):
@@ -133,27 +145,6 @@ def _answering() -> Iterator[None]:
         raise StoreGone(str(error)) from error
 
 
-_SIGN_SECONDS = 0.5
-_GUARD_SECONDS = 0.1
-# Silence that explains a lost connection: beyond what a busy interpreter causes.
-_GONE_SECONDS = 4.0
-# For a message to be written to a slow terminal.
-_TELL_SECONDS = 8.0
-# For the main thread to unwind.
-_GRACE_SECONDS = 3.0
-# A gap in this process's own life: it was stopped, and the others' silence means nothing.
-_ABSENT_SECONDS = 2.0
-_CODE_FAILED = 1
-
-
-@dataclass
-class _Seen:
-    """The last sign of another rank and when it was first seen."""
-
-    sign: Sign
-    at: float
-
-
 class Watch:
     """One rank's watch over the others, and its way to fail.
 
@@ -176,8 +167,7 @@ class Watch:
 
         Args:
             store: the ranks' key-value store.
-            rank: number of this rank.
-            world_size: number of ranks.
+            rank, world_size: of this process.
             silence_seconds: a rank silent for longer ends the run.
             tell: prints why the run ends.
         """
@@ -195,7 +185,8 @@ class Watch:
         now = time.monotonic()
         self._others = [other for other in range(world_size) if other != rank]
         watched = self._others if rank == 0 else {0, rank - 1}
-        self._seen = {other: _Seen(Sign(), now) for other in watched}
+        # The last sign of each, and when it was first seen.
+        self._seen = {other: (Sign(), now) for other in watched}
         self._answered = self._exchanged = now
         self._failure: Failure | None = None
         self._is_store_gone = False
@@ -331,7 +322,7 @@ class Watch:
                 store.sign(self._rank, sign)
 
     def _remaining(self) -> list[int]:
-        return [rank for rank, seen in self._seen.items() if not seen.sign.ended]
+        return [rank for rank, (sign, _) in self._seen.items() if not sign.ended]
 
     def _end_together(self) -> None:
         """The rank that holds the store is the last to go."""
@@ -365,10 +356,10 @@ class Watch:
         signs = store.signs(self._remaining())
         now = time.monotonic()
         was_absent = now - self._exchanged > _ABSENT_SECONDS
-        for rank, seen in self._seen.items():
-            found = signs.get(rank, seen.sign)
-            if found != seen.sign or was_absent:
-                self._seen[rank] = _Seen(found, now)
+        for rank, (last, _) in self._seen.items():
+            found = signs.get(rank, last)
+            if found != last or was_absent:
+                self._seen[rank] = (found, now)
         self._look_lower(now)
         self._answered = self._exchanged = now
         if self._failure is not None:
@@ -391,16 +382,15 @@ class Watch:
         lowest = min((rank for rank in self._seen if rank), default=1)
         if self._rank and lowest > 1 and not self._is_alive(lowest):
             # Other threads read the old one, or the new one.
-            self._seen = self._seen | {lowest - 1: _Seen(Sign(), now)}
+            self._seen = self._seen | {lowest - 1: (Sign(), now)}
 
     def _is_alive(self, rank: int) -> bool:
-        seen = self._seen[rank]
-        is_recent = time.monotonic() - seen.at <= _GONE_SECONDS
-        return is_recent and not seen.sign.ended
+        sign, at = self._seen[rank]
+        return time.monotonic() - at <= _GONE_SECONDS and not sign.ended
 
     def _silent(self, seconds: float) -> list[int]:
         now = time.monotonic()
-        return [r for r in self._remaining() if now - self._seen[r].at > seconds]
+        return [r for r in self._remaining() if now - self._seen[r][1] > seconds]
 
     def _accuse(self, silent: list[int]) -> Failure:
         message = _silence(silent, self._silence_seconds)
@@ -469,9 +459,9 @@ class Watch:
     def _is_speaker(self) -> bool:
         """Whether no lower rank was alive when the store last answered."""
         return all(
-            rank == self._store_rank or self._answered - seen.at > _GONE_SECONDS
-            for rank, seen in self._seen.items()
-            if rank < self._rank and not seen.sign.ended
+            rank == self._store_rank or self._answered - at > _GONE_SECONDS
+            for rank, (sign, at) in self._seen.items()
+            if rank < self._rank and not sign.ended
         )
 
     def _unwind(self) -> None:

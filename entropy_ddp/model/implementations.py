@@ -6,24 +6,10 @@ no soft-capping and no sinks, and grouped products of experts, which exist in no
 The plain code (`eager`) is as exact and slower; that it was taken is announced.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-
-
-@dataclass(frozen=True)
-class SlowerRoute:
-    """A part of the model that takes the plain code path.
-
-    Attributes:
-        part: what it is, "attention" or "experts".
-        reason: why.
-    """
-
-    part: str
-    reason: str
 
 
 def supported_attention(base: str, asked: str, trust_remote_code: bool = False) -> str:
@@ -59,24 +45,20 @@ def use_exact_experts(model: nn.Module, dtype: torch.dtype) -> None:
         model.set_experts_implementation("eager")
 
 
-def slower_routes(
-    model: nn.Module, asked: str, dtype: torch.dtype
-) -> list[SlowerRoute]:
-    """The parts of an opened model that take another path than was asked for.
+def slower_routes(model: nn.Module, asked: str, dtype: torch.dtype) -> dict[str, str]:
+    """The parts of an opened model that take the plain code path, and why.
 
     Args:
         model: the model, with or without an adapter.
         asked: the attention implementation asked for.
-        dtype: its dtype.
+        dtype: the model's.
     """
     config = model.config  # type: ignore[union-attr]
-    routes = []
+    routes = {}
     if asked == "sdpa" and config._attn_implementation == "eager":
-        reason = _obstacle_to_sdpa(config) or "the model chose it"
-        routes.append(SlowerRoute("attention", reason))
+        routes["attention"] = _obstacle_to_sdpa(config) or "the model chose it"
     if dtype == torch.float64 and _has_experts(model):
-        reason = "grouped products of experts exist in no float64"
-        routes.append(SlowerRoute("experts", reason))
+        routes["experts"] = "grouped products of experts exist in no float64"
     return routes
 
 

@@ -89,7 +89,9 @@ def _model(session: Session) -> dict[str, Any]:
     else:
         found["adapter"] = "none: full weights are trained"
     routes = slower_routes(policy.model, session.config.compute.attention, policy.dtype)
-    found |= {f"{r.part} implementation": f"eager: {r.reason}" for r in routes}
+    found |= {
+        f"{part} implementation": f"eager: {reason}" for part, reason in routes.items()
+    }
     return found | {
         "tokenizer": _tokenizer(policy),
         "vocabulary": policy.vocabulary_size,

@@ -214,8 +214,8 @@ def _route_rows(session: Session) -> list[AuditRow]:
         text = "not the derivative: DoRA holds weight norms fixed"
         rows.append(fact("the trainer's gradient", text))
     return rows + [
-        fact(f"{route.part} implementation", f"eager: {route.reason}")
-        for route in slower_routes(policy.model, asked, policy.dtype)
+        fact(f"{part} implementation", f"eager: {reason}")
+        for part, reason in slower_routes(policy.model, asked, policy.dtype).items()
     ]
 
 
