@@ -49,7 +49,6 @@ def predictors(entropy: Tensor, features: dict[str, Tensor], ragged: Ragged) -> 
     Args:
         entropy: H_ik, [t].
         features: `top_probability`, `margin` and `log_variance`, [t] each.
-        ragged: layout of the tokens.
     """
     columns = (
         torch.ones_like(entropy),

@@ -62,7 +62,6 @@ def zero_mean_sums(
         tokens: values and derivatives, [t].
         features: what `score` returns beside them, [t] each.
         predictor: what is known before each token, [t, F].
-        ragged: layout of the tokens.
     """
     probability, dlogp = tokens.logp.exp(), tokens.dlogp
     is_top = features["is_top"]
@@ -161,10 +160,8 @@ def adjusted_change(
     the first-order part of the noise of Delta H.
 
     Args:
-        change: Delta H.
         partner: the slope that is exactly its derivative.
         best: a slope of the same expectation and less variance.
-        learning_rate: eta.
 
     Returns:
         The adjusted Delta H and its standard error.

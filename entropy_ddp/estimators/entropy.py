@@ -82,7 +82,6 @@ def as_ratio(normalize: Normalize, integrand: Tensor, lengths: Tensor) -> Ratio:
     """The estimator of H(theta) from H_i [N] and T_i [N]; nats per token or sequence.
 
     Args:
-        normalize: what the sum is divided by.
         integrand: H_i, float64, [N].
         lengths: T_i, [N].
     """
@@ -127,7 +126,6 @@ def prefix_sums(
     numerator_i = sum_k w_{i,<k} H_ik(theta'), size_i = sum_k w_{i,<k}.
 
     Args:
-        ragged: layout of the tokens.
         log_weights: log w_{i,<k}, [t].
         entropy: H_ik at theta', [t].
         shift: at least the largest log-weight, so that no weight overflows.
@@ -191,10 +189,8 @@ def entropy_change(
     the strong correlation of the two is in the standard error.
 
     Args:
-        is_mode: kind of importance weights, carried along.
         before: the estimator at theta.
         after: the weighted estimator at theta'.
-        ess: effective sample size, carried along.
         groups: group of each sequence, [N].
 
     Raises:

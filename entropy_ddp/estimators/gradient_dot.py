@@ -36,7 +36,10 @@ covariance of <X_u, Ybar> and <Y_u, Xbar>, which is of the same order: on the to
 of the tests its root is 0.83 of the standard deviation at B = 1,000 (and 1.34 at B = 20,
 where the diagonal is in both projections). `paired_variance` has neither defect.
 
-Shape legend: n whole groups' sequences, B units. S in nats, everything float64.
+Shape legend: n sequences of whole groups, B units. Arguments of one number for each
+sequence, [n]: logp S in nats, lengths T, advantages A, number of its group. For each unit:
+x_projections <X_u, Ybar> [B_E], y_projections <Y_u, Xbar> [B_U], diagonal <X_u, Y_u> [B].
+Everything is float64.
 """
 
 from dataclasses import dataclass
@@ -52,12 +55,7 @@ Weighting = Literal["dr_grpo", "per_token_avg"]
 
 
 def longest_in_group(lengths: Tensor, groups: Tensor) -> Tensor:
-    """L_u of each sequence's group, at least 1, float64, [n].
-
-    Args:
-        lengths: response lengths T, [n].
-        groups: group number of each sequence, [n]; groups are whole.
-    """
+    """L_u of each sequence's group, at least 1, float64, [n]."""
     longest = torch.ones(_num_groups(groups), dtype=torch.float64)
     longest.scatter_reduce_(0, groups, lengths.double(), "amax")
     return longest[groups]
@@ -68,10 +66,9 @@ def entropy_coefficients(
 ) -> Tensor:
     """-(S^w - loo) / G of each response: X_u = sum over its group times grad S; [n].
 
+    Groups have at least 2 responses.
+
     Args:
-        logp: log-probability S of each response, [n].
-        lengths: response lengths T, [n].
-        groups: group number of each sequence, [n]; groups are whole, of G >= 2.
         weighting: what S is divided by.
     """
     if weighting == "dr_grpo":
@@ -85,13 +82,7 @@ def entropy_coefficients(
 
 
 def reward_coefficients(advantages: Tensor, lengths: Tensor, groups: Tensor) -> Tensor:
-    """A / (G L_u) of each response: grad J_u = sum over its group times grad S; [n].
-
-    Args:
-        advantages: A of each response, [n].
-        lengths: response lengths T, [n].
-        groups: group number of each sequence, [n]; groups are whole.
-    """
+    """A / (G L_u) of each response: grad J_u = sum over its group times grad S; [n]."""
     return advantages / (group_sizes(groups) * longest_in_group(lengths, groups))
 
 
@@ -133,11 +124,6 @@ def without_diagonal(dot: float, y_projections: Tensor, diagonal: Tensor) -> flo
     which for C = 0 is the U-statistic (B^2 <Xbar, Ybar> - sum_u <X_u, Y_u>)/(B(B - 1)).
     Unbiased where the plain product is off by (E<X_u, Y_u> - <E X, E Y>) / B.
 
-    Args:
-        dot: <Xbar, Ybar>.
-        y_projections: <Y_u, Xbar>, [B].
-        diagonal: <X_u, Y_u>, [B].
-
     Raises:
         InputError: there are fewer than two units.
     """
@@ -155,11 +141,6 @@ def paired_variance(
 
     That of the mean of <X_u, Ybar> + <Y_u, Xbar> - 2 <X_u, Y_u> / B: the delta method
     of a U-statistic, which has the covariance of the two and no unit times itself.
-
-    Args:
-        x_projections: <X_u, Ybar>, [B].
-        y_projections: <Y_u, Xbar>, [B].
-        diagonal: <X_u, Y_u>, [B].
 
     Raises:
         InputError: there are fewer than two units.
@@ -198,9 +179,6 @@ def estimate_dot(
     """bars_dot, V_X and V_Y from one number for each unit.
 
     Args:
-        dot: <Xbar, Ybar>.
-        x_projections: <X_u, Ybar>, [B_E].
-        y_projections: <Y_u, Xbar>, [B_U].
         diagonal: <X_u, Y_u> when E and U are the same units, [B]; None otherwise.
 
     Raises:

@@ -73,7 +73,6 @@ def slope_weights(
 
     Args:
         tokens: values at theta; the derivatives are not used.
-        ragged: layout of the tokens.
         mean_entropy: Hbar over the whole batch.
         estimator: integrand, normalisation, score and baseline.
         prediction: of the integrand and the number of steps after each token, [t, 2];
@@ -119,7 +118,6 @@ def pathwise_weights(normalize: Normalize, lengths: Tensor) -> Tensor:
     """Weight of the integrand's derivative, the same for all tokens of a sequence; [n].
 
     Args:
-        normalize: what the sum is divided by.
         lengths: T_i, [n].
     """
     lengths = lengths.clamp(min=1).double()
@@ -175,7 +173,6 @@ def terms_less_prediction(
         predicted: sum over each sequence of log p' times the predictions of integrand
             and number of steps after the token, [n, 2].
         mean_entropy: Hbar over the whole batch.
-        normalize: what the sum is divided by.
     """
     centred, score, pathwise, counts = terms.unbind(1)
     values, steps = predicted[:, 0], _counted(normalize) * predicted[:, 1]

@@ -35,7 +35,6 @@ def midpoint_columns(
     Args:
         tokens: values and derivatives along v at theta', [t].
         log_ratio: log p at theta' less log p at theta, [t].
-        ragged: layout of the tokens.
         mean_entropy: the entropy at theta, from which entropies are counted: sums of
             differences lose no digits.
     """

@@ -155,7 +155,6 @@ def share_by(labels: list[str], label_of_token: Tensor, share: Tensor) -> list[A
     """Sum of shares and number of tokens by label; empty labels are left out.
 
     Args:
-        labels: names.
         label_of_token: number of each token's label, [T].
         share: exact shares, [T].
     """
@@ -185,7 +184,6 @@ def rules(table: TokenTable, fraction: float) -> dict[str, Tensor]:
     """Choices of tokens to leave out of the update, as masks by their name in words, [T].
 
     Args:
-        table: U's tokens.
         fraction: share of the tokens that a rule which ranks tokens chooses.
     """
     count = max(1, round(fraction * len(table.share)))

@@ -39,10 +39,8 @@ def choose_grid(
 
     Args:
         dlogp: l'_i along v, [N].
-        slope: slope of the entropy along v.
         noise_floor: |Delta H| when nothing moves.
         ess_warn: threshold of ESS / N.
-        num_points: number of learning rates.
     """
     spread = float((dlogp - dlogp.mean()).abs().max())
     threshold = min(ess_warn, LARGEST_ESS_FRACTION)

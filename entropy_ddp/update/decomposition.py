@@ -67,8 +67,6 @@ def step_parts(
         optimizer: AdamW (or Adam) in its saved state, the step undone.
         parameters: the trainable parameters by name, at theta.
         gradient: gradient of the loss before clipping, summed over ranks, flat, [P].
-        step: the step that was taken with it.
-        update: how it was taken.
 
     Yields:
         Each parameter's name and parts, in the optimizer's order.
@@ -117,14 +115,7 @@ def gradient_gain(
     """By what the step multiplies each element of the gradient, but for the sign; [P].
 
     A share g_u of the gradient has the share -gain g_u of the step; dimension: eta over
-    the root of the second moment.
-
-    Args:
-        optimizer: AdamW (or Adam) in its saved state, the step undone.
-        parameters: the trainable parameters by name, at theta.
-        gradient: gradient of the loss before clipping, summed over ranks, flat, [P].
-        step: the step that was taken with it.
-        update: how it was taken.
+    the root of the second moment. The arguments are those of `step_parts`.
 
     Returns:
         A flat CPU buffer of the gradient's dtype, or float32 if that is narrower.
@@ -148,7 +139,6 @@ def preconditioner(
 
     Args:
         optimizer: AdamW (or Adam) in its saved state.
-        parameters: the trainable parameters by name.
         dtype: dtype of the buffer; float32 if that is wider.
 
     Returns:

@@ -60,7 +60,6 @@ def loss_weights(
 
     Args:
         shard: this rank's sequences of U.
-        update: the loss.
         reference: log p of the shard's tokens under the reference policy, [t]; needed
             if the loss has a KL term.
 

@@ -92,7 +92,6 @@ def one_step(
 
     Args:
         optimizer: AdamW in its saved state.
-        parameters: the trainable parameters by name.
         gradient: gradient of the loss, summed over ranks, flat, [P].
         update: norm clipping and learning rate.
         snapshot_device: where copies are kept; None for the tensors' own.
@@ -157,7 +156,6 @@ def given_change(
     that was taken: what is below the rounding of the weights is not in it.
 
     Args:
-        parameters: the trainable parameters by name.
         change: Delta theta, flat, [P].
         update: its learning rate, if any.
         snapshot_device: where copies are kept; None for the tensors' own.
