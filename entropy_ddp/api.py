@@ -246,4 +246,4 @@ def open_run(
     else:
         config = validated(dict(configuration), "configuration")
     config = with_training_arguments(config)
-    return Run(open_session(config, world or World(), None, progress))
+    return Run(open_session(config, world or World(), None, progress, "open"))

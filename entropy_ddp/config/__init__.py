@@ -1,5 +1,6 @@
 """A run's configuration: its schema, and how it is read."""
 
+from entropy_ddp.config.jobs import gradient_dot_obstacle, require_job
 from entropy_ddp.config.reading import load_config, to_yaml, validated, with_sections
 from entropy_ddp.config.schema import (
     BatchSource,
@@ -35,7 +36,9 @@ __all__ = [
     "Sample",
     "Section",
     "Update",
+    "gradient_dot_obstacle",
     "load_config",
+    "require_job",
     "to_yaml",
     "validated",
     "with_sections",

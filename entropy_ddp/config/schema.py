@@ -204,6 +204,17 @@ class Sample(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _redraws_need_rewards(self) -> "Sample":
+        comparable = self.reward is not None and self.responses_per_prompt >= 2
+        if self.redraw_zero_advantage and not comparable:
+            raise ValueError(
+                "`redraw_zero_advantage`: expected a reward and responses_per_prompt of "
+                f"at least 2, found {len(self.reward or [])} rewards and "
+                f"{self.responses_per_prompt}; set them, or redraw_zero_advantage: 0"
+            )
+        return self
+
 
 Normalize = Literal["per_token", "per_sequence", "per_sequence_token_mean", "sum"]
 Integrand = Literal["rb", "surprisal"]
@@ -269,6 +280,11 @@ class Batches(Section):
         """The batches that there are, by split."""
         given = {"E": self.E, "U": self.U}
         return {split: source for split, source in given.items() if source is not None}
+
+    @property
+    def samples(self) -> dict[str, Sample]:
+        """How the batches that are sampled are to be sampled, by split."""
+        return {s: b.sample for s, b in self.sources.items() if b.sample is not None}
 
 
 class Objective(Section):
@@ -527,8 +543,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _samples_suffice(self) -> "Config":
-        samples = {split: s.sample for split, s in self.batches.sources.items()}
-        evaluation, update = samples["E"], samples.get("U")
+        samples = self.batches.samples
+        evaluation, update = samples.get("E"), samples.get("U")
         if evaluation is not None and evaluation.redraw_zero_advantage:
             raise ValueError(
                 "batches.E.sample.redraw_zero_advantage: E must be a plain sample of "

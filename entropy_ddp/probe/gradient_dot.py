@@ -38,7 +38,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import GradientDot, Sample
+from entropy_ddp.config import GradientDot, Sample, gradient_dot_obstacle
 from entropy_ddp.data.batch import Batch, Block, Shard
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.gradient_dot import (
@@ -72,19 +72,12 @@ def obstacle(batches: dict[str, Batch], planned: dict[str, Sample]) -> str | Non
     if "U" not in batches | planned:
         return "needs an update batch U; with update.delta there is none"
     for split in ("E", "U"):
-        if split in planned:
-            count = planned[split].num_prompts
-        else:
+        if split in batches and batches[split].num_groups < 2:
             count = batches[split].num_groups
-        if count < 2:
             return f"needs at least 2 groups in {split}, found {count}"
-    if "E" in planned:
-        if planned["E"].responses_per_prompt >= 2:
-            return None
-        return (
-            "needs at least 2 responses in every group of E, found "
-            "batches.E.sample.responses_per_prompt of 1"
-        )
+    reason = gradient_dot_obstacle(planned)
+    if reason is not None or "E" in planned:
+        return reason
     sizes = batches["E"].group_sizes.tolist()
     for sequence in batches["E"].sequences:
         if sizes[sequence.group] < 2:

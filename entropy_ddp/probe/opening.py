@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from entropy_ddp.checkpoint.trainer_settings import (
     require_masked,
     with_training_arguments,
 )
-from entropy_ddp.config import BatchSource, Config
+from entropy_ddp.config import Config, require_job
 from entropy_ddp.data.advantages import compute_advantages
 from entropy_ddp.data.batch import Batch
 from entropy_ddp.data.files import make_batch, read_batch, require_rewards
@@ -47,8 +46,8 @@ from entropy_ddp.probe.resume import (
 from entropy_ddp.probe.session import Progress, Session
 from entropy_ddp.results import UNFINISHED
 from entropy_ddp.sampling.rollouts import (
-    SamplingSettings,
-    describe_sampling,
+    Plan,
+    describe_plan,
     merge_rows,
     plan_sampling,
     sample_rollouts,
@@ -77,6 +76,7 @@ def open_session(
         InputError: anything in the configuration, checkpoint or batches is wrong, or
             the unfinished run in `out` depends on something else.
     """
+    require_job(config, command)
     session = open_checkpoint(config, world, progress)
     config = session.config
     verify_model(session)
@@ -88,13 +88,14 @@ def open_session(
             session.batches[split] = read_batch(path, split, limits, tokenizer)
     check_batches(session.batches, config)
     check_masked(session)
-    check_samples(session)
+    for split in session.planned:
+        plan_sample(session, split)
     require(session)
     # The others follow from the rest.
     keep_unfinished(session, out, command)
     for split, source in sources.items():
         if source.file is None:
-            rows = sampled_rows(session, split, source)
+            rows = sampled_rows(session, split)
             session.batches[split] = make_batch(
                 rows, f"sampled {split}", split, limits, tokenizer
             )
@@ -255,23 +256,6 @@ def check_masked(session: Session) -> None:
     require_masked(session.config, session.batches.get("U"), policy.end_ids, padding)
 
 
-def check_samples(session: Session) -> None:
-    """What the estimators, and sampling itself, need of the batches to be sampled.
-
-    Raises:
-        InputError: fewer than two prompt draws for E, or a batch cannot be sampled as
-            it is asked for.
-    """
-    planned = session.planned
-    if "E" in planned and planned["E"].num_prompts < 2:
-        raise InputError(
-            "batches.E.sample.num_prompts: expected at least 2 (a standard error needs "
-            f"independent groups), found {planned['E'].num_prompts}; sample more"
-        )
-    for split in planned:
-        plan_sample(session, split)
-
-
 def keep_unfinished(session: Session, out: Path | None, command: str) -> None:
     """Go on with the unfinished run in a folder, or begin to keep this one there.
 
@@ -301,13 +285,11 @@ def keep_unfinished(session: Session, out: Path | None, command: str) -> None:
         session.unfinished = open_unfinished(out / UNFINISHED, session.world, identity)
 
 
-def sampled_rows(
-    session: Session, split: str, source: BatchSource
-) -> list[dict[str, Any]]:
+def sampled_rows(session: Session, split: str) -> list[dict[str, Any]]:
     """Rows of a batch that the run samples, or has sampled before it was interrupted."""
 
     def sample() -> tuple[list[dict[str, Any]], int]:
-        rows = sample_batch(session, split, source)
+        rows = sample_batch(session, split)
         return rows, session.num_redraws[split]
 
     if session.unfinished is None:
@@ -318,28 +300,22 @@ def sampled_rows(
     return rows
 
 
-def sample_batch(
-    session: Session, split: str, source: BatchSource
-) -> list[dict[str, Any]]:
+def sample_batch(session: Session, split: str) -> list[dict[str, Any]]:
     """Roll a batch out of the policy, each rank its prompts; all rows on every rank."""
     name = f"sample {split}"
-    settings = sampling_settings(session.config, split, source)
-    size = session.responses.of(settings.batch_size)
+    plan = session.plans.pop(split, None) or _plan(session, split)
     with session.phase(name), precision_context(session.policy.dtype):
-        sampled = sample_rollouts(
+        share = sample_rollouts(
             session.policy.model,
-            _require_tokenizer(session, split),
-            replace(settings, batch_size=size),
+            plan,
+            session.responses,
             session.world.rank,
             session.world.world_size,
             lambda done, total, tokens: session.progress(
                 name, done, total, "responses", tokens
             ),
-            session.plans.pop(split, None),
         )
-        session.responses.limit = sampled.allowance.of(size)
-        session.responses.num_retries += sampled.allowance.num_retries
-        shares = session.world.gather_objects((sampled.rows, sampled.num_redraws))
+        shares = session.world.gather_objects(share)
     session.num_redraws[split] = sum(redraws for _, redraws in shares)
     return merge_rows(rows for rows, _ in shares)
 
@@ -353,12 +329,20 @@ def plan_sample(session: Session, split: str) -> dict[str, Any]:
     Raises:
         InputError: something of it is missing or wrong.
     """
-    source = session.config.batches.sources[split]
-    settings = sampling_settings(session.config, split, source)
-    tokenizer = _require_tokenizer(session, split)
-    plan = plan_sampling(session.policy.model, tokenizer, settings)
-    session.plans[split] = plan
-    return describe_sampling(settings, plan)
+    session.plans[split] = _plan(session, split)
+    return describe_plan(session.plans[split])
+
+
+def _plan(session: Session, split: str) -> Plan:
+    config = session.config
+    return plan_sampling(
+        session.policy.model,
+        _require_tokenizer(session, split),
+        config.batches.samples[split],
+        split=split,
+        seed=config.seed,
+        temperature=config.objective.temperature,
+    )
 
 
 def _require_tokenizer(session: Session, split: str) -> Any:
@@ -369,24 +353,3 @@ def _require_tokenizer(session: Session, split: str) -> Any:
             "the batch as a `file` of token ids"
         )
     return session.policy.tokenizer
-
-
-def sampling_settings(
-    config: Config, split: str, source: BatchSource
-) -> SamplingSettings:
-    """The `sample` section of a batch, with what the run adds to it."""
-    assert source.sample is not None
-    sample = source.sample
-    return SamplingSettings(
-        prompts=sample.prompts,
-        num_prompts=sample.num_prompts,
-        responses_per_prompt=sample.responses_per_prompt,
-        with_replacement=sample.with_replacement,
-        max_new_tokens=sample.max_new_tokens,
-        temperature=config.objective.temperature,
-        reward=tuple(sample.reward or ()),
-        batch_size=sample.sequences_per_call,
-        redraw_zero_advantage=sample.redraw_zero_advantage,
-        seed=config.seed,
-        split=split,
-    )

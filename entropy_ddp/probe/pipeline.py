@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from entropy_ddp.config import Config
+from entropy_ddp.config import Config, require_job
 from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError
 from entropy_ddp.probe.attribution import attribute
 from entropy_ddp.probe.audits import audit_rows
 from entropy_ddp.probe.audits.truth import attribution_gap
@@ -83,18 +82,17 @@ def plan_of(command: Command, config: Config) -> Plan:
     """The parts of a job.
 
     Raises:
-        InputError: the configuration asks for an attribution that there is none of.
+        InputError: the configuration asks for what the job cannot give.
     """
+    require_job(config, command)
     if command == "sweep":
         return Plan(sweep=True)
     if command == "audit":
         return Plan(audited="everything", gradient_dot=True, thorough=True)
     if command == "attribute":
-        _require_attributable(config)
         return Plan(audited="gradient", curvature=False, attribution=True)
     if not config.attribution.enabled:
         return Plan(gradient_dot=True)
-    _require_attributable(config)
     return Plan(audited="gradient", gradient_dot=True, attribution=True)
 
 
@@ -225,21 +223,3 @@ def _require_batches(plan: Plan, session: Session) -> None:
     """Asked for but impossible is said before the first token and the first pass."""
     if plan.gradient_dot:
         is_wanted(session.config.gradient_dot, session.batches, session.planned)
-
-
-def _require_attributable(config: Config) -> None:
-    """The change can be attributed to U.
-
-    Raises:
-        InputError: it is not an optimizer's step, or control variates are to be removed.
-    """
-    if config.linear.control_variates:
-        raise InputError(
-            "linear.control_variates: attribution is of a slope without them (they are "
-            "no derivative of the update); set it to false"
-        )
-    if config.update.delta is not None:
-        raise InputError(
-            "update.delta: attribution is of the optimizer's step on U; a change that is "
-            "given does not say what it was made of; leave update.delta out"
-        )

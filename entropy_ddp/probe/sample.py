@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp.checkpoint.find import find_checkpoint
-from entropy_ddp.config import Config
+from entropy_ddp.config import Config, require_job
 from entropy_ddp.distributed import World
-from entropy_ddp.errors import InputError
 from entropy_ddp.probe.opening import (
     keep_unfinished,
     open_policy,
@@ -24,13 +23,8 @@ def sampled_files(config: Config, out: Path) -> dict[str, Path]:
     Raises:
         InputError: nothing is to be sampled.
     """
-    sources = config.batches.sources
-    files = {s: out / f"{s}.jsonl" for s, source in sources.items() if source.sample}
-    if not files:
-        raise InputError(
-            "batches: neither E nor U has a `sample` section; there is nothing to sample"
-        )
-    return files
+    require_job(config, "sample")
+    return {split: out / f"{split}.jsonl" for split in config.batches.samples}
 
 
 def run_sample(
@@ -51,12 +45,11 @@ def run_sample(
         RunError: a reward or a log-probability is not finite.
     """
     files = sampled_files(config, out)
-    sources = config.batches.sources
     session = open_policy(config, world, find_checkpoint(config.checkpoint), progress)
     for split in files:
         plan_sample(session, split)
     keep_unfinished(session, out, "sample")
-    rows_of = {s: sampled_rows(session, s, sources[s]) for s in files}
+    rows_of = {s: sampled_rows(session, s) for s in files}
     if world.is_main:
         for path in files.values():
             os.replace(out / UNFINISHED / "rollouts" / path.name, path)

@@ -111,11 +111,8 @@ class Session:
     @property
     def planned(self) -> dict[str, Sample]:
         """Of the batches that are not there yet, how they are to be sampled, by split."""
-        return {
-            split: source.sample
-            for split, source in self.config.batches.sources.items()
-            if source.sample is not None and split not in self.batches
-        }
+        samples = self.config.batches.samples
+        return {s: sample for s, sample in samples.items() if s not in self.batches}
 
     @property
     def buffer_dtype(self) -> torch.dtype:

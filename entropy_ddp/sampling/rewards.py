@@ -29,129 +29,6 @@ from entropy_ddp.config import Reward
 from entropy_ddp.data.jsonlines import make_problem, show
 from entropy_ddp.errors import InputError, RunError, raise_if_out_of_memory
 
-
-def find_gold(settings: Reward, row: dict[str, Any], where: str) -> str:
-    """The gold answer of a row.
-
-    Args:
-        settings: a `math` or `exact` reward.
-        row: row of the prompt source.
-        where: the row's place, for messages.
-
-    Returns:
-        The answer as text, never empty.
-
-    Raises:
-        InputError: if the row has no such key, it is no text or number, the mark is
-            not in it, or nothing is left.
-    """
-    assert settings.gold is not None
-    value = row.get(settings.gold)
-    if type(value) not in (str, int, float):
-        raise make_problem(
-            where,
-            f"a gold answer, text or a number, in `{settings.gold}`",
-            "none" if value is None else show(value),
-            "correct the row, or the key in `reward`",
-        )
-    text = str(value)
-    if settings.gold_after is not None and settings.gold_after not in text:
-        raise make_problem(
-            where,
-            f"the mark {settings.gold_after!r} before the gold answer in "
-            f"`{settings.gold}`",
-            show(text),
-            "correct the row, or `reward.gold_after`",
-        )
-    if settings.gold_after is not None:
-        text = text.rpartition(settings.gold_after)[2]
-    if not text.strip():
-        raise make_problem(
-            where,
-            f"a gold answer in `{settings.gold}`",
-            f"no text in {show(value)}",
-            "correct the row",
-        )
-    return text.strip()
-
-
-def find_answer(settings: Reward, response: str) -> str | None:
-    """The answer that a response gives.
-
-    Args:
-        settings: a `math` or `exact` reward.
-        response: text of the response.
-
-    Returns:
-        The answer as text, or None where `answer_pattern` does not match.
-    """
-    if settings.answer_pattern is None:
-        return response.strip()
-    found = re.findall(settings.answer_pattern, response, re.DOTALL)
-    return found[-1].strip() if found else None
-
-
-def check_gold(settings: Reward, row: dict[str, Any], where: str) -> None:
-    """Check that a reward has a gold answer in a row, and can read it.
-
-    Args:
-        settings: any reward; those without a gold answer pass.
-        row: row of the prompt source.
-        where: the row's place.
-
-    Raises:
-        InputError: if it has none, or math-verify cannot parse it.
-    """
-    if settings.gold is None:
-        return
-    gold = find_gold(settings, row, where)
-    if settings.math is not None and not _parse_gold(gold):
-        raise make_problem(
-            where,
-            f"a gold answer that math-verify can parse in `{settings.gold}`",
-            show(gold),
-            "set `reward.gold_after`, correct the row, or use `exact`",
-        )
-
-
-def require_math_verify() -> None:
-    """Check that math-verify can be imported.
-
-    Raises:
-        InputError: if it cannot.
-    """
-    try:
-        import math_verify  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "reward: expected math-verify to be installed, as the reward is `math`, "
-            f"found {type(error).__name__}: {error}; pip install entropy_ddp[math]"
-        ) from error
-
-
-def is_equal_in_mathematics(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two answers equal.
-
-    Args:
-        gold: the right answer; must parse.
-        answer: the answer given; one that math-verify cannot parse, or not compare
-            within its limit of five seconds, is wrong.
-
-    Returns:
-        True if they are equal.
-    """
-    import math_verify
-
-    return bool(math_verify.verify(_parse_gold(gold), math_verify.parse(answer)))
-
-
-@lru_cache(maxsize=4096)
-def _parse_gold(gold: str) -> list[Any]:
-    import math_verify
-
-    return math_verify.parse(gold)
-
-
 Score = Callable[[str, str, dict[str, Any]], float]
 
 
@@ -170,40 +47,11 @@ class Term:
     score: Score
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A response to be rewarded.
-
-    Attributes:
-        group: number of the prompt draw.
-        prompt: text of the prompt.
-        response: text of the response, without special tokens.
-        row: row of the prompt source; functions get a copy.
-    """
-
-    group: int
-    prompt: str
-    response: str
-    row: dict[str, Any]
-
-    def __str__(self) -> str:
-        return (
-            f"group {self.group}, prompt {self.prompt[:80]!r}, response "
-            f"{self.response[:80]!r}"
-        )
-
-
 def load_rewards(settings: Sequence[Reward]) -> list[Term]:
     """Find everything that the terms of a reward need.
 
-    Args:
-        settings: the terms.
-
-    Returns:
-        The terms in the same order.
-
     Raises:
-        InputError: if a function cannot be found or imported, or math-verify is not
+        InputError: a function cannot be found or imported, or math-verify is not
             installed.
     """
     return [
@@ -234,16 +82,10 @@ def _make_score(settings: Reward) -> Score:
 
 
 def load_function(name: str) -> Score:
-    """Import a reward function.
-
-    Args:
-        name: `module:function`, for example `entropy_ddp.demo:running_total_reward`.
-
-    Returns:
-        The function.
+    """Import a reward function: `entropy_ddp.demo:running_total_reward`, for example.
 
     Raises:
-        InputError: if the name is malformed, the module cannot be imported, it has no
+        InputError: the name is malformed, the module cannot be imported, it has no
             such function, or that does not take these arguments.
     """
     module_name, colon, function_name = name.partition(":")
@@ -297,43 +139,141 @@ def _require_arguments(function: Callable[..., Any], name: str) -> None:
 
 
 def score_rewards(
-    terms: Sequence[Term], sample: Sample
+    terms: Sequence[Term], where: str, prompt: str, response: str, row: dict[str, Any]
 ) -> tuple[float, dict[str, float]]:
     """Reward of one response.
 
     Args:
         terms: from `load_rewards`.
-        sample: the response.
+        where: which response it is, for messages.
+        prompt: text of the prompt.
+        response: text of the response, without special tokens.
+        row: row of the prompt source; functions get a copy.
 
     Returns:
         The weighted sum of the scores, and each term's score without its weight.
 
     Raises:
-        RunError: if a term fails, or yields anything but a finite number, or the sum
-            is not finite; the message names the sample.
+        RunError: a term fails, or yields anything but a finite number, or the sum is
+            not finite; the message names the response.
     """
-    scores = {term.label: _score_term(term, sample) for term in terms}
+    shown = f"{where}, prompt {prompt[:80]!r}, response {response[:80]!r}"
+    scores = {}
+    for term in terms:
+        try:
+            value = term.score(prompt, response, dict(row))
+            is_finite = isinstance(value, Real) and math.isfinite(value)
+        except Exception as error:  # any: this is the user's code
+            raise RunError(
+                f"reward {term.label}: expected a number for {shown}, found "
+                f"{type(error).__name__}: {error}; correct the reward"
+            ) from error
+        if not is_finite:
+            raise RunError(
+                f"reward {term.label}: expected a finite number for {shown}, found "
+                f"{value!r}; correct the reward"
+            )
+        scores[term.label] = float(value)
     total = sum(term.weight * scores[term.label] for term in terms)
     if not math.isfinite(total):
         raise RunError(
-            f"reward: expected a finite sum for {sample}, found {total} of {scores}; "
+            f"reward: expected a finite sum for {shown}, found {total} of {scores}; "
             "correct the reward's terms and weights"
         )
     return total, scores
 
 
-def _score_term(term: Term, sample: Sample) -> float:
-    try:
-        value = term.score(sample.prompt, sample.response, dict(sample.row))
-        is_finite = isinstance(value, Real) and math.isfinite(value)
-    except Exception as error:  # any: this is the user's code
-        raise RunError(
-            f"reward {term.label}: expected a number for {sample}, found "
-            f"{type(error).__name__}: {error}; correct the reward"
-        ) from error
-    if not is_finite:
-        raise RunError(
-            f"reward {term.label}: expected a finite number for {sample}, found "
-            f"{value!r}; correct the reward"
+def find_gold(settings: Reward, row: dict[str, Any], where: str) -> str:
+    """The gold answer of a row for a `math` or `exact` reward, never empty.
+
+    Raises:
+        InputError: the row has no such key, it is no text or number, the mark is not
+            in it, or nothing is left.
+    """
+    assert settings.gold is not None
+    value = row.get(settings.gold)
+    if type(value) not in (str, int, float):
+        raise make_problem(
+            where,
+            f"a gold answer, text or a number, in `{settings.gold}`",
+            "none" if value is None else show(value),
+            "correct the row, or the key in `reward`",
         )
-    return float(value)
+    text = str(value)
+    if settings.gold_after is not None and settings.gold_after not in text:
+        raise make_problem(
+            where,
+            f"the mark {settings.gold_after!r} before the gold answer in "
+            f"`{settings.gold}`",
+            show(text),
+            "correct the row, or `reward.gold_after`",
+        )
+    if settings.gold_after is not None:
+        text = text.rpartition(settings.gold_after)[2]
+    if not text.strip():
+        raise make_problem(
+            where,
+            f"a gold answer in `{settings.gold}`",
+            f"no text in {show(value)}",
+            "correct the row",
+        )
+    return text.strip()
+
+
+def find_answer(settings: Reward, response: str) -> str | None:
+    """The answer that a response gives; None where `answer_pattern` does not match."""
+    if settings.answer_pattern is None:
+        return response.strip()
+    found = re.findall(settings.answer_pattern, response, re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+def check_gold(settings: Reward, row: dict[str, Any], where: str) -> None:
+    """Check that a reward which needs a gold answer finds one in a row.
+
+    Raises:
+        InputError: there is none, or math-verify cannot parse it.
+    """
+    if settings.gold is None:
+        return
+    gold = find_gold(settings, row, where)
+    if settings.math is not None and not _parse_gold(gold):
+        raise make_problem(
+            where,
+            f"a gold answer that math-verify can parse in `{settings.gold}`",
+            show(gold),
+            "set `reward.gold_after`, correct the row, or use `exact`",
+        )
+
+
+def require_math_verify() -> None:
+    """Check that math-verify is installed.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        import math_verify  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "reward: expected math-verify to be installed, as the reward is `math`, "
+            f"found {type(error).__name__}: {error}; pip install entropy_ddp[math]"
+        ) from error
+
+
+def is_equal_in_mathematics(gold: str, answer: str) -> bool:
+    """Whether math-verify finds a gold answer, which must parse, and another one equal.
+
+    An answer that it cannot parse, or not compare within its limit of five seconds, is
+    wrong.
+    """
+    import math_verify
+
+    return bool(math_verify.verify(_parse_gold(gold), math_verify.parse(answer)))
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> list[Any]:
+    import math_verify
+
+    return math_verify.parse(gold)

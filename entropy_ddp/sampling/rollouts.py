@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from entropy_ddp.config import Prompts, Reward
+from entropy_ddp.config import Sample
 from entropy_ddp.data.batch import Sequence
 from entropy_ddp.data.files import decode_prompt, decode_response, sequence_to_row
 from entropy_ddp.data.jsonlines import make_problem
 from entropy_ddp.data.rows import TokenLimits
-from entropy_ddp.errors import InputError, RunError
+from entropy_ddp.errors import RunError
 from entropy_ddp.memory import Allowance, unless_out_of_memory
 from entropy_ddp.sampling.generation import (
     Response,
@@ -44,13 +44,7 @@ from entropy_ddp.sampling.prompts import (
     encode_prompt,
     read_prompts,
 )
-from entropy_ddp.sampling.rewards import (
-    Sample,
-    Term,
-    check_gold,
-    load_rewards,
-    score_rewards,
-)
+from entropy_ddp.sampling.rewards import Term, check_gold, load_rewards, score_rewards
 
 if TYPE_CHECKING:
     from transformers import (
@@ -58,75 +52,6 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """What to sample.
-
-    Attributes:
-        prompts: where prompts come from.
-        num_prompts: number of prompt draws, each of them one group.
-        responses_per_prompt: responses of a group, G.
-        with_replacement: whether a prompt may be drawn more than once.
-        max_new_tokens: most tokens of a response, the end-of-sequence token included.
-        temperature: sampling temperature; logits are divided by it.
-        reward: terms of the reward; none for rollouts without rewards.
-        batch_size: sequences per call of the model; changes no result.
-        redraw_zero_advantage: how often at most a group whose rewards are all equal is
-            sampled again; the last attempt is kept whatever its rewards. 0 for E,
-            which must be a plain sample of the policy.
-        seed: seed of everything drawn.
-        split: "E" or "U"; the two draw from independent streams.
-    """
-
-    prompts: Prompts
-    num_prompts: int
-    responses_per_prompt: int
-    with_replacement: bool
-    max_new_tokens: int
-    temperature: float
-    reward: tuple[Reward, ...] = ()
-    batch_size: int
-    redraw_zero_advantage: int = 0
-    seed: int
-    split: str
-
-    def __post_init__(self) -> None:
-        for name in (
-            "num_prompts",
-            "responses_per_prompt",
-            "max_new_tokens",
-            "batch_size",
-        ):
-            _check_setting(name, getattr(self, name) >= 1, "at least 1", self)
-        positive = 0 < self.temperature < math.inf
-        _check_setting("temperature", positive, "a number above 0", self)
-        redraws = self.redraw_zero_advantage
-        _check_setting("redraw_zero_advantage", redraws >= 0, "at least 0", self)
-        _check_setting("split", self.split in ("E", "U"), "E or U", self)
-        if redraws > 0 and self.split == "E":
-            raise InputError(
-                f"redraw_zero_advantage: expected 0 for E, found {redraws}; E must be a "
-                "plain sample of the policy, as its importance weights assume: redraw "
-                "in U only"
-            )
-        if redraws > 0 and (not self.reward or self.responses_per_prompt < 2):
-            raise InputError(
-                "redraw_zero_advantage: expected a reward and responses_per_prompt of "
-                f"at least 2, found {len(self.reward)} rewards and "
-                f"{self.responses_per_prompt}; set them, or redraw_zero_advantage: 0"
-            )
-
-
-def _check_setting(
-    name: str, is_right: bool, expected: str, settings: SamplingSettings
-) -> None:
-    if not is_right:
-        raise InputError(
-            f"{name}: expected {expected}, found {getattr(settings, name)!r}; correct "
-            "the sampling settings"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,47 +78,72 @@ class Plan:
     """What is needed to sample a batch, beside the model.
 
     Attributes:
-        terms: of the reward.
+        sample: the batch's section of the configuration.
+        split: "E" or "U"; the two draw from independent streams.
+        seed: seed of everything drawn.
+        temperature: the logits are divided by it.
+        tokenizer: the model's.
+        terms: of the reward; none for rollouts without rewards.
         generation: configuration of `generate`.
         draws: all prompt draws, in order.
     """
 
+    sample: Sample
+    split: str
+    seed: int
+    temperature: float
+    tokenizer: "PreTrainedTokenizerBase"
     terms: list[Term]
     generation: "GenerationConfig"
     draws: list[Draw]
 
 
-def make_draws(
+def plan_sampling(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    settings: SamplingSettings,
-) -> list[Draw]:
-    """All prompt draws of the batch; every prompt is checked, drawn or not.
+    sample: Sample,
+    *,
+    split: str,
+    seed: int,
+    temperature: float,
+) -> Plan:
+    """Everything that sampling needs, found and checked before the first token.
 
-    Args:
-        model: the causal language model.
-        tokenizer: its tokenizer.
-        settings: what to sample.
-
-    Returns:
-        The draws in order, `num_prompts` of them.
+    Every prompt is checked, drawn or not.
 
     Raises:
-        InputError: if a prompt is wrong or too long, a drawn prompt lacks the gold
-            answer of a reward, or there are not enough prompts.
+        InputError: the prompts, the reward or the tokenizer is wrong, there are not
+            enough prompts, a drawn prompt lacks the gold answer of a reward, or a
+            prompt leaves no room for `max_new_tokens`.
     """
-    prompts = read_prompts(settings.prompts)
-    ids = _encode_fitting_prompts(prompts, model, tokenizer, settings)
+    return Plan(
+        sample=sample,
+        split=split,
+        seed=seed,
+        temperature=temperature,
+        tokenizer=tokenizer,
+        terms=load_rewards(sample.reward or []),
+        generation=make_generation_config(model, tokenizer, sample.max_new_tokens),
+        draws=_make_draws(model, tokenizer, sample, f"{seed} {split} prompts"),
+    )
+
+
+def _make_draws(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sample: Sample,
+    stream: str,
+) -> list[Draw]:
+    prompts = read_prompts(sample.prompts)
+    ids = _encode_fitting_prompts(prompts, model, tokenizer, sample)
     drawn = draw_prompts(
         len(prompts),
-        settings.num_prompts,
-        settings.with_replacement,
-        int.from_bytes(
-            random_bytes(f"{settings.seed} {settings.split} prompts", 4), "big"
-        ),
+        sample.num_prompts,
+        sample.with_replacement,
+        int.from_bytes(random_bytes(stream, 4), "big"),
     )
     for index in sorted(set(drawn)):
-        for reward in settings.reward:
+        for reward in sample.reward or []:
             check_gold(reward, prompts[index].row, prompts[index].where)
     return [
         Draw(
@@ -205,51 +155,6 @@ def make_draws(
         )
         for number, index in enumerate(drawn)
     ]
-
-
-def plan_sampling(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    settings: SamplingSettings,
-) -> Plan:
-    """Everything that sampling needs, found and checked before the first token.
-
-    Args:
-        model: the causal language model.
-        tokenizer: its tokenizer.
-        settings: what to sample.
-
-    Raises:
-        InputError: if the prompts, the reward or the tokenizer is wrong, a gold answer
-            is missing, or a prompt leaves no room for `max_new_tokens`.
-    """
-    return Plan(
-        terms=load_rewards(settings.reward),
-        generation=make_generation_config(model, tokenizer, settings.max_new_tokens),
-        draws=make_draws(model, tokenizer, settings),
-    )
-
-
-def describe_sampling(settings: SamplingSettings, plan: Plan) -> dict[str, Any]:
-    """What would be sampled.
-
-    Args:
-        settings: what to sample.
-        plan: from `plan_sampling`.
-
-    Returns:
-        Source, numbers of draws and responses, longest drawn prompt in tokens, rewards
-        and the text of the first draw.
-    """
-    draws = plan.draws
-    return {
-        "sampled from": describe_source(settings.prompts),
-        "prompt draws": len(draws),
-        "responses of each": settings.responses_per_prompt,
-        "longest prompt drawn, tokens": max(len(draw.prompt_ids) for draw in draws),
-        "reward": [f"{term.weight:g} x {term.label}" for term in settings.reward],
-        "first prompt drawn": draws[0].text,
-    }
 
 
 def _make_text(
@@ -267,7 +172,7 @@ def _encode_fitting_prompts(
     prompts: list[Prompt],
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    settings: SamplingSettings,
+    sample: Sample,
 ) -> list[list[int]]:
     """Token ids of all prompts, with room for `max_new_tokens` in the model."""
     config = model.config.get_text_config()
@@ -277,83 +182,69 @@ def _encode_fitting_prompts(
     )
     encoded = []
     for prompt in prompts:
-        ids = encode_prompt(prompt, settings.prompts, limits, tokenizer)
+        ids = encode_prompt(prompt, sample.prompts, limits, tokenizer)
         # The last token of a response is never read.
-        positions = len(ids) + settings.max_new_tokens - 1
+        positions = len(ids) + sample.max_new_tokens - 1
         if limits.max_positions is not None and positions > limits.max_positions:
             raise make_problem(
                 prompt.where,
                 f"prompt and max_new_tokens to fit the model's {limits.max_positions} "
                 "positions",
-                f"{len(ids)} prompt tokens and max_new_tokens "
-                f"{settings.max_new_tokens}",
+                f"{len(ids)} prompt tokens and max_new_tokens {sample.max_new_tokens}",
                 "shorten the prompt or lower max_new_tokens",
             )
         encoded.append(ids)
     return encoded
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampledShard:
-    """What one rank sampled.
-
-    Attributes:
-        rows: rows of the rollout file, in order of prompt draw and response; `group` is
-            the draw, `prompt_index` the prompt's 0-based row in its source.
-        num_redraws: number of groups sampled again, each attempt counted.
-        allowance: how many responses of one call fit into memory, as far as is known.
-    """
-
-    rows: list[dict[str, Any]]
-    num_redraws: int
-    allowance: Allowance
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One response to be sampled."""
-
-    draw: Draw
-    response: int
-    attempt: int
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """What would be sampled, by what a reader calls it."""
+    sample, draws = plan.sample, plan.draws
+    return {
+        "sampled from": describe_source(sample.prompts),
+        "prompt draws": len(draws),
+        "responses of each": sample.responses_per_prompt,
+        "longest prompt drawn, tokens": max(len(draw.prompt_ids) for draw in draws),
+        "reward": [f"{term.weight:g} x {term.label}" for term in plan.terms],
+        "first prompt drawn": draws[0].text,
+    }
 
 
 def sample_rollouts(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    settings: SamplingSettings,
+    plan: Plan,
+    allowance: Allowance,
     rank: int,
     world_size: int,
     on_progress: Callable[[int, int, int], None],
-    plan: Plan | None = None,
-) -> SampledShard:
+) -> tuple[list[dict[str, Any]], int]:
     """Sample this rank's share of a batch: prompt draws rank, rank + world_size, ...
 
-    Every rank checks all prompts, so that all of them fail alike. The model's training
-    flags and generation_config are as before when this returns or raises.
+    The model's training flags and generation_config are as before when this returns or
+    raises.
 
     Args:
         model: the causal language model (a PEFT model too), not wrapped.
-        tokenizer: its tokenizer.
-        settings: what to sample.
+        plan: what is sampled.
+        allowance: how many responses of one call fit into memory, as far as is known;
+            less is known to fit afterwards where memory ran out.
         rank: this process.
         world_size: number of processes.
         on_progress: called after every token of every call with the number of
             responses that this rank has sampled, the number known to be needed, to
             which redraws add, and the number of their tokens.
-        plan: what `plan_sampling` made of the settings, if it was called before.
 
     Returns:
-        This rank's rows; `merge_rows` joins those of all ranks.
+        This rank's rows of the rollout file, in order of prompt draw and response
+        (`group` is the draw, `prompt_index` the prompt's 0-based row in its source;
+        `merge_rows` joins those of all ranks); and the number of groups sampled again,
+        each attempt counted.
 
     Raises:
-        InputError: whatever `plan_sampling` raises it for.
         RunError: if the reward or the model yields no finite number, or a single
             response does not fit into memory.
     """
-    allowance = Allowance()
-    plan = plan or plan_sampling(model, tokenizer, settings)
-    draws = plan.draws[rank::world_size]
+    sample, draws = plan.sample, plan.draws[rank::world_size]
     groups: dict[int, list[dict[str, Any]]] = {}
     num_done = num_tokens = num_redraws = total = 0
 
@@ -361,44 +252,36 @@ def sample_rollouts(
         on_progress(num_done + done, total, num_tokens + tokens)
 
     with sampling_mode(model, plan.generation):
-        for attempt in range(1 + settings.redraw_zero_advantage):
-            jobs = _make_jobs(draws, settings.responses_per_prompt, attempt)
+        for attempt in range(1 + sample.redraw_zero_advantage):
+            jobs = _responses_to_sample(draws, sample.responses_per_prompt)
             total = num_done + len(jobs)
             rows: dict[tuple[int, int], dict[str, Any]] = {}
             start = 0
             while start < len(jobs):
-                size = allowance.of(settings.batch_size)
+                size = allowance.of(sample.sequences_per_call)
                 batch = jobs[start : start + size]
-                responses = _responses(model, settings, batch, allowance, on_token)
+                responses = _generate(model, plan, attempt, batch, allowance, on_token)
                 if responses is None:
                     continue
                 start += len(batch)
-                for job, response in zip(batch, responses, strict=True):
-                    row = _make_row(job, response, tokenizer, plan.terms, settings)
-                    rows[job.draw.number, job.response] = row
+                for (draw, number), response in zip(batch, responses, strict=True):
+                    rows[draw.number, number] = _make_row(plan, draw, number, response)
                 num_done += len(batch)
                 num_tokens += sum(len(r.token_ids) for r in responses)
             for draw in draws:
                 groups[draw.number] = [
-                    rows[draw.number, g] for g in range(settings.responses_per_prompt)
+                    rows[draw.number, g] for g in range(sample.responses_per_prompt)
                 ]
             num_redraws += len(draws) if attempt else 0
             draws = [draw for draw in draws if _has_equal_rewards(groups[draw.number])]
-    return SampledShard(
-        rows=list(chain.from_iterable(groups[number] for number in sorted(groups))),
-        num_redraws=num_redraws,
-        allowance=allowance,
-    )
+    ordered = chain.from_iterable(groups[number] for number in sorted(groups))
+    return list(ordered), num_redraws
 
 
 def merge_rows(rows_of_ranks: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Join the rows of all ranks in order of prompt draw and response.
+    """Join the rows of all ranks, given in any order, by prompt draw and response.
 
-    Args:
-        rows_of_ranks: `SampledShard.rows` of every rank, in any order.
-
-    Returns:
-        All rows; the same at every world size.
+    They are the same at every world size.
     """
     # A group lies on one rank in order of response, which a stable sort keeps.
     return sorted(chain.from_iterable(rows_of_ranks), key=lambda row: row["group"])
@@ -408,80 +291,73 @@ def _has_equal_rewards(group: list[dict[str, Any]]) -> bool:
     return len({row.get("reward") for row in group}) == 1
 
 
-def _make_jobs(draws: list[Draw], num_responses: int, attempt: int) -> list[_Job]:
+def _responses_to_sample(
+    draws: list[Draw], num_responses: int
+) -> list[tuple[Draw, int]]:
+    """Each draw with the number of each of its responses."""
     # Prompts of similar length share a batch: less padding. Longest first, so that a
     # batch too large for the memory fails at once.
     by_length = sorted(draws, key=lambda draw: len(draw.prompt_ids), reverse=True)
-    return [
-        _Job(draw=draw, response=response, attempt=attempt)
-        for draw in by_length
-        for response in range(num_responses)
-    ]
+    return [(draw, number) for draw in by_length for number in range(num_responses)]
 
 
-def _responses(
+def _generate(
     model: "PreTrainedModel",
-    settings: SamplingSettings,
-    jobs: list[_Job],
+    plan: Plan,
+    attempt: int,
+    batch: list[tuple[Draw, int]],
     allowance: Allowance,
     on_token: Callable[[int, int], None],
 ) -> list[Response] | None:
-    """What one call of the model generates; None if it must be made with fewer jobs."""
+    """What one call of the model generates; None if it must be made with fewer."""
     streams = [
-        f"{settings.seed} {settings.split} {job.draw.number} {job.response} "
-        f"{job.attempt}"
-        for job in jobs
+        f"{plan.seed} {plan.split} {draw.number} {number} {attempt}"
+        for draw, number in batch
     ]
-    prompts = [job.draw.prompt_ids for job in jobs]
+    prompts = [draw.prompt_ids for draw, _ in batch]
     responses, shortage = unless_out_of_memory(
-        lambda: generate_responses(
-            model, prompts, streams, settings.temperature, on_token
-        )
+        lambda: generate_responses(model, prompts, streams, plan.temperature, on_token)
     )
     if shortage is not None:
-        if len(jobs) == 1:
+        if len(batch) == 1:
             raise RunError(
-                f"out of memory while sampling a single response of batch "
-                f"{settings.split} ({len(prompts[0])} prompt tokens, max_new_tokens "
-                f"{settings.max_new_tokens}): {shortage}; free memory on this device, "
-                "run fewer ranks on it, or sample shorter responses"
+                f"out of memory while sampling a single response of batch {plan.split} "
+                f"({len(prompts[0])} prompt tokens, max_new_tokens "
+                f"{plan.sample.max_new_tokens}): {shortage}; free memory on this "
+                "device, run fewer ranks on it, or sample shorter responses"
             )
-        allowance.halve(len(jobs))
+        allowance.halve(len(batch))
     return responses
 
 
 def _make_row(
-    job: _Job,
-    response: Response,
-    tokenizer: "PreTrainedTokenizerBase",
-    terms: list[Term],
-    settings: SamplingSettings,
+    plan: Plan, draw: Draw, number: int, response: Response
 ) -> dict[str, Any]:
-    draw = job.draw
+    """The row of the rollout file of a draw's response of this number."""
     if not all(map(math.isfinite, response.logprobs)):
         raise RunError(
             f"sampling: expected finite logits, found a log-probability that is not "
-            f"finite in prompt draw {draw.number}, response {job.response}; check the "
+            f"finite in prompt draw {draw.number}, response {number}; check the "
             "checkpoint's weights and precision"
         )
-    text = decode_response(response.token_ids, tokenizer)
-    value, extra = None, draw.prompt.carried | {"prompt_index": draw.prompt_index}
-    if terms:
-        sample = Sample(
-            group=draw.number, prompt=draw.text, response=text, row=draw.prompt.row
+    text = decode_response(response.token_ids, plan.tokenizer)
+    reward, extra = None, draw.prompt.carried | {"prompt_index": draw.prompt_index}
+    if plan.terms:
+        where = f"group {draw.number}"
+        reward, scores = score_rewards(
+            plan.terms, where, draw.text, text, draw.prompt.row
         )
-        value, scores = score_rewards(terms, sample)
-        if len(terms) > 1:
+        if len(plan.terms) > 1:
             extra["reward_terms"] = scores
     sequence = Sequence(
-        index=draw.number * settings.responses_per_prompt + job.response,
+        index=draw.number * plan.sample.responses_per_prompt + number,
         group=draw.number,
         group_key=draw.number,
         prompt_ids=torch.tensor(draw.prompt_ids),
         response_ids=torch.tensor(response.token_ids),
-        reward=value,
+        reward=reward,
         sampling_logprobs=torch.tensor(response.logprobs, dtype=torch.float64),
         finished=response.finished,
         extra=extra,
     )
-    return sequence_to_row(sequence, tokenizer) | {"prompt": draw.text}
+    return sequence_to_row(sequence, plan.tokenizer) | {"prompt": draw.text}

@@ -205,7 +205,7 @@ def sample_evaluation(session: Session, step: int) -> Batch:
     config = session.config
     session.config = seeded(config, step)
     try:
-        rows = sample_batch(session, "E", config.batches.E)
+        rows = sample_batch(session, "E")
     finally:
         session.config = config
     limits, tokenizer = token_limits(session.policy), session.policy.tokenizer

@@ -218,7 +218,7 @@ def test_float64_with_left_padding_is_exact(
     config = Config.model_validate(sections)
     files = find_checkpoint(config.checkpoint)
     session = open_policy(config, World(), files, lambda *_: None)
-    sampled = sample_batch(session, "E", config.batches.E)
+    sampled = sample_batch(session, "E")
     assert {len(row["prompt_ids"]) for row in sampled} == set(range(1, 10))
     rows = [Row(r["group"], r["prompt_ids"], r["response_ids"]) for r in sampled]
     for row, (logp, _) in zip(sampled, ref.scores(saved.model, rows, 1.0), strict=True):

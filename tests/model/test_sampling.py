@@ -25,7 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from entropy_ddp.config import Prompts, Reward
+from entropy_ddp.config import Sample
 from entropy_ddp.data.files import TokenLimits, read_batch
 from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.errors import InputError, RunError
@@ -36,12 +36,14 @@ from entropy_ddp.sampling.generation import (
     random_bytes,
 )
 from entropy_ddp.sampling.rollouts import (
-    SampledShard,
-    SamplingSettings,
     merge_rows,
+    plan_sampling,
     sample_rollouts,
 )
 
+Rows = list[dict[str, Any]]
+# The section of the configuration, and what is added to it by name.
+Settings = tuple[Sample, dict[str, Any]]
 WORDS = ["<s>", "</s>", "<pad>", "<unk>", *"abcdefg"]
 EOS, PAD = 1, 2
 SHAPE = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": EOS}
@@ -95,7 +97,7 @@ def make_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Callable[..., SamplingSettings]:
+def settings(tmp_path: Path) -> Callable[..., Settings]:
     """Makes settings for `PROMPTS`, with changes."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
@@ -106,35 +108,48 @@ def settings(tmp_path: Path) -> Callable[..., SamplingSettings]:
         "with_replacement": False,
         "max_new_tokens": 12,
         "temperature": 1.0,
-        "batch_size": 64,
+        "sequences_per_call": 64,
         "seed": 1,
         "split": "E",
     }
 
-    def make(**changes: Any) -> SamplingSettings:
+    def make(**changes: Any) -> Settings:
         chosen = base | changes
-        chosen["prompts"] = Prompts(file=str(chosen["prompts"]))
-        if "reward" in chosen:
-            chosen["reward"] = (Reward(function=chosen["reward"]),)
-        return SamplingSettings(**chosen)
+        beside = {key: chosen.pop(key) for key in ("temperature", "seed", "split")}
+        return Sample(**chosen | {"prompts": str(chosen["prompts"])}), beside
 
     return make
 
 
 def sample(
-    settings: SamplingSettings,
+    settings: Settings,
     model: Any = None,
     tokenizer: Any = None,
     world_size: int = 1,
 ) -> list[dict[str, Any]]:
     """The rows of all ranks, one after the other."""
     model = make_model() if model is None else model
-    tokenizer = tokenizer or make_tokenizer()
-    shards = [
-        sample_rollouts(model, tokenizer, settings, rank, world_size, lambda *_: None)
+    shares = [
+        sample_share(settings, model, tokenizer, rank, world_size)[0]
         for rank in range(world_size)
     ]
-    return merge_rows(shard.rows for shard in reversed(shards))
+    return merge_rows(reversed(shares))
+
+
+def sample_share(
+    settings: Settings,
+    model: Any,
+    tokenizer: Any = None,
+    rank: int = 0,
+    world_size: int = 1,
+    on_progress: Callable[[int, int, int], None] = lambda *_: None,
+    allowance: Allowance | None = None,
+) -> tuple[Rows, int]:
+    """The rows of one rank, and how many groups it sampled again."""
+    section, beside = settings
+    plan = plan_sampling(model, tokenizer or make_tokenizer(), section, **beside)
+    allowance = allowance or Allowance()
+    return sample_rollouts(model, plan, allowance, rank, world_size, on_progress)
 
 
 @torch.no_grad()
@@ -152,7 +167,7 @@ def score(model: Any, row: dict[str, Any], temperature: float) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_logprobs_are_those_of_teacher_forcing(
-    settings: Callable[..., SamplingSettings], family: str, temperature: float
+    settings: Callable[..., Settings], family: str, temperature: float
 ) -> None:
     model = make_model(family)
     rows = sample(settings(temperature=temperature, responses_per_prompt=6), model)
@@ -166,7 +181,7 @@ def test_logprobs_are_those_of_teacher_forcing(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_responses_follow_the_policy(
-    settings: Callable[..., SamplingSettings], tmp_path: Path, temperature: float
+    settings: Callable[..., Settings], tmp_path: Path, temperature: float
 ) -> None:
     model = make_model()
     prompt = [4, 9]
@@ -179,7 +194,7 @@ def test_responses_follow_the_policy(
             responses_per_prompt=num_samples,
             max_new_tokens=2,
             temperature=temperature,
-            batch_size=2000,
+            sequences_per_call=2000,
         ),
         model,
     )
@@ -238,7 +253,7 @@ POISON = {
 
 
 def test_the_checkpoints_generation_config_changes_nothing(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     expected = sample(settings())
     model = make_model()
@@ -249,7 +264,7 @@ def test_the_checkpoints_generation_config_changes_nothing(
 
 
 def test_a_large_temperature_is_nearly_uniform_and_a_small_one_greedy(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     for row in sample(settings(temperature=1e6)):
         for logprob in row["sampling_logprobs"]:
@@ -317,14 +332,14 @@ def strip_logprobs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_rows_do_not_depend_on_batches_and_ranks(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
     family: str,
     batch_size: int,
     world_size: int,
 ) -> None:
     model = make_model(family)
-    expected = sample(settings(batch_size=5), model)
-    rows = sample(settings(batch_size=batch_size), model, world_size=world_size)
+    expected = sample(settings(sequences_per_call=5), model)
+    rows = sample(settings(sequences_per_call=batch_size), model, world_size=world_size)
     assert strip_logprobs(rows) == strip_logprobs(expected)
     for row, other in zip(rows, expected):
         assert row["sampling_logprobs"] == pytest.approx(
@@ -333,7 +348,7 @@ def test_rows_do_not_depend_on_batches_and_ranks(
 
 
 def test_a_repeated_run_gives_identical_bits_and_draws_nothing_else(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     model = make_model()
     first = sample(settings(), model)
@@ -344,7 +359,7 @@ def test_a_repeated_run_gives_identical_bits_and_draws_nothing_else(
 
 
 def test_seed_and_split_change_everything_drawn(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     variants = [
         sample(settings(seed=1)),
@@ -360,7 +375,7 @@ def test_seed_and_split_change_everything_drawn(
 
 
 def test_responses_of_a_group_and_repeated_draws_differ(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     rows = sample(
         settings(num_prompts=30, with_replacement=True, max_new_tokens=40, seed=3)
@@ -376,7 +391,7 @@ def test_responses_of_a_group_and_repeated_draws_differ(
 # --- rows -----------------------------------------------------------------------------
 
 
-def test_rows_are_rollouts(settings: Callable[..., SamplingSettings]) -> None:
+def test_rows_are_rollouts(settings: Callable[..., Settings]) -> None:
     rows = sample(settings(reward=f"{__name__}:count_b"), world_size=2)
     assert [row["group"] for row in rows] == [g for g in range(5) for _ in range(3)]
     for row in rows:
@@ -401,9 +416,7 @@ def count_b(prompt: str, response: str, row: dict[str, Any]) -> float:
     return response.count("b")
 
 
-def test_rows_read_back(
-    settings: Callable[..., SamplingSettings], tmp_path: Path
-) -> None:
+def test_rows_read_back(settings: Callable[..., Settings], tmp_path: Path) -> None:
     rows = sample(settings(reward=f"{__name__}:count_b"))
     path = tmp_path / "U.jsonl.gz"
     write_jsonl(path, rows)
@@ -418,7 +431,7 @@ def test_rows_read_back(
 
 
 def test_without_a_reward_there_is_none(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     assert all("reward" not in row for row in sample(settings()))
 
@@ -427,7 +440,7 @@ def test_without_a_reward_there_is_none(
     "special", [{"pad_token": None}, {"pad_token": "</s>"}, {"pad_token": "a"}]
 )
 def test_the_padding_token_changes_nothing(
-    settings: Callable[..., SamplingSettings], special: dict[str, str | None]
+    settings: Callable[..., Settings], special: dict[str, str | None]
 ) -> None:
     rows = sample(settings(), tokenizer=make_tokenizer(**special))
     for row, expected in zip(rows, sample(settings()), strict=True):
@@ -437,7 +450,7 @@ def test_the_padding_token_changes_nothing(
 
 @pytest.mark.parametrize("declared", [[EOS, 5], [5], 5])
 def test_every_declared_end_token_ends_a_response(
-    settings: Callable[..., SamplingSettings], declared: int | list[int]
+    settings: Callable[..., Settings], declared: int | list[int]
 ) -> None:
     model = make_model()
     plain = sample(settings(), model)
@@ -451,30 +464,30 @@ def test_every_declared_end_token_ends_a_response(
     assert any(row["response_ids"][-1] == 5 for row in rows)
 
 
-def test_an_empty_share_is_no_error(settings: Callable[..., SamplingSettings]) -> None:
-    shard = sample_rollouts(
-        make_model(), make_tokenizer(), settings(), 6, 7, lambda *_: None
+def test_an_empty_share_is_no_error(settings: Callable[..., Settings]) -> None:
+    allowance = Allowance()
+    share = sample_share(
+        settings(), make_model(), rank=6, world_size=7, allowance=allowance
     )
-    assert shard == SampledShard(rows=[], num_redraws=0, allowance=Allowance())
+    assert share == ([], 0) and allowance == Allowance()
 
 
 def test_progress_counts_responses_and_tokens(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     """After every token: the responses that have ended, of both calls, and tokens."""
     seen: list[tuple[int, int, int]] = []
-    shard = sample_rollouts(
+    rows, _ = sample_share(
+        settings(sequences_per_call=4),
         make_model(),
-        make_tokenizer(),
-        settings(batch_size=4),
-        1,
-        2,
-        lambda *told: seen.append(told),
+        rank=1,
+        world_size=2,
+        on_progress=lambda *told: seen.append(told),
     )
     done, totals, tokens = zip(*seen)
     assert set(totals) == {6}
     assert list(done) == sorted(done) and done[-1] == 6
-    lengths = [len(row["response_ids"]) for row in shard.rows]
+    lengths = [len(row["response_ids"]) for row in rows]
     assert list(tokens) == sorted(set(tokens)) and tokens[-1] == sum(lengths)
     # At every token of a call every response that has not ended has one more.
     calls = [sorted(lengths[:4]), sorted(lengths[4:])]
@@ -493,7 +506,7 @@ def test_progress_counts_responses_and_tokens(
 
 
 def test_calls_that_do_not_fit_are_made_with_fewer_responses(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     """At most three rows fit: the same rollouts, and half as many at a time from then."""
     expected = sample(settings(), make_model())
@@ -506,18 +519,19 @@ def test_calls_that_do_not_fit_are_made_with_fewer_responses(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
     model.model.layers[0].register_forward_hook(fail)
-    shard = sample_rollouts(model, make_tokenizer(), settings(), 0, 1, lambda *_: None)
-    for row, other in zip(shard.rows, expected, strict=True):
+    allowance = Allowance()
+    rows, _ = sample_share(settings(), model, allowance=allowance)
+    for row, other in zip(rows, expected, strict=True):
         assert row["response_ids"] == other["response_ids"]
         assert row["sampling_logprobs"] == pytest.approx(
             other["sampling_logprobs"], abs=1e-5
         )
     assert [n for n in sizes if n > 3] == [15, 7]
-    assert shard.allowance == Allowance(limit=3, num_retries=2)
+    assert allowance == Allowance(limit=3, num_retries=2)
 
 
 def test_a_single_response_that_does_not_fit_ends_the_run(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     model = make_model()
 
@@ -528,7 +542,7 @@ def test_a_single_response_that_does_not_fit_ends_the_run(
     with pytest.raises(
         RunError, match=r"single response of batch E \(.*: MemoryError;"
     ):
-        sample_rollouts(model, make_tokenizer(), settings(), 0, 1, lambda *_: None)
+        sample_share(settings(), model)
 
 
 # --- redraws --------------------------------------------------------------------------
@@ -539,35 +553,29 @@ def ends_early(prompt: str, response: str, row: dict[str, Any]) -> float:
     return float(len(response) < 2)
 
 
-def sample_with_redraws(make: Callable[..., SamplingSettings], redraws: int) -> Any:
-    return sample_rollouts(
-        make_model(),
-        make_tokenizer(),
-        make(
-            num_prompts=12,
-            with_replacement=True,
-            reward=f"{__name__}:ends_early",
-            redraw_zero_advantage=redraws,
-            split="U",
-        ),
-        0,
-        1,
-        lambda *_: None,
+def sample_with_redraws(make: Callable[..., Settings], redraws: int) -> Any:
+    settings = make(
+        num_prompts=12,
+        with_replacement=True,
+        reward=f"{__name__}:ends_early",
+        redraw_zero_advantage=redraws,
+        split="U",
     )
+    return sample_share(settings, make_model())
 
 
-def get_groups(shard: SampledShard) -> list[list[dict[str, Any]]]:
-    return [[row for row in shard.rows if row["group"] == g] for g in range(12)]
+def get_groups(rows: Rows) -> list[Rows]:
+    return [[row for row in rows if row["group"] == g] for g in range(12)]
 
 
 def test_only_groups_of_equal_rewards_are_redrawn(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     runs = [sample_with_redraws(settings, redraws) for redraws in range(4)]
     num_redraws = 0
     for before, after in pairwise(runs):
         num_equal = 0
-        for old, new in zip(get_groups(before), get_groups(after)):
+        for old, new in zip(get_groups(before[0]), get_groups(after[0])):
             assert [row["prompt_index"] for row in old] == [
                 row["prompt_index"] for row in new
             ]
@@ -578,8 +586,8 @@ def test_only_groups_of_equal_rewards_are_redrawn(
                 # Equal but for the padding of other batches.
                 assert strip_logprobs(old) == strip_logprobs(new)
         num_redraws += num_equal
-        assert after.num_redraws == num_redraws
-    assert runs[0].num_redraws == 0 < runs[1].num_redraws < runs[2].num_redraws
+        assert after[1] == num_redraws
+    assert runs[0][1] == 0 < runs[1][1] < runs[2][1]
 
 
 # --- what is borrowed is given back ---------------------------------------------------
@@ -595,7 +603,7 @@ def fail(prompt: str, response: str, row: dict[str, Any]) -> float:
 
 
 def test_training_flags_are_restored_and_dropout_is_off(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     expected = sample(settings(), make_model("gpt2"))
     model = make_model("gpt2").train()
@@ -610,7 +618,7 @@ def test_training_flags_are_restored_and_dropout_is_off(
 
 
 def test_a_lora_model_is_sampled_from(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     base = make_model()
     base.generation_config = poison = GenerationConfig(**POISON)
@@ -634,43 +642,8 @@ def test_a_lora_model_is_sampled_from(
 # --- what is wrong --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_prompts": 0}, "num_prompts: expected at least 1, found 0"),
-        ({"responses_per_prompt": 0}, "responses_per_prompt: expected at least 1"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
-        ({"batch_size": -1}, "batch_size: expected at least 1, found -1"),
-        ({"temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
-        ({"temperature": math.nan}, "temperature: expected a number above 0, found n"),
-        ({"temperature": math.inf}, "temperature: expected a number above 0, found i"),
-        ({"split": "V"}, "split: expected E or U, found 'V'"),
-        ({"redraw_zero_advantage": -1}, "redraw_zero_advantage: expected at least 0"),
-        ({"redraw_zero_advantage": 1, "reward": "m:f"}, "expected 0 for E, found 1; E"),
-        (
-            {"redraw_zero_advantage": 1, "split": "U"},
-            "expected a reward and .* found 0 rewards",
-        ),
-        (
-            {
-                "redraw_zero_advantage": 1,
-                "split": "U",
-                "reward": "m:f",
-                "responses_per_prompt": 1,
-            },
-            "responses_per_prompt of at least 2, found 1 rewards and 1",
-        ),
-    ],
-)
-def test_bad_settings_are_named(
-    settings: Callable[..., SamplingSettings], changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        settings(**changes)
-
-
 def test_a_tokenizer_needs_an_end_token(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     message = "tokenizer: expected an end-of-sequence token, found none; set eos_token"
     with pytest.raises(InputError, match=message):
@@ -686,7 +659,7 @@ def test_a_tokenizer_needs_an_end_token(
     ],
 )
 def test_a_bad_prompt_is_named_by_every_rank(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
     tmp_path: Path,
     row: dict[str, Any],
     message: str,
@@ -695,18 +668,13 @@ def test_a_bad_prompt_is_named_by_every_rank(
     path.write_text(json.dumps({"prompt": "a" * 53}) + "\n" + json.dumps(row))
     for rank in range(3):
         with pytest.raises(InputError, match=re.escape(f"{path}:2: ") + ".*" + message):
-            sample_rollouts(
-                make_model(),
-                make_tokenizer(),
-                settings(prompts=path, num_prompts=1),
-                rank,
-                3,
-                lambda *_: None,
+            sample_share(
+                settings(prompts=path, num_prompts=1), make_model(), None, rank, 3
             )
 
 
 def test_the_longest_prompt_that_fits_is_sampled(
-    settings: Callable[..., SamplingSettings], tmp_path: Path
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "a" * 53}))
@@ -716,7 +684,7 @@ def test_the_longest_prompt_that_fits_is_sampled(
 
 
 def test_logits_that_are_not_numbers_stop_the_run(
-    settings: Callable[..., SamplingSettings],
+    settings: Callable[..., Settings],
 ) -> None:
     model = make_model()
     torch.nn.init.constant_(model.lm_head.weight, math.nan)

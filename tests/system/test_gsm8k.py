@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
 from entropy_ddp.sampling.prompts import read_prompts
-from entropy_ddp.sampling.rewards import Sample, check_gold, load_rewards, score_rewards
+from entropy_ddp.sampling.rewards import check_gold, load_rewards, score_rewards
 
 CONFIG = launching.REPOSITORY / "configs" / "gsm8k_qwen2.5_1.5b.yaml"
 PROBLEMS = launching.REPOSITORY / "tests" / "data" / "word_problems.jsonl"
@@ -233,8 +233,7 @@ def test_real_rows_have_prompts_and_gold_answers() -> None:
     assert prompts
 
     def score(response: str, row: dict[str, Any]) -> float:
-        answered = Sample(group=0, prompt="", response=response, row=row)
-        return score_rewards(terms, answered)[0]
+        return score_rewards(terms, "group 0", "", response, row)[0]
 
     for prompt in prompts:
         for reward in sample.reward:

@@ -8,7 +8,6 @@ import pytest
 from entropy_ddp.config import Reward
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.sampling.rewards import (
-    Sample,
     check_gold,
     find_answer,
     find_gold,
@@ -22,8 +21,7 @@ WORKED = "3 * 750 = <<3*750=2250>>2,250\n#### 2,250"
 
 def score(settings: Reward, response: str, **row: Any) -> float:
     """The score of one response."""
-    sample = Sample(group=0, prompt="p", response=response, row=row)
-    return score_rewards(load_rewards([settings]), sample)[0]
+    return score_rewards(load_rewards([settings]), "group 0", "p", response, row)[0]
 
 
 @pytest.mark.parametrize(

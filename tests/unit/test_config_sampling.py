@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import yaml
 
-from entropy_ddp.config import Prompts, Reward, Sample, load_config, to_yaml
+from entropy_ddp.config import (
+    Prompts,
+    Reward,
+    Sample,
+    load_config,
+    require_job,
+    to_yaml,
+    validated,
+)
 from entropy_ddp.errors import InputError
 
 SIZES = {"num_prompts": 4, "max_new_tokens": 8}
@@ -140,3 +148,83 @@ def test_mistakes_in_rewards_are_named(
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         read(tmp_path, prompts="p.jsonl", reward=reward)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_prompts": 0}, "num_prompts: expected a value greater than 0, found 0"),
+        ({"responses_per_prompt": 0}, "responses_per_prompt: expected a value greater"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a value greater than 0"),
+        ({"sequences_per_call": -1}, "sequences_per_call: expected a value greater"),
+        ({"redraw_zero_advantage": -1}, "redraw_zero_advantage: expected a value grea"),
+        (
+            {"redraw_zero_advantage": 1, "reward": "m:f", "responses_per_prompt": 2},
+            "batches.E.sample.redraw_zero_advantage: E must be a plain sample",
+        ),
+        ({"redraw_zero_advantage": 1}, "expected a reward and .* found 0 rewards"),
+        (
+            {"redraw_zero_advantage": 1, "reward": "m:f"},
+            "responses_per_prompt of at least 2, found 1 rewards and 1",
+        ),
+    ],
+)
+def test_mistakes_in_sizes_are_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, prompts="p.jsonl", **changes)
+
+
+@pytest.mark.parametrize(
+    ("command", "sections", "message"),
+    [
+        ("sample", {"batches": None}, "there is nothing to sample"),
+        (
+            "open",
+            {"E": {"num_prompts": 1}},
+            "E.sample.num_prompts: expected at least 2",
+        ),
+        (
+            "attribute",
+            {"linear": {"control_variates": True}},
+            "linear.control_variates",
+        ),
+        (
+            "attribute",
+            {"update": {"delta": "d"}},
+            "update.delta: attribution is of the",
+        ),
+        (
+            "probe",
+            {"linear": {"control_variates": True}, "attribution": {"enabled": True}},
+            "linear.control_variates: attribution is of a slope without them",
+        ),
+        (
+            "audit",
+            {"gradient_dot": {"enabled": True}},
+            "gradient_dot: needs at least 2 responses in every group of E, found batches",
+        ),
+        (
+            "probe",
+            {"gradient_dot": {"enabled": True}, "U": {"num_prompts": 1}},
+            "gradient_dot: needs at least 2 groups in U, found 1; or set gradient_dot.e",
+        ),
+    ],
+)
+def test_what_a_job_needs_is_said_before_a_file_is_opened(
+    command: str, sections: dict[str, Any], message: str
+) -> None:
+    """And the same configuration is one that other jobs can run."""
+    sample = SIZES | {"prompts": "p.jsonl", "reward": "m:f"}
+    batches = {s: {"sample": sample | sections.pop(s, {})} for s in ("E", "U")}
+    if "update" in sections:
+        del batches["U"]
+    if "batches" in sections:
+        batches = {"E": {"file": "E"}, "U": {"file": "U"}}
+        del sections["batches"]
+    document = {"checkpoint": {"path": "ck"}, "batches": batches} | sections
+    config = validated(document, "run.yaml")
+    with pytest.raises(InputError, match=message):
+        require_job(config, command)
+    require_job(config, {"sample": "sweep", "open": "sample"}.get(command, "sweep"))

@@ -14,7 +14,6 @@ import torch
 from entropy_ddp.config import Reward
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.sampling.rewards import (
-    Sample,
     Score,
     Term,
     load_function,
@@ -34,8 +33,8 @@ def score_reward(
     score: Score, prompt: str, response: str, row: dict[str, Any], group: int
 ) -> float:
     """The reward of one term of weight 1."""
-    sample = Sample(group=group, prompt=prompt, response=response, row=row)
-    return score_rewards([Term(label="mine", weight=1.0, score=score)], sample)[0]
+    term = Term(label="mine", weight=1.0, score=score)
+    return score_rewards([term], f"group {group}", prompt, response, row)[0]
 
 
 @pytest.fixture
@@ -168,8 +167,10 @@ def test_a_reward_cannot_change_the_row() -> None:
     assert row == {"answer": 2}
 
 
-def make_sample(response: str, **row: Any) -> Sample:
-    return Sample(group=3, prompt="p", response=response, row=row)
+def score_response(
+    terms: list[Term], response: str, **row: Any
+) -> tuple[float, dict[str, float]]:
+    return score_rewards(terms, "group 3", "p", response, row)
 
 
 def test_terms_are_summed_with_their_weights(module: str) -> None:
@@ -180,10 +181,10 @@ def test_terms_are_summed_with_their_weights(module: str) -> None:
             Reward(function=f"{module}:length", weight=-2.0),
         ]
     )
-    total, scores = score_rewards(terms, make_sample("a<1>\nz", answer=1, norm=3))
+    total, scores = score_response(terms, "a<1>\nz", answer=1, norm=3)
     assert scores == {"exact": 1.0, "shape": 1.0, "length": 2.0}
     assert total == 1.0 + 0.5 - 4.0
-    total, scores = score_rewards(terms, make_sample("a<1>z<2>", answer=1, norm=4))
+    total, scores = score_response(terms, "a<1>z<2>", answer=1, norm=4)
     assert scores == {"exact": 0.0, "shape": 0.0, "length": 2.0}
     assert total == -4.0
 
@@ -195,4 +196,4 @@ def test_a_sum_beyond_float64_stops_the_run() -> None:
     with pytest.raises(
         RunError, match="a finite sum for group 3, prompt 'p'.*found inf"
     ):
-        score_rewards(terms, make_sample("r"))
+        score_response(terms, "r")
