@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,18 @@ def imported_with(module: str) -> set[str]:
 def is_for_types(node: ast.stmt) -> bool:
     """Whether a statement is `if TYPE_CHECKING:`."""
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def test_no_files_import_each_other() -> None:
+    """Nor in a longer circle; imports inside functions and for types count too."""
+    files = {module_of(path): path for path in FILES}
+    imports = {
+        module: {name for name, _ in imported_modules(ast.parse(path.read_text()))}
+        & (files.keys() - {module})
+        for module, path in files.items()
+    }
+    # `from a.b import c` names the folder a too, of which only the __init__ is a file.
+    for module, names in imports.items():
+        packages = {name for name in names if files[name].name == "__init__.py"}
+        names -= {name for name in packages if module.startswith(f"{name}.")}
+    TopologicalSorter(imports).prepare()
