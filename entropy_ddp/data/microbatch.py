@@ -172,15 +172,17 @@ def make_microbatches(
 
 
 def _flat_rows(shard: Shard, places: Iterable[int]) -> list[Row]:
-    sequences = ((place, shard.sequences[place]) for place in places)
+    prompts = shard.batch.prompt_lengths[shard.positions].tolist()
+    responses = shard.ragged.lengths.tolist()
     return [
         Row(
             sequences=(place,),
-            prompt=len(sequence.prompt_ids),
-            length=len(sequence.prompt_ids) + sequence.num_tokens - 1,
+            prompt=prompts[place],
+            # The last token of a response is predicted, and not read.
+            length=prompts[place] + responses[place] - 1,
         )
-        for place, sequence in sequences
-        if sequence.num_tokens
+        for place in places
+        if responses[place]
     ]
 
 

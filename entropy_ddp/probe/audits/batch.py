@@ -175,7 +175,9 @@ def _prompt_lengths(batch: Batch) -> str:
 def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
     """Whether finished responses still have the token that ended them."""
     end_ids = session.policy.end_ids
-    finished = [s for s in batch.sequences if s.finished and s.num_tokens]
+    lengths = batch.lengths.tolist()
+    pairs = zip(batch.sequences, lengths)
+    finished = [s for s, length in pairs if s.finished and length]
     if not finished or not end_ids:
         return []
     ended = sum(int(s.response_ids[-1]) in end_ids for s in finished)
@@ -429,10 +431,10 @@ def _mismatch(session: Session, batch: Batch, scores: TokenScores) -> Mismatch:
     shard = session.shard(batch.split)
     sums, largest = torch.zeros(7, dtype=torch.float64), 0.0
     cells = torch.zeros(PROMPT_CELLS, ID_CELLS, dtype=torch.float64)
-    starts = shard.ragged.starts.tolist()
-    for start, sequence in zip(starts, shard.sequences):
-        if sequence.sampling_logprobs is not None and sequence.num_tokens:
-            here = slice(start, start + sequence.num_tokens)
+    places = zip(shard.ragged.starts.tolist(), shard.ragged.lengths.tolist())
+    for (start, length), sequence in zip(places, shard.sequences):
+        if sequence.sampling_logprobs is not None and length:
+            here = slice(start, start + length)
             own = scores.logp[here]
             d, x = own - sequence.sampling_logprobs, own + scores.entropy[here]
             terms = (torch.ones_like(d), d.abs(), d, d * d, d * x, (d * x) ** 2, x * x)
