@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     import transformers
     import trl
 
+    from entropy_ddp.distributed import World
+    from entropy_ddp.probe.session import Progress
+
 OnStep = Callable[[str, int, int], None]
 
 SKIPPED_TOTALS_FRACTION = 0.2
@@ -47,6 +50,7 @@ NUM_PROMPTS = 500
 SUPERVISED_BATCH_SIZE = 80
 PROMPTS_PER_STEP = 16
 RESPONSES_PER_PROMPT = 8
+NUM_EVALUATION_PROMPTS = 2048
 MAX_COMPLETION_LENGTH = 24
 PROJECTIONS = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
 IGNORED_LABEL = -100
@@ -400,3 +404,57 @@ def _name_final_folder(unfinished: Path, folder: Path, checkpoint: str) -> None:
     arguments = torch.load(arguments_file, weights_only=False)
     arguments.output_dir = str(folder)
     torch.save(arguments, arguments_file)
+
+
+def make_demo(
+    out: Path, seed: int, world: "World", progress: "Progress"
+) -> DemoCheckpoint:
+    """Train the demo policy into `out`, then write E.jsonl and U.jsonl beside it.
+
+    Args:
+        out: folder to make; must not exist, or be empty.
+        seed: seed of training and sampling.
+        world: one rank.
+
+    Raises:
+        InputError: the folder is in use, TRL is missing, or there are several ranks.
+    """
+    from entropy_ddp.config import Config
+    from entropy_ddp.probe.sample import run_sample
+
+    if world.world_size > 1:
+        raise InputError(
+            f"demo: runs in one process, found {world.world_size}; start it without a "
+            "launcher"
+        )
+
+    def on_step(phase: str, done: int, total: int) -> None:
+        progress(phase, done, total, "steps")
+
+    made = train_demo(out, seed=seed, on_step=on_step)
+    sampled = {
+        "prompts": str(made.prompts),
+        "max_new_tokens": MAX_COMPLETION_LENGTH,
+        "reward": "entropy_ddp.demo:running_total_reward",
+        "sequences_per_call": 256,
+    }
+    evaluation: dict[str, Any] = {
+        "num_prompts": NUM_EVALUATION_PROMPTS,
+        "with_replacement": True,
+    }
+    update = {
+        "num_prompts": PROMPTS_PER_STEP,
+        "responses_per_prompt": RESPONSES_PER_PROMPT,
+    }
+    config = Config.model_validate(
+        {
+            "checkpoint": {"path": str(made.checkpoint), "base": str(made.base)},
+            "batches": {
+                "E": {"sample": sampled | evaluation},
+                "U": {"sample": sampled | update},
+            },
+            "seed": seed,
+        }
+    )
+    run_sample(config, world, out, progress)
+    return made

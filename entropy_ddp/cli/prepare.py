@@ -106,7 +106,7 @@ def demo(out: Path, seed: int, quiet: bool) -> None:
 
 
 def _demo(out: Path, seed: int, quiet: bool, world: "World") -> int:
-    from entropy_ddp.probe.demonstration import make_demo
+    from entropy_ddp.demo import make_demo
     from entropy_ddp.terminal.progress import phase_progress
 
     console = None if quiet else error_console()
