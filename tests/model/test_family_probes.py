@@ -4,7 +4,8 @@ The families whose passes are tested in tests/model/test_families.py, from a che
 on disk to the results, in float64.
 """
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -45,12 +46,10 @@ CASES: dict[str, tuple[str, list[str] | None]] = {
     # The step by PEFT's gradient, the slope by the true derivative.
     DORA: ("llama", ["q_proj", "down_proj"]),
 }
+# By the mode of weights of the truth.
 PAIRS: dict[str, dict[str, Any]] = {
     "snis": {"linear": {"score": "full", "baseline": "none"}},
-    "per_decision": {
-        "truth": {"is_mode": "per_decision"},
-        "linear": {"score": "to_go", "baseline": "hk"},
-    },
+    "per_decision": {"linear": {"score": "to_go", "baseline": "hk"}},
 }
 
 
@@ -85,19 +84,33 @@ def run(
     return TinyRun(saved=saved, E=evaluation, U=update, folder=root)
 
 
-def probed(run: TinyRun, **sections: Any) -> Probed:
-    update = {"max_grad_norm": 0.5, "lr_override": RATE, "save_delta": True}
-    defaults = {
-        "update": update,
-        "curvature": {"enabled": False},
-        "truth": {"clip_c": CLIP_C},
-    }
-    return run.probe(**defaults | sections)
+Swept = Callable[[str], Probed]
 
 
-def test_the_step_is_that_of_torch(run: TinyRun) -> None:
+@pytest.fixture(scope="module")
+def swept(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """A probe with a sweep of the step sizes `ETAS`, by the name of its pair."""
+
+    @cache
+    def sweep(pair: str) -> Probed:
+        sections = PAIRS[pair]
+        config = run.config(
+            compute={"device": "cpu", "tokens_per_microbatch": 40},
+            update={"max_grad_norm": 0.5, "lr_override": RATE, "save_delta": True},
+            curvature={"enabled": False},
+            truth={"clip_c": CLIP_C, "is_mode": pair},
+            sweep={"etas": list(ETAS), "symmetric": True},
+            **sections,
+        )
+        out = tmp_path_factory.mktemp("out")
+        return run_sweep(config, World(), out, lambda *_: None)
+
+    return sweep
+
+
+def test_the_step_is_that_of_torch(run: TinyRun, swept: Swept) -> None:
     """By a training loop of torch on the brute-force loss."""
-    found = probed(run)
+    found = swept("snis")
     assert found.delta is not None
     expected = run.torch_step(LossSettings(), max_grad_norm=0.5, learning_rate=RATE)
     largest = max(float(change.abs().max()) for change in expected.values())
@@ -108,11 +121,11 @@ def test_the_step_is_that_of_torch(run: TinyRun) -> None:
     assert found.results.linear.duality_gap <= DUALITY
 
 
-def test_the_truth_is_that_of_the_reference(run: TinyRun) -> None:
+def test_the_truth_is_that_of_the_reference(run: TinyRun, swept: Swept) -> None:
     """In every mode of weights, after the step by torch's AdamW."""
     step = run.torch_step(LossSettings(), max_grad_norm=0.5, learning_rate=RATE)
     scores_at = scores_along(run.saved.model, run.E, step, 1.0)
-    results = probed(run).results
+    results = swept("snis").results
     assert {row["is_mode"] for row in results.truth_all} >= PAIRS.keys()
     for row in results.truth_all:
         objective = Objective(is_mode=row["is_mode"], clip_c=CLIP_C)
@@ -124,17 +137,9 @@ def test_the_truth_is_that_of_the_reference(run: TinyRun) -> None:
 
 
 @pytest.mark.parametrize("mode", PAIRS)
-def test_the_slope_is_the_derivative_of_its_truth(
-    run: TinyRun, tmp_path: Path, mode: str
-) -> None:
+def test_the_slope_is_the_derivative_of_its_truth(swept: Swept, mode: str) -> None:
     """Central differences of the measured change, extrapolated to step size zero."""
-    config = run.config(
-        update={"max_grad_norm": 0.5, "lr_override": RATE},
-        curvature={"enabled": False},
-        sweep={"etas": list(ETAS), "symmetric": True},
-        **PAIRS[mode],
-    )
-    results = run_sweep(config, World(), tmp_path, lambda *_: None).results
+    results = swept(mode).results
     change = {point.eta: point.delta_h_true for point in results.sweep or []}
     coarse, fine = ((change[eta] - change[-eta]) / (2 * eta) for eta in ETAS)
     terms = max(map(abs, results.linear.terms.values()))
@@ -142,9 +147,9 @@ def test_the_slope_is_the_derivative_of_its_truth(
     assert abs(results.linear.slope - difference) <= PAIR_RTOL * terms
 
 
-def test_a_mixture_counts_its_flips(run: TinyRun) -> None:
+def test_a_mixture_counts_its_flips(run: TinyRun, swept: Swept) -> None:
     """The audit is there for mixtures, and only for them."""
-    rows = [row.name for row in probed(run).results.audit]
+    rows = [row.name for row in swept("snis").results.audit]
     is_mixture = run.saved.model.config.model_type in ("mixtral", "qwen3_moe")
     name = "tokens of E that the step routes to other experts"
     assert (name in rows) == is_mixture
