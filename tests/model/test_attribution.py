@@ -2,7 +2,7 @@
 
 The step is decomposed again by its written formula with the reference's gradients, and
 each part's effect is a central difference of the reference's entropy along that part
-alone. Groups of U are mixed in the file, and some responses are empty.
+alone, or the product with its gradient. Groups of U are mixed in the file, and some responses are empty.
 """
 
 import gzip
@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
 import reference as ref
 import torch
 import yaml
+from click.testing import CliRunner
 from jobs import run_attribution
 from reference import LossSettings, Objective
 from thread_ranks import run_thread_ranks
@@ -28,6 +28,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from entropy_ddp.cli import main
 from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
@@ -121,6 +122,15 @@ CASES = {
     "llama nll unclipped": Case("llama-full", LossSettings(loss="nll"), 0.0),
 }
 
+# One of every checkpoint and every entropy: what losses and limits change is the
+# direction, along which the others take the derivative by autograd.
+BY_DIFFERENCES = {
+    "gpt2 dr_grpo",
+    "gpt2 to_go, hk",
+    "qwen2 grpo, ratio",
+    "qwen2 sum, surprisal, warm",
+    "llama dr_grpo",
+}
 RunMaker = Callable[[str], TinyRun]
 
 
@@ -243,7 +253,9 @@ def norm(direction: Direction) -> float:
     return math.sqrt(sum(float(part.square().sum()) for part in direction.values()))
 
 
-def effect(run: TinyRun, objective: Objective, direction: Direction) -> float:
+def effect_by_differences(
+    run: TinyRun, objective: Objective, direction: Direction
+) -> float:
     """Derivative of the importance-sampled entropy of E along it, by differences."""
     size = norm(direction)
     if not size:
@@ -254,35 +266,7 @@ def effect(run: TinyRun, objective: Objective, direction: Direction) -> float:
     return size * ref.slope_by_central_difference(value, DIFFERENCE_STEP)
 
 
-def test_shares_are_central_differences(named_run: RunMaker, case: Case) -> None:
-    """Sequences one by one, momentum and decay; empty responses have exactly 0."""
-    run = named_run(case.run)
-    probed = attributed(run, case)
-    result, update = probed.results.attribution, probed.results.update
-    assert result is not None
-    assert (update.clip_coef < 1) == bool(case.max_grad_norm)
-    gradients = sequence_gradients(run, case.loss)
-    whole = run.gradient(case.loss)
-    total = added(gradients)
-    for name, gradient in whole.items():
-        torch.testing.assert_close(total[name], gradient, rtol=1e-10, atol=1e-14)
-    parts = naive_parts(run, whole, case.max_grad_norm)
-    expected = [
-        effect(run, case.objective, parts.of_gradient(gradient))
-        for gradient in gradients
-    ]
-    bar = DIFFERENCE_RTOL * max(map(abs, expected))
-    for share, value, row in zip(sequence_shares(probed), expected, run.U, strict=True):
-        assert abs(share - value) <= bar
-        assert bool(share) == bool(row.response_ids)
-    for found, direction in (
-        (result.momentum, parts.momentum),
-        (result.weight_decay, parts.decay),
-    ):
-        assert found != 0
-        assert abs(found - effect(run, case.objective, direction)) <= bar
-
-
+@cache
 def entropy_gradient(run: TinyRun, objective: Objective) -> Direction:
     """Gradient of the SNIS entropy per token at theta: autograd of weights and all."""
     numerator = denominator = torch.zeros((), dtype=torch.float64)
@@ -296,12 +280,55 @@ def entropy_gradient(run: TinyRun, objective: Objective) -> Direction:
     return dict(zip(parameters, values, strict=True))
 
 
+def effect_by_autograd(
+    run: TinyRun, objective: Objective, direction: Direction
+) -> float:
+    """The same along the gradient of the entropy per token."""
+    assert objective == PER_TOKEN
+    gradient = entropy_gradient(run, objective)
+    return sum(float((gradient[n] * part).sum()) for n, part in direction.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shares_are_effects_of_the_parts(named_run: RunMaker, name: str) -> None:
+    """Sequences one by one, momentum and decay; empty responses have exactly 0."""
+    case = CASES[name]
+    run = named_run(case.run)
+    probed = attributed(run, case)
+    result, update = probed.results.attribution, probed.results.update
+    assert result is not None
+    assert (update.clip_coef < 1) == bool(case.max_grad_norm)
+    gradients = sequence_gradients(run, case.loss)
+    whole = run.gradient(case.loss)
+    total = added(gradients)
+    torch.testing.assert_close(total, whole, rtol=1e-10, atol=1e-14)
+    parts = naive_parts(run, whole, case.max_grad_norm)
+    effect, rtol = (
+        (effect_by_differences, DIFFERENCE_RTOL)
+        if name in BY_DIFFERENCES
+        else (effect_by_autograd, RTOL)
+    )
+    expected = [
+        effect(run, case.objective, parts.of_gradient(gradient))
+        for gradient in gradients
+    ]
+    bar = rtol * max(map(abs, expected))
+    for share, value, row in zip(sequence_shares(probed), expected, run.U, strict=True):
+        assert abs(share - value) <= bar
+        assert bool(share) == bool(row.response_ids)
+    for found, direction in (
+        (result.momentum, parts.momentum),
+        (result.weight_decay, parts.decay),
+    ):
+        assert found != 0
+        assert abs(found - effect(run, case.objective, direction)) <= bar
+
+
 @pytest.mark.parametrize("name", ["gpt2 ratio", "qwen2 dr_grpo unclipped"])
 def test_token_shares_by_autograd_of_each_token(named_run: RunMaker, name: str) -> None:
     """The surrogate of one token at a time, over N_b G_b L_b."""
     case = CASES[name]
     run = named_run(case.run)
-    slope = entropy_gradient(run, case.objective)
     parts = naive_parts(run, run.gradient(case.loss), case.max_grad_norm)
     parameters = ref.trainable(run.saved.model)
     expected, num_cut = [], 0
@@ -323,8 +350,7 @@ def test_token_shares_by_autograd_of_each_token(named_run: RunMaker, name: str) 
                 loss, list(parameters.values()), retain_graph=True
             )
             direction = parts.of_gradient(dict(zip(parameters, gradients, strict=True)))
-            share = sum(float((slope[n] * part).sum()) for n, part in direction.items())
-            expected.append(share)
+            expected.append(effect_by_autograd(run, case.objective, direction))
     assert bool(num_cut) == (case.loss.ratio == "clipped")
     bar = RTOL * max(map(abs, expected))
     for share, value in zip(token_shares(attributed(run, case)), expected, strict=True):
@@ -574,7 +600,7 @@ class Workplace:
 
     def arguments(self, out: Path) -> list[str | Path]:
         options = ("--config", self.config, "--out", out, "--verify", "--quiet")
-        return [*launching.PACKAGE, "attribute", *options]
+        return ["attribute", *options]
 
 
 @dataclass(frozen=True)
@@ -627,9 +653,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="module")
 def written(place: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """The command, run once by one process."""
+    """The command, run once on one rank."""
     out = tmp_path_factory.mktemp("written") / "out"
-    launching.run(launching.python(*place.arguments(out))).require_success()
+    done = CliRunner().invoke(main, [*map(str, place.arguments(out))])
+    assert done.exit_code == 0, done.output
     return Folder(out)
 
 

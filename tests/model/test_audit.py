@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,8 @@ from entropy_ddp.probe.audits.step import scale_checks
 from entropy_ddp.results import AuditRow, Probed, Results
 from entropy_ddp.terminal.commands import print_diagnosis, print_results
 from entropy_ddp.update import step
+
+pytestmark = pytest.mark.usefixtures("models_checked_once")
 
 RTOL = 1e-10  # the contract's bar for float64
 TEN_DIGITS = 5e-10  # relative error of a number that is printed with ten digits
@@ -251,19 +254,25 @@ def noisy_sampler(scene: Scene, split: str, size: float) -> Scene:
 
 def of_another_checkpoint(scene: Scene, split: str) -> Scene:
     """A batch that a neighbouring adapter sampled, with its log-probabilities."""
-    model = copy.deepcopy(scene.saved.model)
+    rows: list[Document] = sampled_nearby(scene.saved.model)[split]
+    return replace(scene, E=rows) if split == "E" else replace(scene, U=rows)
+
+
+@cache
+def sampled_nearby(policy: nn.Module) -> dict[str, list[Document]]:
+    """Both batches as an adapter near this one sampled them."""
+    model = copy.deepcopy(policy)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for parameter in ref.trainable(model).values():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.02 * parameter.std() * noise)
-    rows = planted.sample_batches(model)[split]
-    scores = ref.scores(model, planted.reference_rows(rows), 1.0)
-    rows = [
-        row | {"sampling_logprobs": logp.tolist()}
-        for row, (logp, _) in zip(rows, scores, strict=True)
-    ]
-    return replace(scene, **{split: rows})
+    batches = planted.sample_batches(model)
+    for rows in batches.values():
+        scores = ref.scores(model, planted.reference_rows(rows), 1.0)
+        for row, (logp, _) in zip(rows, scores, strict=True):
+            row["sampling_logprobs"] = logp.tolist()
+    return batches
 
 
 def with_one_surprise(scene: Scene) -> Scene:
@@ -547,8 +556,10 @@ def from_text(row: Document) -> Document:
     return row | {"ids_from_text": ["end restored"] if row["finished"] else []}
 
 
-def cut_and_ended(scene: Scene) -> tuple[Scene, int, float]:
+@pytest.fixture(scope="module")
+def cut_and_ended(peaked: Scene) -> tuple[Scene, int, float]:
     """A response of U that was cut off gets an end; its place, and the end's log p."""
+    scene = peaked.with_rows("U", from_text)
     cuts = [
         (
             place,
@@ -592,10 +603,10 @@ def test_genuine_ends_from_text_are_in_no_doubt(peaked: Scene, tmp_path: Path) -
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_false_end_of_sequence_is_named_by_its_line(
-    peaked: Scene, tmp_path: Path, ranks: int
+    cut_and_ended: tuple[Scene, int, float], tmp_path: Path, ranks: int
 ) -> None:
     """A response that was cut off and got an end makes the run untrusted."""
-    scene, place, logp = cut_and_ended(peaked.with_rows("U", from_text))
+    scene, place, logp = cut_and_ended
     config = scene.config(tmp_path)
     probed = run_thread_ranks(
         ranks, lambda world: run_probe(config, world, None, session.no_progress)
@@ -611,9 +622,9 @@ def test_a_false_end_of_sequence_is_named_by_its_line(
 
 
 def test_a_false_end_that_moves_nothing_is_a_warning(
-    peaked: Scene, tmp_path: Path
+    cut_and_ended: tuple[Scene, int, float], tmp_path: Path
 ) -> None:
-    scene, place, _ = cut_and_ended(peaked.with_rows("U", from_text))
+    scene, place, _ = cut_and_ended
     group = scene.U[place]["group"]
     rows = [row | ({"reward": 1.0} if row["group"] == group else {}) for row in scene.U]
     config = replace(scene, U=rows).config(tmp_path)

@@ -8,23 +8,23 @@ weight decay, to the step that torch takes.
 
 import copy
 import itertools
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
 import reference as ref
 import torch
+from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun, as_batch, make_run
 from torch import Tensor
 from unit_vectors import Vectors
 
-from entropy_ddp.config import to_yaml
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.model.walk import PassCount
@@ -36,12 +36,13 @@ from entropy_ddp.probe.gradient_dot import (
     proxy_gradient_norm,
     same_rollouts,
 )
+from entropy_ddp.probe.opening import open_session
 from entropy_ddp.probe.passes import (
     loss_gradient,
     score_after_step,
     score_along_step,
 )
-from entropy_ddp.probe.session import Session
+from entropy_ddp.probe.session import Session, no_progress
 from entropy_ddp.update.decomposition import step_parts
 from entropy_ddp.update.step import Step
 
@@ -66,6 +67,9 @@ FORMS = [
     for direction in ("step", "preconditioned")
     for weighting in ("dr_grpo", "per_token_avg")
 ]
+DIRECTIONS_AND_METHODS = list(
+    itertools.product(("step", "preconditioned"), ("jvp", "backward"))
+)
 RunMaker = Callable[[str], TinyRun]
 
 
@@ -434,44 +438,24 @@ def test_proxy_gradient(case: Case, limit: int) -> None:
 
 # Several ranks
 
-RANKS = """
-import json, sys
-from dataclasses import asdict
-from pathlib import Path
-from entropy_ddp.config import load_config
-from entropy_ddp.distributed import process_group
-from entropy_ddp.probe import gradient_dot as gd
-from entropy_ddp.probe.opening import open_session
-from entropy_ddp.probe.passes import loss_gradient, score_after_step, score_along_step
-from entropy_ddp.probe.gradient_dot import proxy_gradient_norm
 
-def measure(world):
+def measured_on(world: World, configs: Sequence[Config]) -> dict[str, Any]:
+    """Both directions by both methods, run after run, and how many sequences are held."""
     results = []
-    for path in sys.argv[2:]:
-        config = load_config(Path(path), ())
-        session = open_session(config, world, None, lambda *progress: None)
+    for config in configs:
+        session = open_session(config, world, None, no_progress)
         gradient, _ = loss_gradient(session)
         step, _, _ = score_after_step(session, gradient)
         base = score_along_step(session, step).scores
-        for direction in ("step", "preconditioned"):
-            for method in ("jvp", "backward"):
-                settings = gd.GradientDot(
-                    direction=direction, variance_method=method
-                )
-                found = gd.gradient_dot(session, step, gradient, base, settings)
-                results.append(asdict(found))
+        for direction, method in DIRECTIONS_AND_METHODS:
+            settings = GradientDot(direction=direction, variance_method=method)
+            found = gradient_dot(session, step, gradient, base, settings)
+            results.append(asdict(found))
         results[-1]["proxy"] = proxy_gradient_norm(session)
     held = [len(session.shard(split).positions) for split in session.batches]
-    text = json.dumps({"results": results, "held": held})
-    Path(sys.argv[1], f"{world.rank}.json").write_text(text)
+    return {"results": results, "held": held}
 
 
-with process_group() as world:
-    measure(world)
-"""
-
-
-@pytest.mark.slow
 def test_number_of_ranks_does_not_matter(
     make_named_run: RunMaker, tmp_path: Path
 ) -> None:
@@ -479,25 +463,18 @@ def test_number_of_ranks_does_not_matter(
     run = make_named_run("qwen2-lora")
     E, U = ([row for row in rows if row.group in (0, 1)] for rows in (run.E, run.U))
     run = replace(run, E=E, U=U)
-    paths, alone = [], []
+    configs, alone = [], []
     for number, each in enumerate((run, replace(run, E=run.U))):
         folder = tmp_path / f"run {number}"
         folder.mkdir()
         each = replace(each, folder=folder)
-        path = folder / "config.yaml"
-        path.write_text(to_yaml(each.config(update=LOSSES["dr_grpo"])))
-        paths.append(path)
+        configs.append(each.config(update=LOSSES["dr_grpo"]))
         opened = Opened.of(each.open(update=LOSSES["dr_grpo"]))
-        for direction, method in itertools.product(
-            ("step", "preconditioned"), ("jvp", "backward")
-        ):
+        for direction, method in DIRECTIONS_AND_METHODS:
             settings = GradientDot(direction=direction, variance_method=method)
             alone.append(asdict(opened.result(settings)))
         alone[-1]["proxy"] = proxy_gradient_norm(opened.session)
-    command = launching.python("-c", RANKS, tmp_path, *paths)
-    for finished in launching.run_ranks(3, command):
-        finished.require_success()
-    documents = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
+    documents = run_thread_ranks(3, lambda world: measured_on(world, configs))
     assert [0, 0] in [document["held"] for document in documents]
     for document in documents:
         for found, expected in zip(document["results"], alone, strict=True):
