@@ -259,7 +259,7 @@ def test_tables_and_results_say_that_it_is_a_change(
     print_inspection(console, inspect_run(config, World(), quiet))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert "Entropy change of the given change, nats/token" in text
+    assert "Entropy change of the given change of the parameters, nats/token" in text
     assert f"in place of a step: {path}" in text
     assert "gradient norm before clipping" not in text
     assert "Euclidean norm" in text
