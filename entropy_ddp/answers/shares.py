@@ -150,7 +150,7 @@ def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Tab
     rows.append(
         (
             text("all"), number(found.num_tokens, 9), share(1.0), part(total, error),
-            share_part(total, total, error),
+            share(1.0 if total else None),
         )
     )  # fmt: skip
     return Table(

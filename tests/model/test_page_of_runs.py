@@ -10,8 +10,8 @@ import yaml
 from click.testing import CliRunner
 from tiny_runs import make_run
 
+from entropy_ddp.answers.checkpoints import BY_SHARE
 from entropy_ddp.cli import main
-from entropy_ddp.report.comparison import BY_SHARE
 from entropy_ddp.report.writing import write_report
 
 pytestmark = pytest.mark.slow

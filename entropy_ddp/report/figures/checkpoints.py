@@ -1,14 +1,21 @@
 """Several checkpoints of a training run side by side: entropy, change and its causes."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from entropy_ddp.answers.words import RESOLVED, is_resolved, with_error
+from entropy_ddp.answers import shares
+from entropy_ddp.answers.checkpoints import (
+    NOTHING,
+    PARTS,
+    Checkpoints,
+    Pair,
+    Stage,
+    told_entropy,
+)
+from entropy_ddp.answers.words import RESOLVED
 from entropy_ddp.report.figures.canvas import (
     Draw,
     Figure,
@@ -21,86 +28,46 @@ from entropy_ddp.report.figures.canvas import (
 from entropy_ddp.report.figures.charts import Estimate, draw_forest, forest_height
 
 MOST_TICKS = 10
+HEIGHT = 320
+# Of the distance between two checkpoints that are nearest.
+BAR_WIDTH = 0.62
+# Colour and strength of the bars.
+PART_LOOKS = {
+    "momentum": ("muted", 0.55),
+    "weight decay": ("ink", 0.9),
+    "gradient of U": ("accent", 1.0),
+}
+KIND_LOOKS = {
+    "A < 0, p < 0.5": ("accent", 1.0),
+    "A < 0, p ≥ 0.5": ("accent", 0.4),
+    "A > 0, p < 0.5": ("muted", 1.0),
+    "A > 0, p ≥ 0.5": ("muted", 0.4),
+}
+# By name: colour in the palette, strength, and a value for each checkpoint.
+Series = dict[str, tuple[str, float, list[float]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One checkpoint.
-
-    Attributes:
-        place: its training step, or its number in the given order.
-        label: how it is called.
-        checkpoint: the weights it is of.
-        entropy, entropy_error: H before the step and its standard error, which old runs
-            did not record: None.
-        truth, truth_error: the measured change and its standard error.
-        linear, linear_error: the predicted one.
-        missed_error: standard error of their difference.
-        is_trusted: no check says that its numbers are wrong.
-    """
-
-    place: float
-    label: str
-    checkpoint: str
-    entropy: float
-    entropy_error: float | None
-    truth: float
-    truth_error: float
-    linear: float
-    linear_error: float
-    missed_error: float
-    is_trusted: bool
-
-    @property
-    def is_resolved(self) -> bool:
-        """Whether the measured change is to be trusted and stands out of its error."""
-        return self.is_trusted and is_resolved(self.truth, self.truth_error)
-
-
-def told_entropy(stages: Sequence[Stage]) -> str:
-    """How the entropy of the last compares with that of the first.
-
-    The two are of different responses: sqrt(se^2 + se^2) is the error of their
-    difference, and more than that where runs share a file of E. Runs of one checkpoint
-    have one entropy, which each measures by its own responses: no fall and no rise.
-    """
-    first, last = stages[0], stages[-1]
-    if not (first.is_trusted and last.is_trusted):
-        return "The entropy of each, not all of which are to be trusted"
-    if first.entropy_error is None or last.entropy_error is None:
-        return "The entropy of each, whose error these runs did not record"
-    change = last.entropy - first.entropy
-    error = math.hypot(first.entropy_error, last.entropy_error)
-    if len({stage.checkpoint for stage in stages}) == 1:
-        return "The entropy of one checkpoint, by the responses of each run"
-    if not is_resolved(change, error):
-        pair = with_error(change, error)
-        return f"The entropy changes by {pair}: too little to tell from zero"
-    verb = "falls" if change < 0 else "rises"
-    return f"The entropy {verb} by {with_error(abs(change), error, signed=False)}"
-
-
-def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
+def entropy_by_step(found: Checkpoints) -> Figure:
     """Entropy of each checkpoint."""
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
-        places = [stage.place for stage in stages]
-        values = [stage.entropy for stage in stages]
-        errors = [2 * (stage.entropy_error or 0.0) for stage in stages]
+        places = [stage.place for stage in found.stages]
+        values = [stage.entropy[0] for stage in found.stages]
+        errors = [2 * (stage.entropy[1] or 0.0) for stage in found.stages]
         axes.errorbar(
-            places, values, errors, fmt="o-" if by_step else "o", color=palette.ink,
-            markersize=6, linewidth=1.4,
+            places, values, errors, fmt="o-" if found.by_step else "o",
+            color=palette.ink, markersize=6, linewidth=1.4,
         )  # fmt: skip
         highest = max(value + error for value, error in zip(values, errors))
         axes.set_ylim(0, 1.1 * highest or 1)
-        axes.set_ylabel(f"entropy H [{unit}]")
+        axes.set_ylabel(f"entropy H [{found.axis_unit}]")
         scale_ticks(axes, "y", 0)
-        label_stages(axes, stages, by_step)
+        _label_stages(axes, found.stages, found.by_step)
 
     return Figure(
         name="entropy-by-step",
-        title=told_entropy(stages),
+        title=told_entropy(found),
         caption=(
             "Entropy of every checkpoint on its own batch E, before the step that is "
             "probed, with two standard errors. The axis begins at 0: what is left of the "
@@ -110,36 +77,21 @@ def entropy_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure
     )
 
 
-def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
+def change_by_step(found: Checkpoints) -> Figure:
     """What one step does at each checkpoint, measured and predicted."""
-    falls, rises = falls_and_rises(stages)
-    lower = sum(stage.truth < 0 for stage in stages if stage.is_trusted)
+    falls, rises = found.falls_and_rises
+    stages = found.stages
+    lower = sum(stage.truth[0] < 0 for stage in stages if stage.is_trusted)
     title = f"One step lowers the entropy at {falls} of {len(stages)} checkpoints"
-    values = [stage.truth for stage in stages] + [stage.linear for stage in stages]
-    exponent = common_exponent(values)
-    gaps = [b.place - a.place for a, b in pairwise(stages)]
-    shift = 0.06 * min(gaps)
+    points = {
+        "measured": [stage.truth for stage in stages],
+        "first order": [stage.linear for stage in stages],
+    }
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
-        axes.axhline(0, color=palette.muted, linewidth=1)
-        for name, colour, offset, pairs in (
-            ("measured", palette.ink, -shift, [(s.truth, s.truth_error) for s in stages]),
-            (
-                "first order", palette.accent, shift,
-                [(s.linear, s.linear_error) for s in stages],
-            ),
-        ):  # fmt: skip
-            places = [stage.place + offset for stage in stages]
-            means, errors = zip(*pairs)
-            axes.errorbar(
-                places, means, [2 * error for error in errors], fmt="o", color=colour,
-                markersize=6, linewidth=1.4, label=name,
-            )  # fmt: skip
+        _draw_beside(axes, palette, found, stages, points, 0.06)
         axes.legend(labelcolor=palette.ink)
-        scale_ticks(axes, "y", exponent)
-        axes.set_ylabel(unit_label("entropy change", unit, exponent))
-        label_stages(axes, stages, by_step)
 
     return Figure(
         name="change-by-step",
@@ -155,56 +107,15 @@ def change_by_step(stages: Sequence[Stage], by_step: bool, unit: str) -> Figure:
     )
 
 
-def falls_and_rises(stages: Sequence[Stage]) -> tuple[int, int]:
-    """How many measured changes are falls and rises: trusted, and beyond their error."""
-    resolved = [stage for stage in stages if stage.is_resolved]
-    falls = sum(stage.truth < 0 for stage in resolved)
-    return falls, len(resolved) - falls
-
-
-def label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
-    """Name the axis of checkpoints, and show where they stand."""
-    if by_step:
-        axes.set_xlabel("training step of the checkpoint")
-    else:
-        axes.set_xlabel("run, in the given order")
-    places = [stage.place for stage in stages]
-    if len(places) <= MOST_TICKS:
-        axes.set_xticks(places, [f"{place:,g}" for place in places])
-    else:
-        whole_ticks(axes, "x")
-
-
-HEIGHT = 320
-# Of the distance between two checkpoints that are nearest.
-BAR_WIDTH = 0.62
-Series = dict[str, tuple[str, float, list[float]]]
-
-
-def parts_by_step(
-    stages: Sequence[Stage],
-    parts: dict[str, list[float]],
-    by_step: bool,
-    unit: str,
-    title: str,
-) -> Figure:
-    """Momentum, weight decay and U's gradient at every checkpoint.
-
-    Args:
-        stages: the checkpoints.
-        parts: the value of each part at each of them.
-        by_step: whether they stand at their training steps.
-        unit: of the entropy.
-        title: what is seen.
-    """
-    looks = {
-        "momentum": ("muted", 0.55),
-        "weight decay": ("ink", 0.9),
-        "gradient of U": ("accent", 1.0),
-    }
-    series = {
-        name: (*looks[name], values) for name, values in parts.items() if any(values)
-    }
+def parts_by_step(found: Checkpoints) -> Figure:
+    """Momentum, weight decay and U's gradient at every checkpoint."""
+    parts = {name: [stage.part(name) for stage in found.moved] for name in PARTS}
+    gradient, total = parts["gradient of U"], len(found.moved)
+    downs = sum(value < 0 for value in gradient)
+    title = f"The gradient of U has a negative part at {downs} of {total}"
+    if 2 * downs < total:
+        ups = sum(value > 0 for value in gradient)
+        title = f"The gradient of U has a positive part at {ups} of {total}"
     return Figure(
         name="parts-by-step",
         title=title,
@@ -213,27 +124,24 @@ def parts_by_step(
             "zero what lowers the entropy, above what raises it. Dots are their sum. "
             "Momentum is what the gradients of earlier batches left. The title counts signs."
         ),
-        draw=_stacked(stages, series, by_step, unit),
+        draw=_stacked(
+            found,
+            {name: (*PART_LOOKS[name], v) for name, v in parts.items() if any(v)},
+        ),
         height=HEIGHT,
     )
 
 
-def kinds_by_step(
-    stages: Sequence[Stage],
-    kinds: dict[str, list[float]],
-    by_step: bool,
-    unit: str,
-    title: str,
-) -> Figure:
-    """The gradient's part at every checkpoint by kind of token; arguments as above."""
-    looks = {
-        "A < 0, p < 0.5": ("accent", 1.0),
-        "A < 0, p ≥ 0.5": ("accent", 0.4),
-        "A > 0, p < 0.5": ("muted", 1.0),
-        "A > 0, p ≥ 0.5": ("muted", 0.4),
-    }
-    series = {
-        name: (*look, kinds[name]) for name, look in looks.items() if any(kinds[name])
+def kinds_by_step(found: Checkpoints) -> Figure:
+    """The gradient's part at every checkpoint by kind of token."""
+    total = found.by_kind
+    title = "No token of U has a share"
+    if total.share:
+        verb = "lower" if total.share < 0 else "raise"
+        title = f"{shares.named(total.leading())} {verb} the entropy most"
+    kinds = {
+        kind: (*look, [stage.of_kind(kind) for stage in found.moved])
+        for kind, look in KIND_LOOKS.items()
     }
     return Figure(
         name="kinds-by-step",
@@ -243,14 +151,14 @@ def kinds_by_step(
             "(violet: negative, grey: positive) and by the token's probability "
             "(strong: below 0.5, faint: above). Dots are their sum, the gradient's part."
         ),
-        draw=_stacked(stages, series, by_step, unit),
+        draw=_stacked(found, {kind: s for kind, s in kinds.items() if any(s[2])}),
         height=HEIGHT,
     )
 
 
-def _stacked(stages: Sequence[Stage], series: Series, by_step: bool, unit: str) -> Draw:
+def _stacked(found: Checkpoints, series: Series) -> Draw:
     """Signed bars on top of each other, away from zero on both sides."""
-    places = [stage.place for stage in stages]
+    places = [stage.place for stage in found.moved]
     width = BAR_WIDTH * min((b - a for a, b in pairwise(places)), default=1.0)
     columns = [values for _, _, values in series.values()]
     sums = [sum(column) for column in zip(*columns, strict=True)] or [0.0] * len(places)
@@ -273,105 +181,118 @@ def _stacked(stages: Sequence[Stage], series: Series, by_step: bool, unit: str) 
         )  # fmt: skip
         exponent = common_exponent([*ends[True], *ends[False]])
         scale_ticks(axes, "y", exponent)
-        axes.set_ylabel(unit_label("first order", unit, exponent))
+        axes.set_ylabel(unit_label("first order", found.axis_unit, exponent))
         _legend_below(figure, axes, palette)
-        label_stages(axes, stages, by_step)
+        _label_stages(axes, found.moved, found.by_step)
 
     return draw
 
 
-def what_if_by_step(
-    stages: Sequence[Stage],
-    pairs: dict[str, list[tuple[float, float]]],
-    by_step: bool,
-    unit: str,
-    title: str,
-    measured: bool,
-) -> Figure:
-    """The change with all tokens and without some, at every checkpoint.
-
-    Args:
-        stages: the checkpoints.
-        pairs: change and standard error (0 if it has none) at each, first of the step
-            as it is, then of the one without the tokens.
-        by_step: whether they stand at their training steps.
-        unit: of the entropy.
-        title: what is seen.
-        measured: whether the steps were really taken.
-    """
-    (whole, before), (rule, after) = pairs.items()
+def what_if_by_step(found: Checkpoints) -> Figure:
+    """The change with all tokens and without those of the best rule."""
+    rule, stages = found.best_rule, found.moved
+    left = found.measured if found.verified else found.predicted
+    points = {
+        NOTHING: [left(stage, NOTHING) for stage in stages],
+        f"without {rule}": [left(stage, rule) for stage in stages],
+    }
+    raised = sum(b[0] < a[0] for b, a in zip(*points.values(), strict=True))
     caption = "The change as it is, and of the same step had these tokens been left out of U: "
     caption += (
         "both steps really taken and measured, with two standard errors."
-        if measured
+        if found.verified
         else "both predicted by first order, the whole with two standard errors."
     )
-    caption += " The title counts signs of their difference."
-    places = [stage.place for stage in stages]
-    shift = 0.05 * min((b - a for a, b in pairwise(places)), default=1.0)
-    exponent = common_exponent([value for value, _ in before + after])
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
-        axes.axhline(0, color=palette.muted, linewidth=1)
-        for name, colour, offset, points in (
-            (whole, palette.ink, -shift, before), (rule, palette.accent, shift, after),
-        ):  # fmt: skip
-            values, errors = zip(*points)
-            axes.errorbar(
-                [place + offset for place in places], values,
-                [2 * error for error in errors], fmt="o", color=colour, markersize=6,
-                linewidth=1.4, label=name,
-            )  # fmt: skip
-        scale_ticks(axes, "y", exponent)
-        axes.set_ylabel(unit_label("entropy change", unit, exponent))
+        _draw_beside(axes, palette, found, stages, points, 0.05)
         _legend_below(figure, axes, palette)
-        label_stages(axes, stages, by_step)
 
     return Figure(
-        name="what-if-by-step", title=title, caption=caption, draw=draw, height=HEIGHT
+        name="what-if-by-step",
+        title=f"Without {rule} it is higher at {raised} of {len(stages)}",
+        caption=caption + " The title counts signs of their difference.",
+        draw=draw,
+        height=HEIGHT,
     )
 
 
-def rules_in_all(
-    sums: dict[str, tuple[float, float | None]], unit: str, scope: str
-) -> Figure:
-    """The summed change without the tokens of each rule.
-
-    Args:
-        sums: by rule, the predicted and the measured change; None where not every
-            checkpoint has one. The first is the change with nothing left out.
-        unit: of the entropy.
-        scope: over what they are summed.
-    """
+def rules_in_all(found: Checkpoints) -> Figure:
+    """The summed change without the tokens of each rule."""
     rows: list[Estimate] = []
-    for place, (rule, (linear, truth)) in enumerate(sums.items()):
-        values = [("accent", linear)] + [("ink", truth)] * (truth is not None)
-        for (colour, value), label in zip(values, (rule, "")):
-            assert value is not None
-            rows.append(
-                Estimate(
-                    label=label,
-                    value=value,
-                    error=None,
-                    colour=colour,
-                    strong=not place,
-                )
+    for rule in (NOTHING, *found.rules):
+        strong = rule == NOTHING
+        value = found.predicted_in_all(rule)
+        rows.append(
+            Estimate(
+                label=rule, value=value, error=None, colour="accent", strong=strong
             )
-    caption = f"Changes summed over the {scope}. Violet: predicted by first order."
-    if any(truth is not None for _, truth in sums.values()):
+        )
+        if found.verified:
+            value, _ = found.measured_in_all(rule)
+            rows.append(Estimate(label="", value=value, error=None, strong=strong))
+    caption = (
+        f"Changes summed over the {found.scope}. Violet: predicted by first order."
+    )
+    if found.verified:
         caption += " The others: the steps without these tokens really taken, measured."
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
-        draw_forest(figure.subplots(), palette, rows, "entropy change", unit)
+        axes = figure.subplots()
+        draw_forest(axes, palette, rows, "entropy change", found.axis_unit)
 
     return Figure(
         name="what-if-in-all",
         title="What each rule leaves of the change",
         caption=caption,
         draw=draw,
-        height=forest_height(len(sums)),
+        height=forest_height(1 + len(found.rules)),
     )
+
+
+def _draw_beside(
+    axes: Axes,
+    palette: Palette,
+    found: Checkpoints,
+    stages: Sequence[Stage],
+    points: dict[str, list[Pair]],
+    shift: float,
+) -> None:
+    """Two changes at every checkpoint, with two standard errors, beside each other.
+
+    Args:
+        points: of each name, for every checkpoint.
+        shift: of either from its place, in the least distance of two places.
+    """
+    places = [stage.place for stage in stages]
+    shift *= min((b - a for a, b in pairwise(places)), default=1.0)
+    looks = ((palette.ink, -shift), (palette.accent, shift))
+    axes.axhline(0, color=palette.muted, linewidth=1)
+    for (name, pairs), (colour, offset) in zip(points.items(), looks, strict=True):
+        values, errors = zip(*pairs)
+        axes.errorbar(
+            [place + offset for place in places], values,
+            [2 * error for error in errors], fmt="o", color=colour, markersize=6,
+            linewidth=1.4, label=name,
+        )  # fmt: skip
+    exponent = common_exponent([v for pairs in points.values() for v, _ in pairs])
+    scale_ticks(axes, "y", exponent)
+    axes.set_ylabel(unit_label("entropy change", found.axis_unit, exponent))
+    _label_stages(axes, stages, found.by_step)
+
+
+def _label_stages(axes: Axes, stages: Sequence[Stage], by_step: bool) -> None:
+    """Name the axis of checkpoints, and show where they stand."""
+    if by_step:
+        axes.set_xlabel("training step of the checkpoint")
+    else:
+        axes.set_xlabel("run, in the given order")
+    places = [stage.place for stage in stages]
+    if len(places) <= MOST_TICKS:
+        axes.set_xticks(places, [f"{place:,g}" for place in places])
+    else:
+        whole_ticks(axes, "x")
 
 
 def _legend_below(figure: MatplotlibFigure, axes: Axes, palette: Palette) -> None:

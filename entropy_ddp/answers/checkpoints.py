@@ -1,0 +1,453 @@
+"""Several checkpoints of a training run side by side, or several settings of one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from entropy_ddp.answers import shares
+from entropy_ddp.answers.cells import (
+    Cell,
+    Row,
+    Table,
+    change,
+    level,
+    number,
+    part,
+    share,
+    text,
+    verdict,
+)
+from entropy_ddp.answers.headline import Document
+from entropy_ddp.answers.shares import KINDS, SharesByKind, together
+from entropy_ddp.answers.tables import token_table
+from entropy_ddp.answers.words import (
+    AXIS_UNITS,
+    GIVEN_E,
+    RESOLVED,
+    UNITS,
+    count,
+    is_resolved,
+    linear_error,
+    listed,
+    missed_error,
+    relative_error,
+    shown_error,
+    supported,
+    with_error,
+)
+from entropy_ddp.answers.words import (
+    number as in_words,
+)
+
+PARTS = {
+    "momentum": "momentum", "weight decay": "weight_decay", "gradient of U": "gradient",
+}  # fmt: skip
+NUM_TOKENS = 20
+# Rules that begin so choose tokens by their exact shares: nobody can apply them in a
+# training, and they bound what the others can reach.
+BY_SHARE = "largest entropy "
+NOTHING = "nothing left out"
+
+# A value and its standard error.
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One checkpoint.
+
+    Attributes:
+        place: its training step, or its number in the given order.
+        label: how it is called.
+        checkpoint: the weights it is of.
+        document: its results.
+        by_kind: the shares of its tokens by kind; None without an attribution.
+    """
+
+    place: float
+    label: str
+    checkpoint: str
+    document: Document
+    by_kind: SharesByKind | None
+
+    @property
+    def entropy(self) -> tuple[float, float | None]:
+        """H before the step; old runs did not record its error."""
+        truth = self.document["truth"]
+        return truth["H_orig"], truth.get("H_orig_se")
+
+    @property
+    def truth(self) -> Pair:
+        """The measured change."""
+        truth = self.document["truth"]
+        return truth["delta_h_true"], shown_error(truth)
+
+    @property
+    def linear(self) -> Pair:
+        """The predicted change."""
+        return self.document["linear"]["delta_h1"], linear_error(self.document)
+
+    @property
+    def is_trusted(self) -> bool:
+        """No check says that its numbers are wrong."""
+        return bool(self.document["status"] == "ok")
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the measured change is to be trusted and stands out of its error."""
+        return self.is_trusted and is_resolved(*self.truth)
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether first order is right within a tenth, or within its error."""
+        missed = abs(self.truth[0] - self.linear[0])
+        paired = missed_error(self.document, "linear")
+        return missed <= max(0.1 * abs(self.truth[0]), RESOLVED * paired)
+
+    def part(self, name: str) -> float:
+        """A part of the first-order change; of a stage with an attribution."""
+        return float(self.document["attribution"][PARTS[name]])
+
+    def of_kind(self, kind: str) -> float:
+        """The shares of a kind of tokens; likewise."""
+        assert self.by_kind is not None
+        return self.by_kind.sums[kind].share
+
+    @property
+    def what_if(self) -> dict[str, Document]:
+        """What each rule leaves; likewise."""
+        return {row["rule"]: row for row in self.document["attribution"]["what_if"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """What is compared.
+
+    Attributes:
+        stages: the checkpoints.
+        by_step: whether they stand at their training steps.
+    """
+
+    stages: Sequence[Stage]
+    by_step: bool
+
+    @property
+    def unit(self) -> str:
+        """Of entropies and their changes."""
+        return UNITS[self.stages[0].document["truth"]["normalize"]]
+
+    @property
+    def axis_unit(self) -> str:
+        """The same on an axis."""
+        return AXIS_UNITS[self.stages[0].document["truth"]["normalize"]]
+
+    @property
+    def named(self) -> str:
+        """How many, and of what."""
+        return count(len(self.stages), "checkpoint" if self.by_step else "run")
+
+    @property
+    def falls_and_rises(self) -> tuple[int, int]:
+        """Measured changes that are: trusted, and beyond their error."""
+        resolved = [stage for stage in self.stages if stage.is_resolved]
+        falls = sum(stage.truth[0] < 0 for stage in resolved)
+        return falls, len(resolved) - falls
+
+    @property
+    def moved(self) -> list[Stage]:
+        """Those with an attribution: what follows is of them alone."""
+        return [stage for stage in self.stages if stage.by_kind is not None]
+
+    @property
+    def by_kind(self) -> SharesByKind:
+        """The shares of all tokens by kind."""
+        return together(stage.by_kind for stage in self.moved if stage.by_kind)
+
+    @property
+    def scope(self) -> str:
+        """Over what sums are taken."""
+        found = count(len(self.moved), "probed step" if self.by_step else "run")
+        if len(self.moved) < len(self.stages):
+            found += f" with an attribution (of {len(self.stages)})"
+        return found
+
+    @property
+    def linear_error(self) -> float:
+        """Standard error of the summed first-order change; each has its own E."""
+        return math.hypot(*(stage.linear[1] for stage in self.moved))
+
+    @property
+    def rules(self) -> list[str]:
+        """What-if rules that every checkpoint has, in the order of the first."""
+        first, *others = (stage.what_if for stage in self.moved)
+        return [rule for rule in first if all(rule in rows for rows in others)]
+
+    @property
+    def verified(self) -> bool:
+        """Whether every step without tokens was really taken."""
+        return all(
+            "delta_h_true" in stage.what_if[rule]
+            for stage in self.moved
+            for rule in self.rules
+        )
+
+    @property
+    def best_rule(self) -> str:
+        """The rule that leaves least of the summed change, as first order predicts it."""
+        usable = [rule for rule in self.rules if not rule.startswith(BY_SHARE)]
+        return min(
+            usable or self.rules, key=lambda rule: abs(self.predicted_in_all(rule))
+        )
+
+    def predicted(self, stage: Stage, rule: str) -> Pair:
+        """The first-order change that a rule leaves; without an error but of all."""
+        if rule == NOTHING:
+            return stage.linear
+        return stage.what_if[rule]["delta_h1"], 0.0
+
+    def measured(self, stage: Stage, rule: str) -> Pair:
+        """The same of the step without these tokens, taken."""
+        if rule == NOTHING:
+            return stage.truth
+        return stage.what_if[rule]["delta_h_true"], stage.what_if[rule]["se"]
+
+    def predicted_in_all(self, rule: str) -> float:
+        """The sum of the first-order changes that a rule leaves."""
+        return math.fsum(self.predicted(stage, rule)[0] for stage in self.moved)
+
+    def measured_in_all(self, rule: str) -> Pair:
+        """The sum of the measured ones."""
+        values, errors = zip(*(self.measured(stage, rule) for stage in self.moved))
+        return math.fsum(values), math.hypot(*errors)
+
+
+# In words
+
+
+def told_entropy(found: Checkpoints) -> str:
+    """How the entropy of the last compares with that of the first.
+
+    The two are of different responses: sqrt(se^2 + se^2) is the error of their
+    difference, and more than that where runs share a file of E. Runs of one checkpoint
+    have one entropy, which each measures by its own responses: no fall and no rise.
+    """
+    first, last = found.stages[0], found.stages[-1]
+    if not (first.is_trusted and last.is_trusted):
+        return "The entropy of each, not all of which are to be trusted"
+    (before, before_error), (after, after_error) = first.entropy, last.entropy
+    if before_error is None or after_error is None:
+        return "The entropy of each, whose error these runs did not record"
+    if len({stage.checkpoint for stage in found.stages}) == 1:
+        return "The entropy of one checkpoint, by the responses of each run"
+    value, error = after - before, math.hypot(before_error, after_error)
+    if not is_resolved(value, error):
+        pair = with_error(value, error)
+        return f"The entropy changes by {pair}: too little to tell from zero"
+    verb = "falls" if value < 0 else "rises"
+    return f"The entropy {verb} by {with_error(abs(value), error, signed=False)}"
+
+
+def headline(found: Checkpoints) -> tuple[str, str, str]:
+    """The answer in one sentence: before the value, the value, after it."""
+    falls, rises = found.falls_and_rises
+    if not falls + rises:
+        after = f" of {found.named} beyond its error."
+        return "One step changes the entropy at ", "none", after
+    verb = "lowers" if falls >= rises else "raises"
+    return (
+        f"One step {verb} the entropy at ",
+        f"{max(falls, rises)} of {found.named}",
+        ".",
+    )
+
+
+def lead(found: Checkpoints) -> str:
+    """The entropy from the first to the last, what is counted, and what is left out."""
+    ends = []
+    for stage in (found.stages[0], found.stages[-1]):
+        value, error = stage.entropy
+        shown = f"about {in_words(value, 2)}"
+        if error is not None:
+            shown = with_error(value, error, signed=False)
+        ends.append(f"{shown} {found.unit} ({stage.label})")
+    falls, rises = found.falls_and_rises
+    trusted = sum(stage.is_trusted for stage in found.stages)
+    counted = [
+        f"{number_of} {one if number_of == 1 else several}{rest}"
+        for number_of, one, several, rest in (
+            (falls, "falls", "fall", ""),
+            (rises, "rises", "rise", ""),
+            (trusted - falls - rises, "is", "are", " too small to tell"),
+            (len(found.stages) - trusted, "is", "are", " not to be trusted"),
+        )
+        if number_of
+    ]
+    return (
+        f"{told_entropy(found)}: from {' to '.join(ends)}. Changes of at least "
+        f"{RESOLVED:g} standard errors are counted: {', '.join(counted)}."
+    )
+
+
+def moved_sentence(found: Checkpoints) -> str:
+    """Which kind of tokens does most."""
+    return shares.sentence(found.by_kind, found.unit, found.linear_error)
+
+
+def sums_sentence(found: Checkpoints) -> str:
+    """What the sums over checkpoints are, and what they are not."""
+    error = found.linear_error
+    sums = {name: math.fsum(s.part(name) for s in found.moved) for name in PARTS}
+    limits = ", not over the whole run" if found.by_step else ""
+    said = f"All sums are over the {found.scope}{limits}."
+    told = [
+        f"{name} {supported(value, error, 3, signed=True)}"
+        for name, value in sums.items()
+        if value
+    ]
+    if told:
+        total = with_error(math.fsum(sums.values()), error)
+        said += (
+            f" First order adds up to {total} {found.unit}: {listed(told)}. {GIVEN_E}"
+        )
+    return said
+
+
+def what_if_sentence(found: Checkpoints) -> str:
+    """The summed change with all tokens, and without those of the best rule."""
+    best, error = found.best_rule, found.linear_error
+    if found.verified:
+        whole, left = (with_error(*found.measured_in_all(r)) for r in (NOTHING, best))
+    else:
+        whole = with_error(found.predicted_in_all(NOTHING), error)
+        left = supported(found.predicted_in_all(best), error, 3, signed=True)
+    return (
+        f"Summed over the {found.scope}, the change is {whole} {found.unit}, and without "
+        f"{best} it is {left}. Each step is taken again alone: what earlier batches left "
+        "in the momentum stays, and only a training without these tokens tells what would "
+        "come of it."
+    )
+
+
+# As tables
+
+
+def numbers(found: Checkpoints) -> Table:
+    """Entropy and its change at every checkpoint."""
+    rows = []
+    for stage in found.stages:
+        entropy, truth = stage.entropy[0], stage.truth
+        of_entropy = share(None)
+        if entropy:
+            error = truth[1] / entropy
+            of_entropy = share(truth[0] / entropy, error=error, signed=True)
+        rows.append(
+            (
+                text(stage.label),
+                level(*stage.entropy),
+                change(*truth),
+                of_entropy,
+                change(*stage.linear),
+                number(stage.document["truth"]["ess_fraction"]),
+                _verdict(stage.document),
+            )
+        )
+    return Table(
+        title="The numbers",
+        columns=(
+            "run", "H", "measured change", "of H", "first order", "ESS / N", "verdict",
+        ),
+        rows=rows,
+        caption=f"H and its changes in {found.unit}; ± is one standard error.",
+    )  # fmt: skip
+
+
+def _verdict(document: Document) -> Cell:
+    if document["status"] != "ok":
+        return verdict("fail", document["status"])
+    warned = sum(row["verdict"] == "warn" for row in document["audit"])
+    return verdict("warn", count(warned, "warning")) if warned else verdict("ok")
+
+
+def top_tokens(found: Checkpoints) -> Table:
+    """The tokens with the largest shares of all checkpoints."""
+    pairs = [
+        (token, stage.label)
+        for stage in found.moved
+        for token in stage.document["attribution"]["top_tokens"]
+    ]
+    pairs = sorted(pairs, key=lambda pair: -abs(pair[0]["share"]))[:NUM_TOKENS]
+    return token_table(
+        "The tokens that matter most, of all runs",
+        [token for token, _ in pairs],
+        found.unit,
+        max(relative_error(stage.document) for stage in found.moved),
+        [label for _, label in pairs],
+    )
+
+
+def parts_by_step(found: Checkpoints) -> Table:
+    """Parts of the step, and shares of tokens by kind, at every checkpoint."""
+    present = [kind for kind in KINDS if found.by_kind.sums[kind].num_tokens]
+    rows = []
+    for stage in found.moved:
+        values = [stage.part(name) for name in PARTS]
+        values += [stage.of_kind(kind) for kind in present]
+        cells = (part(value, stage.linear[1]) for value in values)
+        rows.append([text(stage.label), *cells])
+    return Table(
+        title="Parts and shares, at each checkpoint",
+        columns=["run", *PARTS, *map(shares.unbroken, present)],
+        rows=rows,
+        caption=(
+            f"In {found.unit}; the kinds of tokens add up to the gradient of U. {GIVEN_E}"
+        ),
+        folded=True,
+    )
+
+
+def rules(found: Checkpoints) -> Table:
+    """What each rule leaves of the summed change."""
+    rows: list[Row] = []
+    for rule in (NOTHING, *found.rules):
+        left_out = 0
+        if rule != NOTHING:
+            left_out = sum(stage.what_if[rule]["num_tokens"] for stage in found.moved)
+        row = [text(rule), number(left_out, 9)]
+        row.append(part(found.predicted_in_all(rule), found.linear_error))
+        if found.verified:
+            row.append(change(*found.measured_in_all(rule)))
+        rows.append(row)
+    return Table(
+        title="All rules as numbers",
+        columns=["left out", "tokens", "first order"] + ["step taken"] * found.verified,
+        rows=rows,
+        caption=(
+            f"Changes in {found.unit}, summed over the {found.scope}. Rules that choose "
+            "by exact share (largest entropy loss or gain) are a bound: shares are known "
+            "afterwards only. Of the others, the one above leaves least of the "
+            "first-order change."
+        ),
+    )
+
+
+def rules_by_step(found: Checkpoints) -> Table:
+    """What each rule leaves at every checkpoint."""
+
+    def left(stage: Stage, rule: str) -> Cell:
+        if found.verified:
+            return change(*found.measured(stage, rule))
+        if rule == NOTHING:
+            return change(*stage.linear)
+        return part(found.predicted(stage, rule)[0], stage.linear[1])
+
+    how = "steps really taken and measured" if found.verified else "first order"
+    return Table(
+        title="What if, at each checkpoint",
+        columns=["left out", *(stage.label for stage in found.moved)],
+        rows=[
+            [text(rule), *(left(stage, rule) for stage in found.moved)]
+            for rule in (NOTHING, *found.rules)
+        ],
+        caption=f"Changes in {found.unit}: {how}.",
+        folded=True,
+    )
