@@ -82,6 +82,42 @@ class RunLog:
     notes: list[str]
 
 
+def require_new(folder: Path) -> None:
+    """Check that a training from its first step has a ledger to itself.
+
+    Raises:
+        InputError: there is one already.
+    """
+    file = folder / LEDGER_FILE
+    if file.exists():
+        raise InputError(
+            f"{file}: expected no ledger for a training that begins, found one; give "
+            "the callback another `out`, or remove it"
+        )
+
+
+def append_line(folder: Path, entry: dict[str, Any]) -> None:
+    """Append one whole line: a reader never sees half of one for long.
+
+    Raises:
+        RunError: a number is not finite, or the file cannot be written.
+    """
+    file = folder / LEDGER_FILE
+    assert not _missing(entry), entry
+    try:
+        line = json.dumps(entry, allow_nan=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+    except ValueError as error:
+        raise RunError(f"{file}: step {entry.get('step')}: {error}") from error
+    except OSError as error:
+        raise RunError(
+            f"{file}: cannot be written ({error.strerror or error}); check that the "
+            "folder has room and may be written to"
+        ) from error
+
+
 def read_ledger(folder: Path) -> RunLog:
     """Read the ledger of a run.
 
@@ -120,7 +156,7 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
             f"{where}: expected a JSON object, found {line[:40]!r}"
         ) from error
     kind = str(found.get("kind")) if isinstance(found, dict) else "none"
-    missing = [key for key in NEEDED.get(kind, ()) if key not in found]
+    missing = _missing(found) if kind in NEEDED else []
     if kind not in NEEDED or missing:
         raise InputError(
             f"{where}: expected a line of kind {', '.join(NEEDED)} with all of its keys, "
@@ -128,6 +164,11 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
             "a ledger of this version?"
         )
     return found
+
+
+def _missing(line: dict[str, Any]) -> list[str]:
+    """What a line must have by its kind and has not."""
+    return [key for key in NEEDED[line["kind"]] if key not in line]
 
 
 def _with_line(log: RunLog, line: dict[str, Any]) -> RunLog:
@@ -146,37 +187,3 @@ def _with_line(log: RunLog, line: dict[str, Any]) -> RunLog:
             )
         runs, entries, end = [*runs, line], kept, None
     return RunLog(runs=runs, entries=entries, end=end, notes=notes)
-
-
-def require_new(folder: Path) -> None:
-    """Check that a training from its first step has a ledger to itself.
-
-    Raises:
-        InputError: there is one already.
-    """
-    file = folder / LEDGER_FILE
-    if file.exists():
-        raise InputError(
-            f"{file}: expected no ledger for a training that begins, found one; give "
-            "the callback another `out`, or remove it"
-        )
-
-
-def append_line(folder: Path, entry: dict[str, Any]) -> None:
-    """Append one whole line: a reader never sees half of one for long.
-
-    Raises:
-        RunError: a number is not finite, or the file cannot be written.
-    """
-    file = folder / LEDGER_FILE
-    try:
-        line = json.dumps(entry, allow_nan=False)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-    except ValueError as error:
-        raise RunError(f"{file}: step {entry.get('step')}: {error}") from error
-    except OSError as error:
-        raise RunError(
-            f"{file}: cannot be written ({error.strerror or error}); check that the "
-            "folder has room and may be written to"
-        ) from error

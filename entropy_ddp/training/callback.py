@@ -30,7 +30,7 @@ from entropy_ddp.training.capture import (
     SAMPLING,
     BatchCapture,
     TrainedBatch,
-    TrainedRow,
+    from_all_ranks,
     listen,
     sampling_order,
 )
@@ -250,18 +250,9 @@ class EntropyProbeCallback(TrainerCallback):
         self._listening = []
 
     def _gathered(self, capture: BatchCapture) -> TrainedBatch:
-        """The batch of all ranks, on every rank; what one refuses, all refuse."""
-        found: list[TrainedRow] | str
-        try:
-            found = capture.rows()
-        except InputError as refusal:
-            found = str(refusal)
-        rows: list[TrainedRow] = []
-        for of_rank in self._world.gather_objects(found):
-            if isinstance(of_rank, str):
-                raise InputError(of_rank)
-            rows += of_rank
-        return TrainedBatch.of(rows)
+        """The batch of all ranks, on every rank."""
+        found = from_all_ranks(self._world, capture.rows)
+        return TrainedBatch.of([row for of_rank in found for row in of_rank])
 
     def _run_entry(self, args: Any, state: Any) -> dict[str, Any]:
         session = self._session
@@ -290,7 +281,6 @@ class EntropyProbeCallback(TrainerCallback):
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             append_line(self.folder, entry)
 
     def _check(self, entry: dict[str, Any]) -> None:

@@ -115,11 +115,6 @@ class Interval:
 def probe_checkpoints(run: CheckpointRun, world: World, progress: Progress) -> None:
     """Write the ledger of a run from its checkpoints.
 
-    Args:
-        run: the run.
-        world: the ranks.
-        progress: told how far the current phase is.
-
     Raises:
         InputError: there are no two checkpoints, one cannot be read, the configuration
             is wrong, or the ledger exists.
@@ -140,15 +135,20 @@ def probe_checkpoints(run: CheckpointRun, world: World, progress: Progress) -> N
         config_of_step = seeded(config, interval.first + 1)
         session = open_session(config_of_step, world, None, progress)
         if world.is_main:
-            _keep_evaluation(session, interval.evaluation)
+            tokenizer = session.policy.tokenizer
+            rows = [
+                sequence_to_row(s, tokenizer) for s in session.batches["E"].sequences
+            ]
+            write_jsonl(interval.evaluation, rows)
         entry = {
             "kind": "step",
             "step": interval.last,
             "num_steps": interval.last - interval.first,
             **_change(session),
         }
-        if _can_be_split(run, interval):
-            entry |= _split(run, interval, world, progress)
+        batch = _first_batch(run, interval)
+        if batch is not None:
+            entry |= _split(run, interval, batch, world, progress)
         _write(run, world, entry)
         if interval is intervals[-1]:
             session.config = config
@@ -200,34 +200,28 @@ def _change(session: Session) -> dict[str, Any]:
     return change_entry(session, estimates, midpoint, truth=True)
 
 
-def _keep_evaluation(session: Session, file: Path) -> None:
-    tokenizer = session.policy.tokenizer
-    sequences = session.batches["E"].sequences
-    write_jsonl(file, [sequence_to_row(s, tokenizer) for s in sequences])
+def _first_batch(run: CheckpointRun, interval: Interval) -> Path | None:
+    """The batch of the first step after a checkpoint, if that step can be taken again.
+
+    As it was recorded, or else the dump of its texts.
+    """
+    if not any((interval.before / name).exists() for name in OPTIMIZER_FILES):
+        return None
+    step = interval.first + 1
+    files = (
+        batch_file(run.folder / "rollouts", step),
+        run.folder / "completions" / f"completions_{step:05d}.parquet",
+    )
+    return next((file for file in files if file.exists()), None)
 
 
-def _can_be_split(run: CheckpointRun, interval: Interval) -> bool:
-    saved = any((interval.before / name).exists() for name in OPTIMIZER_FILES)
-    batches = (_recorded(run, interval), _completions(run, interval))
-    return saved and any(file.exists() for file in batches)
-
-
-def _recorded(run: CheckpointRun, interval: Interval) -> Path:
-    return batch_file(run.folder / "rollouts", interval.first + 1)
-
-
-def _completions(run: CheckpointRun, interval: Interval) -> Path:
-    name = f"completions_{interval.first + 1:05d}.parquet"
-    return run.folder / "completions" / name
-
-
-def _imported(run: CheckpointRun, interval: Interval, world: World) -> Path:
-    """The batch of the first step after a checkpoint, from its texts."""
+def _imported(interval: Interval, completions: Path, world: World) -> Path:
+    """Rollouts made of a dump of texts."""
     update = interval.kept / "U.jsonl"
     if world.is_main:
         options = ImportOptions(
             format="trl",
-            files=(_completions(run, interval),),
+            files=(completions,),
             checkpoint=interval.before,
             output=update,
             overwrite=True,
@@ -239,16 +233,19 @@ def _imported(run: CheckpointRun, interval: Interval, world: World) -> Path:
 
 
 def _split(
-    run: CheckpointRun, interval: Interval, world: World, progress: Progress
+    run: CheckpointRun,
+    interval: Interval,
+    batch: Path,
+    world: World,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The parts of the first step after a checkpoint, on the same E."""
-    update = _recorded(run, interval)
-    if not update.exists():
-        update = _imported(run, interval, world)
+    if batch.suffix == ".parquet":
+        batch = _imported(interval, batch, world)
     values = {
         "checkpoint.path": str(interval.before),
         "batches.E": {"file": str(interval.evaluation)},
-        "batches.U": {"file": str(update)},
+        "batches.U": {"file": str(batch)},
         "update.from_checkpoint": True,
     }
     config = run.configured(**values)
@@ -281,5 +278,4 @@ def _end(session: Session, step: int) -> dict[str, Any]:
 
 def _write(run: CheckpointRun, world: World, line: dict[str, Any]) -> None:
     if world.is_main:
-        run.out.mkdir(parents=True, exist_ok=True)
         append_line(run.out, line)

@@ -37,7 +37,13 @@ from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World, joined_world
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import has_dropout
-from entropy_ddp.training.capture import ORDER, SAMPLING, listen, sampling_order
+from entropy_ddp.training.capture import (
+    ORDER,
+    SAMPLING,
+    from_all_ranks,
+    listen,
+    sampling_order,
+)
 
 Which = Literal["step", "checkpoint"]
 TRAINER = "GRPOTrainer"
@@ -218,16 +224,9 @@ class RolloutRecorder(TrainerCallback):
             self._open[OWN_LOGP] = result[0].detach()
 
     def _gathered(self, step: int) -> list[Row]:
-        """The rows of all ranks in the order of sampling; what one refuses, all refuse."""
-        found: dict[int, Row] | str
-        try:
-            found = self._rows(step)
-        except InputError as refusal:
-            found = str(refusal)
+        """The rows of all ranks in the order of sampling."""
         rows: dict[int, Row] = {}
-        for of_rank in self._world.gather_objects(found):
-            if isinstance(of_rank, str):
-                raise InputError(of_rank)
+        for of_rank in from_all_ranks(self._world, lambda: self._rows(step)):
             rows |= of_rank
         return _with_groups(rows, self._trainer.num_generations)
 

@@ -309,10 +309,11 @@ def test_a_callback_needs_its_trainer(tmp_path: Path) -> None:
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     """A number that is not finite is an error and leaves the file as it was."""
-    append_line(tmp_path, {"kind": "end", "step": 1})
+    whole = {"kind": "end", "step": 1, "entropy": {"value": 1.0}}
+    append_line(tmp_path, whole)
     with pytest.raises(RunError, match=r"ledger\.jsonl: step 2"):
-        append_line(tmp_path, {"kind": "end", "step": 2, "value": math.nan})
-    assert (tmp_path / "ledger.jsonl").read_text() == '{"kind": "end", "step": 1}\n'
+        append_line(tmp_path, whole | {"step": 2, "entropy": {"value": math.nan}})
+    assert (tmp_path / "ledger.jsonl").read_text() == json.dumps(whole) + "\n"
 
 
 @pytest.mark.parametrize(
