@@ -36,6 +36,7 @@ RIDGE_PENALTY = 1e-3
 
 def future_targets(values: Tensor, ragged: Ragged) -> Tensor:
     """Y: integrand and number of steps after each token, [t, 2]."""
+    # T_i - k with positions from 0: the last token has no step after it.
     remaining = ragged.spread(ragged.lengths) - ragged.position - 1
     return torch.stack([ragged.sum_after(values), remaining.double()], dim=1)
 
@@ -81,6 +82,7 @@ def fold_moments(
     Returns:
         Moments, [f, F, F + 2].
     """
+    # [t, F + 2]: one product gives both moments of a fold.
     right = torch.cat([predictor, target], dim=1)
     weighted = predictor * weight[:, None]
     return torch.stack(
@@ -94,11 +96,14 @@ def cross_fitted_coefficients(moments: Tensor) -> Tensor:
     The penalty is relative to the diagonal of X'WX and leaves the constant free:
     beta does not depend on the units of the predictors.
     """
+    # Of all folds but the own one, [f, F, F + 2].
     others = moments.sum(0) - moments
     num_predictors = moments.shape[1]
     gram, right = others[..., :num_predictors], others[..., num_predictors:]
+    # [f, F], a view.
     diagonal = gram.diagonal(dim1=1, dim2=2)
     penalty = RIDGE_PENALTY * diagonal
+    # The first predictor is the constant 1.
     penalty[:, 0] = 0
     # An empty fit (all moments zero) predicts nothing.
     floor = torch.where(diagonal > 0, 0.0, 1.0)
@@ -146,9 +151,12 @@ def leave_one_group_out_prediction(
         group: group of each token, [t]; whole groups lie on one rank.
         totals: `position_totals` over all ranks, [K, 3].
     """
+    # One number for each pair of group and position.
     key = group * len(totals) + position
     _, place = key.unique(return_inverse=True)
     count = int(place.max()) + 1 if len(place) else 0
+    # What the own group has at the same position, itself included, [t, 3].
     own = position_totals(target, place, count)[place]
     others = totals[position] - own
+    # No other group is that long: 0 / 1.
     return others[:, :2] / others[:, 2:].clamp(min=1)

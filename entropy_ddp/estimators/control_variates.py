@@ -65,13 +65,18 @@ def zero_mean_sums(
     """
     probability, dlogp = tokens.logp.exp(), tokens.dlogp
     is_top = features["is_top"]
+    # The score of the prefix, known before y_k.
     before = ragged.sum_before(dlogp)
+    # u for g = 1, log p, p and is-top: g(y_k) log p' less its conditional mean. For g =
+    # log p the mean is sum_v pi_v log pi_v (log pi_v)' = -H'.
     weighted = (
         dlogp,
         tokens.logp * dlogp + tokens.dentropy,
         probability * dlogp - features["dcollision"],
         is_top * dlogp - features["dtop"],
     )
+    # What multiplies the prefix's score in m; for g = 1, which has no innovation,
+    # log p' takes its place. The mean of log p is -H.
     innovations = (
         dlogp,
         tokens.logp + tokens.entropy,
@@ -107,13 +112,16 @@ def adjusted_slope(
     num_groups = len(slope.influence)
     if fold is None:
         fold = folds_of(torch.arange(num_groups))
+    # The first variates only: the others would cost more than they explain.
     zero_mean = zero_mean[:, : int(num_groups / GROUPS_PER_VARIATE)]
     total = zero_mean.new_zeros(num_groups, zero_mean.shape[1])
     total.index_add_(0, groups, zero_mean)
+    # [f, m], those of a fold fitted on the other folds.
     coefficients = cross_fitted_slopes(total, slope.influence, fold)
     correction = (zero_mean * coefficients[fold[groups]]).sum(1)
     by_group = group_totals(correction, groups, num_groups)
     influence = slope.influence - by_group
+    # What is taken off the estimate without group g: the others' corrections.
     rest = (correction.sum() - by_group) * slope.rescaled
     without = slope.without - rest
     return replace(
@@ -141,12 +149,14 @@ def cross_fitted_slopes(
     coefficients = []
     for number in range(int(fold.max()) + 1):
         rows, values = zero_mean[fold != number], influence[fold != number]
+        # Not centred: the variates have mean zero.
         scale = rows.square().mean(0).sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
         rows = rows / scale
         rows, values = rows - rows.mean(0), values - values.mean()
         gram = rows.T @ rows
         gram.diagonal().add_(PENALTY_PER_VARIATE * rows.shape[1])
+        # Back to the variates' own units.
         coefficients.append(torch.linalg.solve(gram, rows.T @ values) / scale)
     return torch.stack(coefficients)
 

@@ -102,11 +102,14 @@ def curvature(
         centred,
         size,
     )
+    # [6, n]
     totals = torch.stack([group_totals(x, groups, num_groups) for x in pieces])
     whole = totals.sum(1, keepdim=True)
     is_sum = original.size is None
+    # All groups but one, for each of them, [n].
     without = _second_derivative(whole - totals, is_sum)
     if is_sum:
+        # A plain sum over n - 1 groups is scaled to n.
         without = without * (num_groups / max(num_groups - 1, 1))
     value = float(_second_derivative(whole, is_sum))
     return Curvature(value=value, se=jackknife_error(without), without=without)

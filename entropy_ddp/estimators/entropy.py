@@ -234,6 +234,7 @@ def all_entropy_changes(
     Raises:
         InputError: there are fewer than two groups.
     """
+    # min(w, c) by logarithms: no overflow before the limit.
     clipped = log_weights.clamp(max=math.log(clip_c))
     after: dict[ImportanceMode, tuple[Ratio, Tensor]] = {
         "snis": (reweighted(unweighted_after, log_weights), log_weights),

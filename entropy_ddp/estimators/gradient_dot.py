@@ -77,6 +77,7 @@ def entropy_coefficients(
         divisor = lengths.clamp(min=1).double()
     weighted = logp / divisor
     sizes = group_sizes(groups)
+    # The sum over the other G - 1 responses of the group.
     others = group_totals(weighted, groups, _num_groups(groups))[groups] - weighted
     return -(weighted - others / (sizes - 1)) / sizes
 
@@ -145,6 +146,7 @@ def paired_variance(
     Raises:
         InputError: there are fewer than two units.
     """
+    # Both projections have the unit's own term, over B, in them.
     own = 2 * diagonal / len(diagonal)
     return variance_of_mean(x_projections + y_projections - own)
 

@@ -96,6 +96,7 @@ def slope_weights(
     if normalize == "per_sequence_token_mean":
         raise ValueError("per_sequence_token_mean has no to-go form; use score full")
     after_hk = baseline != "none"
+    # What the weight of step k has of step k itself, less b_ik = H_ik.
     own = values - tokens.entropy if after_hk else values
     counted = _counted(normalize)
     counted_own = 0.0 if after_hk else counted
@@ -103,10 +104,12 @@ def slope_weights(
     if baseline in ("loo", "ridge"):
         assert prediction is not None
         predicted, predicted_count = prediction[:, 0], counted * prediction[:, 1]
+    # R_ik without the step itself: T_i - k, or 0 where lengths do not count.
     after = counted * ragged.sum_after(torch.ones_like(values))
     return SlopeWeights(
         score=ragged.sum_after(values) + own - predicted,
         denominator=after + counted_own - predicted_count,
+        # The differences first, then their sums: score and Hbar R cancel.
         centred=ragged.sum_after(values - counted * mean_entropy)
         + (own - counted_own * mean_entropy)
         - (predicted - mean_entropy * predicted_count),
@@ -258,8 +261,10 @@ def slope_from_terms(
         without = rescaled * (total - b)
     else:
         d = group_totals(original.size, groups, num_groups)
+        # Hbar varies with the batch as well: d Hbar = (A_g - Hbar D_g) / S.
         residual = a - mean_entropy * d
         influence = (b - value * d - count / denominator * residual) / denominator
+        # The terms were centred at the mean of all groups; without g it is another.
         mean_without = (original.numerator.sum() - a) / (denominator - d)
         shift = (mean_entropy - mean_without) * (count - r)
         rescaled = denominator / (denominator - d)

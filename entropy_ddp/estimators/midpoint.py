@@ -65,9 +65,11 @@ def midpoint_slope(columns: Tensor, mean_entropy: float, groups: Tensor) -> Slop
     Raises:
         InputError: there are fewer than two groups.
     """
+    # Counts are sums of w times the score before: what the mean entropy multiplies.
     centred, score, pathwise, counts, numerator, size = columns.unbind(1)
     value = Ratio(numerator=numerator, size=size)
     terms = (
+        # From the entropy at theta to the one at theta', which is known only now.
         centred - (value.value - mean_entropy) * counts,
         score,
         pathwise,

@@ -98,6 +98,7 @@ def ranks(values: Tensor) -> Tensor:
     """Ranks from 0, ties sharing the mean of theirs, [T]."""
     _, place, count = values.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
+    # Of a run of ties that ends at rank `last` - 1.
     mean_rank = last - (count.double() + 1) / 2
     return mean_rank[place]
 
@@ -147,6 +148,7 @@ def concentration(share: Tensor) -> float:
     running = sizes.cumsum(0)
     if not float(running[-1]):
         return 0.5
+    # The first place at which half is reached.
     needed = int((running < running[-1] / 2).sum()) + 1
     return needed / len(share)
 

@@ -44,6 +44,7 @@ def choose_grid(
     """
     spread = float((dlogp - dlogp.mean()).abs().max())
     threshold = min(ess_warn, LARGEST_ESS_FRACTION)
+    # At 1000 / spread one weight has e^1000 times the mean's: surely too far.
     low, high = 0.0, (1e3 / spread if spread else 1.0)
     for _ in range(60):
         middle = (low + high) / 2
@@ -74,6 +75,7 @@ def summarise(
     agreeing: list[float] = []
     for point in telling:
         error = math.hypot(point.se, noise_floor)
+        # Rounding adds to the noise of the responses.
         apart = abs(point.delta_h_true - point.delta_h1) > 2 * error
         if (apart and point.trusted) or (agreeing and not point.trusted):
             break

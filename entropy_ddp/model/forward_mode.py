@@ -72,6 +72,7 @@ def dual_parameters(
         ]
         try:
             for module, name, parameter in slots:
+                # Into the slot itself: nn.Module refuses a tensor that is no Parameter.
                 module._parameters[name] = duals[id(parameter)]  # type: ignore[assignment]
             with closed_form_normalisation(model):
                 yield TangentRules()
@@ -221,6 +222,7 @@ def _mul(stock: Callable[..., Tensor], input: Any, other: Any, **options: Any) -
     if a_tangent is None or b_tangent is None:
         tangent = a * b_tangent if a_tangent is None else a_tangent * b
     else:
+        # (a b)' = a' b + a b', the second product added without a temporary.
         tangent = (a_tangent * b).addcmul_(a, b_tangent)
     return forward_ad.make_dual(a * b, tangent)
 
@@ -284,6 +286,7 @@ def _attention(
             "attention dropout is active in a derivative pass: the model must be in "
             "evaluation mode"
         )
+    # Grouped queries: several heads of queries share one of keys and values.
     repeats = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     q, k, v = (
         [half if half is None else _repeat_heads(half, n) for half in pair]
@@ -296,6 +299,7 @@ def _attention(
         primal, tangent = _attention_block(
             _rows(q, rows), _rows(k, slice(keys)), _rows(v, slice(keys)), mask, scale
         )
+        # A causal row sees itself.
         if not is_causal and mask is not None:
             _clear_unseeing_rows(mask, primal, tangent)
         primals.append(primal)
@@ -333,6 +337,7 @@ def _attention_mask(
     """The additive or boolean mask of a block of queries and its keys."""
     if is_causal:
         row = torch.arange(rows.start, rows.stop, device=query.device)
+        # [rows, keys]; absolute positions, as blocks begin later.
         return row[:, None] >= torch.arange(keys, device=query.device)
     if mask is not None and mask.shape[-2] > 1:
         mask = mask[..., rows, :]
@@ -357,6 +362,7 @@ def _attention_block(
 ) -> tuple[Tensor, Tensor]:
     (q, dq), (k, dk), (v, dv) = query, key, value
     assert q is not None and k is not None and v is not None
+    # [..., rows, keys]
     scores = (q * scale) @ k.mT
     if mask is not None and mask.dtype == torch.bool:
         scores.masked_fill_(~mask, -torch.inf)
@@ -370,6 +376,7 @@ def _attention_block(
     dweights = None
     if dscores is not None:
         dweights = weights * dscores
+        # P' = P (S' - sum P S'): the derivative of softmax along S'.
         dweights -= weights * dweights.sum(-1, keepdim=True)
     tangent = _sum_present(
         None if dweights is None else dweights @ v,

@@ -89,14 +89,18 @@ def _with_tangent(
         wide = torch.promote_types(primal.dtype, torch.float32)
         x, width = primal.to(wide), primal.shape[-1]
         square = torch.linalg.vecdot(x, x) / width + epsilon
+        # r, with eps within the square: [..., 1].
         scale = square.rsqrt()[..., None]
         derivative = None
         if tangent is not None:
             change = tangent.to(wide)
+            # r^2 mean(x x'), [..., 1].
             along = (torch.linalg.vecdot(x, change) / width / square)[..., None]
+            # r (x' - x r^2 mean(x x')), then times s.
             derivative = torch.addcmul(change, x, along, value=-1).mul_(scale)
             derivative *= weight.to(wide) + offset if offset else weight.to(wide)
         if weight_tangent is not None:
+            # s' x r
             through_weight = x * scale * weight_tangent.to(wide)
             derivative = (
                 through_weight if derivative is None else derivative + through_weight

@@ -71,6 +71,7 @@ def fingerprints(choices: list[Tensor], places: Tensor) -> Tensor:
     for layer, index in enumerate(choices):
         generator = torch.Generator().manual_seed(layer)
         keys = torch.randint(1 << 48, (MOST_EXPERTS,), generator=generator)
+        # [m, k]
         chosen = index.reshape(-1, index.shape[-1])[places.to(index.device)].cpu()
         total += keys[chosen].sum(-1)
     return total

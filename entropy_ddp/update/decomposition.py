@@ -78,6 +78,7 @@ def step_parts(
         theta = parameters[name].detach().double()
         clipped = step.clip_coef * gradients[name].to(theta)
         gain, momentum, decay = _parts(theta, clipped, state, group | {"lr": rate})
+        # From the clipped gradient to the one before clipping.
         gain *= step.clip_coef
         yield name, StepParts(momentum=momentum, decay=decay, gain=gain)
 
@@ -88,14 +89,18 @@ def _parts(
     """(gain of the clipped gradient, momentum, decay) of one parameter."""
     beta1, beta2 = map(float, group["betas"])
     rate, weight_decay = group["lr"], group["weight_decay"]
+    # Bias corrections are of the step to come.
     step = float(state["step"]) + 1
     decoupled = group.get("decoupled_weight_decay", True)
+    # Adam adds the decay to the gradient, AdamW to the step.
     added = torch.zeros_like(theta) if decoupled else weight_decay * theta
+    # `maximize` turns the gradient round, and so its gain.
     sign = -1.0 if group.get("maximize") else 1.0
     moment = beta2 * state["exp_avg_sq"].to(theta)
     moment += (1 - beta2) * (sign * gradient + added).square()
     if group.get("amsgrad"):
         moment = torch.maximum(moment, state["max_exp_avg_sq"].to(theta))
+    # eta / (bc1 denom): by it a unit of the first moment moves theta.
     per_unit = (rate / (1 - beta1**step)) / (
         (moment / (1 - beta2**step)).sqrt() + group["eps"]
     )

@@ -83,6 +83,7 @@ def loss_weights(
         slope, ratio = advantage, torch.ones_like(advantage)
         if sampling is not None:
             ratio = (own - sampling[place]).exp()
+            # Where the clipped branch is the smaller one, the surrogate is constant.
             clipped = torch.where(
                 advantage > 0,
                 ratio > 1 + update.epsilon_high,
@@ -92,6 +93,7 @@ def loss_weights(
         if reference is not None:
             divergence = _divergence_slope(reference[place] - own, ratio, update)
             slope = slope - update.kl_coefficient * divergence
+        # Minus: the loss falls where the objective rises.
         on_logp = (-coefficients[sequence] * slope).to(logp.device)
         return on_logp, torch.zeros_like(on_logp)
 
