@@ -250,6 +250,7 @@ class ResponseTokens(nn.Module):
         with self._routing.recorded() as choices:
             hidden = self._last_hidden(microbatch)
         row, column = microbatch.row, microbatch.column
+        # Experts see the positions of all rows as one list.
         places = row * microbatch.input_ids.shape[1] + column
         return hidden[row, column], fingerprints(choices, places)
 
@@ -282,12 +283,14 @@ class ResponseTokens(nn.Module):
             generator = torch.Generator().manual_seed(0)
             width = hidden.shape[1]
             directions = torch.randn(width, NUM_PROJECTIONS, generator=generator)
+            # Of unit length on average, the same in every run: seed 0.
             self._directions = (directions / width**0.5).to(hidden)
         return hidden @ self._directions
 
     def chunks(self, count: int, trainable: bool = False) -> Iterator[slice]:
         """Slices of `count` tokens whose logits fit the chunk budget."""
         fewest = TRAINABLE_CHUNK_TOKENS if trainable else CHUNK_TOKENS
+        # [tokens, vocabulary] within the budget, unless that is too few tokens.
         size = max(fewest, CHUNK_ELEMENTS // self.output_layer.weight.shape[0])
         return (slice(i, i + size) for i in range(0, count, size))
 
@@ -388,6 +391,7 @@ class _WeightedSum(torch.autograd.Function):
         *trainable: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        # Of each chunk: [m], [m], [m, width].
         logps, entropies, hidden_gradients = [], [], []
         # Wide enough for a sum over many chunks.
         gradients = [

@@ -155,6 +155,7 @@ def _sharing_of(transformer: torch.nn.Module) -> PromptSharing:
         # Fused experts [experts, in, out], of which each token passes a few.
         routed = experts / len(parameter) if experts and parameter.dim() == 3 else 1.0
         multiplied += routed * parameter.numel()
+    # Multiplications for one pair of tokens: Q K^T and P V in every layer.
     pairs = 2 * config.num_hidden_layers * config.hidden_size
     reaches = (
         getattr(config, name, None)
@@ -236,6 +237,7 @@ def _layer_error(passes: Passes, shard: Shard, scores: TokenScores) -> float:
         with torch.no_grad(), precision_context(passes.dtype):
             logits = passes.tokens.causal_lm(input_ids=ids[None].to(passes.device))
         logp = (logits.logits[0].double() / temperature).log_softmax(-1).cpu()
+        # Position j predicts token j + 1; the last of a prompt begins the response.
         first = len(sequence.prompt_ids) - 1
         own = logp[first:-1].gather(1, sequence.response_ids[:, None])[:, 0]
         difference = scores.logp[start : start + sequence.num_tokens] - own
