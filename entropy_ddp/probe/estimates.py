@@ -65,9 +65,6 @@ class EntropyEstimates:
         log_weights: log w_i, [N].
         changes: Delta H by mode of importance weights.
         slopes: the slope by (score, baseline, control variates).
-        predicted_of_sample: what the configured baseline predicts of what follows each
-            of this rank's tokens of the audits' sample, [s, 2]; None for a baseline
-            without predictions.
     """
 
     original: Ratio
@@ -76,32 +73,35 @@ class EntropyEstimates:
     log_weights: Tensor
     changes: dict[ImportanceMode, EntropyChange]
     slopes: dict[tuple[Score, Baseline, bool], Slope]
-    predicted_of_sample: Tensor | None
 
 
 def estimate(
     session: Session, along: AlongStep, stepped: TokenScores, sample_size: int = 0
-) -> EntropyEstimates:
+) -> tuple[EntropyEstimates, Tensor | None]:
     """Every estimator of truth and prediction from two scoring passes over E.
 
     Args:
         along: this rank's tokens of E at theta.
         stepped: the same at theta_after.
         sample_size: number of E's first sequences in the audits' sample.
+
+    Returns:
+        The estimates, and what the configured baseline predicts of what follows each of
+        this rank's tokens of the sample, [s, 2]; None for a baseline without predictions.
     """
     base = along.scores
     sums_of, of_sample = _predict(session, along, sample_size)
     before, after = _sums_of_both(session, base, stepped)
     original = _ratio(session, before)
-    return EntropyEstimates(
+    estimates = EntropyEstimates(
         original=original,
         before=before,
         after=after,
         log_weights=after.logp - before.logp,
         changes=_changes(session, before, after, base, stepped),
         slopes=_slopes(session, along, original, sums_of),
-        predicted_of_sample=of_sample,
     )
+    return estimates, of_sample
 
 
 def changes_at(

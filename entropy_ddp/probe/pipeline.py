@@ -161,7 +161,7 @@ def measure(session: Session, plan: Plan) -> Measured:
     num_reversed = audit_sample(evaluation) if sampled else len(evaluation)
     along = score_along_step(session, step, num_reversed)
     base, cut, surprise = along.scores, along.cut, along.features.surprise
-    estimates = estimate(session, along, stepped, num_reversed)
+    estimates, predicted = estimate(session, along, stepped, num_reversed)
     # What was kept of the sample's tokens is used up.
     del along
     linear = config.linear
@@ -179,7 +179,7 @@ def measure(session: Session, plan: Plan) -> Measured:
         base,
         estimates.original.value,
         step,
-        estimates.predicted_of_sample,
+        predicted,
         num_reversed,
         cut_otherwise=plan.audited != "gradient",
     )

@@ -194,7 +194,7 @@ def _change(session: Session) -> dict[str, Any]:
     """Truth and predictions of the whole change between two checkpoints."""
     step, stepped, _ = score_after_step(session, None)
     along = score_along_step(session, step)
-    estimates = estimate(session, along, stepped)
+    estimates, _ = estimate(session, along, stepped)
     mean = estimates.original.value
     midpoint = middle_slope(session, step, along, mean, place=0.0)
     return change_entry(session, estimates, midpoint, truth=True)

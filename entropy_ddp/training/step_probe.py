@@ -166,7 +166,7 @@ def probe_after(
     if truth:
         with session.phase("truth: E after the step", shard.ragged.num_tokens):
             stepped = session.passes.score(shard)
-    probe.estimates = estimate(session, probe.along, stepped)
+    probe.estimates, _ = estimate(session, probe.along, stepped)
     if second_order:
         mean = probe.estimates.original.value
         probe.midpoint = middle_slope(session, probe.step, probe.along, mean, place=1.0)

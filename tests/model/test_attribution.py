@@ -33,7 +33,7 @@ from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import fingerprint
-from entropy_ddp.probe import attribution
+from entropy_ddp.probe import pipeline
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Probed, write_results
 from entropy_ddp.update.step import optimizer_tensors
@@ -519,8 +519,8 @@ def test_what_if_is_a_step_without_these_tokens(
         opened.append((session, session_fingerprint(session)))
         return session
 
-    open_session = attribution.open_session
-    monkeypatch.setattr(attribution, "open_session", open_and_remember)
+    open_session = pipeline.open_session
+    monkeypatch.setattr(pipeline, "open_session", open_and_remember)
     asked = {"verify": True, "fraction": FRACTION}
     probed = attribute(run, **case.sections(), attribution=asked)
     ((session, before),) = opened

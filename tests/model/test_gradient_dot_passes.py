@@ -360,7 +360,7 @@ def test_passes_and_collectives(
         assert count.sequences - already.sequences == wanted * len(batch), kind
         assert count.tokens - already.tokens == wanted * batch.num_tokens, kind
     made = {
-        purpose: number - before[purpose][0]
+        purpose: number - before.get(purpose, (0, 0))[0]
         for purpose, (number, _) in world.collectives.items()
     }
     assert made == {"parameter buffers": buffers, "scalars": 2}

@@ -338,12 +338,14 @@ def test_an_interrupted_sweep_continues(qwen2: TinyRun, tmp_path: Path) -> None:
     assert len(watch.points) == len(ETAS)
     with pytest.raises(KeyboardInterrupt):
         sweep(qwen2, stopped, Watch(stop_at=3))
-    assert len(list((stopped / UNFINISHED).glob("eta=*"))) == 2
+    assert len(list((stopped / UNFINISHED).glob("sweep-eta*"))) == 2
     watch = Watch()
     found = sweep(qwen2, stopped, watch)
     assert watch.points == ["sweep: eta = 0.01", "sweep: eta = 0.03"]
-    # The passes of both starts are counted.
-    assert found.run.passes == expected.run.passes
+    # Two of the four points, and nothing else, are of this start.
+    (scored,) = found.run.passes
+    assert (scored["pass"], scored["batch"]) == ("score order 0", "E")
+    assert scored["sequences"] == 2 * len(qwen2.E)
     for key in ("sweep", "sweep_summary", "truth", "linear", "curvature"):
         assert found.to_dict()[key] == expected.to_dict()[key], key
 
