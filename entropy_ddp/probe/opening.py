@@ -68,7 +68,7 @@ def open_session(
     Whatever can be checked is checked before the first token is sampled.
 
     Args:
-        out: run directory, where finished phases are kept; None keeps none.
+        out: run directory, where finished passes are kept; None keeps none.
         command: which job it is: another one cannot go on with what this one leaves.
         require: what else the job needs of the batches; told before any is sampled.
 

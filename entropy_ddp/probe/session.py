@@ -68,7 +68,7 @@ class Session:
         num_redraws: groups of U or E that were sampled again, by split.
         responses: how many responses of one call fit into memory, as far as is known.
         memory: what the run was estimated to need; None until then.
-        unfinished: what finished phases leave; None where nothing is kept.
+        unfinished: what finished passes leave; None where nothing is kept.
     """
 
     config: Config

@@ -1,6 +1,6 @@
 """The run directory: an old run whole, a new run whole, never a mixture.
 
-While a run lasts, what its phases leave is in `unfinished/` below the run directory, and
+While a run lasts, what its passes leave is in `unfinished/` below the run directory, and
 an earlier run's files stand as they are. At the end all files are written beside them,
 and only then renamed into their places, results.json last. Whatever fails before leaves
 the earlier run as it was, and the unfinished one to be resumed.
@@ -20,7 +20,7 @@ from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.files import temporary, write_tensors, written_whole
 from entropy_ddp.results.schema import Probed
 
-# Where a run that is under way keeps what its phases leave.
+# Where a run that is under way keeps what its passes leave.
 UNFINISHED = "unfinished"
 # In it, what the run depends on.
 RUN_FILE = "run.json"
@@ -97,7 +97,7 @@ def _require_usable(
 
 @contextmanager
 def nothing_left(out: Path, overwrite: bool) -> Iterator[None]:
-    """Leave nothing behind of wrong input, and no folder without a finished phase.
+    """Leave nothing behind of wrong input, and no folder without a finished pass.
 
     What a run that failed otherwise has finished stays, to be resumed; and so do
     rollouts that it has sampled, whatever failed, which the message then says.

@@ -44,8 +44,9 @@ class RunFacts:
             all ranks together.
         memory: of the host, for the rank that needs most: estimated_bytes at the peak,
             free_bytes beside what was in use at the estimate, peak_bytes as it was.
-        resumed: phases that an earlier, interrupted start of this run had finished;
-            absent if there was none. Their seconds and passes are counted.
+        resumed: passes that an earlier, interrupted start of this run had finished and
+            this one has read; absent if there were none. They are not in `passes`, and
+            their time is not in `seconds`.
     """
 
     command: str
