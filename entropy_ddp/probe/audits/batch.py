@@ -205,38 +205,26 @@ def text_rows(session: Session, measured: Measured) -> list[AuditRow]:
             continue
         doubts = {i + 1: set(marks) & set(DOUBTS) for i, marks in from_text.items()}
         doubtful = sum(map(bool, doubts.values()))
+        # Those that are in doubt by themselves, and not by their step's log.
         named = [line for line, found in doubts.items() if found - {LOG_DIFFERS}]
-        rows += _text_rows(split, len(from_text), doubtful, named)
+        lines = f" ({listed_lines(named)})" if named else ""
+        rows += [
+            fact(f"{split} responses with ids from text", len(from_text)),
+            compare(
+                f"{split} responses with ids in doubt",
+                f"{doubtful}{lines}",
+                "0",
+                doubtful == 0,
+                "their text may not lead back to the tokens that were sampled (the row's "
+                "`ids_from_text` says why), and a token that was not sampled can "
+                "dominate the step: record exact ids "
+                "(entropy_ddp.training.RolloutRecorder), or leave their groups out",
+                fatal=False,
+            ),
+        ]
         if any(END_RESTORED in marks for marks in from_text.values()):
             rows.append(_restored_end_row(session, batch, scores))
     return rows
-
-
-def _text_rows(
-    split: str, size: int, doubtful: int, named: list[int]
-) -> list[AuditRow]:
-    """Responses whose ids were tokenised from text, and those that may be others.
-
-    Args:
-        size: how many responses are from text.
-        doubtful: of how many the file says that their ids are in doubt.
-        named: lines of those that are so by themselves, and not by their step's log.
-    """
-    lines = f" ({listed_lines(named)})" if named else ""
-    return [
-        fact(f"{split} responses with ids from text", size),
-        compare(
-            f"{split} responses with ids in doubt",
-            f"{doubtful}{lines}",
-            "0",
-            doubtful == 0,
-            "their text may not lead back to the tokens that were sampled (the row's "
-            "`ids_from_text` says why), and a token that was not sampled can dominate "
-            "the step: record exact ids (entropy_ddp.training.RolloutRecorder), or leave "
-            "their groups out",
-            fatal=False,
-        ),
-    ]
 
 
 def _restored_end_row(session: Session, batch: Batch, scores: TokenScores) -> AuditRow:

@@ -16,7 +16,6 @@ from entropy_ddp.checkpoint.trainer_files import (
 from entropy_ddp.data.microbatch import plan_microbatches
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import (
-    ParameterLayout,
     global_norm,
     has_dropout,
     inner_product,
@@ -52,6 +51,12 @@ def gradient_rows(session: Session, measured: Measured) -> list[AuditRow]:
         )
     }
     largest = sorted(products, key=lambda name: -abs(products[name]))[:10]
+    of_loss = []
+    if gradient is not None:
+        of_loss = [
+            _coverage_row(session, "loss (Y)", gradient),
+            fact("norm of the loss gradient", global_norm(gradient)),
+        ]
     return [
         compare(
             "trainable tensors",
@@ -61,12 +66,8 @@ def gradient_rows(session: Session, measured: Measured) -> list[AuditRow]:
             "nothing is trainable: is the adapter loaded?",
         ),
         fact("trainable elements", layout.numel),
-        _coverage_row(
-            "gradient coverage: entropy (X)",
-            _num_nonzero(layout, duality.gradient),
-            total,
-        ),
-        *_loss_gradient_rows(session, gradient),
+        _coverage_row(session, "entropy (X)", duality.gradient),
+        *of_loss,
         fact("sequences in audits with a pass", duality.num_sequences),
         fact("norm of the entropy gradient", norm / duality.denominator),
         fact("norm of v", norm_of_v),
@@ -82,56 +83,24 @@ def gradient_rows(session: Session, measured: Measured) -> list[AuditRow]:
     ]
 
 
-def _loss_gradient_rows(session: Session, gradient: Tensor | None) -> list[AuditRow]:
-    """Coverage and norm of the loss's gradient; none where a change was given."""
-    if gradient is None:
-        return []
-    layout = session.passes.layout
-    return [
-        _coverage_row(
-            "gradient coverage: loss (Y)",
-            _num_nonzero(layout, gradient),
-            len(layout.shapes),
-            has_signal=_has_signal(session),
-        ),
-        fact("norm of the loss gradient", global_norm(gradient)),
-    ]
-
-
-def _coverage_row(
-    name: str, nonzero: int, total: int, *, has_signal: bool = True
-) -> AuditRow:
-    """Tensors with a gradient that is not all zero.
-
-    Args:
-        name: of which gradient.
-        nonzero: number of tensors with one.
-        total: number of trainable tensors.
-        has_signal: whether a gradient is to be expected at all.
-    """
-    if not has_signal:
+def _coverage_row(session: Session, name: str, gradient: Tensor) -> AuditRow:
+    """Tensors with a gradient that is not all zero."""
+    views = session.passes.layout.views(gradient).values()
+    nonzero = sum(bool(view.any()) for view in views)
+    value = f"{nonzero} of {len(views)} tensors"
+    is_loss = name.startswith("loss") and session.config.update.loss != "nll"
+    if is_loss and not session.batches["U"].advantages.any():
         # That no group carries a signal is a check of its own.
-        return fact(name, f"{nonzero} of {total} tensors", "none: all A are 0")
+        return fact(f"gradient coverage: {name}", value, "none: all A are 0")
     return compare(
-        name,
-        f"{nonzero} of {total} tensors",
+        f"gradient coverage: {name}",
+        value,
         "all non-zero",
-        nonzero == total,
+        nonzero == len(views),
         "some trainable tensors get no gradient: an adapter that is not in use, B "
         "matrices still zero, or a batch that does not reach them",
         fatal=nonzero == 0,
     )
-
-
-def _num_nonzero(layout: ParameterLayout, flat: Tensor) -> int:
-    """Number of parameters with an element that is not zero."""
-    return sum(bool(view.any()) for view in layout.views(flat).values())
-
-
-def _has_signal(session: Session) -> bool:
-    """Whether any advantage of U is not zero."""
-    no_advantages = session.config.update.loss == "nll"
-    return no_advantages or bool(session.batches["U"].advantages.any())
 
 
 def step_rows(session: Session, measured: Measured) -> list[AuditRow]:
@@ -143,6 +112,8 @@ def step_rows(session: Session, measured: Measured) -> list[AuditRow]:
             fact("optimizer steps", 0, "0: update.delta gives the change"),
             *_size_rows(step),
         ]
+    # About 0.1 to 1 for AdamW.
+    relative_size = _rms_without_decay(session, step) / step.learning_rate
     return [
         fact("learning rate", step.learning_rate),
         fact("delta_h1, ten decimals", f"{change:.10f}"),
@@ -155,31 +126,22 @@ def step_rows(session: Session, measured: Measured) -> list[AuditRow]:
             "the optimizer stepped more than once",
         ),
         *_size_rows(step),
-        _relative_size_row(_rms_without_decay(session, step) / step.learning_rate),
+        compare(
+            "rms of the step / learning rate",
+            relative_size,
+            "1e-3 to 10",
+            1e-3 <= relative_size <= 10,
+            "below: second moments crush the step (a huge gradient is still "
+            "remembered); above: second moments are nearly zero; compare optimizer.pt "
+            "with an earlier checkpoint's",
+            fatal=False,
+        ),
     ]
-
-
-def _relative_size_row(rms_over_rate: float) -> AuditRow:
-    """Whether the step has the size that AdamW's steps have.
-
-    Args:
-        rms_over_rate: root mean square of the parameter change, weight decay left out,
-            over the learning rate; about 0.1 to 1 for AdamW.
-    """
-    return compare(
-        "rms of the step / learning rate",
-        rms_over_rate,
-        "1e-3 to 10",
-        1e-3 <= rms_over_rate <= 10,
-        "below: second moments crush the step (a huge gradient is still "
-        "remembered); above: second moments are nearly zero; compare optimizer.pt "
-        "with an earlier checkpoint's",
-        fatal=False,
-    )
 
 
 def _size_rows(step: Step) -> list[AuditRow]:
     """Whether the change is one, and survives rounding."""
+    unchanged = 1 - int(step.delta.count_nonzero()) / len(step.delta)
     return [
         compare(
             "norm of the parameter change",
@@ -190,26 +152,17 @@ def _size_rows(step: Step) -> list[AuditRow]:
             "zero, or the learning rate is below the rounding of the weights (then use "
             "precision.model: float64); a given change may be of the same weights",
         ),
-        _unchanged_row(1 - int(step.delta.count_nonzero()) / len(step.delta)),
+        compare(
+            "share of elements that did not change",
+            unchanged,
+            "< 0.1",
+            unchanged < 0.1,
+            "the learning rate is tiny against the rounding of the weights, and the step "
+            "is lost (use precision.model: float64 or a larger update.lr_override), or "
+            "these elements have no gradient and no momentum",
+            fatal=False,
+        ),
     ]
-
-
-def _unchanged_row(unchanged_share: float) -> AuditRow:
-    """Whether the change of the parameters survives rounding.
-
-    Args:
-        unchanged_share: share of elements that did not change.
-    """
-    return compare(
-        "share of elements that did not change",
-        unchanged_share,
-        "< 0.1",
-        unchanged_share < 0.1,
-        "the learning rate is tiny against the rounding of the weights, and the step "
-        "is lost (use precision.model: float64 or a larger update.lr_override), or "
-        "these elements have no gradient and no momentum",
-        fatal=False,
-    )
 
 
 def _rms_without_decay(session: Session, step: Step) -> float:
@@ -280,18 +233,10 @@ def scale_checks(
 
 def thorough_rows(measured: Measured) -> list[AuditRow]:
     """What only the job `audit` asks for."""
-    rows = []
-    if measured.rate_ratios is not None:
-        rows += _proportionality_rows(measured.rate_ratios)
-    if measured.signal is not None:
-        rows.append(_signal_row(measured.signal))
-    return rows
-
-
-def _proportionality_rows(ratios: tuple[float, float]) -> list[AuditRow]:
-    """Norm of the change and delta_h1 at lr over those at lr / 10; both 10 for AdamW."""
+    if measured.rate_ratios is None or measured.signal is None:
+        return []
     names = ("norm of the parameter change", "delta_h1")
-    return [
+    rows = [
         compare(
             f"{name} at lr / at lr/10",
             ratio,
@@ -301,20 +246,17 @@ def _proportionality_rows(ratios: tuple[float, float]) -> list[AuditRow]:
             "swallows the smaller one; use precision.model: float64",
             fatal=False,
         )
-        for name, ratio in zip(names, ratios, strict=True)
+        for name, ratio in zip(names, measured.rate_ratios, strict=True)
     ]
-
-
-def _signal_row(norm: float) -> AuditRow:
-    """Gradient of the mean response log-probability: zero means nothing is reached."""
-    return compare(
+    signal = compare(
         "norm of the gradient of mean log p",
-        norm,
+        measured.signal,
         "> 0",
-        norm > 0,
+        measured.signal > 0,
         "no gradient flows through the responses: the adapter is frozen, disabled or "
         "merged, its matrices are zero, or the responses are empty",
     )
+    return [*rows, signal]
 
 
 def communication_rows(session: Session) -> list[AuditRow]:

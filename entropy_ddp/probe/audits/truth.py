@@ -150,9 +150,15 @@ def linearity_rows(
     ]
     if eta_star:
         rows.append(
-            compare("eta / eta*", eta / eta_star, "<= 0.5", eta <= eta_star / 2, hint,
-                  fatal=False)
-        )  # fmt: skip
+            compare(
+                "eta / eta*",
+                eta / eta_star,
+                "<= 0.5",
+                eta <= eta_star / 2,
+                hint,
+                fatal=False,
+            )
+        )
     return rows
 
 
