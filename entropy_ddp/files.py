@@ -50,7 +50,6 @@ def written_whole(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
     that name stays until then.
 
     Args:
-        path: the file; its folder exists.
         size: how many bytes it will have, if known, for the message of a full disk.
 
     Raises:

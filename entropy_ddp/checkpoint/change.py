@@ -39,7 +39,6 @@ def read_change(
         name: a safetensors file or a checkpoint folder.
         policy: the checkpoint that is changed, at theta.
         precision: dtypes; the change has the buffers', float32 if that is wider.
-        attention: Hugging Face attention implementation.
 
     Raises:
         InputError: there is no such file or folder, it cannot be read, or it has other
@@ -146,9 +145,6 @@ def second_parameters(
 
     Args:
         policy: the first checkpoint, opened; its parameters are as they were afterwards.
-        files: the second checkpoint.
-        precision: dtype of the model.
-        attention: Hugging Face attention implementation.
 
     Raises:
         InputError: the second checkpoint cannot be read, or is of another model.

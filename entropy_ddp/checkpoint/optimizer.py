@@ -239,7 +239,6 @@ def load_optimizer(
     Args:
         path: optimizer.pt (Trainer) or optimizer.bin (accelerate).
         model: the model, for the Trainer's rule of which parameters decay.
-        parameters: the trainable parameters by name.
 
     Raises:
         InputError: the file is not an AdamW state of exactly these parameters.

@@ -150,10 +150,6 @@ def load_policy(
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id; None if the folder has none.
 
-    Args:
-        source: folder or hub id.
-        trust_remote_code: whether code that comes with it may be run.
-
     Raises:
         InputError: it is there, and cannot be loaded.
     """
@@ -187,12 +183,6 @@ def load_base(
     base: str, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
 ) -> nn.Module:
     """The model of a folder or hub id with its weights.
-
-    Args:
-        base: folder or hub id.
-        dtype: of weights and activations.
-        attention: Hugging Face attention implementation asked for.
-        trust_remote_code: whether code that comes with the model may be run.
 
     Raises:
         InputError: it cannot be loaded, needs code that may not be run, or weights are
@@ -373,7 +363,6 @@ def require_same_tensors(
     Args:
         source: what is opened, for the message.
         place: where the tensors are from, for the message.
-        stored: the tensors by name.
         expected: tensors of the names and shapes that they should have.
 
     Raises:
@@ -474,11 +463,7 @@ def require_reference(policy: Policy) -> None:
 
 @contextmanager
 def adapter_disabled(model: Any) -> Iterator[None]:
-    """Within the context, the model is the one that the adapter was put on.
-
-    Args:
-        model: a PEFT model.
-    """
+    """Within the context, the model is the one that the adapter was put on."""
     assert isinstance(model, nn.Module)
     # PEFT sets these anew when it enables the adapter again.
     trainable = [p for p in model.parameters() if p.requires_grad]

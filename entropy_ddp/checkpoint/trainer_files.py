@@ -205,7 +205,6 @@ def _plain(value: Any, known: dict[int, Any]) -> Any:
     """The value of a setting; an enumeration's member is what it was made of.
 
     Args:
-        value: what the stubs recorded.
         known: results by identity, as a list can hold another a million times.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -254,9 +253,6 @@ def next_grad_norm(folder: Path) -> float | None:
     """Norm of the gradient, before clipping, of the step that was taken from it.
 
     None where no later checkpoint of the training is beside it, or it was not logged.
-
-    Args:
-        folder: a Trainer's checkpoint folder.
     """
     step, history = last_step(folder), _history(folder)
     if step is None:

@@ -129,8 +129,6 @@ def contradictions(
     temperature.
 
     Args:
-        config: the resolved configuration.
-        arguments: the trainer's settings.
         update: U, if it is known.
     """
     if config.update.delta is not None:
@@ -257,8 +255,6 @@ def require_masked(
     Args:
         config: the resolved configuration; only `update.from_checkpoint` is held to it.
         update: U; None if it is to be sampled.
-        end_ids: token ids that end a response.
-        padding_id: that of the padding token.
 
     Raises:
         InputError: a truncated response has tokens, or U is to be sampled.

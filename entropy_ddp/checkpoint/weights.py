@@ -5,13 +5,13 @@ import warnings
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from entropy_ddp.errors import InputError
 from entropy_ddp.files import fault_of_file, require_regular_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAFE_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -42,13 +42,14 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> "dict[str, Tensor]":
     """The whole weights of a folder, on the CPU, by their names in the file.
 
     Raises:
         InputError: the file cannot be read, or not as tensors only.
     """
     from safetensors.torch import load_file
+    from torch import Tensor
 
     path = _one_file(folder)
     if path.name in SAFE_FILES:
@@ -107,11 +108,12 @@ def load_plain(path: Path, what: str) -> Any:
 
     Args:
         path: the file; nothing that its pickle names is imported or run.
-        what: what it should be, for the message.
 
     Raises:
         InputError: it cannot be read, or holds something else.
     """
+    import torch
+
     require_regular_file(path)
 
     def describe(reason: str) -> str:
@@ -145,8 +147,6 @@ def stored_dtypes(
 
     Args:
         state: folder of accelerate's `save_state`, which takes the others' place.
-        base: the base model.
-        adapter: folder of the adapter.
     """
     files: dict[str, list[Path]] = {"state": [], "base": [], "adapter": []}
     if state is not None:
@@ -227,7 +227,7 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def read_adapter(adapter: Path) -> dict[str, Tensor]:
+def read_adapter(adapter: Path) -> "dict[str, Tensor]":
     """The tensors of an adapter folder, on the CPU, by their names in the file.
 
     Raises:

@@ -83,7 +83,7 @@ def _import(
     format_name: str, arguments: dict[str, Any], quiet: bool, as_json: bool
 ) -> None:
     from entropy_ddp.importers.records import Source
-    from entropy_ddp.importers.run import ImportOptions, import_rollouts
+    from entropy_ddp.importers.run import import_rollouts
     from entropy_ddp.importers.table import parse_columns
     from entropy_ddp.terminal.commands import print_import
 
@@ -92,10 +92,9 @@ def _import(
         columns=parse_columns(arguments.pop("columns")),
         num_generations=arguments.pop("num_generations"),
     )
-    options = ImportOptions(format=format_name, source=source, **arguments)
-    summary = import_rollouts(options)
+    summary = import_rollouts(format_name, source=source, **arguments)
     if not quiet:
         console = error_console() if as_json else output_console()
-        print_import(console, summary, str(options.output))
+        print_import(console, summary, str(arguments["output"]))
     if as_json:
         click.echo(json.dumps(summary, allow_nan=False))

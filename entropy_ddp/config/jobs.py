@@ -12,7 +12,6 @@ def require_job(config: Config, command: str) -> None:
     """Check that a configuration is one that a command can run.
 
     Args:
-        config: the configuration.
         command: `sample`, a job that measures (`probe`, `sweep`, `attribute`, `audit`),
             or `open`: what all of these need.
 

@@ -120,7 +120,6 @@ def validated(document: dict[str, Any], source: str) -> Config:
     """The configuration of a document.
 
     Args:
-        document: sections by name.
         source: where it is from, for the message.
 
     Raises:

@@ -29,10 +29,6 @@ def compute_advantages(
     A group of one response has the centered advantage 0; its unbiased standard
     deviation does not exist.
 
-    Args:
-        batch: sequences with a reward or an advantage each.
-        kind: how rewards become advantages.
-
     Returns:
         The advantages in file order, float64, [N].
 

@@ -33,9 +33,6 @@ def read_batch(
     """Read and check a rollout file.
 
     Args:
-        path: file whose name ends in `.jsonl` or `.jsonl.gz`.
-        split: "E" or "U".
-        limits: what the checkpoint can take.
         tokenizer: the checkpoint's tokenizer, for rows without token ids; None allows
             rows with ids only.
 
@@ -55,21 +52,7 @@ def make_batch(
     limits: TokenLimits,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Batch:
-    """Check the rows of a rollout file.
-
-    Args:
-        rows: the rows, in file order.
-        source: name of the file, for messages.
-        split: "E" or "U".
-        limits: what the checkpoint can take.
-        tokenizer: the checkpoint's tokenizer, for rows without token ids.
-
-    Returns:
-        The batch in file order; groups are numbered by first appearance.
-
-    Raises:
-        InputError: if anything is wrong with a row, naming `source:line`.
-    """
+    """The same of the rows of a file of this name; errors as of `read_batch`."""
     group_of_key: dict[int | str, int] = {}
     key_of_name: dict[str, int | str] = {}
     first_of_group: list[Sequence] = []
@@ -118,10 +101,6 @@ def _check_same_group(sequence: Sequence, first: Sequence, where: str) -> None:
 def require_rewards(batch: Batch, path: Path) -> None:
     """Check that every sequence has a reward or an advantage, as U needs.
 
-    Args:
-        batch: the batch as it was read.
-        path: its file, for the message.
-
     Raises:
         InputError: if one has neither, naming the first such line.
     """
@@ -136,30 +115,14 @@ def require_rewards(batch: Batch, path: Path) -> None:
 
 
 def decode_prompt(prompt_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Text of a prompt, special tokens shown.
-
-    Args:
-        prompt_ids: token ids.
-        tokenizer: the checkpoint's tokenizer.
-
-    Returns:
-        The text as the model reads it.
-    """
+    """Text of a prompt as the model reads it: special tokens shown."""
     return _decode(prompt_ids, tokenizer, skip_special_tokens=False)
 
 
 def decode_response(
     response_ids: list[int], tokenizer: "PreTrainedTokenizerBase"
 ) -> str:
-    """Text of a response as reward functions see it: without special tokens.
-
-    Args:
-        response_ids: token ids, the end-of-sequence token included.
-        tokenizer: the checkpoint's tokenizer.
-
-    Returns:
-        The text.
-    """
+    """Text of a response as reward functions see it: without special tokens."""
     return _decode(response_ids, tokenizer, skip_special_tokens=True)
 
 
@@ -180,14 +143,13 @@ def sequence_to_row(
 ) -> dict[str, Any]:
     """The row of a rollout file that reads back as this sequence.
 
+    Keys whose value is not known are absent.
+
     Args:
         sequence: the sequence; an advantage it has is written, so pass the batch as
             read to keep computed advantages out of the file.
         tokenizer: the checkpoint's tokenizer for the `prompt` and `response` texts;
             None leaves them out.
-
-    Returns:
-        The row; keys whose value is not known are absent.
     """
     prompt_ids = sequence.prompt_ids.tolist()
     response_ids = sequence.response_ids.tolist()

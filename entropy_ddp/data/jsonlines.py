@@ -29,17 +29,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def make_problem(where: str, expected: str, found: str, advice: str) -> InputError:
-    """The error for one place, `path:line`, of a file.
-
-    Args:
-        where: `path:line`, or a path alone.
-        expected: what should stand there.
-        found: what stands there.
-        advice: what to do.
-
-    Returns:
-        The error, to be raised by the caller.
-    """
+    """The error for one place, `path:line`, of a file, to be raised by the caller."""
     return InputError(f"{where}: expected {expected}, found {found}; {advice}")
 
 
@@ -51,9 +41,6 @@ def show(value: object) -> str:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Read a file of JSON objects, one a line; row i stands on line i + 1.
-
-    Args:
-        path: file whose name ends in `.jsonl` or `.jsonl.gz`.
 
     Yields:
         The rows in file order, at least one; all their numbers are finite. Each is
@@ -198,7 +185,6 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
     Args:
         path: the file; its folder exists, an old file is replaced.
-        rows: JSON objects with finite numbers.
 
     Raises:
         RunError: if a number is not finite or the file cannot be written.

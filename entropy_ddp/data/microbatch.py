@@ -133,8 +133,6 @@ def plan_microbatches(
     share a microbatch.
 
     Args:
-        shard: the sequences.
-        tokens_per_microbatch: the budget.
         sharing: when prompts are shared; None for flat rows only.
         places: of which of the shard's sequences; None for all.
         fill: number of padded tokens beyond which no row joins others, if that is less

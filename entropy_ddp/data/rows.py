@@ -108,10 +108,6 @@ def listed_lines(lines: list[int], most: int = 8) -> str:
 def check_types(row: dict[str, Any], where: str) -> None:
     """Check the JSON types of the known keys of a row; null is no value.
 
-    Args:
-        row: the row.
-        where: `path:line` of the row.
-
     Raises:
         InputError: if a known key has a value of another type.
     """
@@ -129,16 +125,10 @@ def read_prompt_ids(
     limits: TokenLimits,
     tokenizer: "PreTrainedTokenizerBase | None",
 ) -> list[int]:
-    """Token ids of a row's prompt: `prompt_ids`, or `prompt` tokenised.
+    """Token ids of a row's prompt, at least one: `prompt_ids`, or `prompt` tokenised.
 
     Args:
-        row: a row whose types were checked.
-        where: `path:line` of the row.
-        limits: what the checkpoint can take.
         tokenizer: the checkpoint's tokenizer; None allows rows with ids only.
-
-    Returns:
-        At least one token id.
 
     Raises:
         InputError: if both forms are missing, the prompt is empty, or an id is not in
@@ -231,12 +221,6 @@ def _encode(
 
 def check_vocabulary(ids: list[int], key: str, where: str, limits: TokenLimits) -> None:
     """Check that every token id is one of the checkpoint's.
-
-    Args:
-        ids: token ids.
-        key: the row's key that they stand in.
-        where: `path:line` of the row.
-        limits: what the checkpoint can take.
 
     Raises:
         InputError: one is not, with its place.

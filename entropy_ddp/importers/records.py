@@ -30,6 +30,7 @@ from entropy_ddp.data.rows import (
     OTHER_TEXT,
     TOO_LONG,
     TokenLimits,
+    check_types,
     check_vocabulary,
     is_number,
     make_sequence,
@@ -201,26 +202,7 @@ class Tokenising:
         return TokenLimits(vocabulary_size=len(self.tokenizer), max_positions=None)
 
 
-@dataclass(kw_only=True)
-class Tally:
-    """What was counted on the way, in sequences unless said otherwise.
-
-    Attributes:
-        templated: prompts that the chat template rendered.
-        num_dropped: masked tokens after responses.
-        known_ids: responses whose sampled ids the dump has.
-        retokenised: of these, those whose text tokenises to other ids.
-    """
-
-    templated: int = 0
-    num_dropped: int = 0
-    known_ids: int = 0
-    retokenised: int = 0
-
-
-def make_rows(
-    records: list[Record], tokenising: Tokenising, tally: Tally
-) -> list[dict[str, Any]]:
+def make_rows(records: list[Record], tokenising: Tokenising) -> list[dict[str, Any]]:
     """Rows of a rollout file, in the order of the records; groups by first appearance.
 
     Raises:
@@ -233,7 +215,7 @@ def make_rows(
     rows: list[dict[str, Any]] = []
     for record in records:
         group = numbers.setdefault(record.group, len(numbers))
-        row = {"group": group} | _make_row(record, tokenising, tally)
+        row = {"group": group} | _make_row(record, tokenising)
         make_sequence(row, len(rows), record.where, tokenising.limits, None)
         _check_same_group(row, firsts.setdefault(group, row), record.where)
         rows.append(row)
@@ -257,8 +239,11 @@ def _check_same_group(row: dict[str, Any], first: dict[str, Any], where: str) ->
         )
 
 
-def _make_row(record: Record, tokenising: Tokenising, tally: Tally) -> dict[str, Any]:
-    prompt_ids = _prompt_ids(record, tokenising, tally)
+def _make_row(record: Record, tokenising: Tokenising) -> dict[str, Any]:
+    texts = {"prompt": record.prompt, "response": record.response}
+    # Messages are the chat template's to refuse.
+    check_types({k: v for k, v in texts.items() if isinstance(v, str)}, record.where)
+    prompt_ids = _prompt_ids(record, tokenising)
     marks = None
     if record.response_ids is None:
         response_ids, finished, marks = _encode_response(record, tokenising)
@@ -268,8 +253,6 @@ def _make_row(record: Record, tokenising: Tokenising, tally: Tally) -> dict[str,
             # Before they are decoded: tokenizers fail on what no token has.
             check_vocabulary(ids, key, record.where, tokenising.limits)
         finished = response_ids[-1] in tokenising.end_ids
-        _audit_round_trip(response_ids, tokenising, tally)
-    tally.num_dropped += record.num_dropped
     row = {
         "prompt_ids": prompt_ids,
         "response_ids": response_ids,
@@ -312,11 +295,6 @@ def _encode(text: str, tokenising: Tokenising) -> list[int]:
     ]
 
 
-def _decode_all(ids: list[int], tokenising: Tokenising) -> str:
-    """Text of all tokens, special ones included."""
-    return decode_prompt(ids, tokenising.tokenizer)
-
-
 def _encode_response(
     record: Record, tokenising: Tokenising
 ) -> tuple[list[int], bool, list[str]]:
@@ -335,7 +313,7 @@ def _encode_response(
         )
     if finished is None:
         finished = has_end or len(ids) < (limit or 0)
-    is_altered = _decode_all(ids, tokenising) != record.response
+    is_altered = decode_prompt(ids, tokenising.tokenizer) != record.response
     marks = [OTHER_TEXT] if is_altered else []
     if limit is not None and len(ids) - has_end > limit:
         marks.append(TOO_LONG)
@@ -356,26 +334,30 @@ def _encode_response(
     return [*ids, end], True, [*marks, END_RESTORED]
 
 
-def _audit_round_trip(ids: list[int], tokenising: Tokenising, tally: Tally) -> None:
-    """Count a response whose text tokenises to other ids than were sampled."""
+def tokenises_otherwise(ids: list[int], tokenising: Tokenising) -> bool:
+    """Whether a response's text tokenises to other ids than were sampled."""
     body = ids[:-1] if ids[-1] in tokenising.end_ids else ids
-    tally.known_ids += 1
-    tally.retokenised += _encode(_decode_all(body, tokenising), tokenising) != body
+    return _encode(decode_prompt(body, tokenising.tokenizer), tokenising) != body
 
 
 # Prompts
 
 
-def _prompt_ids(record: Record, tokenising: Tokenising, tally: Tally) -> list[int]:
+def is_templated(record: Record, tokenising: Tokenising) -> bool:
+    """Whether the chat template renders a record's prompt."""
+    if record.prompt_ids is not None or isinstance(record.prompt, list):
+        return record.prompt_ids is None
+    has_template = tokenising.tokenizer.chat_template is not None
+    return record.prompt_lacks_special_tokens and has_template
+
+
+def _prompt_ids(record: Record, tokenising: Tokenising) -> list[int]:
     if record.prompt_ids is not None:
         return record.prompt_ids
     if isinstance(record.prompt, list):
-        tally.templated += 1
         return _render(record.prompt, record.where, tokenising)
     assert record.prompt is not None
-    has_template = tokenising.tokenizer.chat_template is not None
-    if record.prompt_lacks_special_tokens and has_template:
-        tally.templated += 1
+    if is_templated(record, tokenising):
         return _render_again(record.prompt, record.where, tokenising)
     if record.prompt_encoded_by_default:
         return tokenising.tokenizer(record.prompt, verbose=False)["input_ids"]
@@ -394,7 +376,8 @@ def _render(messages: list[Message], where: str, tokenising: Tokenising) -> list
         where,
         tokenising.tokenizer,
         tokenising.template_options,
-        (advice, advice),
+        without_template=advice,
+        if_refused=advice,
     )
 
 

@@ -3,12 +3,12 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.checkpoint.find import CheckpointFiles, adapters_in, find_checkpoint
+from entropy_ddp.checkpoint.find import adapters_in, find_checkpoint
 from entropy_ddp.checkpoint.policy import load_tokenizer
 from entropy_ddp.checkpoint.trainer_files import (
     find_training_arguments,
@@ -28,24 +28,214 @@ from entropy_ddp.data.rows import (
 from entropy_ddp.errors import InputError
 from entropy_ddp.files import fault_of_file
 from entropy_ddp.importers.jsonl_dumps import read_nemo_rl, read_prime_rl, read_verl
-from entropy_ddp.importers.records import Record, Source, Tally, Tokenising, make_rows
+from entropy_ddp.importers.records import (
+    Record,
+    Source,
+    Tokenising,
+    is_templated,
+    make_rows,
+    tokenises_otherwise,
+)
 from entropy_ddp.importers.table import read_table
 from entropy_ddp.importers.trl import log_notes, read_trl
 
 # Folders of the common trainers: checkpoint-N, global_step_N, step_N.
 STEP_FOLDER = re.compile(r"(?:checkpoint-|global_step_?|step_)(\d+)")
+READERS: dict[str, Callable[[Path, Source], list[Record]]] = {
+    "trl": read_trl,
+    "verl": read_verl,
+    "prime-rl": read_prime_rl,
+    "nemo-rl": read_nemo_rl,
+    "table": read_table,
+}
+REFUSED = {
+    "slime": "its --save-debug-rollout-data is a pickle, which may run code when read; "
+    "write the samples' tokens, response_length, reward and group_index as JSON lines "
+    "(group, prompt_ids, response_ids, reward): that is a rollout file already",
+    "openrlhf": "it writes no training rollouts; log prompt, response and reward as "
+    "JSON lines from its reward function and import them as `table`",
+}
 
 
-def summarise(
-    rows: list[dict[str, Any]], tally: Tally, max_length: int | None
+def import_rollouts(
+    format: str,
+    files: Sequence[Path],
+    checkpoint: Path,
+    output: Path,
+    source: Source,
+    *,
+    overwrite: bool = False,
+    max_completion_length: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Counts of what was imported, by name.
+    """Convert dumps to one rollout file, which appears whole or not at all.
 
     Args:
-        rows: rows of the rollout file.
-        tally: what was counted while they were made.
-        max_length: maximum completion length, tokens.
+        format: one of `READERS`.
+        files: the dump's.
+        checkpoint: folder of the checkpoint that the rollouts were sampled from.
+        output: the rollout file to write.
+        source: what the readers are told.
+        overwrite: replace an existing output.
+        max_completion_length: in tokens; None takes the checkpoint's.
+        trust_remote_code: whether code that comes with the tokenizer may be run.
+
+    Returns:
+        What was imported: counts of rows, groups and tokens, rewards, truncated
+        responses, restored end-of-sequence tokens and round-trip differences, and
+        `notes`, sentences on what may be wrong.
+
+    Raises:
+        InputError: the format is not known, a file, row or key is missing or wrong, or
+            the output exists.
+        RunError: the output cannot be written.
     """
+    reader = _reader(format, files)
+    _require_writable(output, overwrite)
+    found = find_checkpoint(_tokenizer_checkpoint(checkpoint))
+    trained = _trained_with(checkpoint)
+    size = source.num_generations
+    source = _told(source, trained)
+    records = [record for path in files for record in reader(path, source)]
+    if not records:
+        raise InputError(
+            f"{files[0]}: expected sequences in the loss, found none; is it the right "
+            "step's file?"
+        )
+    template_options = trained.get("chat_template_kwargs")
+    if format != "trl" or not isinstance(template_options, dict):
+        template_options = {}
+    tokenizer = _load_tokenizer(found.tokenizer, trust_remote_code)
+    tokenising = Tokenising(
+        tokenizer=tokenizer,
+        end_ids=_end_ids(found.base, checkpoint, tokenizer.eos_token_id),
+        max_length=trained.get("max_completion_length")
+        if max_completion_length is None
+        else max_completion_length,
+        template_options=template_options,
+    )
+    rows = make_rows(records, tokenising)
+    _require_sizes(rows, size, files[0])
+    summary = _summarise(records, rows, tokenising)
+    notes = [
+        *_step_notes(records, checkpoint),
+        *_group_notes(records, rows, trained),
+        *_doubt_notes(rows, summary),
+    ]
+    if format == "trl":
+        steps = [record.step for record in records]
+        told = log_notes(files, rows, steps)
+        for row, step in zip(rows, steps):
+            if step in told:
+                row["ids_from_text"].append(LOG_DIFFERS)
+        notes += told.values()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(output, rows)
+    return summary | {"notes": notes}
+
+
+def _reader(
+    format: str, files: Sequence[Path]
+) -> Callable[[Path, Source], list[Record]]:
+    if format in REFUSED:
+        raise InputError(f"import: {format} is not read: {REFUSED[format]}")
+    if format not in READERS:
+        raise InputError(
+            f"import: expected one of {', '.join(READERS)}, found {format!r}; for other "
+            "trainers write a `table`"
+        )
+    for path in files:
+        if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
+            raise InputError(
+                f"{path}: expected a file of {format}, found a pickle, which may run "
+                f"code when read; {REFUSED['slime'].partition('; ')[2]}"
+            )
+    return READERS[format]
+
+
+def _require_writable(output: Path, overwrite: bool) -> None:
+    if not output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(
+            f"--output {output}: expected a name ending in .jsonl or .jsonl.gz"
+        )
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: exists; give --overwrite or another name")
+
+
+def _require_sizes(rows: list[dict[str, Any]], size: int | None, file: Path) -> None:
+    """Groups of as many responses as the command line says."""
+    found = set(Counter(row["group"] for row in rows).values())
+    if size is not None and found != {size}:
+        raise InputError(
+            f"--num-generations {size}: expected so many responses in every group, found "
+            f"{min(found)} to {max(found)} in {file}; rows are missing, or the dump "
+            "merges several draws of a prompt: give their own group to each in a table"
+        )
+
+
+def _told(source: Source, trained: dict[str, Any]) -> Source:
+    """What the readers are told, with what the trainer's settings say beside it."""
+    weights, size = trained.get("reward_weights"), trained.get("num_generations")
+    if isinstance(weights, list):
+        source = replace(source, reward_weights=weights)
+    if source.num_generations is None and type(size) is int and size > 0:
+        source = replace(source, num_generations=size)
+    return source
+
+
+def _tokenizer_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint as its tokenizer's place: any of several adapters tells it."""
+    names = list(adapters_in(folder)) if folder.is_dir() else []
+    return Checkpoint(path=str(folder), adapter=names[0] if len(names) > 1 else None)
+
+
+def _trained_with(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the checkpoint's training_args.bin; empty if it has none."""
+    path = find_training_arguments(Checkpoint(path=str(checkpoint)))
+    return {} if path is None else read_training_arguments(path).values
+
+
+def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if tokenizer is None:
+        raise InputError(
+            f"{folder}: expected a tokenizer in the checkpoint or its base model, found "
+            "no tokenizer_config.json; save it there"
+        )
+    return tokenizer
+
+
+def _end_ids(base: str, checkpoint: Path, end_id: int | None) -> set[int]:
+    """Token ids that end a response: the tokenizer's and the model's own."""
+    ids = set() if end_id is None else {end_id}
+    for folder in (checkpoint, Path(base)):
+        path = folder / "generation_config.json"
+        if path.is_file():
+            ids |= _declared_end_ids(path)
+    return ids
+
+
+def _declared_end_ids(path: Path) -> set[int]:
+    def describe(reason: str) -> str:
+        return f"{path}: not a readable configuration: {reason}; copy it again"
+
+    with fault_of_file(str(path), describe):
+        declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = {declared} if isinstance(declared, int) else set(declared or ())
+        if not all(isinstance(number, int) for number in ids):
+            raise ValueError(f"eos_token_id is {declared!r}")
+        return ids
+
+
+def _summarise(
+    records: list[Record], rows: list[dict[str, Any]], tokenising: Tokenising
+) -> dict[str, Any]:
+    """Counts of what was imported, by name."""
+    known = [
+        row["response_ids"]
+        for record, row in zip(records, rows)
+        if record.response_ids is not None
+    ]
     sizes = Counter(row["group"] for row in rows)
     lengths = [len(row["response_ids"]) for row in rows]
     rewards = [row["reward"] for row in rows if "reward" in row]
@@ -55,28 +245,32 @@ def summarise(
         "responses_per_group": _range(list(sizes.values())),
         "response_tokens": sum(lengths),
         "response_length": _range(lengths),
-        "max_completion_length": max_length,
+        "max_completion_length": tokenising.max_length,
         "truncated_responses": sum(not row["finished"] for row in rows),
-        "end_tokens_restored": len(marked(rows, END_RESTORED)),
-        "prompts_through_chat_template": tally.templated,
-        "tokens_dropped_after_responses": tally.num_dropped,
+        "end_tokens_restored": len(_marked(rows, END_RESTORED)),
+        "prompts_through_chat_template": sum(
+            is_templated(record, tokenising) for record in records
+        ),
+        "tokens_dropped_after_responses": sum(r.num_dropped for r in records),
         "sequences_with_advantage": sum("advantage" in row for row in rows),
         "sequences_with_reward": len(rewards),
     }
     if rewards:
         summary["mean_reward"] = sum(rewards) / len(rewards)
         summary["rewards"] = _range(rewards)
-    if tally.known_ids:
-        summary["round_trip_known_ids"] = tally.known_ids
-        summary["round_trip_other_ids"] = tally.retokenised
-    if tally.known_ids < len(rows):
-        summary["round_trip_unknown_ids"] = len(rows) - tally.known_ids
-        summary["round_trip_altered_text"] = len(marked(rows, OTHER_TEXT))
-        summary["responses_in_doubt"] = len(marked(rows, *DOUBTS))
+    if known:
+        summary["round_trip_known_ids"] = len(known)
+        summary["round_trip_other_ids"] = sum(
+            tokenises_otherwise(ids, tokenising) for ids in known
+        )
+    if len(known) < len(rows):
+        summary["round_trip_unknown_ids"] = len(rows) - len(known)
+        summary["round_trip_altered_text"] = len(_marked(rows, OTHER_TEXT))
+        summary["responses_in_doubt"] = len(_marked(rows, *DOUBTS))
     return summary
 
 
-def marked(rows: list[dict[str, Any]], *marks: str) -> list[int]:
+def _marked(rows: list[dict[str, Any]], *marks: str) -> list[int]:
     """Numbers of the rows, from 1, whose `ids_from_text` has one of these marks."""
     wanted = set(marks)
     return [
@@ -88,7 +282,7 @@ def _range(values: list[Any]) -> dict[str, Any]:
     return {"min": min(values), "max": max(values)}
 
 
-def step_notes(records: list[Record], checkpoint: Path) -> list[str]:
+def _step_notes(records: list[Record], checkpoint: Path) -> list[str]:
     """A sentence unless the rows are of the step that is taken from the checkpoint."""
     steps = sorted({record.step for record in records if record.step is not None})
     # verl keeps its models some folders below the one that is named by the step.
@@ -105,16 +299,10 @@ def step_notes(records: list[Record], checkpoint: Path) -> list[str]:
     return [note]
 
 
-def group_notes(
+def _group_notes(
     records: list[Record], rows: list[dict[str, Any]], trained: dict[str, Any]
 ) -> list[str]:
-    """Sentences where the groups are not the trainer's own.
-
-    Args:
-        records: what was read.
-        rows: the row of each in the rollout file.
-        trained: settings of the checkpoint's training_args.bin.
-    """
+    """Sentences where the groups are not the trainer's own."""
     notes = []
     sizes = Counter(row["group"] for row in rows)
     expected = trained.get("num_generations")
@@ -142,16 +330,16 @@ def group_notes(
     return notes
 
 
-def doubt_notes(rows: list[dict[str, Any]], tally: Tally) -> list[str]:
+def _doubt_notes(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
     """Sentences where text did not lead back to the sampled tokens, with the lines."""
     notes = []
-    if tally.retokenised:
+    if summary.get("round_trip_other_ids"):
         notes.append(
-            f"{tally.retokenised} of {tally.known_ids} responses tokenise to other ids "
-            "than were sampled; the sampled ids were kept"
+            f"{summary['round_trip_other_ids']} of {summary['round_trip_known_ids']} "
+            "responses tokenise to other ids than were sampled; the sampled ids were kept"
         )
     for mark, what in _WHAT_IT_MEANS.items():
-        lines = marked(rows, mark)
+        lines = _marked(rows, mark)
         if lines:
             notes.append(f"{len(lines)} {what} ({listed_lines(lines)})")
     return notes
@@ -166,192 +354,3 @@ _WHAT_IT_MEANS = {
     TOO_LONG: "responses have more tokens than the maximum completion length: the "
     "sampled tokens were others, or the length is another",
 }
-
-
-READERS: dict[str, Callable[[Path, Source], list[Record]]] = {
-    "trl": read_trl,
-    "verl": read_verl,
-    "prime-rl": read_prime_rl,
-    "nemo-rl": read_nemo_rl,
-    "table": read_table,
-}
-REFUSED = {
-    "slime": "its --save-debug-rollout-data is a pickle, which may run code when read; "
-    "write the samples' tokens, response_length, reward and group_index as JSON lines "
-    "(group, prompt_ids, response_ids, reward): that is a rollout file already",
-    "openrlhf": "it writes no training rollouts; log prompt, response and reward as "
-    "JSON lines from its reward function and import them as `table`",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportOptions:
-    """What is imported, and how.
-
-    Attributes:
-        format: one of `READERS`.
-        files: the dump's files.
-        checkpoint: folder of the checkpoint that the rollouts were sampled from.
-        output: the rollout file to write.
-        overwrite: replace an existing one.
-        max_completion_length: in tokens; None takes the checkpoint's.
-        trust_remote_code: whether code that comes with the tokenizer may be run.
-        source: what the readers are told.
-    """
-
-    format: str
-    files: tuple[Path, ...]
-    checkpoint: Path
-    output: Path
-    overwrite: bool = False
-    max_completion_length: int | None = None
-    trust_remote_code: bool = False
-    source: Source = field(default_factory=Source)
-
-
-def import_rollouts(options: ImportOptions) -> dict[str, Any]:
-    """Convert dumps to one rollout file, which appears whole or not at all.
-
-    Returns:
-        What was imported: counts of rows, groups and tokens, rewards, truncated
-        responses, restored end-of-sequence tokens and round-trip differences, and
-        `notes`, sentences on what may be wrong.
-
-    Raises:
-        InputError: the format is not known, a file, row or key is missing or wrong, or
-            the output exists.
-        RunError: the output cannot be written.
-    """
-    reader = _reader(options)
-    files = find_checkpoint(_tokenizer_checkpoint(options.checkpoint))
-    trained = _trained_with(options)
-    source = _told(options.source, trained)
-    records = [record for path in options.files for record in reader(path, source)]
-    if not records:
-        raise InputError(
-            f"{options.files[0]}: expected sequences in the loss, found none; is it the "
-            "right step's file?"
-        )
-    tally = Tally()
-    tokenising = _tokenising(options, files, trained)
-    rows = make_rows(records, tokenising, tally)
-    _require_sizes(rows, options)
-    notes = [
-        *step_notes(records, options.checkpoint),
-        *group_notes(records, rows, trained),
-        *doubt_notes(rows, tally),
-    ]
-    if options.format == "trl":
-        steps = [record.step for record in records]
-        told = log_notes(options.files, rows, steps)
-        for row, step in zip(rows, steps):
-            if step in told:
-                row["ids_from_text"].append(LOG_DIFFERS)
-        notes += told.values()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(options.output, rows)
-    return summarise(rows, tally, tokenising.max_length) | {"notes": notes}
-
-
-def _reader(options: ImportOptions) -> Callable[[Path, Source], list[Record]]:
-    name = options.format
-    if name in REFUSED:
-        raise InputError(f"import: {name} is not read: {REFUSED[name]}")
-    if name not in READERS:
-        raise InputError(
-            f"import: expected one of {', '.join(READERS)}, found {name!r}; for other "
-            "trainers write a `table`"
-        )
-    for path in options.files:
-        if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
-            raise InputError(
-                f"{path}: expected a file of {name}, found a pickle, which may run code "
-                f"when read; {REFUSED['slime'].partition('; ')[2]}"
-            )
-    if not options.output.name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(
-            f"--output {options.output}: expected a name ending in .jsonl or .jsonl.gz"
-        )
-    if options.output.exists() and not options.overwrite:
-        raise InputError(f"{options.output}: exists; give --overwrite or another name")
-    return READERS[name]
-
-
-def _require_sizes(rows: list[dict[str, Any]], options: ImportOptions) -> None:
-    """Groups of as many responses as the command line says."""
-    size = options.source.num_generations
-    found = set(Counter(row["group"] for row in rows).values())
-    if size is not None and found != {size}:
-        raise InputError(
-            f"--num-generations {size}: expected so many responses in every group, found "
-            f"{min(found)} to {max(found)} in {options.files[0]}; rows are missing, or "
-            "the dump merges several draws of a prompt: give their own group to each in "
-            "a table"
-        )
-
-
-def _told(source: Source, trained: dict[str, Any]) -> Source:
-    """What the readers are told, with what the trainer's settings say beside it."""
-    weights, size = trained.get("reward_weights"), trained.get("num_generations")
-    if isinstance(weights, list):
-        source = replace(source, reward_weights=weights)
-    if source.num_generations is None and type(size) is int and size > 0:
-        source = replace(source, num_generations=size)
-    return source
-
-
-def _tokenizer_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint as its tokenizer's place: any of several adapters tells it."""
-    names = list(adapters_in(folder)) if folder.is_dir() else []
-    return Checkpoint(path=str(folder), adapter=names[0] if len(names) > 1 else None)
-
-
-def _trained_with(options: ImportOptions) -> dict[str, Any]:
-    """The settings of the checkpoint's training_args.bin; empty if it has none."""
-    path = find_training_arguments(Checkpoint(path=str(options.checkpoint)))
-    return {} if path is None else read_training_arguments(path).values
-
-
-def _tokenising(
-    options: ImportOptions, files: CheckpointFiles, trained: dict[str, Any]
-) -> Tokenising:
-    tokenizer = load_tokenizer(files.tokenizer, options.trust_remote_code)
-    if tokenizer is None:
-        raise InputError(
-            f"{files.tokenizer}: expected a tokenizer in the checkpoint or its base "
-            "model, found no tokenizer_config.json; save it there"
-        )
-    length = options.max_completion_length
-    if length is None:
-        length = trained.get("max_completion_length")
-    template_options = trained.get("chat_template_kwargs")
-    if options.format != "trl" or not isinstance(template_options, dict):
-        template_options = {}
-    return Tokenising(
-        tokenizer=tokenizer,
-        end_ids=_end_ids(files, options.checkpoint, tokenizer.eos_token_id),
-        max_length=length,
-        template_options=template_options,
-    )
-
-
-def _end_ids(files: CheckpointFiles, checkpoint: Path, end_id: int | None) -> set[int]:
-    """Token ids that end a response: the tokenizer's and the model's own."""
-    ids = set() if end_id is None else {end_id}
-    for folder in (checkpoint, Path(files.base)):
-        path = folder / "generation_config.json"
-        if path.is_file():
-            ids |= _declared_end_ids(path)
-    return ids
-
-
-def _declared_end_ids(path: Path) -> set[int]:
-    def describe(reason: str) -> str:
-        return f"{path}: not a readable configuration: {reason}; copy it again"
-
-    with fault_of_file(str(path), describe):
-        declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids = {declared} if isinstance(declared, int) else set(declared or ())
-        if not all(isinstance(number, int) for number in ids):
-            raise ValueError(f"eos_token_id is {declared!r}")
-        return ids

@@ -23,7 +23,7 @@ every response was restored.
 
 import json
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -254,7 +254,7 @@ LOG_TOLERANCE = 1e-5
 
 
 def log_notes(
-    files: tuple[Path, ...], rows: list[dict[str, Any]], steps: list[int | None]
+    files: Sequence[Path], rows: list[dict[str, Any]], steps: list[int | None]
 ) -> dict[int, str]:
     """By step, a sentence where the log says another thing than its rows.
 
@@ -262,8 +262,6 @@ def log_notes(
 
     Args:
         files: the completions files; their trainer's output folder is two levels up.
-        rows: the imported rows.
-        steps: the step of each row.
 
     Raises:
         InputError: a trainer_state.json cannot be read.

@@ -47,11 +47,6 @@ def make_generation_config(
 
     Args:
         model: the causal language model; its end-of-sequence tokens end a response too.
-        tokenizer: its tokenizer.
-        max_new_tokens: most tokens of a response.
-
-    Returns:
-        The configuration, for `sampling_mode`.
 
     Raises:
         InputError: if the tokenizer has no end-of-sequence token.
@@ -86,13 +81,6 @@ def sampling_mode(model: Any, config: GenerationConfig) -> Iterator[None]:
     `generate` fills what its own configuration leaves open from the model's
     generation_config (penalties, suppressed tokens, ...), so that the checkpoint's must
     not be there.
-
-    Args:
-        model: a Hugging Face causal language model or a PEFT model.
-        config: from `make_generation_config`.
-
-    Yields:
-        Nothing.
     """
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     old_config = holder.generation_config
@@ -117,10 +105,8 @@ def generate_responses(
     """Generate a response to each prompt in one call of the model in `sampling_mode`.
 
     Args:
-        model: a Hugging Face causal language model or a PEFT model.
         prompts: token ids of each prompt, B of them.
         streams: name of each response's random stream, B of them.
-        temperature: the logits are divided by it.
         on_token: called after every token of all responses with the number of responses
             that have ended and the number of tokens, both of this call.
 
@@ -253,12 +239,5 @@ def random_bytes(stream: str, count: int) -> bytes:
 
     A hash and not a seeded generator: torch's takes 32 bits of its seed, so that two of
     100,000 responses would probably share a stream.
-
-    Args:
-        stream: name of the stream.
-        count: number of bytes.
-
-    Returns:
-        The bytes.
     """
     return hashlib.shake_256(stream.encode()).digest(count)

@@ -33,14 +33,7 @@ if TYPE_CHECKING:
 
 
 def describe_source(source: Prompts) -> str:
-    """The source's name: its path, or data set, configuration and split.
-
-    Args:
-        source: where the prompts are.
-
-    Returns:
-        One line.
-    """
+    """The source's name: its path, or data set, configuration and split."""
     if source.file is not None:
         return source.file
     name = "" if source.name is None else f"/{source.name}"
@@ -50,9 +43,6 @@ def describe_source(source: Prompts) -> str:
 
 def iterate_rows(source: Prompts) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the rows of a prompt source.
-
-    Args:
-        source: where the prompts are.
 
     Yields:
         The place and the keys of every row, in the source's order; at least one row.
@@ -153,15 +143,9 @@ class Prompt:
 
 
 def read_prompts(source: Prompts) -> list[Prompt]:
-    """Read and check the prompts of a source.
+    """Read and check the prompts of a source, in its order.
 
     Whether the ids are in the checkpoint's vocabulary is checked when they are encoded.
-
-    Args:
-        source: where prompts come from and how a row becomes one.
-
-    Returns:
-        The prompts in the source's order.
 
     Raises:
         InputError: if the source cannot be read, or a row has no prompt, or something
@@ -341,16 +325,7 @@ def encode_prompt(
     limits: TokenLimits,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[int]:
-    """Token ids of a prompt.
-
-    Args:
-        prompt: the prompt.
-        source: how it is rendered, if it consists of messages.
-        limits: what the checkpoint can take.
-        tokenizer: the checkpoint's tokenizer.
-
-    Returns:
-        At least one token id.
+    """Token ids of a prompt, at least one.
 
     Raises:
         InputError: if the prompt is empty, an id is not in the vocabulary, or the
@@ -363,10 +338,9 @@ def encode_prompt(
             prompt.where,
             tokenizer,
             source.chat_template_kwargs,
-            (
-                "give the prompt as text, or add the template to the tokenizer's files",
-                "correct the messages or `prompts.chat_template_kwargs`",
-            ),
+            without_template="give the prompt as text, or add the template to the "
+            "tokenizer's files",
+            if_refused="correct the messages or `prompts.chat_template_kwargs`",
         )
     key = "prompt" if isinstance(content, str) else "prompt_ids"
     return read_prompt_ids({key: content}, prompt.where, limits, tokenizer)
@@ -377,16 +351,16 @@ def render_messages(
     where: str,
     tokenizer: "PreTrainedTokenizerBase",
     options: dict[str, Any],
-    advice: tuple[str, str],
+    *,
+    without_template: str,
+    if_refused: str,
 ) -> list[int]:
     """Token ids of messages under the tokenizer's chat template, ready for an answer.
 
     Args:
-        messages: as the template takes them.
-        where: the file and row, for errors.
-        tokenizer: with a chat template.
-        options: of the template.
-        advice: what to do without a template, and with messages that it refuses.
+        options: further arguments of the template.
+        without_template: what to do if the tokenizer has none.
+        if_refused: what to do if the template refuses the messages.
 
     Raises:
         InputError: the tokenizer has no template, or it refuses the messages.
@@ -396,7 +370,7 @@ def render_messages(
             where,
             "a tokenizer with a chat template, as the prompt consists of messages",
             "none",
-            advice[0],
+            without_template,
         )
     try:
         encoded = tokenizer.apply_chat_template(
@@ -412,7 +386,7 @@ def render_messages(
             where,
             "messages that the chat template takes",
             f"{type(error).__name__}: {error}",
-            advice[1],
+            if_refused,
         ) from error
     return list(encoded["input_ids"])
 
@@ -420,16 +394,7 @@ def render_messages(
 def draw_prompts(
     num_prompts_available: int, num_prompts: int, with_replacement: bool, seed: int
 ) -> list[int]:
-    """Draw prompts uniformly at random.
-
-    Args:
-        num_prompts_available: number of prompts of the source.
-        num_prompts: number of draws.
-        with_replacement: whether a prompt may be drawn more than once.
-        seed: seed of the draws' own random generator.
-
-    Returns:
-        The drawn prompts' 0-based rows, in order of drawing, `num_prompts` of them.
+    """0-based rows of prompts drawn uniformly at random, in order of drawing.
 
     Raises:
         InputError: if more prompts are to be drawn without replacement than there are.

@@ -144,9 +144,7 @@ def score_rewards(
     """Reward of one response.
 
     Args:
-        terms: from `load_rewards`.
         where: which response it is, for messages.
-        prompt: text of the prompt.
         response: text of the response, without special tokens.
         row: row of the prompt source; functions get a copy.
 

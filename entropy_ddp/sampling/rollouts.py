@@ -225,11 +225,8 @@ def sample_rollouts(
 
     Args:
         model: the causal language model (a PEFT model too), not wrapped.
-        plan: what is sampled.
         allowance: how many responses of one call fit into memory, as far as is known;
             less is known to fit afterwards where memory ran out.
-        rank: this process.
-        world_size: number of processes.
         on_progress: called after every token of every call with the number of
             responses that this rank has sampled, the number known to be needed, to
             which redraws add, and the number of their tokens.

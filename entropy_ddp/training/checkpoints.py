@@ -28,7 +28,8 @@ from entropy_ddp.data.files import sequence_to_row
 from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
-from entropy_ddp.importers.run import ImportOptions, import_rollouts
+from entropy_ddp.importers.records import Source
+from entropy_ddp.importers.run import import_rollouts
 from entropy_ddp.ledger.lines import append_line, require_new
 from entropy_ddp.probe.attribution import score_shares
 from entropy_ddp.probe.estimates import estimate
@@ -219,14 +220,9 @@ def _imported(interval: Interval, completions: Path, world: World) -> Path:
     """Rollouts made of a dump of texts."""
     update = interval.kept / "U.jsonl"
     if world.is_main:
-        options = ImportOptions(
-            format="trl",
-            files=(completions,),
-            checkpoint=interval.before,
-            output=update,
-            overwrite=True,
+        import_rollouts(
+            "trl", [completions], interval.before, update, Source(), overwrite=True
         )
-        import_rollouts(options)
     # Not read before it is there.
     world.gather_objects(None)
     return update

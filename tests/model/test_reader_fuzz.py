@@ -51,7 +51,7 @@ from entropy_ddp.config import Checkpoint, Precision, Prompts, load_config
 from entropy_ddp.data.files import read_batch, require_rewards
 from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.importers.records import Source, Tally, Tokenising, make_rows
+from entropy_ddp.importers.records import Source, Tokenising, make_rows
 from entropy_ddp.importers.run import READERS
 from entropy_ddp.sampling.prompts import encode_prompt, read_prompts
 
@@ -178,7 +178,7 @@ def importer(kind: str) -> Callable[[Bench, Path], None]:
     def read(bench: Bench, path: Path) -> None:
         records = READERS[kind](path, Source())
         tokenising = Tokenising(tokenizer=bench.tokenizer, end_ids={1}, max_length=20)
-        make_rows(records, tokenising, Tally())
+        make_rows(records, tokenising)
 
     return read
 

@@ -464,3 +464,15 @@ def test_a_group_of_two_prompts_is_refused(
     result = run_import("table", dump, checkpoint=checkpoint, output=output)
     assert result.exit_code == 2
     assert f"{dump}:2" in result.stderr
+
+
+@pytest.mark.parametrize("field", ["prompt", "response"])
+def test_half_a_character_is_refused(
+    tmp_path: Path, checkpoint: Path, output: Path, field: str
+) -> None:
+    """JSON can hold it, and no tokenizer can read it."""
+    row = {"prompt": "x", "response": "a", "reward": 1, "finished": True}
+    dump = write_lines(tmp_path / "t.jsonl", [row, row | {field: "\ud800"}])
+    result = run_import("table", dump, checkpoint=checkpoint, output=output)
+    assert result.exit_code == 2
+    assert f"{dump}:2: expected `{field}` to be a string of valid" in result.stderr
