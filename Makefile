@@ -31,10 +31,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute report ledger real bench test test-fast test-long test-real lint clean
+.PHONY: help install demo probe sweep attribute report ledger real bench test test-unit test-system test-long test-real lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' \
 	    $(firstword $(MAKEFILE_LIST))
 
 # Each stamp stands for one set of extras and is renewed when the requirements change.
@@ -127,11 +127,19 @@ real: $(REAL_STAMP) $(REAL_TRAINED) ## train and probe a model of 135 million pa
 bench: $(RUN_STAMP) ## time every part against what it is made of, some 12 minutes
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-test: $(TEST_STAMP) ## run all tests but the long ones and those of the real model
-	$(PYTEST) -m "not long and not real" $(PYTEST_ARGS)
+# The tests that are neither long nor of the real model, in three folders.
+SHORT := -m "not long and not real"
+# Of the processes, the one that `make test` starts.
+TWO_RANKS := tests/system/test_world_size.py::test_two_processes_give_the_numbers_of_one
 
-test-fast: $(TEST_STAMP) ## run the tests that are not marked slow either
-	$(PYTEST) -m "not slow and not long and not real" $(PYTEST_ARGS)
+test: $(TEST_STAMP) ## run the tests of functions and models, and one run of two ranks
+	$(PYTEST) $(SHORT) tests/unit tests/model $(TWO_RANKS) $(PYTEST_ARGS)
+
+test-unit: $(TEST_STAMP) ## run the tests that need neither a model nor a process
+	$(PYTEST) $(SHORT) tests/unit $(PYTEST_ARGS)
+
+test-system: $(TEST_STAMP) ## run those of processes, trainers, the browser, benchmarks
+	$(PYTEST) $(SHORT) tests/system --deselect $(TWO_RANKS) $(PYTEST_ARGS)
 
 test-long: $(TEST_STAMP) ## run the tests that are marked long, some 20 minutes
 	$(PYTEST) -m long $(PYTEST_ARGS)

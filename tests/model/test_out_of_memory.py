@@ -409,7 +409,6 @@ sys.exit(run_ranks(body))
 """
 
 
-@pytest.mark.slow
 def test_one_of_two_ranks_runs_short(run: TinyRun, tmp_path: Path) -> None:
     """Inside DistributedDataParallel, in forward and backward: the results of one."""
     expected = run.probe(**SECTIONS).results.to_dict()

@@ -14,8 +14,6 @@ from entropy_ddp.answers.checkpoints import BY_SHARE
 from entropy_ddp.cli import main
 from entropy_ddp.report.writing import write_report
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

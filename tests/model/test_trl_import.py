@@ -53,7 +53,6 @@ def save_settings(checkpoint: Path, **settings: Any) -> None:
     torch.save(SimpleNamespace(**settings), checkpoint / "training_args.bin")
 
 
-@pytest.mark.slow
 def test_the_ids_are_those_that_trl_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,7 +199,6 @@ def test_a_script_of_two_ranks_finds_the_same(
     )
 
 
-@pytest.mark.slow
 def test_the_example_runs(tiny: TinyRun, tmp_path: Path) -> None:
     """On a small checkpoint in place of the demo's."""
     config = tmp_path / "run.yaml"

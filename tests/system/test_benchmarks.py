@@ -31,8 +31,8 @@ from entropy_ddp.model.parameters import shifted
 from entropy_ddp.model.precision import precision_context
 
 SETTING = Setting(size="tiny", repeats=1)
-# Rows that start processes, or that probe a checkpoint; and one that does both.
-SLOW, LONG = ("all-reduce", "probe"), ("ranks",)
+# Starts processes that probe a checkpoint.
+LONG = ("ranks",)
 # Two ways to the same sums in float32; a slope of two ranks.
 TOLERANCE = 1e-5
 
@@ -60,14 +60,7 @@ def rows_of(name: str) -> list[Comparison]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.slow] * (name in SLOW)
-            + [pytest.mark.long] * (name in LONG),
-        )
-        for name in ROWS
-    ],
+    [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in ROWS],
 )
 def test_a_row_compares_what_is_equal(
     name: str, request: pytest.FixtureRequest
@@ -203,7 +196,6 @@ def test_what_cannot_be_run_is_refused(arguments: list[str], message: str) -> No
     assert message in finished.output
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
 def test_communication_does_not_grow_with_the_batch() -> None:
     small, large = scale_rows(SETTING)

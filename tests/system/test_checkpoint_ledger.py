@@ -12,8 +12,6 @@ from entropy_ddp import demo
 from entropy_ddp.cli import main
 
 pytest.importorskip("trl")
-pytestmark = pytest.mark.slow
-
 SAMPLE = {"num_prompts": 24, "with_replacement": True, "max_new_tokens": 24}
 
 

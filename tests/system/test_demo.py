@@ -185,7 +185,6 @@ def test_an_interrupted_training_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_whole_demo_is_worth_probing_and_asks_the_network_nothing(
     tmp_path: Path,
 ) -> None:

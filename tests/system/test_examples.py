@@ -11,7 +11,6 @@ from entropy_ddp.demo import train_demo
 pytest.importorskip("trl")
 
 
-@pytest.mark.slow
 def test_the_training_with_a_probe_keeps_a_ledger(tmp_path: Path) -> None:
     """Two steps of it, on a base model that has learned next to nothing."""
     train_demo(tmp_path / "demo", supervised_steps=3, grpo_steps=1)

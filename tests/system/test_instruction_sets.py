@@ -29,7 +29,6 @@ def other_instruction_sets() -> list[str]:
     return OTHERS.get(torch.backends.cpu.get_cpu_capability(), ["default"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", other_instruction_sets())
 def test_promised_bits_hold_with_another_instruction_set(name: str) -> None:
     files = sorted(HERE.parent.parent.rglob("test_*.py"))

@@ -54,7 +54,6 @@ def test_a_training_is_the_same_with_and_without(case: str, tmp_path: Path) -> N
     require_same(plain, probed)
 
 
-@pytest.mark.slow
 def test_a_training_on_two_ranks_is_the_same_with_and_without(tmp_path: Path) -> None:
     """Under torchrun; and both ranks' responses are in the ledger."""
     jobs = [

@@ -34,8 +34,6 @@ from entropy_ddp.cli import main
 from entropy_ddp.data.jsonlines import read_rows
 
 pytest.importorskip("trl")
-pytestmark = pytest.mark.slow
-
 # Relative to the norm of the step; the trainer computes in float32.
 RTOL = 1e-5
 STEPS = 2  # before the step that is compared

@@ -153,7 +153,6 @@ def test_numbers_are_those_of_the_files(outline: Outline) -> None:
     assert "-0.00" not in outline.text
 
 
-@pytest.mark.slow
 def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     """Pages and plots alike."""
     run = write_run(tmp_path / "run", texts=[["1", "2"], ["3"]])

@@ -75,7 +75,6 @@ def test_the_missing_extra_is_named(
     assert_refused(result, *words)
 
 
-@pytest.mark.slow
 def test_report_starts_without_torch(tmp_path: Path) -> None:
     """It needs no model: its start costs a second, not ten."""
     run = write_run(tmp_path / "run", texts=TEXTS)
@@ -90,7 +89,6 @@ def test_report_starts_without_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.slow
 def test_what_is_written_where(tmp_path: Path) -> None:
     """Beside the run, or where --out says, with the plots beside it."""
     run = write_run(tmp_path / "run", {"curvature": CURVATURE, **sweep_part()})
