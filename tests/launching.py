@@ -30,6 +30,8 @@ LAUNCHER_VARIABLES = (
     "ACCELERATE_USE_CPU",
 )
 PACKAGE = ("-m", "entropy_ddp")
+# With it a script finds these helpers.
+HELPERS = {"PYTHONPATH": str(REPOSITORY / "tests")}
 # One thread and no network; before any test changes the environment.
 USUAL = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {
     "OMP_NUM_THREADS": "1",

@@ -26,6 +26,28 @@ MESSAGES: dict[str, Callable[[], Exception]] = {
     ),
     "python": lambda: MemoryError(),
 }
+# A run in which memory is short, and what is the same as in one where it is not.
+SECTIONS: dict[str, Any] = {
+    "compute": {"device": "cpu", "tokens_per_microbatch": 32},
+    "attribution": {"enabled": True, "verify": True},
+}
+NUMBERS = ("truth", "truth_all", "linear", "linear_all", "curvature", "attribution")
+
+
+def close(found: Any, expected: Any, where: str, tolerance: float = 1e-10) -> None:
+    """Equal, numbers up to rounding of what they are sums of."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            close(found[key], value, f"{where}.{key}", tolerance)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for index, (one, other) in enumerate(zip(found, expected)):
+            close(one, other, f"{where}.{index}", tolerance)
+    elif isinstance(expected, float):
+        assert abs(found - expected) <= tolerance * max(1e-3, abs(expected)), where
+    else:
+        assert found == expected, where
 
 
 @dataclass

@@ -159,7 +159,8 @@ def test_two_ranks_probe_a_change_as_they_probe_the_step(
             files.append(tmp_path / f"{dtype}-{name}.yaml")
             files[-1].write_text(yaml.safe_dump(config.model_dump()))
     launching.run(
-        launching.torchrun(2, *python_code(tmp_path, STEP_THEN_CHANGE), *files)
+        launching.torchrun(2, *python_code(tmp_path, STEP_THEN_CHANGE), *files),
+        launching.HELPERS,
     ).require_success()
     for dtype, tolerance in TOLERANCE.items():
         step, found = (

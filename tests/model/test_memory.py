@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
 import torch
 import yaml
@@ -237,98 +236,3 @@ def test_ranks_hold_no_second_copy_of_the_gradients(group: World) -> None:
 
     assert ratio(group.wrap) < 0.02
     assert ratio(torch.nn.parallel.DistributedDataParallel) > 0.99
-
-
-MEASURED = """
-import json
-import os
-import sys
-
-import reference as ref
-import torch
-import yaml
-from checkpoints import run_config, save_checkpoint, write_rows
-from pathlib import Path
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-from entropy_ddp.config import Config
-from entropy_ddp.distributed import World
-from jobs import run_probe
-
-# Weights that are large beside their activations, and the other way round.
-MODELS = {"full weights": (20_000, 2), "adapter": (5_000, 8)}
-JOBS = {"probe": {}, "gradient-dot form": {"gradient_dot": {"enabled": True}}}
-
-def make(root, kind):
-    torch.manual_seed(0)
-    vocabulary, layers = MODELS[kind]
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=1024,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=False,
-    ))
-    saved = save_checkpoint(
-        root, "qwen2", full=kind == "full weights", model=model,
-        targets=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
-    )
-    files = [
-        write_rows(root / f"{split}.jsonl", ref.random_rows(
-            seed, groups=8, responses=2, vocabulary=vocabulary, max_prompt=40,
-            max_response=120))
-        for seed, split in enumerate("EU")
-    ]
-    sections = {
-        "precision": {"model": "float32"}, "curvature": {"enabled": False},
-        "compute": {"device": "cpu"}, "gradient_dot": {"enabled": False},
-        "truth": {"ess_abort": 0.0},
-    }
-    path = root / "config.yaml"
-    path.write_text(yaml.safe_dump(run_config(saved, *files) | sections))
-
-def measure(root, job):
-    document = yaml.safe_load((root / "config.yaml").read_text()) | JOBS[job]
-    config = Config.model_validate(document)
-    memory = run_probe(config, World(), None, lambda *_: None).results.run.memory
-    print(json.dumps([root.name, job, memory]), flush=True)
-
-def alone(function, *arguments):
-    # In a process whose memory nobody else has used.
-    pid = os.fork()
-    if not pid:
-        try:
-            function(*arguments)
-        finally:
-            os._exit(sys.exc_info()[0] is not None)
-    assert os.waitpid(pid, 0)[1] == 0, arguments
-
-for kind, jobs in (
-    ("full weights", ("probe", "gradient-dot form")),
-    ("adapter", ("probe",)),
-):
-    root = Path(sys.argv[1], kind)
-    root.mkdir()
-    alone(make, root, kind)
-    for job in jobs:
-        alone(measure, root, job)
-"""
-# What a library makes on its first use, and the heap's holes, are not foreseen.
-NEAR = 1.15
-
-
-@pytest.mark.long
-def test_the_estimate_is_near_the_measured_peak(tmp_path: Path) -> None:
-    """Of each kind of run, alone in its process."""
-    script = tmp_path / "measured.py"
-    script.write_text(MEASURED)
-    tests = str(Path(__file__).resolve().parent.parent)
-    command = launching.python(script, tmp_path)
-    done = launching.run(
-        command, {"PYTHONPATH": tests}, fresh=True, timeout_seconds=300
-    )
-    lines = [json.loads(line) for line in done.require_success().stdout.splitlines()]
-    ratios = {
-        (kind, job): found["estimated_bytes"] / found["peak_bytes"]
-        for kind, job, found in lines
-    }
-    assert len(ratios) == 3
-    assert all(1 / NEAR < ratio < NEAR for ratio in ratios.values()), ratios

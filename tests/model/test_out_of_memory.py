@@ -5,18 +5,15 @@ passes of every kind, and compared with passes that were not disturbed.
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
 import reference as ref
 import torch
-import yaml
-from shortages import MESSAGES, Shortage, first_block, planted
+from shortages import MESSAGES, NUMBERS, SECTIONS, Shortage, close, first_block, planted
 from tiny_runs import TinyRun, as_batch, make_passes, make_run
 from torch import Tensor
 
@@ -259,29 +256,6 @@ def short_of_memory(
             context.__exit__(None, None, None)
 
 
-SECTIONS: dict[str, Any] = {
-    "compute": {"device": "cpu", "tokens_per_microbatch": 32},
-    "attribution": {"enabled": True, "verify": True},
-}
-NUMBERS = ("truth", "truth_all", "linear", "linear_all", "curvature", "attribution")
-
-
-def close(found: Any, expected: Any, where: str, tolerance: float = 1e-10) -> None:
-    """Equal, numbers up to rounding of what they are sums of."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key, value in expected.items():
-            close(found[key], value, f"{where}.{key}", tolerance)
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for index, (one, other) in enumerate(zip(found, expected)):
-            close(one, other, f"{where}.{index}", tolerance)
-    elif isinstance(expected, float):
-        assert abs(found - expected) <= tolerance * max(1e-3, abs(expected)), where
-    else:
-        assert found == expected, where
-
-
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_a_probe_with_attribution(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch, when: str
@@ -327,101 +301,3 @@ def test_a_reference_pass_too(run: TinyRun, tmp_path: Path,
     assert found["run"]["out_of_memory_retries"] > 0
     for section in ("update", "truth", "linear"):
         close(found[section], expected[section], section)
-
-
-# Real shortages, and ranks
-
-REAL = """
-import resource
-import sys
-
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-import reference as ref
-from entropy_ddp.model.scoring import Passes
-from tiny_runs import as_batch, make_passes
-
-# As on a GPU: as many rows together as the configured budget holds.
-Passes.fill = 1 << 20
-torch.manual_seed(0)
-model = Qwen2ForCausalLM(Qwen2Config(
-    vocab_size=50, hidden_size=32, intermediate_size=4096, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
-)).eval()
-rows = ref.random_rows(1, groups=16, responses=1, vocabulary=50, max_response=800)
-shard = as_batch(rows, 50).shard(0, 1)
-passes = make_passes(model, tokens_per_microbatch=1 << 20)
-weights = torch.linspace(-1, 1, shard.ragged.num_tokens)
-before = passes.score(shard)
-plain, _ = passes.gradient(shard, lambda t, *_: (weights[t], weights[t]), torch.float32)
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (150 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-found, _ = passes.gradient(shard, lambda t, *_: (weights[t], weights[t]), torch.float32)
-after = passes.score(shard)
-print(passes.allowance.num_retries, float((found - plain).norm() / plain.norm()),
-      float((after.logp - before.logp).abs().max()))
-"""
-
-
-@pytest.mark.long
-def test_a_real_shortage_of_the_host(tmp_path: Path) -> None:
-    """An address space that ends: torch's allocator, whatever it says, is understood."""
-    path = tmp_path / "real.py"
-    path.write_text(REAL)
-    tests = str(Path(__file__).resolve().parent.parent)
-    done = launching.run(launching.python(path), {"PYTHONPATH": tests}, fresh=True)
-    retries, gradient_error, logp_error = done.require_success().stdout.split()
-    assert int(retries) > 0
-    assert float(gradient_error) < 1e-5
-    assert float(logp_error) < 1e-5
-
-
-RANKS = """
-import json
-import sys
-from pathlib import Path
-
-from shortages import Shortage, first_block
-
-from entropy_ddp.cli.ranks import run_ranks
-from entropy_ddp.config import load_config
-from entropy_ddp.probe import opening
-from jobs import run_probe
-
-def body(world):
-    verify = opening.verify_model
-    def verify_and_plant(opened):
-        verify(opened)
-        if world.rank == 1:
-            for shortage in (Shortage(14, "backward"), Shortage(10)):
-                hook = shortage.after_block
-                first_block(opened.policy.model).register_forward_hook(hook)
-    opening.verify_model = verify_and_plant
-    config = load_config(Path(sys.argv[1]), ())
-    results = run_probe(config, world, None, lambda *progress: None).results
-    if world.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(results.to_dict()))
-    return 0
-
-sys.exit(run_ranks(body))
-"""
-
-
-def test_one_of_two_ranks_runs_short(run: TinyRun, tmp_path: Path) -> None:
-    """Inside DistributedDataParallel, in forward and backward: the results of one."""
-    expected = run.probe(**SECTIONS).results.to_dict()
-    script, config = tmp_path / "ranks.py", tmp_path / "config.yaml"
-    script.write_text(RANKS)
-    config.write_text(yaml.safe_dump(run.config(**SECTIONS).model_dump()))
-    tests = str(Path(__file__).resolve().parent.parent)
-    command = launching.torchrun(2, script, config, tmp_path / "results.json")
-    launching.run(command, {"PYTHONPATH": tests}).require_success()
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["run"]["out_of_memory_retries"] > 0
-    assert found["run"]["tokens_per_microbatch"] <= 10
-    for section in NUMBERS:
-        close(found[section], expected[section], section)
-    failed = {row["name"] for row in found["audit"] if row["verdict"] == "fail"}
-    assert not failed

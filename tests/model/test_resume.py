@@ -599,7 +599,7 @@ def test_the_number_of_ranks_may_change(
     folders = [tmp_path / f"two.{count}" for count in counts]
     killed = tmp_path / "killed.3"
     two = launching.torchrun(2, script, config, *folders, killed)
-    assert launching.run(two).returncode != 0
+    assert launching.run(two, launching.HELPERS).returncode != 0
     shutil.copytree(killed, tmp_path / "by three")
     for count, out in zip([*counts, 3], [*folders, killed]):
         found = perform(run, "probe", out)
@@ -614,7 +614,7 @@ def test_the_number_of_ranks_may_change(
             kill_after(patch, count)
             perform(run, "probe", out)
     three = launching.torchrun(3, script, config, *outs, tmp_path / "by three")
-    launching.run(three).require_success()
+    launching.run(three, launching.HELPERS).require_success()
     for out, count in outs.items():
         found = json.loads((out / "results.json").read_text())
         assert found["run"]["world_size"] == 3

@@ -67,10 +67,9 @@ LEDGER = "".join(
 
 def run_alone(code: str, extras: str, *arguments: str) -> str:
     """What code prints where only these extras are installed."""
-    folder = str(launching.REPOSITORY / "tests")
     command = launching.python("-c", ONLY + code, extras, *arguments)
     with tempfile.TemporaryDirectory() as cache:
-        environment = {"PYTHONPATH": folder, "HF_DATASETS_CACHE": cache}
+        environment = launching.HELPERS | {"HF_DATASETS_CACHE": cache}
         return launching.run(command, environment).require_success().stdout
 
 

@@ -234,7 +234,8 @@ def four(
     script = place.folder / "probes.py"
     script.write_text(PROBES)
     configs = [place.config(name) for name in CASES]
-    launching.run(launching.torchrun(4, script, out, *configs)).require_success()
+    command = launching.torchrun(4, script, out, *configs)
+    launching.run(command, launching.HELPERS).require_success()
     return {name: Probed(out / name) for name in CASES}
 
 
