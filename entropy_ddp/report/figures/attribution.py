@@ -30,7 +30,7 @@ from entropy_ddp.report.figures.charts import (
     ROW_PIXELS,
     Axis,
     Estimate,
-    draw_forest,
+    forest,
     forest_height,
     scatter,
     what_is_drawn,
@@ -171,45 +171,26 @@ def shares_by_reward(columns: dict[str, list[Any]], normalize: str) -> Figure:
 
 def what_if(document: Document) -> Figure:
     """The change had some tokens been left out of the update."""
-    whole = Estimate(
-        label="nothing left out", value=document["linear"]["delta_h1"],
-        error=linear_error(document), colour="accent",
-    )  # fmt: skip
-    rows = [whole]
-    verified = False
-    for row in document["attribution"]["what_if"]:
-        rows.append(
-            Estimate(
-                label=row["rule"], value=row["delta_h1"], error=None, colour="accent",
-                strong=False,
-            )
-        )  # fmt: skip
+    error, unit = linear_error(document), AXIS_UNITS[document["linear"]["normalize"]]
+    whole = document["linear"]["delta_h1"]
+    found = document["attribution"]["what_if"]
+    rows = [Estimate("nothing left out", whole, error, "accent")]
+    for row in found:
+        rows.append(Estimate(row["rule"], row["delta_h1"], None, "accent", False))
         if "delta_h_true" in row:
-            verified = True
-            rows.append(
-                Estimate(
-                    label="", value=row["delta_h_true"], error=row["se"], strong=False
-                )
-            )
-    best = min(document["attribution"]["what_if"], key=lambda row: abs(row["delta_h1"]))
-    share = ""
-    error = whole.error or 0.0
-    if is_resolved(whole.value, error):
-        left = best["delta_h1"] / whole.value
-        share = f" leaves {supported_percent(left, error / abs(whole.value))}"
-        share += " of the change"
-    unit = AXIS_UNITS[document["linear"]["normalize"]]
-
-    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
-        draw_forest(figure.subplots(), palette, rows, "entropy change", unit)
-
+            rows.append(Estimate("", row["delta_h_true"], row["se"], strong=False))
+    best = min(found, key=lambda row: abs(row["delta_h1"]))
+    title = "What if"
+    if is_resolved(whole, error):
+        left = supported_percent(best["delta_h1"] / whole, error / abs(whole))
+        title = f"Leaving out “{best['rule']}” leaves {left} of the change"
     caption = "Violet: predicted by first order, had these tokens been left out of U."
-    if verified:
+    if any("delta_h_true" in row for row in found):
         caption += " With bars: the step without them really taken, measured."
     return Figure(
         name="what-if",
-        title=f"Leaving out “{best['rule']}”{share}" if share else "What if",
+        title=title,
         caption=caption,
-        draw=draw,
-        height=forest_height(sum(row.label != "" for row in rows)),
+        draw=forest(rows, "entropy change", unit),
+        height=forest_height(1 + len(found)),
     )

@@ -29,6 +29,7 @@ from entropy_ddp.report.figures.charts import (
     Axis,
     Estimate,
     draw_forest,
+    forest,
     forest_height,
     histogram,
     scatter,
@@ -39,31 +40,18 @@ from entropy_ddp.results.reading import Columns
 
 def prediction_against_truth(document: Document) -> Figure:
     """Truth, first and second order on one axis; what first order misses on another."""
-    truth, linear = document["truth"], document["linear"]
-    error, unit = linear_error(document), AXIS_UNITS[truth["normalize"]]
+    truth, linear = document["truth"]["delta_h_true"], document["linear"]["delta_h1"]
+    unit = AXIS_UNITS[document["truth"]["normalize"]]
     rows = [
-        Estimate(
-            label="measured", value=truth["delta_h_true"], error=shown_error(truth)
-        ),
-        Estimate(
-            label="first order", value=linear["delta_h1"], error=error, colour="accent"
-        ),
+        Estimate("measured", truth, shown_error(document["truth"])),
+        Estimate("first order", linear, linear_error(document), "accent"),
     ]
     if "curvature" in document:
         curvature = document["curvature"]
-        rows.append(
-            Estimate(
-                label="second order",
-                value=curvature["delta_h2"],
-                error=curvature.get("delta_h2_se"),
-                colour="accent",
-            )
-        )
-    missed = Estimate(
-        label="measured − first order",
-        value=truth["delta_h_true"] - linear["delta_h1"],
-        error=missed_error(document, "linear"),
-    )
+        value, error = curvature["delta_h2"], curvature.get("delta_h2_se")
+        rows.append(Estimate("second order", value, error, "accent"))
+    paired = missed_error(document, "linear")
+    missed = Estimate("measured − first order", truth - linear, paired)
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         ratios = [len(rows) + 0.6, 1.3]
@@ -73,7 +61,7 @@ def prediction_against_truth(document: Document) -> Figure:
 
     return Figure(
         name="prediction-against-truth",
-        title=_prediction_title(truth["delta_h_true"], missed),
+        title=_prediction_title(truth, missed),
         caption=(
             "Bars are one (thick) and two (thin) standard errors. Measured and predicted "
             "come from the same responses and share most of their error; their "
@@ -97,12 +85,9 @@ def _prediction_title(truth: float, missed: Estimate) -> str:
 
 def all_estimators(document: Document) -> Figure:
     """Every estimator of the change, with its error."""
-    rows = estimator_rows(document)
+    rows = _estimators(document)
     smallest = min(rows, key=lambda row: row.error or 0)
     unit = AXIS_UNITS[document["truth"]["normalize"]]
-
-    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
-        draw_forest(figure.subplots(), palette, rows, "entropy change", unit)
 
     title = "All estimators"
     if smallest.error and rows[0].error:
@@ -115,49 +100,31 @@ def all_estimators(document: Document) -> Figure:
             "dots are the configured ones. Violet is predicted by first order, the others "
             "are measured; bars are one and two standard errors."
         ),
-        draw=draw,
+        draw=forest(rows, "entropy change", unit),
         height=forest_height(len(rows)),
     )
 
 
-def estimator_rows(document: Document) -> list[Estimate]:
+def _estimators(document: Document) -> list[Estimate]:
     """Every estimator of the change, measured ones first; configured ones are strong."""
-    eta = document["update"]["learning_rate_used"]
+    eta, mode = document["update"]["learning_rate_used"], document["truth"]["is_mode"]
     rows = []
     for row in document["truth_all"]:
-        rows.append(
-            Estimate(
-                label=f"true, {row['is_mode']}",
-                value=row["delta_h_true"],
-                error=row["se"],
-                strong=row["is_mode"] == document["truth"]["is_mode"],
-            )
-        )
+        name, strong = f"true, {row['is_mode']}", row["is_mode"] == mode
+        rows.append(Estimate(name, row["delta_h_true"], row["se"], strong=strong))
         if "se_adjusted" in row:
-            rows.append(
-                Estimate(
-                    label=f"true, {row['is_mode']}, adjusted",
-                    value=row["delta_h_true_adjusted"],
-                    error=row["se_adjusted"],
-                    strong=False,
-                )
-            )
+            value, error = row["delta_h_true_adjusted"], row["se_adjusted"]
+            rows.append(Estimate(f"{name}, adjusted", value, error, strong=False))
     keys = ("score", "baseline", "control_variates")
     configured = [document["linear"][key] for key in keys]
     for row in document["linear_all"]:
-        rows.append(
-            Estimate(
-                label=linear_label(row),
-                value=eta * row["slope"],
-                error=abs(eta) * row["se"],
-                colour="accent",
-                strong=[row[key] for key in keys] == configured,
-            )
-        )
+        value, error = eta * row["slope"], abs(eta) * row["se"]
+        strong = [row[key] for key in keys] == configured
+        rows.append(Estimate(_linear_label(row), value, error, "accent", strong))
     return rows
 
 
-def linear_label(row: dict[str, Any]) -> str:
+def _linear_label(row: dict[str, Any]) -> str:
     """The name of a first-order estimator."""
     name = f"first order, {row['score']}"
     if row["score"] == "to_go":
@@ -167,29 +134,20 @@ def linear_label(row: dict[str, Any]) -> str:
 
 def gradient_dot(document: Document) -> Figure:
     """The gradient-dot form beside the slope, and where its variance comes from."""
-    dot, linear = document["gradient_dot"], document["linear"]
-    eta, unit = document["update"]["learning_rate_used"], AXIS_UNITS["per_token"]
+    dot, unit = document["gradient_dot"], AXIS_UNITS["per_token"]
+    linear = document["linear"]["delta_h1"]
     rows = [
-        Estimate(
-            label="gradient-dot form", value=dot["deltaH1"], error=dot["se_deltaH1"]
-        ),
-        Estimate(
-            label="first order",
-            value=linear["delta_h1"],
-            error=abs(eta) * linear["se"],
-            colour="accent",
-        ),
+        Estimate("gradient-dot form", dot["deltaH1"], dot["se_deltaH1"]),
+        Estimate("first order", linear, linear_error(document), "accent"),
     ]
-    rate = dot["learning_rate"]
-    parts = {"from E": rate * dot["V_X"] ** 0.5, "from U": rate * dot["V_Y"] ** 0.5}
+    errors = [
+        Estimate(f"error from {batch}", dot["learning_rate"] * variance**0.5, None)
+        for batch, variance in (("E", dot["V_X"]), ("U", dot["V_Y"]))
+    ]
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         above, below = figure.subplots(2)
         draw_forest(above, palette, rows, "entropy change", unit)
-        errors = [
-            Estimate(label=f"error {name}", value=value, error=None)
-            for name, value in parts.items()
-        ]
         draw_forest(below, palette, errors, "standard error due to one batch", unit)
 
     larger, smaller = ("E", "U") if dot["V_X"] >= dot["V_Y"] else ("U", "E")

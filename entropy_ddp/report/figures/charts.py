@@ -1,6 +1,8 @@
 """The kinds of figures: estimates with errors, bars, dots, outlines of histograms."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,8 +25,7 @@ ROW_PIXELS = 24
 FRAME_PIXELS = 62
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(NamedTuple):
     """One row of a forest plot.
 
     Attributes:
@@ -42,13 +43,20 @@ class Estimate:
     strong: bool = True
 
 
+def forest(rows: Sequence[Estimate], label: str, unit: str) -> Draw:
+    """All that a figure shows is one forest plot."""
+    return lambda figure, palette: draw_forest(
+        figure.subplots(), palette, rows, label, unit
+    )
+
+
 def forest_height(rows: int) -> int:
     """Pixels for so many rows and the frame around them."""
     return FRAME_PIXELS + ROW_PIXELS * rows
 
 
 def draw_forest(
-    axes: Axes, palette: Palette, rows: list[Estimate], label: str, unit: str
+    axes: Axes, palette: Palette, rows: Sequence[Estimate], label: str, unit: str
 ) -> None:
     """Values with bars of one (thick) and two (thin) standard errors, and zero."""
     places: list[float] = []

@@ -25,7 +25,7 @@ from entropy_ddp.report.figures.canvas import (
     unit_label,
     whole_ticks,
 )
-from entropy_ddp.report.figures.charts import Estimate, draw_forest, forest_height
+from entropy_ddp.report.figures.charts import Estimate, forest, forest_height
 
 MOST_TICKS = 10
 HEIGHT = 320
@@ -224,29 +224,20 @@ def rules_in_all(found: Checkpoints) -> Figure:
     for rule in (NOTHING, *found.rules):
         strong = rule == NOTHING
         value = found.predicted_in_all(rule)
-        rows.append(
-            Estimate(
-                label=rule, value=value, error=None, colour="accent", strong=strong
-            )
-        )
+        rows.append(Estimate(rule, value, None, "accent", strong))
         if found.verified:
             value, _ = found.measured_in_all(rule)
-            rows.append(Estimate(label="", value=value, error=None, strong=strong))
+            rows.append(Estimate("", value, None, strong=strong))
     caption = (
         f"Changes summed over the {found.scope}. Violet: predicted by first order."
     )
     if found.verified:
         caption += " The others: the steps without these tokens really taken, measured."
-
-    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
-        axes = figure.subplots()
-        draw_forest(axes, palette, rows, "entropy change", found.axis_unit)
-
     return Figure(
         name="what-if-in-all",
         title="What each rule leaves of the change",
         caption=caption,
-        draw=draw,
+        draw=forest(rows, "entropy change", found.axis_unit),
         height=forest_height(1 + len(found.rules)),
     )
 
