@@ -17,7 +17,7 @@ from entropy_ddp.answers.cells import (
     text,
     verdict,
 )
-from entropy_ddp.answers.headline import Document
+from entropy_ddp.answers.headline import Document, Glance
 from entropy_ddp.answers.shares import KINDS, SharesByKind, together
 from entropy_ddp.answers.tables import token_table
 from entropy_ddp.answers.words import (
@@ -30,6 +30,8 @@ from entropy_ddp.answers.words import (
     linear_error,
     listed,
     missed_error,
+    percent,
+    percent_with_error,
     relative_error,
     shown_error,
     supported,
@@ -326,6 +328,50 @@ def what_if_sentence(found: Checkpoints) -> str:
         "in the momentum stays, and only a training without these tokens tells what would "
         "come of it."
     )
+
+
+def glances(found: Checkpoints) -> list[Glance]:
+    """Where it falls most, whether first order predicts it, and what did it."""
+    resolved = [stage for stage in found.stages if stage.is_resolved]
+    steepest = min(resolved, key=lambda stage: stage.truth[0], default=None)
+    where = Glance(
+        question="Where does it fall most?",
+        answer="Nowhere",
+        detail="No measured change is a fall beyond its error.",
+    )
+    if steepest is not None and steepest.truth[0] < 0:
+        entropy, _ = steepest.entropy
+        detail = with_error(*steepest.truth)
+        if entropy:
+            ratio, error = (x / entropy for x in steepest.truth)
+            detail += f" ({percent_with_error(ratio, error)})"
+        where = Glance(
+            question="Where does it fall most?",
+            answer=steepest.label,
+            detail=f"{detail}; others may lie within its error.",
+        )
+    glances = [where]
+    if resolved:
+        agreeing = sum(stage.is_predicted for stage in resolved)
+        of_all = f"{agreeing} of {len(resolved)}"
+        glances.append(
+            Glance(
+                question="Does first order predict it?",
+                answer=f"Within {percent(0.1)} or its error at {of_all}",
+                detail="Counted where the measured change stands out of its error.",
+            )
+        )
+    if found.moved:
+        total = found.by_kind
+        sentence = moved_sentence(found)
+        glances.append(
+            Glance(
+                question="What in the gradient did it?",
+                answer=shares.named(total.leading()) if total.share else "No token",
+                detail=f"{sentence} Summed over the {found.scope}.",
+            )
+        )
+    return glances
 
 
 # As tables

@@ -4,11 +4,15 @@ Every function takes what results.json holds.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.answers.words import (
+    FIXED,
     LOSSES,
+    RESOLVED,
     UNITS,
+    around,
     count,
     is_resolved,
     linear_error,
@@ -17,12 +21,17 @@ from entropy_ddp.answers.words import (
     percent,
     percent_with_error,
     shown_error,
+    supported,
+    supported_percent,
+    visible,
     with_error,
 )
 
 Document = dict[str, Any]
 # `truth.ess_warn` where nothing else is set.
 DEFAULT_ESS_WARN = 0.5
+# Characters on both sides of the strongest token.
+CONTEXT = 24
 VERDICTS = ("ok", "warn", "fail")
 
 
@@ -181,6 +190,151 @@ def _edge(curvature: dict[str, Any]) -> str:
         )
     edge = with_error(curvature["eta_star"], curvature["eta_star_se"], signed=False)
     return f"The second order equals the first at η* = {edge}, the edge of the linear regime."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """One of the questions that the top of the page answers.
+
+    Attributes:
+        question: the question.
+        answer: in a few words.
+        detail: what the answer rests on.
+        tone: good, bad, doubtful or empty.
+    """
+
+    question: str
+    answer: str
+    detail: str
+    tone: str = ""
+
+
+def glances(document: Document) -> list[Glance]:
+    """How sure, whether to trust it, and what did it."""
+    answers = [_how_much(document), _how_sure(document), _trust(document)]
+    if "attribution" in document:
+        answers.append(_what_did_it(document))
+    return answers
+
+
+def _how_much(document: Document) -> Glance:
+    truth = document["truth"]
+    before, change = truth["H_orig"], truth["delta_h_true"]
+    error = shown_error(truth)
+    answer = supported(change, error, 3, signed=True)
+    if before > 0:
+        answer = supported(100 * change / before, 100 * error / before, 2, signed=True)
+        answer += f"{FIXED}%"
+    pair = with_error(change, error)
+    detail = f"{pair} {UNITS[truth['normalize']]}"
+    spread = truth.get("H_orig_se")
+    if spread is not None:
+        bits = with_error(before / math.log(2), spread / math.log(2), signed=False)
+        detail += f"; H is {bits} bits before the step"
+        if truth["normalize"] == "per_token" and 0 < before < 10:
+            choices = supported(math.exp(before), math.exp(before) * spread, 2)
+            detail += f". The policy chooses among about {choices} tokens at each step"
+    return Glance(question="How much?", answer=answer, detail=detail + ".")
+
+
+def _how_sure(document: Document) -> Glance:
+    truth = document["truth"]
+    change, error = truth["delta_h_true"], shown_error(truth)
+    groups = count(document["E"]["num_groups"], "prompt draw")
+    detail = f"± is one standard error over {groups} of E."
+    if error == 0:
+        return Glance(question="How sure?", answer="No error", detail=detail)
+    errors = abs(change) / error
+    answer, tone = f"{number(errors, 2)} standard errors", "good"
+    if not stands_out(truth):
+        answer, tone = f"Only {number(errors, 2)} standard errors", "doubtful"
+        detail += " More responses in E would tell a fall from a rise."
+    if document["status"] != "ok":
+        tone = ""
+        detail += " In an untrusted run that error is not to be trusted either."
+    if change and stands_out(truth):
+        detail += f" {_missed(document)}"
+    return Glance(question="How sure?", answer=answer, detail=detail, tone=tone)
+
+
+def _missed(document: Document) -> str:
+    """What first order misses of the change, by the paired error of the two."""
+    truth, linear = document["truth"], document["linear"]
+    change = truth["delta_h_true"]
+    missed = change - linear["delta_h1"]
+    paired = missed_error(document, "linear")
+    if missed and abs(missed) > RESOLVED * paired:
+        pair = percent_with_error(
+            abs(missed / change), paired / abs(change), signed=False
+        )
+        return f"First order misses {pair} of it: not noise."
+    return f"First order agrees with it within {percent(2 * paired / abs(change))}."
+
+
+def _trust(document: Document) -> Glance:
+    rows, ess = document["audit"], document["truth"]["ess_fraction"]
+    failed = sum(row["verdict"] == "fail" for row in rows)
+    warned = sum(row["verdict"] == "warn" for row in rows)
+    detail = f"Effective sample size {percent(ess, 3)} of E."
+    checks = count(len(rows), "check")
+    if failed or document["status"] != "ok":
+        answer, tone = "No", "bad"
+        detail = f"{failed} of {checks} failed. " + detail
+    elif warned:
+        answer, tone = "With reservations", "doubtful"
+        detail = f"{warned} of {checks} {'warns' if warned == 1 else 'warn'}. " + detail
+    else:
+        answer, tone = "Yes", "good"
+        detail = f"All {checks} passed. " + detail
+    return Glance(question="To be trusted?", answer=answer, detail=detail, tone=tone)
+
+
+def _what_did_it(document: Document) -> Glance:
+    found = document["attribution"]
+    named = {
+        "Momentum of earlier batches": found["momentum"],
+        "Weight decay": found["weight_decay"],
+        "The gradient of U": found["gradient"],
+    }
+    total, error = found["total"], linear_error(document)
+    name, value = max(named.items(), key=lambda item: abs(item[1]))
+    if not value or not total:
+        return Glance(
+            question="What did it?", answer="Nothing", detail="Every part of it is 0."
+        )
+    told = is_resolved(total, error)
+    same_sign = told and all(part * total >= 0 for part in named.values())
+    answer = (
+        f"{name}, {supported_percent(value / total, error / abs(total))}"
+        if same_sign
+        else name
+    )
+    gradient = found["gradient"]
+    if not gradient:
+        detail = "The gradient of U is zero."
+        return Glance(question="What did it?", answer=answer, detail=detail)
+    own = supported(gradient, error, 3, signed=True)
+    if same_sign:
+        own = supported_percent(gradient / total, error / abs(total))
+    detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
+    half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
+    detail = f"{detail}; {half}" if detail else half[0].upper() + half[1:]
+    return Glance(
+        question="What did it?",
+        answer=answer,
+        detail=f"{detail}, on this E. {_strongest(found['top_tokens'])}".strip(),
+    )
+
+
+def _strongest(tokens: list[dict[str, Any]]) -> str:
+    if not tokens or "context" not in tokens[0]:
+        return ""
+    before, token, after = tokens[0]["context"]
+    before, after = around(before, after, CONTEXT)
+    verb = "lowers" if tokens[0]["share"] < 0 else "raises"
+    context = f"{before}[{visible(token)}]{after}"
+    line = tokens[0]["index"] + 1
+    return f"The strongest token {verb} it: {context}, line{FIXED}{line} of U."
 
 
 def complaints(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

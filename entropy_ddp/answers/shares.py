@@ -106,8 +106,6 @@ def sentence(found: SharesByKind, unit: str, error: float) -> str:
     """What the leading kind is of the tokens, and of the gradient's part.
 
     Args:
-        found: the sums.
-        unit: of shares.
         error: standard error of the first-order change that they are part of.
     """
     total = found.share
@@ -132,11 +130,7 @@ def sentence(found: SharesByKind, unit: str, error: float) -> str:
 
 
 def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Table:
-    """All kinds as numbers; arguments as of `sentence`.
-
-    Args:
-        summed_over: over what they are taken.
-    """
+    """All kinds as numbers; arguments as of `sentence`."""
     total = found.share
     rows: list[Row] = [
         (

@@ -361,9 +361,7 @@ def token_table(
     """Tokens in their context.
 
     Args:
-        title: what they are.
         tokens: rows of `attribution.top_tokens`.
-        unit: of shares.
         relative: error of the first-order change over its size.
         runs: names the run that each is of; empty if there is only one.
     """

@@ -13,14 +13,10 @@ from entropy_ddp.answers.words import (
     FIXED,
     count,
     listed,
-    percent,
-    percent_with_error,
-    with_error,
 )
 from entropy_ddp.errors import InputError
 from entropy_ddp.report.figures import checkpoints as figures
-from entropy_ddp.report.page import Glance, Page, Section
-from entropy_ddp.report.run_page import complaints
+from entropy_ddp.report.page import Page, Section, complaints
 from entropy_ddp.report.subjects import Subject
 
 
@@ -130,7 +126,7 @@ def _page(subjects: Sequence[Subject], found: Checkpoints) -> Page:
         alarm=alarm,
         headline=answers.headline(found),
         lead=answers.lead(found),
-        glances=_glances(found),
+        glances=answers.glances(found),
         complaints=_complaints(found),
         checked=checked,
         sections=[*sections, Section(id="runs", title="The runs", tables=[runs])],
@@ -161,49 +157,6 @@ def _causes(found: Checkpoints) -> list[Section]:
         tables=(answers.rules(found), answers.rules_by_step(found)),
     )
     return [moved, what_if]
-
-
-def _glances(found: Checkpoints) -> list[Glance]:
-    resolved = [stage for stage in found.stages if stage.is_resolved]
-    steepest = min(resolved, key=lambda stage: stage.truth[0], default=None)
-    where = Glance(
-        question="Where does it fall most?",
-        answer="Nowhere",
-        detail="No measured change is a fall beyond its error.",
-    )
-    if steepest is not None and steepest.truth[0] < 0:
-        entropy, _ = steepest.entropy
-        detail = with_error(*steepest.truth)
-        if entropy:
-            share, error = (x / entropy for x in steepest.truth)
-            detail += f" ({percent_with_error(share, error)})"
-        where = Glance(
-            question="Where does it fall most?",
-            answer=steepest.label,
-            detail=f"{detail}; others may lie within its error.",
-        )
-    glances = [where]
-    if resolved:
-        agreeing = sum(stage.is_predicted for stage in resolved)
-        of_all = f"{agreeing} of {len(resolved)}"
-        glances.append(
-            Glance(
-                question="Does first order predict it?",
-                answer=f"Within {percent(0.1)} or its error at {of_all}",
-                detail="Counted where the measured change stands out of its error.",
-            )
-        )
-    if found.moved:
-        total = found.by_kind
-        sentence = answers.moved_sentence(found)
-        glances.append(
-            Glance(
-                question="What in the gradient did it?",
-                answer=shares.named(total.leading()) if total.share else "No token",
-                detail=f"{sentence} Summed over the {found.scope}.",
-            )
-        )
-    return glances
 
 
 def _complaints(found: Checkpoints) -> list[dict[str, str]]:

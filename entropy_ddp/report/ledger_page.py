@@ -12,12 +12,7 @@ from entropy_ddp.report.page import Page, Section
 
 
 def ledger_page(ledger: Ledger, name: str) -> Page:
-    """The page, as it is rendered by `render_page`.
-
-    Args:
-        ledger: the run's ledger.
-        name: what the run is called.
-    """
+    """The page of the run of this name."""
     steps = ledger.steps
     run = Section(
         id="run",

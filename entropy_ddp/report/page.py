@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_ddp import __version__
 from entropy_ddp.answers.cells import Cell, Table
+from entropy_ddp.answers.headline import Glance
+from entropy_ddp.answers.headline import complaints as checks_that_complain
+from entropy_ddp.answers.tables import found
 from entropy_ddp.answers.words import (
     DASH,
     around,
@@ -29,6 +32,7 @@ from entropy_ddp.answers.words import (
     visible,
     with_error,
 )
+from entropy_ddp.names import short_name
 
 if TYPE_CHECKING:
     # Words and tables need no library for figures, and a page none before it is made.
@@ -103,23 +107,6 @@ class Section:
     tables: Sequence[Table] = ()
     listings: Sequence[tuple[str, str]] = ()
     later_figures: Sequence["Figure"] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Glance:
-    """One of the questions that the top of the page answers.
-
-    Attributes:
-        question: the question.
-        answer: in a few words.
-        detail: what the answer rests on.
-        tone: good, bad, doubtful or empty.
-    """
-
-    question: str
-    answer: str
-    detail: str
-    tone: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,3 +250,24 @@ def numeric(table: Table, place: int) -> bool:
     """Whether a column is one of numbers, and so set to the right."""
     cells = (row[place] for row in table.rows if len(row) == len(table.columns))
     return any(cell.is_number for cell in cells)
+
+
+def complaints(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The checks that are not ok in the page's signs, what fails first."""
+    return [
+        {
+            "verdict": row["verdict"],
+            "name": row["name"],
+            "value": _found(row["value"]),
+            "expected": typeset(row["expected"]),
+            "hint": row["hint"][:1].upper() + row["hint"][1:],
+        }
+        for row in checks_that_complain(rows)
+    ]
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, dict):
+        parts = (f"{short_name(name)}: {_found(item)}" for name, item in value.items())
+        return "; ".join(parts)
+    return shown(found(value))

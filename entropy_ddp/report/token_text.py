@@ -73,13 +73,7 @@ def read_tokens(run: StoredRun) -> TokenColumns:
 
 
 def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenTexts:
-    """The responses with the largest sums of |share|.
-
-    Args:
-        run: the attribution.
-        tokens: what `read_tokens` found in it.
-        update: the columns of U in per_sequence.jsonl.
-    """
+    """The responses with the largest sums of |share|; `update`: the columns of U."""
     ranked = sorted(tokens.moved, key=lambda index: (-tokens.moved[index], index))
     chosen = ranked[:NUM_RESPONSES]
     rows: dict[int, list[Row]] = {index: [] for index in chosen}

@@ -60,7 +60,6 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Written:
     different ones are compared on a page in the folder that holds them all.
 
     Args:
-        folders: run directories.
         out: the page; its plots lie beside it in a folder of its name.
 
     Raises:

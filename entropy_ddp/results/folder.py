@@ -45,7 +45,6 @@ def prepare_folder(
     """Make the run directory, or say why it cannot be used.
 
     Args:
-        out: the run directory.
         overwrite: begin anew, whatever is there.
         resume: go on with an unfinished run.
         results: the files that finished results consist of.
@@ -144,11 +143,6 @@ def discard_unfinished(out: Path) -> None:
 
 def write_results(out: Path, probed: Probed, config_yaml: str) -> None:
     """Write a run directory; results.json last, so that its presence means complete.
-
-    Args:
-        out: the run directory; exists.
-        probed: what to write.
-        config_yaml: the resolved configuration.
 
     Raises:
         RunError: a number is not finite, or a file cannot be written; the files of an

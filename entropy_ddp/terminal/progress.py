@@ -65,7 +65,6 @@ class Bar:
         """Tell how far a phase is.
 
         Args:
-            name: the phase.
             done: units done by this rank.
             total: units to do; 0 if not known.
             unit: what is counted.
@@ -119,11 +118,7 @@ def _print_line(console: Console, line: str) -> None:
 def phase_progress(
     console: Console | None,
 ) -> Iterator[Callable[..., None]]:
-    """What phases tell their progress to.
-
-    Args:
-        console: standard error; None for nobody.
-    """
+    """What phases tell their progress to; without a console, to nobody."""
     if console is None:
         yield lambda *_: None
         return

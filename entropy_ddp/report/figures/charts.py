@@ -183,9 +183,7 @@ def histogram(
 
     Args:
         series: name, values and colour of each.
-        label: what the values are.
-        unit: their unit.
-        counted: what is counted.
+        counted: what is counted, as the vertical axis is called.
     """
     arrays = [np.asarray(values, dtype=float) for _, values, _ in series]
     low = min(float(values.min()) for values in arrays)
