@@ -198,7 +198,7 @@ def step(document: Document) -> Table:
     exact = {
         rate: eta,
         "norm of the change": update["param_update_l2"],
-        "gradient norm": update.get("grad_norm"),
+        "gradient norm, unclipped": update.get("grad_norm"),
         "clip coefficient": update.get("clip_coef"),
     }
     rows: list[Row] = [head("the step")]
