@@ -165,6 +165,13 @@ def test_what_needs_no_model_imports_no_heavy_library(path: Path) -> None:
         assert not loaded & (HEAVY - {"numpy"})
 
 
+def test_a_wrong_configuration_is_told_without_a_heavy_library() -> None:
+    """Taken over from the trainer's settings or not: `cli.ranks` imports these two."""
+    for module in ("config", "checkpoint.trainer_settings"):
+        loaded = imported_with(f"entropy_ddp.{module}")
+        assert not {name.partition(".")[0] for name in loaded} & HEAVY
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_the_base_install_imports_no_extra(path: Path) -> None:
     """Nor does anything that is imported with it, but for the figures of pages."""
