@@ -52,7 +52,6 @@ def dual_parameters(
         other operation within it would pay for being looked at.
 
     Args:
-        model: the module whose slots are swapped.
         parameters: the parameters that have a tangent, by name.
         direction: their tangents, by the same names; moved to each parameter's dtype
             and device.

@@ -18,7 +18,6 @@ def supported_attention(base: str, asked: str, trust_remote_code: bool = False) 
     Args:
         base: folder or hub id of the model.
         asked: `sdpa` or `eager`.
-        trust_remote_code: whether code that comes with the model may be run.
     """
     from transformers import AutoConfig
 
@@ -49,9 +48,7 @@ def slower_routes(model: nn.Module, asked: str, dtype: torch.dtype) -> dict[str,
     """The parts of an opened model that take the plain code path, and why.
 
     Args:
-        model: the model, with or without an adapter.
         asked: the attention implementation asked for.
-        dtype: the model's.
     """
     config = model.config  # type: ignore[union-attr]
     routes = {}

@@ -146,7 +146,6 @@ def shifted(
     Args:
         parameters: the parameters to move, by name.
         direction: v by the same names; moved to each parameter's dtype and device.
-        eta: how far.
         device: where copies are kept; None for each parameter's own device.
     """
     with preserved(parameters.values(), device):
@@ -159,13 +158,7 @@ def shifted(
 def add_gradients(
     total: Tensor, parameters: Iterable[nn.Parameter], runs_hooks: bool = True
 ) -> None:
-    """Add the gradient of a scalar to the parameters' `.grad`.
-
-    Args:
-        total: the scalar.
-        parameters: all that it depends on.
-        runs_hooks: whether the hooks on the parameters run.
-    """
+    """Add the gradient of a scalar to the parameters' `.grad`."""
     if runs_hooks:
         total.backward()
         return

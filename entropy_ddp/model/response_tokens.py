@@ -125,7 +125,6 @@ class DirectionalScores(TokenScores):
 
         Args:
             tokens: places of the scores' tokens among these, [m].
-            scores: of those tokens.
         """
         self.fill(tokens, **{name: scores.array(name) for name in DERIVATIVES})
         self.num_microbatches += scores.num_microbatches
@@ -347,7 +346,6 @@ class ResponseTokens(nn.Module):
         """The surrogate whose gradient is wanted, and log p [m] and H [m] without one.
 
         Args:
-            microbatch: the tokens.
             weights: gives a and b.
             settings: those of the pass, in place of the module's own: a wrapper around
                 the module cannot be had anew for other settings.
@@ -440,11 +438,9 @@ def _chunk_gradients(
     """sum(a log p + b H) of a chunk, (log p, H) [2, m], and the sum's gradients.
 
     Args:
-        policy: whose output layer it is.
         hidden: hidden states, [m, width].
         places, targets: of the tokens, [m] each.
         weights: gives a and b.
-        settings: those of the pass.
         trainable: parameters of the output layer whose gradients follow that of the
             hidden states.
     """

@@ -18,11 +18,7 @@ MOST_EXPERTS = 4096
 
 
 class Routing:
-    """The experts of a model, by what they are called with.
-
-    Args:
-        model: the model, with or without an adapter.
-    """
+    """The experts of a model, by what they are called with."""
 
     def __init__(self, model: nn.Module) -> None:
         self._experts = [

@@ -69,6 +69,8 @@ _BLOCK = 1 << 22
 class Passes:
     """Both passes over one rank's shards, which may be empty, and what they have cost.
 
+    `as_trained` of a pass: see `differentiated`.
+
     Attributes:
         tokens: the policy as a function of response tokens.
         wrapped: the same module inside DistributedDataParallel, or itself when there
@@ -120,11 +122,9 @@ class Passes:
         """Log p and H of every response token, with a direction also their derivatives.
 
         Args:
-            shard: this rank's sequences.
             direction: tangent of each trainable parameter by name (order 1), or None
                 (order 0).
             with_features: at order 1, also what baselines and control variates need.
-            as_trained: see `differentiated`.
 
         Raises:
             RunError: a value is not finite, or the model returned no tangent.
@@ -149,7 +149,6 @@ class Passes:
         costs more than twice as much, and is wrong through layer normalisation.
 
         Args:
-            shard: this rank's sequences.
             direction: tangent of each trainable parameter by name, not all zero.
             step: how far along it the two passes are from the middle
                 (`difference_step`).
@@ -225,13 +224,11 @@ class Passes:
         """Put the gradient of sum(a log p + b H) into the parameters' `.grad`.
 
         Args:
-            shard: this rank's sequences.
             weights: gives a and b of each token; called for a few tokens at a time, which
                 need not be whole sequences.
             collect: called after the backward pass of every microbatch, to move the
                 gradients elsewhere; None: they are summed in `.grad`, which is None
                 before.
-            as_trained: see `differentiated`.
 
         Returns:
             The log p and H that the pass computed on its way.

@@ -87,11 +87,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._listening: list[Callable[[], None]] = []
 
     def attach(self, trainer: Any) -> None:
-        """Make this the first of a trainer's callbacks, before its reporters.
-
-        Args:
-            trainer: a transformers Trainer, or one of TRL's.
-        """
+        """Make this the first of a trainer's callbacks, before its reporters."""
         self._trainer = trainer
         handler = trainer.callback_handler
         if self in handler.callbacks:

@@ -96,9 +96,6 @@ class RolloutRecorder(TrainerCallback):
     def attach(self, trainer: Any) -> None:
         """Record this trainer's batches.
 
-        Args:
-            trainer: TRL's GRPOTrainer, or a class made from it.
-
         Raises:
             InputError: it is another trainer.
         """

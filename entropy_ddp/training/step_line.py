@@ -34,7 +34,6 @@ def step_entry(
     """The line of a probed step.
 
     Args:
-        session: the run.
         probe: the step, both halves.
         truth: whether E was scored after the step.
         top: number of tokens and prompts listed by name.
@@ -70,8 +69,6 @@ def change_entry(
     """Entropy, predictions and truth.
 
     Args:
-        session: the run.
-        estimates: truth and prediction on E.
         midpoint: prediction from the middle; None if not asked for.
         truth: whether E was scored after the change.
     """
@@ -127,7 +124,6 @@ def attribution_entry(
     """The parts of a first-order change, and who made the gradient's.
 
     Args:
-        session: the run.
         table: every token of U with its share in the gradient part.
         parts: {momentum, decay, gradient}, nats.
         top: number of tokens and prompts listed by name.

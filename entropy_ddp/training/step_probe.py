@@ -86,7 +86,6 @@ def probe_before(
     """The first half: the parameters are at theta.
 
     Args:
-        session: the run.
         number: number of the step that the trainer is about to take, from 1.
         trained: U.
         optimizer: AdamW's state before the step.
@@ -132,9 +131,7 @@ def split_by_part(
     """{momentum, decay, gradient} of the first-order change in nats, and z by name.
 
     Args:
-        session: the run.
         gradient: the gradient that the step was made of, flat, [P].
-        step: the step.
         slope: grad H on all of E, flat, [P].
     """
     split = split_step(session, gradient, step, slope)
@@ -251,10 +248,7 @@ def middle_slope(
     """Delta H by the slope at theta + delta / 2.
 
     Args:
-        session: the run.
         step: the step, of learning rate 1.
-        along: E at theta.
-        mean_entropy: the entropy on E at theta.
         place: where the parameters are: 0 at theta, 1 at theta'.
     """
     passes, shard = session.passes, session.shard("E")

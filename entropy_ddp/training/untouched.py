@@ -118,11 +118,7 @@ def padding_rows(model: nn.Module) -> dict[nn.Embedding, int]:
 
 @contextmanager
 def lookups_cut(rows: Mapping[nn.Embedding, int]) -> Iterator[None]:
-    """Within the context, looking these rows up carries no tangent in forward mode.
-
-    Args:
-        rows: embeddings with the row that is cut.
-    """
+    """Within the context, looking these rows up carries no tangent in forward mode."""
 
     def cut(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Any:
         primal, tangent = forward_ad.unpack_dual(output)
