@@ -27,7 +27,11 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.estimators.entropy import Ratio
-from entropy_ddp.estimators.standard_errors import group_totals, jackknife_error
+from entropy_ddp.estimators.standard_errors import (
+    count_groups,
+    group_totals,
+    jackknife_error,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,7 @@ def curvature(
     Raises:
         InputError: there are fewer than two groups.
     """
-    num_groups = int(groups.max()) + 1 if len(groups) else 0
+    num_groups = count_groups(groups)
     size = original.size
     if size is None:
         size = torch.zeros_like(original.numerator)

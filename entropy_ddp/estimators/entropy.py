@@ -32,6 +32,7 @@ from torch import Tensor
 from entropy_ddp.config import ImportanceMode, Integrand, Normalize
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.standard_errors import (
+    count_groups,
     delta_method_error,
     effective_sample_size,
     group_totals,
@@ -196,7 +197,7 @@ def entropy_change(
     Raises:
         InputError: there are fewer than two groups.
     """
-    num_groups = int(groups.max()) + 1 if len(groups) else 0
+    num_groups = count_groups(groups)
     then, now = (r.influence(groups, num_groups) for r in (before, after))
     influence = now - then
     return EntropyChange(

@@ -49,14 +49,14 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.standard_errors import group_totals
+from entropy_ddp.estimators.standard_errors import count_groups, group_totals
 
 Weighting = Literal["dr_grpo", "per_token_avg"]
 
 
 def longest_in_group(lengths: Tensor, groups: Tensor) -> Tensor:
     """L_u of each sequence's group, at least 1, float64, [n]."""
-    longest = torch.ones(_num_groups(groups), dtype=torch.float64)
+    longest = torch.ones(count_groups(groups), dtype=torch.float64)
     longest.scatter_reduce_(0, groups, lengths.double(), "amax")
     return longest[groups]
 
@@ -78,7 +78,7 @@ def entropy_coefficients(
     weighted = logp / divisor
     sizes = group_sizes(groups)
     # The sum over the other G - 1 responses of the group.
-    others = group_totals(weighted, groups, _num_groups(groups))[groups] - weighted
+    others = group_totals(weighted, groups, count_groups(groups))[groups] - weighted
     return -(weighted - others / (sizes - 1)) / sizes
 
 
@@ -90,10 +90,6 @@ def reward_coefficients(advantages: Tensor, lengths: Tensor, groups: Tensor) -> 
 def group_sizes(groups: Tensor) -> Tensor:
     """Number of responses G of each sequence's group, [n]."""
     return torch.bincount(groups)[groups]
-
-
-def _num_groups(groups: Tensor) -> int:
-    return int(groups.max()) + 1 if len(groups) else 0
 
 
 def variance_of_mean(projections: Tensor) -> float:

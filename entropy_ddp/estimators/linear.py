@@ -35,6 +35,7 @@ from entropy_ddp.config import Integrand, Normalize
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.entropy import Ratio, integrand_tokens
 from entropy_ddp.estimators.standard_errors import (
+    count_groups,
     delta_method_error,
     group_totals,
     jackknife_error,
@@ -246,7 +247,7 @@ def slope_from_terms(
     Raises:
         InputError: there are fewer than two groups.
     """
-    num_groups = int(groups.max()) + 1 if len(groups) else 0
+    num_groups = count_groups(groups)
     centred, score, pathwise, counts = terms.unbind(1)
     total, denominator = float(centred.sum()), original.denominator
     mean_entropy, count = original.value, float(counts.sum())

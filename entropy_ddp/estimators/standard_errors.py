@@ -24,6 +24,11 @@ from torch import Tensor
 from entropy_ddp.errors import InputError
 
 
+def count_groups(groups: Tensor) -> int:
+    """Number of groups, from the group of each sequence [N]; 0 of an empty batch."""
+    return int(groups.max()) + 1 if len(groups) else 0
+
+
 def group_totals(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """Sum of per-sequence values [N] within each group, [n]."""
     return values.new_zeros(num_groups).index_add_(0, groups, values)

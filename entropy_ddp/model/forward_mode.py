@@ -19,7 +19,7 @@ changed.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -98,23 +98,19 @@ def undetached(layers: Sequence[nn.Module]) -> Iterator[None]:
     What is detached is lost to both modes of differentiation alike, so that they agree
     with each other and not with the change of the layer's values.
     """
-    handles = []
-    for layer in layers:
-        mode = _Undetached()
+    with ExitStack() as hooks:
+        for layer in layers:
+            mode = _Undetached()
 
-        def enter(*_: Any, mode: TorchFunctionMode = mode) -> None:
-            mode.__enter__()
+            def enter(*_: Any, mode: TorchFunctionMode = mode) -> None:
+                mode.__enter__()
 
-        def leave(*_: Any, mode: TorchFunctionMode = mode) -> None:
-            mode.__exit__(None, None, None)
+            def leave(*_: Any, mode: TorchFunctionMode = mode) -> None:
+                mode.__exit__(None, None, None)
 
-        handles.append(layer.register_forward_pre_hook(enter))
-        handles.append(layer.register_forward_hook(leave, always_call=True))
-    try:
+            hooks.enter_context(layer.register_forward_pre_hook(enter))
+            hooks.enter_context(layer.register_forward_hook(leave, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Undetached(TorchFunctionMode):

@@ -7,7 +7,7 @@ and compared.
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,15 +42,11 @@ class Routing:
             given = inspect.signature(module.forward).bind(*args, **options)
             choices.append(given.arguments["top_k_index"].detach())
 
-        hooks = [
-            module.register_forward_pre_hook(record, with_kwargs=True)
-            for module in self._experts
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module in self._experts:
+                hook = module.register_forward_pre_hook(record, with_kwargs=True)
+                hooks.enter_context(hook)
             yield choices
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def fingerprints(choices: list[Tensor], places: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ from entropy_ddp.training.step_probe import (
 )
 from entropy_ddp.training.untouched import padding_rows, untouched
 from entropy_ddp.update.decomposition import AdamState
+from entropy_ddp.update.step import clip_coefficient
 
 logger = logging.getLogger(__name__)
 
@@ -313,13 +314,6 @@ def _gradient(session: Session) -> Tensor:
         if gradient is not None:
             view.copy_(gradient)
     return flat
-
-
-def clip_coefficient(max_norm: float | None, norm: float) -> float:
-    """What torch's clip_grad_norm_ multiplies a gradient of this norm by."""
-    if not max_norm:
-        return 1.0
-    return min(1.0, max_norm / (norm + 1e-6))
 
 
 def _log_table(entry: dict[str, Any]) -> None:

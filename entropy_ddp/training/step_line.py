@@ -19,7 +19,7 @@ from entropy_ddp.estimators.shares import (
     covariance_score,
     probability_deciles,
 )
-from entropy_ddp.estimators.standard_errors import delta_method_error
+from entropy_ddp.estimators.standard_errors import count_groups, delta_method_error
 from entropy_ddp.probe.attribution import top_tokens
 from entropy_ddp.probe.estimates import EntropyEstimates
 from entropy_ddp.probe.session import Session
@@ -105,7 +105,7 @@ def sizes_of(batch: Batch) -> dict[str, int]:
 
 def entropy_entry(entropy: Ratio, groups: Tensor) -> dict[str, float]:
     """An entropy with its standard error."""
-    num_groups = int(groups.max()) + 1
+    num_groups = count_groups(groups)
     se = delta_method_error(entropy.influence(groups, num_groups))
     return {"value": entropy.value, "se": se}
 

@@ -128,9 +128,7 @@ def lookups_cut(rows: Mapping[nn.Embedding, int]) -> Iterator[None]:
         # Not masked_fill on the dual: its rule would keep the tangent.
         return forward_ad.make_dual(primal, torch.where(padded, 0.0, tangent))
 
-    handles = [module.register_forward_hook(cut) for module in rows]
-    try:
+    with ExitStack() as hooks:
+        for module in rows:
+            hooks.enter_context(module.register_forward_hook(cut))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -124,7 +124,10 @@ def one_step(
         try:
             for name, view in layout.views(gradient).items():
                 parameters[name].grad = view.to(parameters[name], copy=True)
-            clip_coef = _clip(parameters, update.max_grad_norm, grad_norm)
+            clip_coef = clip_coefficient(update.max_grad_norm, grad_norm)
+            for parameter in parameters.values():
+                assert parameter.grad is not None
+                parameter.grad.mul_(clip_coef)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate
             steps = _step_and_count(optimizer)
@@ -179,16 +182,11 @@ def given_change(
         )
 
 
-def _clip(
-    parameters: dict[str, torch.nn.Parameter], max_norm: float, norm: float
-) -> float:
-    """Scale the gradients to the global norm; the factor of torch's clip_grad_norm_."""
+def clip_coefficient(max_norm: float | None, norm: float) -> float:
+    """What torch's clip_grad_norm_ multiplies a gradient of this norm by."""
     if not max_norm:
         return 1.0
-    coefficient = min(1.0, max_norm / (norm + 1e-6))
-    for parameter in parameters.values():
-        parameter.grad.mul_(coefficient)
-    return coefficient
+    return min(1.0, max_norm / (norm + 1e-6))
 
 
 def _drop_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> None:
