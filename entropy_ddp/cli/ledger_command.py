@@ -30,8 +30,9 @@ def ledger(options: Options, run: Path) -> None:
 
     RUN: the folder of `ledger.jsonl`, the callback's `out`. With --config (or --set) a
     trainer's output folder instead, whose checkpoints and batches (rollouts/ of a
-    RolloutRecorder, or else completions/ of TRL) are probed one after the other. Writes ledger.json and, with the extra `report`, ledger.html into
-    --out, by default the ledger's folder.
+    RolloutRecorder, or else completions/ of TRL) are probed one after the other. Writes
+    ledger.json and, with the extra `report`, ledger.html into --out, by default the
+    ledger's folder.
     """
     sys.exit(run_ranks(lambda world: _ledger(world, run, options)))
 

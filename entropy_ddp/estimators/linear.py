@@ -229,8 +229,8 @@ def slope_from_terms(
 ) -> Slope:
     """The slope and its errors from the pieces of all sequences.
 
-    With s_i the score sums, B = sum b_i the centred sums, r = sum r_i and S = sum D_i, slope = B / S. Every
-    mean that enters varies: the influence of group g is
+    With s_i the score sums, B = sum b_i the centred sums, r = sum r_i and S = sum D_i,
+    slope = B / S. Every mean that enters varies: the influence of group g is
 
         psi_g = [ b_g - slope D_g - (r / S) (A_g - Hbar D_g) ] / S
 

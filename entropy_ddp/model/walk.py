@@ -7,7 +7,7 @@ in sequences, tokens and floating-point operations.
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -48,19 +48,10 @@ class PassCount:
 
     def add(self, other: "PassCount") -> None:
         """Add another count to this one."""
-        self._add(other, 1)
-
-    def less(self, other: "PassCount") -> "PassCount":
-        """This count without another one that it includes."""
-        rest = replace(self)
-        rest._add(other, -1)
-        return rest
-
-    def _add(self, other: "PassCount", sign: int) -> None:
         for field in fields(self):
             own, more = getattr(self, field.name), getattr(other, field.name)
             is_known = own is not None and more is not None
-            setattr(self, field.name, own + sign * more if is_known else None)
+            setattr(self, field.name, own + more if is_known else None)
 
     def add_microbatch(self, microbatch: Microbatch) -> None:
         """Count one forward pass."""

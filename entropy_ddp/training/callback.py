@@ -287,9 +287,9 @@ class EntropyProbeCallback(TrainerCallback):
             self._warn(
                 "identity",
                 f"step {entry['step']}: the gradient's part is {checks['identity']:.5g} "
-                "times the "
-                "sum of the tokens' shares, expected 1: dropout, mixed precision or a part of the loss that is "
-                "not of the tokens; the difference is listed as `unattributed`",
+                "times the sum of the tokens' shares, expected 1: dropout, mixed "
+                "precision or a part of the loss that is not of the tokens; the "
+                "difference is listed as `unattributed`",
             )
         if checks["step_gap"] > STEP_TOLERANCE:
             self._warn(
