@@ -19,7 +19,6 @@ from entropy_ddp.cli.ranks import EXIT_UNTRUSTED, run_ranks
 
 if TYPE_CHECKING:
     from entropy_ddp.distributed import World
-    from entropy_ddp.ledger.accumulate import Ledger
 
 
 @click.command()
@@ -49,6 +48,7 @@ def _ledger(world: "World", run: Path, options: Options) -> int:
 
 def _probe(world: "World", run: Path, out: Path, options: Options) -> None:
     """Write the ledger of a run that has checkpoints."""
+    from entropy_ddp.ledger.lines import LEDGER_FILE
     from entropy_ddp.terminal.progress import phase_progress
     from entropy_ddp.training.checkpoints import CheckpointRun, probe_checkpoints
 
@@ -56,7 +56,7 @@ def _probe(world: "World", run: Path, out: Path, options: Options) -> None:
         folder=run, out=out, config=options.config, assignments=options.assignments
     )
     if options.overwrite and world.is_main:
-        (out / "ledger.jsonl").unlink(missing_ok=True)
+        (out / LEDGER_FILE).unlink(missing_ok=True)
     world.gather_objects(None)
     with phase_progress(progress_console(world, options)) as progress:
         probe_checkpoints(checkpoints, world, progress)
@@ -74,7 +74,11 @@ def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
     contents = {"ledger.json": text + "\n"}
     missing = missing_report_extra()
     if missing is None:
-        contents["ledger.html"] = _page(found, folder)
+        from entropy_ddp.report.ledger_page import ledger_page
+        from entropy_ddp.report.page import render_page
+
+        page = ledger_page(found, folder.resolve().name)
+        contents["ledger.html"] = render_page(page)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         with written_whole(out / name) as stream:
@@ -89,10 +93,3 @@ def _add_up(world: "World", folder: Path, out: Path, options: Options) -> int:
     if options.as_json:
         click.echo(text)
     return 0 if found.trusted else EXIT_UNTRUSTED
-
-
-def _page(found: "Ledger", folder: Path) -> str:
-    from entropy_ddp.report.ledger_page import ledger_page
-    from entropy_ddp.report.page import render_page
-
-    return render_page(ledger_page(found, folder.resolve().name))

@@ -12,7 +12,7 @@ same with and without it, bit for bit: see `untouched`.
 import logging
 import sys
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._grad_norm: float | None = None
         self._unlogged: dict[str, Any] | None = None
         self._warned: set[str] = set()
-        self._listening: list[Callable[[], None]] = []
+        self._listening = ExitStack()
 
     def attach(self, trainer: Any) -> None:
         """Make this the first of a trainer's callbacks, before its reporters."""
@@ -212,14 +212,14 @@ class EntropyProbeCallback(TrainerCallback):
             entropy = measured_entropy(session, state.global_step + 1)
         entry = entropy_entry(entropy, session.batches["E"].groups)
         self._write({"kind": "end", "step": state.global_step, "entropy": entry})
-        self._unwatch()
+        self._listening.close()
         self._world.close()
         self._session = None
 
     def _watch(self, trainer: Any) -> None:
         """See what the loss is called with, and the norm before clipping."""
         # What an earlier training left when it failed.
-        self._unwatch()
+        self._listening.close()
         capture = self._capture
         assert capture is not None
 
@@ -232,19 +232,11 @@ class EntropyProbeCallback(TrainerCallback):
         def after_clipping(norm: Any) -> None:
             self._grad_norm = float(norm)
 
-        self._listening = [
-            listen(trainer, "compute_loss", before=before_loss, after=after_loss),
-            listen(trainer.accelerator, "clip_grad_norm_", after=after_clipping),
-        ]
+        hear = self._listening.callback
+        hear(listen(trainer, "compute_loss", before=before_loss, after=after_loss))
+        hear(listen(trainer.accelerator, "clip_grad_norm_", after=after_clipping))
         if hasattr(trainer, SAMPLING):
-            self._listening.append(
-                listen(trainer, SAMPLING, after=sampling_order(trainer))
-            )
-
-    def _unwatch(self) -> None:
-        for end in self._listening:
-            end()
-        self._listening = []
+            hear(listen(trainer, SAMPLING, after=sampling_order(trainer)))
 
     def _gathered(self, capture: BatchCapture) -> TrainedBatch:
         """The batch of all ranks, on every rank."""

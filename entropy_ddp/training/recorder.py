@@ -26,6 +26,7 @@ it counts in the loss's mean over responses and in nothing else. Its ids are kep
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -91,7 +92,7 @@ class RolloutRecorder(TrainerCallback):
         self._rewards: Tensor | None = None
         self._open: dict[str, Any] | None = None
         self._microbatches: list[dict[str, Any]] = []
-        self._listening: list[Callable[[], None]] = []
+        self._listening = ExitStack()
 
     def attach(self, trainer: Any) -> None:
         """Record this trainer's batches.
@@ -137,24 +138,16 @@ class RolloutRecorder(TrainerCallback):
         self._world = joined_world()
         self._follows_checkpoint = state.global_step > 0
         # What an earlier training left when it failed.
-        self._stop_listening()
+        self._listening.close()
         self._microbatches = []
         self._number = sampling_order(trainer)
-        self._listening = [
-            listen(trainer, "_calculate_rewards", after=self._on_rewards),
-            listen(trainer, SAMPLING, after=self._on_sampled),
-            listen(
-                trainer,
-                "_get_per_token_logps_and_entropies",
-                after=self._on_logp,
-            ),
-            listen(
-                trainer,
-                "compute_loss",
-                before=self._before_loss,
-                after=self._after_loss,
-            ),
-        ]
+        for name, heard in (
+            ("_calculate_rewards", {"after": self._on_rewards}),
+            (SAMPLING, {"after": self._on_sampled}),
+            ("_get_per_token_logps_and_entropies", {"after": self._on_logp}),
+            ("compute_loss", {"before": self._before_loss, "after": self._after_loss}),
+        ):
+            self._listening.callback(listen(trainer, name, **heard))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin an empty batch, if this step's is to be recorded."""
@@ -184,13 +177,8 @@ class RolloutRecorder(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the trainer alone."""
-        self._stop_listening()
+        self._listening.close()
         self._world.close()
-
-    def _stop_listening(self) -> None:
-        for end in self._listening:
-            end()
-        self._listening = []
 
     def _on_rewards(self, rewards: Tensor) -> None:
         self._rewards = rewards
