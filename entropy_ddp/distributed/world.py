@@ -4,6 +4,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,23 +25,17 @@ def interruptibly(call: Callable[[], T]) -> T:
     Python sees a signal between two steps of its main thread only: the call is made in a
     thread of its own.
     """
-    done = threading.Event()
-    values: list[T] = []
-    errors: list[BaseException] = []
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            values.append(call())
+            outcome.set_result(call())
         except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-        finally:
-            done.set()
+            outcome.set_exception(error)
 
+    # Not an executor's thread, for which the interpreter waits at its end.
     threading.Thread(target=run, daemon=True).start()
-    done.wait()
-    if errors:
-        raise errors[0]
-    return values[0]
+    return outcome.result()
 
 
 @dataclass(kw_only=True)
@@ -48,8 +43,6 @@ class World:
     """All ranks of a run, as seen from one of them.
 
     Attributes:
-        rank: number of this rank.
-        world_size: number of ranks.
         local_rank: number of this rank on its machine; selects the GPU.
         store: the key-value store shared by the ranks; None without a group, and in
             one that somebody else has started.

@@ -39,7 +39,18 @@ TOLERANCES = {
     torch.float32: (1e-4, 1e-3, 5e-2),
     torch.bfloat16: (5e-2, 1e-1, None),
 }
+# Of the central difference.
 STEP = {torch.float64: 1e-5, torch.float32: 3e-3}
+# What attention from token to token costs beyond its multiplications, measured.
+PAIR_OVERHEAD = 1.5
+_CAUSES = {
+    "output layer": "the model changes its logits after the output layer (soft-capping "
+    "or scaling), which is not supported",
+    "duality": "an operation of this model loses its tangent; try compute.attention: "
+    "eager",
+    "central difference": "an operation of this model is detached from its gradient "
+    "(DoRA's weight norm, say), so that derivatives miss a part of the change",
+}
 
 
 @dataclass(frozen=True)
@@ -82,10 +93,6 @@ def check_model(passes: Passes, vocabulary_size: int) -> list[SelfCheck]:
                 f"{check.tolerance:.0e}; {_CAUSES[check.name]}"
             )
     return checks
-
-
-# What attention from token to token costs beyond its multiplications, measured.
-PAIR_OVERHEAD = 1.5
 
 
 @dataclass(frozen=True)
@@ -165,16 +172,6 @@ def _sharing_of(transformer: torch.nn.Module) -> PromptSharing:
         pair_cost=PAIR_OVERHEAD * pairs / multiplied,
         longest_path=min((reach for reach in reaches if reach), default=None),
     )
-
-
-_CAUSES = {
-    "output layer": "the model changes its logits after the output layer (soft-capping "
-    "or scaling), which is not supported",
-    "duality": "an operation of this model loses its tangent; try compute.attention: "
-    "eager",
-    "central difference": "an operation of this model is detached from its gradient "
-    "(DoRA's weight norm, say), so that derivatives miss a part of the change",
-}
 
 
 def _relative(difference: float, scale: float) -> float:
