@@ -25,6 +25,7 @@ from checkpoints import (
 )
 from click.testing import CliRunner, Result
 from reference import drawn_from, random_rows
+from run_directories import write_run
 from safetensors.torch import save_file
 
 from entropy_ddp.cli import main
@@ -138,6 +139,18 @@ def test_usage_and_configuration_errors_load_no_heavy_library(
     assert finished.returncode == 2
     loaded = set(re.findall(r"\| +(\w+)$", finished.stderr, flags=re.MULTILINE))
     assert not loaded & set(HEAVY)
+
+
+def test_a_report_is_made_without_torch(tmp_path: Path) -> None:
+    """It needs no model: its start costs a second, not ten."""
+    run = write_run(tmp_path / "run", texts=[["1", "2"], ["3"], ["4", "5", "6"]])
+    code = (
+        "import sys; from entropy_ddp.cli import main\n"
+        f"main(['report', {str(run)!r}], standalone_mode=False)\n"
+        "print([m for m in ('torch', 'transformers', 'accelerate') if m in sys.modules])"
+    )
+    done = launching.run(launching.python("-c", code), fresh=True).require_success()
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_help_names_every_command() -> None:

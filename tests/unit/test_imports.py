@@ -72,6 +72,18 @@ LIGHT_FILES = {"checkpoint/find.py", "checkpoint/trainer_settings.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A file as Python reads it."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def all_imported(path: Path) -> list[tuple[str, int]]:
+    """Everything that a file imports anywhere, with line numbers."""
+    return list(imported_modules(tree_of(path)))
+
+
 def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Full names of everything imported anywhere in a file, with line numbers.
 
@@ -100,7 +112,7 @@ def places_of(path: Path) -> set[str]:
 
 def rooms_imported(path: Path) -> Iterator[tuple[str, int]]:
     """The rooms that a file imports from, with line numbers."""
-    for name, line in imported_modules(ast.parse(path.read_text())):
+    for name, line in all_imported(path):
         parts = name.split(".")
         if parts[0] == "entropy_ddp":
             room = parts[1] if len(parts) > 1 else "__init__"
@@ -132,7 +144,7 @@ def test_a_reserved_library_is_imported_in_its_rooms_only(prefix: str) -> None:
         f"{path}:{line}"
         for path in FILES
         if RESERVED[prefix].isdisjoint(places_of(path))
-        for name, line in imported_modules(ast.parse(path.read_text()))
+        for name, line in all_imported(path)
         if is_within(name, prefix)
     ]
     assert not elsewhere
@@ -144,7 +156,7 @@ def test_the_process_group_is_reached_by_import_only() -> None:
         f"{path}:{node.lineno}"
         for path in FILES
         if room_of(path) != "distributed"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute)
         and node.attr == "distributed"
         and isinstance(node.value, ast.Name)
@@ -231,8 +243,7 @@ def test_no_files_import_each_other() -> None:
     """Nor in a longer circle; imports inside functions and for types count too."""
     files = {module_of(path): path for path in FILES}
     imports = {
-        module: {name for name, _ in imported_modules(ast.parse(path.read_text()))}
-        & (files.keys() - {module})
+        module: {name for name, _ in all_imported(path)} & (files.keys() - {module})
         for module, path in files.items()
     }
     # `from a.b import c` names the folder a too, of which only the __init__ is a file.
