@@ -13,7 +13,6 @@ temperature                                  objective.temperature
 """
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from entropy_ddp.checkpoint.find import existing_folder
@@ -49,21 +48,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # The reference policy would be one of the run's earlier policies.
     "sync_ref_model": (False,),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contradiction:
-    """A setting that the configuration and the trainer disagree on.
-
-    Attributes:
-        key: the configuration's key, as in `update.loss`.
-        configured: the configuration's value.
-        trained: what the trainer used, in the configuration's terms.
-    """
-
-    key: str
-    configured: Any
-    trained: Any
 
 
 def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
@@ -120,8 +104,8 @@ def _number(value: Any) -> float | None:
 
 def contradictions(
     config: Config, arguments: TrainingArguments, update: "Batch | None" = None
-) -> list[Contradiction]:
-    """Keys whose value in the configuration is not what the trainer used.
+) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value is not what the trainer used: the value, and what it used.
 
     Keys that change nothing are not compared: the clipping range without `ratio:
     clipped`, the length norm of other losses than `dr_grpo`, what it averages over where
@@ -131,38 +115,23 @@ def contradictions(
     Args:
         update: U, if it is known.
     """
-    if config.update.delta is not None:
-        return _temperature_contradiction(config, arguments)
-    alike = update is None or len(update.group_sizes.unique()) == 1
-    found = []
-    for key, trained in trained_settings(arguments).items():
-        configured = _value_at(config, key)
-        if key == "update.average_over" and alike:
-            continue
-        if configured != trained and _is_read(config, key):
-            found.append(Contradiction(key=key, configured=configured, trained=trained))
+    trained = trained_settings(arguments)
     loss = arguments.values.get("loss_type")
     if loss is not None and loss not in LOSSES:
-        found.append(
-            Contradiction(
-                key="update.loss", configured=config.update.loss, trained=loss
-            )
-        )
-    return found
-
-
-def _temperature_contradiction(
-    config: Config, arguments: TrainingArguments
-) -> list[Contradiction]:
-    key = "objective.temperature"
-    configured, trained = _value_at(config, key), trained_settings(arguments).get(key)
-    if trained in (None, configured):
-        return []
-    return [Contradiction(key=key, configured=configured, trained=trained)]
+        trained["update.loss"] = loss
+    if update is None or len(update.group_sizes.unique()) == 1:
+        trained.pop("update.average_over", None)
+    return {
+        key: (_value_at(config, key), value)
+        for key, value in trained.items()
+        if _value_at(config, key) != value and _is_read(config, key)
+    }
 
 
 def _is_read(config: Config, key: str) -> bool:
     """Whether the configured loss has a use for a key; `nll` has no trainer's KL term."""
+    if config.update.delta is not None:
+        return key == "objective.temperature"
     if key in ("update.epsilon_low", "update.epsilon_high"):
         return config.update.ratio == "clipped"
     if key in ("update.length_norm", "update.average_over"):

@@ -206,8 +206,8 @@ def _trained_with(session: Session) -> dict[str, Any]:
     differences = contradictions(config, arguments, session.batches.get("U"))
     if differences:
         found["configuration against trainer"] = {
-            item.key: {"configured": item.configured, "trained with": item.trained}
-            for item in differences
+            key: {"configured": configured, "trained with": trained}
+            for key, (configured, trained) in differences.items()
         }
     return found
 

@@ -47,16 +47,18 @@ def training_rows(session: Session) -> list[AuditRow]:
     given = update is None or all(s.advantage is not None for s in update.sequences)
     return _engine_rows(session, arguments) + [
         compare(
-            f"trainer's setting: {found.key}",
-            found.configured,
-            str(found.trained),
+            f"trainer's setting: {key}",
+            configured,
+            str(trained),
             False,
             f"the step probed is not the one that {path} describes; set "
-            f"{found.key} to what the trainer used if it is to be that one",
+            f"{key} to what the trainer used if it is to be that one",
             fatal=False,
         )
-        for found in contradictions(session.config, arguments, update)
-        if not (given and found.key == "batches.advantage")
+        for key, (configured, trained) in contradictions(
+            session.config, arguments, update
+        ).items()
+        if not (given and key == "batches.advantage")
     ]
 
 
