@@ -132,6 +132,12 @@ def find_training_arguments(checkpoint: Checkpoint) -> Path | None:
     return next((path for path in files if path.is_file()), None)
 
 
+def training_arguments(checkpoint: Checkpoint) -> TrainingArguments | None:
+    """What a checkpoint was trained with, if it says; errors as of reading it."""
+    path = find_training_arguments(checkpoint)
+    return None if path is None else read_training_arguments(path)
+
+
 def read_training_arguments(path: Path) -> TrainingArguments:
     """Read a training_args.bin without running anything of it.
 

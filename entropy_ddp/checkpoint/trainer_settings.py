@@ -19,8 +19,7 @@ from entropy_ddp.checkpoint.find import existing_folder
 from entropy_ddp.checkpoint.trainer_files import (
     ARGUMENTS_FILE,
     TrainingArguments,
-    find_training_arguments,
-    read_training_arguments,
+    training_arguments,
 )
 from entropy_ddp.config import Checkpoint, Config, validated
 from entropy_ddp.errors import InputError
@@ -85,14 +84,12 @@ def trained_settings(arguments: TrainingArguments) -> dict[str, Any]:
 
 def trained_limit(checkpoint: Checkpoint) -> int | None:
     """Tokens after which the trainer cut responses off; None where that is not told."""
-    path = find_training_arguments(checkpoint)
-    if path is None:
-        return None
     try:
-        limit = read_training_arguments(path).values.get("max_completion_length")
+        arguments = training_arguments(checkpoint)
     except InputError:
         # That the file cannot be read is told by an audit of its own.
         return None
+    limit = arguments and arguments.values.get("max_completion_length")
     return limit if type(limit) is int else None
 
 
@@ -165,14 +162,13 @@ def with_training_arguments(config: Config) -> Config:
         return config
     if config.checkpoint.path is not None:
         existing_folder(config.checkpoint.path)
-    path = find_training_arguments(config.checkpoint)
-    if path is None:
+    arguments = training_arguments(config.checkpoint)
+    if arguments is None:
         raise InputError(
             f"update.from_checkpoint: expected {ARGUMENTS_FILE} in the checkpoint's folder, "
             "found none; set update.from_checkpoint: false and give the trainer's "
             "settings in the configuration"
         )
-    arguments = read_training_arguments(path)
     _require_same_loss(arguments)
     settings = trained_settings(arguments)
     document = config.model_dump(exclude_unset=True)
@@ -228,14 +224,14 @@ def require_masked(
     Raises:
         InputError: a truncated response has tokens, or U is to be sampled.
     """
-    path = find_training_arguments(config.checkpoint)
-    if not config.update.from_checkpoint or config.batches.U is None or path is None:
+    if not config.update.from_checkpoint or config.batches.U is None:
         return
+    arguments = training_arguments(config.checkpoint)
     masking = "mask_truncated_completions"
-    if not read_training_arguments(path).values.get(masking):
+    if arguments is None or not arguments.values.get(masking):
         return
     advice = (
-        f"{path}: {masking} leaves truncated responses out of the loss; write them "
+        f"{arguments.path}: {masking} leaves truncated responses out of the loss; write them "
         "without response_ids, as RolloutRecorder does, or set update.from_checkpoint: "
         "false to probe a step with them"
     )

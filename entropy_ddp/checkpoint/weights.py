@@ -4,6 +4,7 @@ import json
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,6 @@ PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-ADAPTER_FILES = ("adapter_model.safetensors",)
-
-# A header that is longer is not one of weights.
-MAX_HEADER_BYTES = 1 << 27
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -148,19 +145,16 @@ def stored_dtypes(
     Args:
         state: folder of accelerate's `save_state`, which takes the others' place.
     """
-    files: dict[str, list[Path]] = {"state": [], "base": [], "adapter": []}
     if state is not None:
-        files["state"] = _weight_files(state)
+        files = {"state": _weight_files(state)}
     else:
-        files["base"] = _weight_files(_local_folder(base))
+        files = {"base": _weight_files(_local_folder(base))}
         if adapter is not None:
-            files["adapter"] = [adapter / name for name in ADAPTER_FILES]
+            files["adapter"] = [adapter / ADAPTER_WEIGHTS[0]]
     found = {}
     for part, paths in files.items():
-        counts: Counter[str] = Counter()
-        for path in paths:
-            if path.is_file():
-                counts.update(_header_dtypes(path))
+        dtypes = [_dtypes_in(path) for path in paths if path.is_file()]
+        counts = Counter(chain.from_iterable(dtypes))
         if counts:
             found[part] = ", ".join(name for name, _ in counts.most_common())
     return found
@@ -189,13 +183,13 @@ def _weight_files(folder: Path | None) -> list[Path]:
         return [folder / shard for shard in shards]
 
 
-def _header_dtypes(path: Path) -> Counter[str]:
-    """Number of tensors of each dtype, from the file's header alone."""
-    with _unreadable(path), path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(size, MAX_HEADER_BYTES)))
-        tensors = (entry for name, entry in header.items() if name != "__metadata__")
-        return Counter(_NAMES.get(entry["dtype"], entry["dtype"]) for entry in tensors)
+def _dtypes_in(path: Path) -> list[str]:
+    """The dtype of every tensor of a safetensors file."""
+    from safetensors import safe_open
+
+    with _unreadable(path), safe_open(path, framework="pt") as file:
+        stored = [file.get_slice(name).get_dtype() for name in file.offset_keys()]
+        return [_NAMES.get(dtype, dtype) for dtype in stored]
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:

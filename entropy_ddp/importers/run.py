@@ -10,10 +10,7 @@ from typing import Any
 
 from entropy_ddp.checkpoint.find import adapters_in, find_checkpoint
 from entropy_ddp.checkpoint.policy import load_tokenizer
-from entropy_ddp.checkpoint.trainer_files import (
-    find_training_arguments,
-    read_training_arguments,
-)
+from entropy_ddp.checkpoint.trainer_files import training_arguments
 from entropy_ddp.config import Checkpoint
 from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.data.rows import (
@@ -93,7 +90,8 @@ def import_rollouts(
     reader = _reader(format, files)
     _require_writable(output, overwrite)
     found = find_checkpoint(_tokenizer_checkpoint(checkpoint))
-    trained = _trained_with(checkpoint)
+    arguments = training_arguments(Checkpoint(path=str(checkpoint)))
+    trained = {} if arguments is None else arguments.values
     size = source.num_generations
     source = _told(source, trained)
     records = [record for path in files for record in reader(path, source)]
@@ -187,12 +185,6 @@ def _tokenizer_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint as its tokenizer's place: any of several adapters tells it."""
     names = list(adapters_in(folder)) if folder.is_dir() else []
     return Checkpoint(path=str(folder), adapter=names[0] if len(names) > 1 else None)
-
-
-def _trained_with(checkpoint: Path) -> dict[str, Any]:
-    """The settings of the checkpoint's training_args.bin; empty if it has none."""
-    path = find_training_arguments(Checkpoint(path=str(checkpoint)))
-    return {} if path is None else read_training_arguments(path).values
 
 
 def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:

@@ -20,12 +20,7 @@ import torch
 
 from entropy_ddp.config import Prompts
 from entropy_ddp.data.jsonlines import make_problem, read_rows, show
-from entropy_ddp.data.rows import (
-    KNOWN_KEYS,
-    TokenLimits,
-    check_types,
-    read_prompt_ids,
-)
+from entropy_ddp.data.rows import KNOWN_KEYS, TokenLimits, check_types, read_prompt_ids
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
 
 if TYPE_CHECKING:

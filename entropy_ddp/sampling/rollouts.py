@@ -47,11 +47,7 @@ from entropy_ddp.sampling.prompts import (
 from entropy_ddp.sampling.rewards import Term, check_gold, load_rewards, score_rewards
 
 if TYPE_CHECKING:
-    from transformers import (
-        GenerationConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
