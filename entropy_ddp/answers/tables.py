@@ -40,6 +40,7 @@ from entropy_ddp.answers.words import (
     name_of_kind,
     percent,
     relative_error,
+    short_name,
     shown_error,
     title_of_kinds,
     with_error,
@@ -47,7 +48,6 @@ from entropy_ddp.answers.words import (
 from entropy_ddp.answers.words import (
     number as in_words,
 )
-from entropy_ddp.names import short_name
 
 AUDITS_ID = "audits"
 # What a probe shows of its audits: the sums, counts and gaps by which it can be wrong.

@@ -235,6 +235,13 @@ def name_of_kind(name: str, label: str) -> str:
     return tenth(int(label.split("-")[0]) // 10) if name == DECILE else label
 
 
+def short_name(parameter: str) -> str:
+    """A parameter's name without what PEFT wraps around every one of them."""
+    for wrapping in ("base_model.model.", "model.", "transformer."):
+        parameter = parameter.removeprefix(wrapping)
+    return parameter.removesuffix(".weight").removesuffix(".default")
+
+
 def differing(texts: Sequence[str]) -> list[str]:
     """Texts without a long beginning and a long end that all have, as of a template.
 

@@ -26,13 +26,13 @@ from entropy_ddp.answers.words import (
     one_line,
     percent,
     percent_with_error,
+    short_name,
     supported,
     supported_percent,
     typeset,
     visible,
     with_error,
 )
-from entropy_ddp.names import short_name
 
 if TYPE_CHECKING:
     # Words and tables need no library for figures, and a page none before it is made.

@@ -31,10 +31,10 @@ from thread_ranks import run_thread_ranks
 from tiny_runs import TinyRun
 from torch import Tensor, nn
 
+from entropy_ddp.answers.words import short_name
 from entropy_ddp.checkpoint.policy import Policy
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
-from entropy_ddp.names import short_name
 from entropy_ddp.probe import opening, session
 from entropy_ddp.probe.audits import model, truth
 from entropy_ddp.probe.audits.batch import batch_rows

@@ -17,7 +17,6 @@ ROOMS = (
     "errors",
     "files",
     "interruption",
-    "names",
     "memory",
     "config",
     "distributed",
@@ -64,7 +63,7 @@ EXTRAS = {
 }
 # What runs before a command does, help and usage errors, and after it: no model.
 LIGHT_ROOMS = {
-    "__init__", "__main__", "errors", "files", "interruption", "names",
+    "__init__", "__main__", "errors", "files", "interruption",
     "config", "ledger", "results", "answers", "terminal", "cli",
 }  # fmt: skip
 # A configuration is complete before torch is needed, with what a trainer left of it.
