@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from entropy_ddp.model.walk import OperationCounter
+from entropy_ddp.model.counting import OperationCounter
 
 Size = Literal["tiny", "default", "full"]
 Run = Callable[[], Any]

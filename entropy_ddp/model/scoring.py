@@ -7,7 +7,7 @@ stored). `pull_back` adds the gradient of sum(a log p + b H) over all response t
 into the parameters' `.grad` (reverse mode, one backward per microbatch), and `gradient`
 moves them into one flat buffer. `score_twice` gives second derivatives.
 
-Where memory runs out, the microbatch is split and tried again (`walk`). A forward pass
+Where memory runs out, the microbatch is split and tried again. A forward pass
 that fails leaves nothing; a backward pass has added to some of the gradients already,
 which are then made anew: that costs time when it happens, and nothing when it does not.
 
@@ -16,6 +16,7 @@ repeated sequence by sequence, and of the first bad one for ever shorter beginni
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,9 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from entropy_ddp.data.batch import Shard
-from entropy_ddp.data.microbatch import Microbatch, PromptSharing
+from entropy_ddp.data.microbatch import (
+    Microbatch,
+    PromptSharing,
+    Row,
+    make_microbatch,
+    plan_microbatches,
+)
 from entropy_ddp.errors import RunError
-from entropy_ddp.memory import Allowance
+from entropy_ddp.memory import Allowance, unless_out_of_memory
+from entropy_ddp.model.counting import PassCount, counted
 from entropy_ddp.model.forward_mode import (
     dual_parameters,
     halves,
@@ -48,7 +56,6 @@ from entropy_ddp.model.response_tokens import (
     TokenScores,
     TokenWeights,
 )
-from entropy_ddp.model.walk import PassCount, Walk, counted
 
 # How far apart the two passes of a second derivative are, in nats: the typical change
 # of a token's log p from the middle to either. The rounding of first derivatives, which
@@ -206,10 +213,8 @@ class Passes:
                 with precision_context(self.dtype), tangent_rules:
                     self._score_microbatch(microbatch, scores)
 
-            walk = self._walk(shard)
-            for microbatch in walk.microbatches(attempt):
+            for microbatch in self._microbatches(shard, scores, attempt):
                 self._performed_one(microbatch, scores, count)
-        scores.num_extra_microbatches = walk.num_extra
         _require_finite(scores, shard)
         return scores
 
@@ -261,18 +266,16 @@ class Passes:
                 scores.num_microbatches = tokens_done = 0
             return collect is None
 
-        walk = self._walk(shard)
         with (
             self.differentiated(as_trained),
             self._counted("pull_back", shard) as count,
             no_sync(),
         ):
-            for microbatch in walk.microbatches(attempt, undo):
+            for microbatch in self._microbatches(shard, scores, attempt, undo):
                 if collect is not None:
                     collect()
                 self._performed_one(microbatch, scores, count)
                 tokens_done += len(microbatch.token)
-        scores.num_extra_microbatches = walk.num_extra
         _require_finite(scores, shard)
         return scores
 
@@ -403,15 +406,76 @@ class Passes:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def _walk(self, shard: Shard) -> Walk:
-        return Walk(
-            shard=shard,
-            budget=self.tokens.settings.tokens_per_microbatch,
-            fill=self.fill,
-            sharing=self.sharing,
-            allowance=self.allowance,
-            device=self.device,
-        )
+    def _microbatches(
+        self,
+        shard: Shard,
+        scores: TokenScores,
+        attempt: Callable[[Microbatch], None],
+        undo: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Microbatch]:
+        """Each microbatch of a shard once the attempt at it has succeeded.
+
+        Where memory runs out, what is left is cut anew with a smaller budget.
+
+        Args:
+            shard: this rank's sequences.
+            scores: told how many microbatches more it is than the configured budget
+                would have made.
+            attempt: runs the model; what it leaves of a failure is overwritten by the
+                next attempt, or undone.
+            undo: called after an attempt that failed; says whether it had to undo the
+                earlier ones too, which are then made again.
+
+        Raises:
+            RunError: memory runs out with a single sequence.
+        """
+        configured = self.tokens.settings.tokens_per_microbatch
+
+        def plan(budget: int, left: list[int] | None = None) -> list[list[Row]]:
+            return plan_microbatches(shard, budget, self.sharing, left, self.fill)
+
+        def attempted() -> Microbatch:
+            microbatch = make_microbatch(shard, waiting[0]).to(self.device)
+            attempt(microbatch)
+            return microbatch
+
+        done: list[list[Row]] = []
+        waiting = deque(plan(self.allowance.of(configured)))
+        planned = len(waiting)
+        if self.allowance.limit is not None:
+            planned = len(plan(configured))
+        while waiting:
+            microbatch, shortage = unless_out_of_memory(attempted)
+            if microbatch is not None:
+                done.append(waiting.popleft())
+                scores.num_extra_microbatches = len(done) + len(waiting) - planned
+                yield microbatch
+                continue
+            self._allow_less(shard, waiting[0], shortage)
+            if undo():
+                waiting.extend(done)
+                done = []
+            left = [
+                place for rows in waiting for row in rows for place in row.sequences
+            ]
+            waiting = deque(plan(self.allowance.of(configured), sorted(left)))
+
+    def _allow_less(self, shard: Shard, rows: list[Row], shortage: str | None) -> None:
+        """Allow half of what did not fit, or of the budget if that is smaller."""
+        configured = self.tokens.settings.tokens_per_microbatch
+        size = len(rows) * max(row.length for row in rows)
+        places = [place for row in rows for place in row.sequences]
+        if len(places) == 1:
+            sequence = shard.sequences[places[0]]
+            raise RunError(
+                f"out of memory with a single sequence, line {sequence.index + 1} of "
+                f"batch {shard.batch.split} ({size} tokens), after "
+                f"{self.allowance.num_retries} smaller microbatches (configured: "
+                f"{configured} tokens): {shortage}; free memory on this device, run "
+                "fewer ranks on it, leave out sequences of this length, or set "
+                "precision.model: bfloat16"
+            )
+        self.allowance.halve(min(size, self.allowance.of(configured)))
 
     @property
     def fill(self) -> int:

@@ -16,8 +16,8 @@ from entropy_ddp.estimators.control_variates import adjusted_change
 from entropy_ddp.estimators.linear import Baseline, Score
 from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.memory import peak_host_bytes
+from entropy_ddp.model.counting import PassCount
 from entropy_ddp.model.parameters import global_norm
-from entropy_ddp.model.walk import PassCount
 from entropy_ddp.probe.attribution import sequence_shares, token_rows
 from entropy_ddp.probe.audits.primitives import worst_verdict
 from entropy_ddp.probe.audits.step import memory_rows

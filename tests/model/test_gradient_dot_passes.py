@@ -26,8 +26,8 @@ from unit_vectors import Vectors
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.model.counting import PassCount
 from entropy_ddp.model.response_tokens import DirectionalScores
-from entropy_ddp.model.walk import PassCount
 from entropy_ddp.probe.gradient_dot import (
     GradientDot,
     GradientDotResult,

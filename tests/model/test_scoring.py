@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from entropy_ddp.data.batch import Batch, Ragged, Shard
 from entropy_ddp.errors import RunError
 from entropy_ddp.model import response_tokens, scoring
+from entropy_ddp.model.counting import PassCount
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.model.walk import PassCount
 
 RTOL = 1e-10  # the contract's bar for float64, of the largest value of its kind
 TEMPERATURE = 1.3
