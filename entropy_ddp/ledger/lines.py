@@ -133,19 +133,34 @@ def read_ledger(folder: Path) -> RunLog:
             f"{file}: expected a run's ledger, found no such file; name the folder that "
             "the callback was given as `out`"
         )
-    text = file.read_text(encoding="utf-8")
-    lines, notes = text.split("\n"), []
+    lines, notes = file.read_text(encoding="utf-8").split("\n"), []
     if lines.pop():
         notes.append("the last line is cut off (the training was killed): left out")
-    log = RunLog(runs=[], entries=[], end=None, notes=notes)
-    for number, line in enumerate(lines, start=1):
-        log = _with_line(log, _parsed(line, f"{file}:{number}"))
-    if not log.entries:
+    runs: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
+    end = None
+    for number, text in enumerate(lines, start=1):
+        line = _parsed(text, f"{file}:{number}")
+        if line["kind"] == "end":
+            end = line
+        elif line["kind"] == "step":
+            entries.append(line)
+        else:
+            kept = [entry for entry in entries if entry["step"] < line["first_step"]]
+            if len(kept) < len(entries):
+                notes.append(
+                    f"restarted at step {line['first_step']}: "
+                    f"{len(entries) - len(kept)} lines of steps that were taken back are "
+                    "left out"
+                )
+            runs.append(line)
+            entries, end = kept, None
+    if not entries:
         raise InputError(
             f"{file}: expected at least one probed step, found none; let the training "
             "go on, or probe more often (`every`)"
         )
-    return log
+    return RunLog(runs=runs, entries=entries, end=end, notes=notes)
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
@@ -169,21 +184,3 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
 def _missing(line: dict[str, Any]) -> list[str]:
     """What a line must have by its kind and has not."""
     return [key for key in NEEDED[line["kind"]] if key not in line]
-
-
-def _with_line(log: RunLog, line: dict[str, Any]) -> RunLog:
-    runs, entries, end = [*log.runs], log.entries, log.end
-    notes = [*log.notes]
-    if line["kind"] == "end":
-        end = line
-    if line["kind"] == "step":
-        entries = [*entries, line]
-    if line["kind"] == "run":
-        kept = [entry for entry in entries if entry["step"] < line["first_step"]]
-        if len(kept) < len(entries):
-            notes.append(
-                f"restarted at step {line['first_step']}: {len(entries) - len(kept)} "
-                "lines of steps that were taken back are left out"
-            )
-        runs, entries, end = [*runs, line], kept, None
-    return RunLog(runs=runs, entries=entries, end=end, notes=notes)
