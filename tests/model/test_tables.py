@@ -108,7 +108,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
     )
     out = tmp_path_factory.mktemp("out")
     probed, swept, attributed = (
-        job(config, World(), out / job.__name__, lambda *progress: None).results
+        job(config, World(), out / job.args[0], lambda *progress: None).results
         for job in (run_probe, run_sweep, run_attribution)
     )
     assert probed.gradient_dot is not None and attributed.attribution is not None
