@@ -35,6 +35,7 @@ from entropy_ddp.update.step import optimizer_tensors
 
 # Everything on: the KL term's reference, both forms of gradient-dot, masked steps.
 SECTIONS: dict[str, Any] = {
+    "compute": {"device": "cpu", "tokens_per_microbatch": 60},
     "update": {"max_grad_norm": 0.5, "kl_coefficient": 0.1, "lr_override": 0.01},
     "gradient_dot": {"enabled": True, "variance_method": "backward"},
     "attribution": {"verify": True},

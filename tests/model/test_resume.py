@@ -41,7 +41,7 @@ from entropy_ddp.results import UNFINISHED, prepare_folder, write_results
 pytestmark = pytest.mark.usefixtures("models_checked_once")
 
 Document = dict[str, Any]
-COMPUTE = {"device": "cpu", "tokens_per_microbatch": 30}
+COMPUTE = {"device": "cpu", "tokens_per_microbatch": 60}
 
 
 class Killed(BaseException):

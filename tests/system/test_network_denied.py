@@ -7,7 +7,7 @@ recorded and refused, and in which nothing says that the hub is offline.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import launching
 import pytest
@@ -25,10 +25,10 @@ from transformers import dynamic_module_utils
 
 from entropy_ddp.cli import main
 
-# Commands, one a line of JSON on standard input, in one process: starting is what
-# takes time. Prints the exit codes and what was asked of the network.
+# Commands in one process: starting is what takes time. Prints of each the exit code, what
+# it asked of the network, and its standard error.
 RUNNER = """
-import json, sys, time
+import contextlib, io, json, sys, time
 
 asked = []
 
@@ -47,14 +47,17 @@ sys.addaudithook(refuse)
 from entropy_ddp.cli import main
 
 time.sleep = lambda seconds: None  # between the hub's own attempts
-codes = []
+ended = []
 for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments, standalone_mode=False)
-        codes.append(0)
-    except SystemExit as ended:
-        codes.append(ended.code)
-print("RESULT", json.dumps({"codes": codes, "asked": asked}))
+    code, errors = 0, io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            main(arguments, standalone_mode=False)
+        except SystemExit as end:
+            code = end.code
+    ended.append((code, asked.copy(), errors.getvalue()))
+    asked.clear()
+print("RESULT", json.dumps(ended))
 """
 SOMEWHERE = """
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -69,15 +72,25 @@ class OwnModel(Qwen2ForCausalLM):
 """
 
 
-def run_commands(
-    *commands: list[str], timeout: float = 200.0
-) -> tuple[dict[str, Any], str]:
-    """What the commands ended with and asked for, and their standard error."""
+class Ended(NamedTuple):
+    """A command that ended: exit code, what it asked of the network, standard error."""
+
+    code: int
+    asked: list[str]
+    errors: str
+
+
+# Of a command in which nothing is wrong, and which needs no network.
+QUIET_END = Ended(0, [], "")
+
+
+def run_commands(*commands: list[str], timeout: float = 200.0) -> list[Ended]:
+    """How each of the commands ended, in one process."""
     command = launching.python("-c", RUNNER, json.dumps(commands))
     environment = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
     finished = launching.run(command, environment, timeout).require_success()
     (line,) = [s for s in finished.stdout.splitlines() if s.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT ")), finished.stderr
+    return [Ended(*ended) for ended in json.loads(line.removeprefix("RESULT "))]
 
 
 @pytest.fixture(scope="module")
@@ -98,46 +111,47 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return saved
 
 
-def test_commands_on_folders_ask_nothing(saved: Saved, tmp_path: Path) -> None:
-    """check, probe, attribute and sample; a hub id is asked for, in one line of error."""
-    folder = saved.base.parent
+@pytest.fixture(scope="module")
+def ended(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Commands on folders, on an adapter of another base, and on a hub id."""
+    folder, out = saved.base.parent, tmp_path_factory.mktemp("out")
     config = ["--config", str(folder / "run.yaml"), "--quiet"]
     sample = (
         f"{{prompts: {folder / 'prompts.jsonl'}, num_prompts: 2, max_new_tokens: 3}}"
     )
     setting = ["--set", f"batches.E={{sample: {sample}}}"]
-    outs = [str(tmp_path / name) for name in ("probe", "attribute", "sample")]
-    found, _ = run_commands(
-        ["check", *config],
-        ["probe", *config, "--out", outs[0]],
-        ["attribute", *config, "--out", outs[1]],
-        ["sample", *config, *setting, "--out", outs[2]],
-    )
-    assert found == {"codes": [0, 0, 0, 0], "asked": []}
-
-
-def test_the_base_that_an_adapter_was_trained_on_is_not_asked_for(
-    saved: Saved, tmp_path: Path
-) -> None:
-    """The one that is given serves, here and on every other machine."""
-    adapter = shutil.copytree(saved.folder, tmp_path / "adapter")
+    adapter = shutil.copytree(saved.folder, out / "adapter")
     file = adapter / "adapter_config.json"
     settings = json.loads(file.read_text()) | {"base_model_name_or_path": "some/where"}
     file.write_text(json.dumps(settings))
-    config = ["--config", str(saved.base.parent / "run.yaml"), "--quiet"]
-    place = ["--set", f"checkpoint.path={adapter}"]
-    found, errors = run_commands(["check", *config, *place])
-    assert (found, errors) == ({"codes": [0], "asked": []}, "")
+    commands = {
+        "check": ["check", *config],
+        "probe": ["probe", *config, "--out", str(out / "probe")],
+        "attribute": ["attribute", *config, "--out", str(out / "attribute")],
+        "sample": ["sample", *config, *setting, "--out", str(out / "sample")],
+        "another base": ["check", *config, "--set", f"checkpoint.path={adapter}"],
+        "hub id": ["check", *config, "--set", "checkpoint.base=some/where"],
+    }
+    return dict(zip(commands, run_commands(*commands.values()), strict=True))
 
 
-def test_a_hub_id_that_cannot_be_reached_is_one_line(saved: Saved) -> None:
+@pytest.mark.parametrize("name", ["check", "probe", "attribute", "sample"])
+def test_commands_on_folders_ask_nothing(ended: dict[str, Ended], name: str) -> None:
+    assert ended[name]._replace(errors="") == QUIET_END
+
+
+def test_the_base_that_an_adapter_was_trained_on_is_not_asked_for(
+    ended: dict[str, Ended],
+) -> None:
+    """The one that is given serves, here and on every other machine."""
+    assert ended["another base"] == QUIET_END
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line(ended: dict[str, Ended]) -> None:
     """It is asked for, which shows that the trap works; then the way out is told."""
-    config = ["--config", str(saved.base.parent / "run.yaml"), "--quiet"]
-    found, errors = run_commands(
-        ["check", *config, "--set", "checkpoint.base=some/where"]
-    )
-    assert found["codes"] == [2]
-    assert any("huggingface.co" in name for name in found["asked"])
+    code, asked, errors = ended["hub id"]
+    assert code == 2
+    assert any("huggingface.co" in name for name in asked)
     assert errors.startswith("error: base model some/where: cannot be loaded")
     assert "hf download some/where" in errors
     assert errors.count("\n") == 1
