@@ -113,7 +113,7 @@ class Stage:
     def of_kind(self, kind: str) -> float:
         """The shares of a kind of tokens; likewise."""
         assert self.by_kind is not None
-        return self.by_kind.sums[kind].share
+        return self.by_kind.shares[kind]
 
     @property
     def what_if(self) -> dict[str, Document]:
@@ -433,7 +433,7 @@ def top_tokens(found: Checkpoints) -> Table:
 
 def parts_by_step(found: Checkpoints) -> Table:
     """Parts of the step, and shares of tokens by kind, at every checkpoint."""
-    present = [kind for kind in KINDS if found.by_kind.sums[kind].num_tokens]
+    present = [kind for kind in KINDS if found.by_kind.counts[kind]]
     rows = []
     for stage in found.moved:
         values = [stage.part(name) for name in PARTS]

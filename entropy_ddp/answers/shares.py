@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.answers.cells import (
@@ -35,53 +34,47 @@ KINDS = (
 )
 
 
-@dataclass(kw_only=True)
-class KindSum:
-    """Tokens of one kind: how many, and the sum of their shares."""
-
-    num_tokens: int = 0
-    share: float = 0.0
-
-
 class SharesByKind:
     """Sums over tokens by kind, filled row by row.
 
     Attributes:
-        sums: of every kind, whether or not it has tokens.
+        counts: tokens of every kind.
+        shares: the sums of their shares.
     """
 
     def __init__(self) -> None:
-        self.sums = {kind: KindSum() for kind in KINDS}
+        self.counts = dict.fromkeys(KINDS, 0)
+        self.shares = dict.fromkeys(KINDS, 0.0)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row of tokens.jsonl.gz."""
-        found = self.sums[_kind(row)]
-        found.num_tokens += 1
-        found.share += row["share"]
+        kind = _kind(row)
+        self.counts[kind] += 1
+        self.shares[kind] += row["share"]
 
     @property
     def num_tokens(self) -> int:
         """All tokens."""
-        return sum(found.num_tokens for found in self.sums.values())
+        return sum(self.counts.values())
 
     @property
     def share(self) -> float:
         """The gradient's part: the sum of all shares."""
-        return math.fsum(found.share for found in self.sums.values())
+        return math.fsum(self.shares.values())
 
     def leading(self) -> str:
         """The kind that does most of what all do together."""
         direction = math.copysign(1, self.share)
-        return max(self.sums, key=lambda kind: direction * self.sums[kind].share)
+        return max(KINDS, key=lambda kind: direction * self.shares[kind])
 
 
 def together(several: Iterable[SharesByKind]) -> SharesByKind:
     """The sums of several runs added up."""
     found = SharesByKind()
     for one in several:
-        for kind, summed in one.sums.items():
-            found.sums[kind].num_tokens += summed.num_tokens
-            found.sums[kind].share += summed.share
+        for kind in KINDS:
+            found.counts[kind] += one.counts[kind]
+            found.shares[kind] += one.shares[kind]
     return found
 
 
@@ -112,21 +105,21 @@ def sentence(found: SharesByKind, unit: str, error: float) -> str:
     if not total:
         return "The shares of U's tokens add up to nothing."
     kind = found.leading()
-    leading = found.sums[kind]
-    of_all = percent(leading.num_tokens / found.num_tokens)
+    leading = found.shares[kind]
+    of_all = percent(found.counts[kind] / found.num_tokens)
     begin = f"{named(kind)} are {of_all} of U's tokens and "
-    ratio = leading.share / total
+    ratio = leading / total
     if ratio <= 1 and is_resolved(total, error):
         others = ", all others together the rest" if ratio < 1 else ""
         shown = supported_percent(ratio, error / abs(total))
         return f"{begin}make {shown} of the gradient's part{others}."
     # More than all of it, or of what may be nothing: a percentage would hide that.
-    alone = supported(leading.share, error, 3, signed=True)
+    alone = supported(leading, error, 3, signed=True)
     begin += f"would alone move the entropy by {alone} {unit}; the others "
     if ratio <= 1:
-        rest = supported(total - leading.share, error, 3, signed=True)
+        rest = supported(total - leading, error, 3, signed=True)
         return f"{begin}by {rest}, all on this E: the whole is within its error."
-    return f"{begin}take {supported(abs(total - leading.share), error, 3)} of it back."
+    return f"{begin}take {supported(abs(total - leading), error, 3)} of it back."
 
 
 def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Table:
@@ -134,12 +127,12 @@ def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Tab
     total = found.share
     rows: list[Row] = [
         (
-            text(unbroken(kind)), number(one.num_tokens, 9),
-            share(one.num_tokens / found.num_tokens),
-            part(one.share, error), share_part(one.share, total, error),
+            text(unbroken(kind)), number(count, 9), share(count / found.num_tokens),
+            part(found.shares[kind], error),
+            share_part(found.shares[kind], total, error),
         )
-        for kind, one in found.sums.items()
-        if one.num_tokens
+        for kind, count in found.counts.items()
+        if count
     ]  # fmt: skip
     rows.append(
         (

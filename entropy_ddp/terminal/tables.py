@@ -156,7 +156,9 @@ def _in_two_halves(table: Table) -> Table:
     for row in table.rows:
         if not blocks or not row or row[0].kind == "head":
             blocks.append([])
-        blocks[-1].append(row)
+        if row:
+            blocks[-1].append(row)
+    blocks = [block for block in blocks if block]
     numbers = all(cell.is_number for row in table.rows for cell in row[1:])
     if len(blocks) < 2 or not numbers:
         return table

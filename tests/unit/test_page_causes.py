@@ -245,8 +245,8 @@ def test_every_token_is_of_one_kind() -> None:
     found = kinds_of(
         (-1, 0.49, 1), (-1, 0.5, 2), (1, 0.1, 4), (1, 0.9, 8), (0, 0.1, 0), (0, 0.9, 0)
     )
-    assert [found.sums[kind].share for kind in KINDS] == [1, 2, 4, 8, 0]
-    assert [found.sums[kind].num_tokens for kind in KINDS] == [1, 1, 1, 1, 2]
+    assert [found.shares[kind] for kind in KINDS] == [1, 2, 4, 8, 0]
+    assert [found.counts[kind] for kind in KINDS] == [1, 1, 1, 1, 2]
     twice = together([found, found])
     assert (twice.num_tokens, twice.share) == (12, 30)
 
