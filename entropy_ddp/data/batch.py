@@ -134,6 +134,8 @@ class Ragged:
             begin = int(self.starts[first])
             block = slice(begin, begin + part.num_tokens)
             row, column = part.sequence_of_token, part.position
+            # [rows, longest + 1]: token k one column late, so that the running sum up to
+            # and including column k is that of the tokens before it.
             dense = values.new_zeros(len(part.lengths), longest + 1)
             dense[row, column + 1] = values[block]
             before[block] = dense.cumsum(1)[row, column]
@@ -141,6 +143,8 @@ class Ragged:
 
     def sum_after(self, values: Tensor) -> Tensor:
         """Sum over the later tokens j > k of the same sequence, [t]."""
+        # A token's mirror image in its sequence: start + end - 1 - place, which is its
+        # own inverse.
         reversed_within = torch.repeat_interleave(
             2 * self.starts + self.lengths - 1, self.lengths
         ) - torch.arange(self.num_tokens)
@@ -256,6 +260,7 @@ class Batch:
         """The rank that holds each group, int64, by group number."""
         if world_size not in self._owners_of:
             count = int(self.groups.max()) + 1 if len(self) else 0
+            # [groups]; exact in integers, so that every rank deals alike.
             cost = torch.zeros(count, dtype=torch.int64)
             cost.index_add_(0, self.groups, self.prompt_lengths + self.lengths)
             owner = [0] * count

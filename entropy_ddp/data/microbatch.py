@@ -103,6 +103,7 @@ class Microbatch:
             return None
         length = self.branch.shape[1]
         column = torch.arange(length, device=self.branch.device)
+        # [B, L, 1] asks, [B, 1, L] is asked for: all see the prompt (0) and their own.
         own, other = self.branch[:, :, None], self.branch[:, None, :]
         seen = (other == 0) | (own == other)
         return (seen & (column[:, None] >= column))[:, None]
@@ -245,6 +246,8 @@ def make_microbatch(shard: Shard, rows: list[Row]) -> Microbatch:
         lengths += [len(group[0].prompt_ids), *(s.num_tokens - 1 for s in group)]
         branches += range(len(group) + 1)
     segments = Ragged(torch.tensor(lengths))
+    # Of every segment, [segments]: its number in its row, the row, where in the flat
+    # values that row begins, and how long the row's prompt is.
     branch = torch.tensor(branches)
     row = (branch == 0).cumsum(0) - 1
     row_start = segments.starts[branch == 0][row]
@@ -255,7 +258,10 @@ def make_microbatch(shard: Shard, rows: list[Row]) -> Microbatch:
         segments.spread(row),
         torch.arange(segments.num_tokens) - segments.spread(row_start),
     )
+    # A response's last token is not read, but predicted: one more than its segment.
     tokens = Ragged(segments.lengths[is_branch] + 1)
+    # A hidden state predicts the token to its right: the first token of a response is
+    # predicted by the prompt's last position, the others by the one before their own.
     before = (prompt - 1)[is_branch]
     own = (segments.starts - row_start)[is_branch] - 1
     first = tokens.position == 0

@@ -30,6 +30,7 @@ from typing import Any
 
 from entropy_ddp.data.jsonlines import make_problem, show
 from entropy_ddp.errors import InputError
+from entropy_ddp.files import reason_of
 from entropy_ddp.importers.records import (
     Message,
     Record,
@@ -129,9 +130,11 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         table = parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
         raise make_problem(
-            str(path), "a parquet file", reason, "check the path, or copy it again"
+            str(path),
+            "a parquet file",
+            reason_of(error),
+            "check the path, or copy it again",
         ) from error
     missing = [name for name in FIXED_COLUMNS if name not in table.column_names]
     if missing or not table.num_rows:

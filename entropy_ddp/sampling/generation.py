@@ -182,6 +182,7 @@ class _InverseTransform(LogitsProcessor):
             Scores: 0 for the chosen token and minus infinity for the others, [B, V].
         """
         step = input_ids.shape[1] - self.prompt_length
+        # [B, V]; a running sum in float32 has no room for probabilities below 6e-8.
         logprobs = (scores.double() / self.temperature).log_softmax(dim=-1)
         cumulative = logprobs.exp().cumsum(dim=-1)
         # Below the total, as the uniform is at most 1 - 2^-53: the last tokens are not

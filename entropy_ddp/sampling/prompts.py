@@ -22,6 +22,7 @@ from entropy_ddp.config import Prompts
 from entropy_ddp.data.jsonlines import make_problem, read_rows, show
 from entropy_ddp.data.rows import KNOWN_KEYS, TokenLimits, check_types, read_prompt_ids
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
+from entropy_ddp.files import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,9 +73,11 @@ def _read_parquet(place: str) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise make_problem(
-            place, "a parquet file", reason, "check the path, or copy it again"
+            place,
+            "a parquet file",
+            reason_of(error),
+            "check the path, or copy it again",
         ) from error
 
 
