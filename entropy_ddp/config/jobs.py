@@ -12,8 +12,8 @@ def require_job(config: Config, command: str) -> None:
     """Check that a configuration is one that a command can run.
 
     Args:
-        command: `sample`, a job that measures (`probe`, `sweep`, `attribute`, `audit`),
-            or `open`: what all of these need.
+        command: `sample`; a job that measures: `probe`, `sweep`, `attribute`, `audit`,
+            `ledger` (over a trainer's checkpoints); or `open`: what all of these need.
 
     Raises:
         InputError: it is not, with the key to change.
@@ -26,6 +26,11 @@ def require_job(config: Config, command: str) -> None:
                 "sample"
             )
         return
+    if command == "ledger" and "E" not in planned:
+        raise InputError(
+            "batches.E: expected a `sample` section, found a file; a ledger needs fresh "
+            "responses from every checkpoint"
+        )
     if command == "attribute" or (command == "probe" and config.attribution.enabled):
         _require_attributable(config)
     if "E" in planned and planned["E"].num_prompts < 2:

@@ -23,7 +23,7 @@ from typing import Any
 from entropy_ddp import __version__
 from entropy_ddp.checkpoint.find import OPTIMIZER_FILES
 from entropy_ddp.checkpoint.trainer_files import numbered_checkpoints
-from entropy_ddp.config import Config, load_config
+from entropy_ddp.config import Config, load_config, require_job
 from entropy_ddp.data.files import sequence_to_row
 from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
@@ -183,11 +183,7 @@ def _change_config(run: CheckpointRun, interval: Interval) -> Config:
         "batches.U": None,
     }
     config = run.configured(**values)
-    if config.batches.E.sample is None:
-        raise InputError(
-            "batches.E: expected a `sample` section, found a file; a ledger needs fresh "
-            "responses from every checkpoint"
-        )
+    require_job(config, "ledger")
     return config
 
 

@@ -180,6 +180,7 @@ def test_mistakes_in_sizes_are_named(
     ("command", "sections", "message"),
     [
         ("sample", {"batches": None}, "there is nothing to sample"),
+        ("ledger", {"batches": None}, "a ledger needs fresh responses from every"),
         (
             "open",
             {"E": {"num_prompts": 1}},
