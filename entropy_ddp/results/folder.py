@@ -54,7 +54,7 @@ def prepare_folder(
             cannot be written.
     """
     try:
-        _require_usable(out, (overwrite, resume), results)
+        _require_usable(out, overwrite, resume, results)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out):
             pass
@@ -65,9 +65,8 @@ def prepare_folder(
 
 
 def _require_usable(
-    out: Path, options: tuple[bool, bool], results: Iterable[str]
+    out: Path, overwrite: bool, resume: bool, results: Iterable[str]
 ) -> None:
-    overwrite, resume = options
     unfinished = (out / UNFINISHED).exists()
     if overwrite and resume:
         raise InputError(
@@ -86,12 +85,10 @@ def _require_usable(
         if (out / name).is_dir():
             raise InputError(f"{out / name}: expected a file or none, found a folder")
         if (out / name).exists() and not (overwrite or unfinished):
-            found = "the results of an earlier run"
+            found = f"{out}: holds the results of an earlier run"
             if name != RESULTS:
-                raise InputError(
-                    f"{out / name}: exists; give --overwrite or another --out"
-                )
-            raise InputError(f"{out}: holds {found}; give --overwrite or another --out")
+                found = f"{out / name}: exists"
+            raise InputError(f"{found}; give --overwrite or another --out")
 
 
 @contextmanager
