@@ -197,7 +197,6 @@ class Glance:
     """One of the questions that the top of the page answers.
 
     Attributes:
-        question: the question.
         answer: in a few words.
         detail: what the answer rests on.
         tone: good, bad, doubtful or empty.

@@ -114,19 +114,16 @@ class Page:
     """A whole page.
 
     Attributes:
-        title: of the document.
         kicker: what the page is about, above the answer.
         alarm: why nothing below may be trusted; empty if it may.
         headline: the answer in one sentence: text before the value, the value, text
             after it.
         sign: `cold` if the value is a fall, `warm` if it is a rise, or empty.
         lead: the sentence under it.
-        glances: questions and short answers.
         complaints: checks that are not ok, the worst first: {verdict, name, value,
             expected, hint}.
         checked: one line about all checks.
         audits_id: id of the table of all checks; empty if there is none.
-        sections: everything else.
     """
 
     title: str

@@ -30,10 +30,7 @@ class RunFacts:
         command: the job: probe, audit, attribute or sweep; absent in the results of
             versions that did not write it.
         versions: versions of this package and of the libraries under it.
-        world_size: number of ranks.
-        seed: seed of everything random.
-        device: kind of device.
-        dtype: dtype of the model.
+        device, dtype: of the model.
         started: start time, ISO 8601, UTC.
         seconds: wall-clock seconds of each phase on rank 0.
         passes: what each kind of pass over E and over U cost, all ranks together:
