@@ -94,7 +94,6 @@ def _job(
 ) -> int:
     from entropy_ddp.config import to_yaml
     from entropy_ddp.probe.pipeline import run
-    from entropy_ddp.report.writing import write_report
     from entropy_ddp.results import nothing_left, prepare_folder, write_results
     from entropy_ddp.terminal import commands
     from entropy_ddp.terminal.progress import phase_progress
@@ -125,6 +124,8 @@ def _job(
         # Quiet is no reason to leave with exit code 3 and without a word.
         commands.print_distrust(error_console(), probed.results)
     if options.report:
+        from entropy_ddp.report.writing import write_report
+
         written = write_report([out], None)
         if console is not None:
             console.print(f"page: {written.page}", soft_wrap=True, markup=False)
