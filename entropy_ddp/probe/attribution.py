@@ -28,7 +28,7 @@ from entropy_ddp.estimators.standard_errors import relative_difference
 from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.model.response_tokens import TokenScores, TokenWeights
 from entropy_ddp.probe.estimates import changes_at
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.passes import score_along, step_taken, update_weights
 from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
@@ -40,7 +40,7 @@ from entropy_ddp.update.step import Step
 CONTEXT_TOKENS = 16
 
 
-def attribute(session: Session, measured: Measured) -> None:
+def attribute(session: Session, measured: Measurements) -> None:
     """Add to what was measured the share of every token of U in delta_h1.
 
     Args:
@@ -77,7 +77,7 @@ def attribute(session: Session, measured: Measured) -> None:
     )
 
 
-def largest_term(measured: Measured) -> float:
+def largest_term(measured: Measurements) -> float:
     """The largest term of delta_h1 by absolute value, in nats."""
     terms = measured.slope.terms.values()
     return measured.step.learning_rate * max(map(abs, terms))

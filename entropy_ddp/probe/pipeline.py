@@ -32,7 +32,7 @@ from entropy_ddp.probe.gradient_dot import (
     is_wanted,
     proxy_gradient_norm,
 )
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.memory import announce_memory
 from entropy_ddp.probe.opening import open_session
 from entropy_ddp.probe.passes import (
@@ -134,7 +134,7 @@ def run_opened(command: Command, session: Session) -> Probed:
     return make_results(session, measured, rows, command)
 
 
-def measure(session: Session, plan: Plan) -> Measured:
+def measure(session: Session, plan: Plan) -> Measurements:
     """Every pass of a plan, and the estimates made of them.
 
     Raises:
@@ -187,7 +187,7 @@ def measure(session: Session, plan: Plan) -> Measured:
     if noise_floor is None:
         noise_floor = measure_noise_floor(session, base)
 
-    measured = Measured(
+    measured = Measurements(
         gradient=gradient,
         update_scores=update_scores,
         update_sums=update_sums,

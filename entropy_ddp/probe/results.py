@@ -22,7 +22,7 @@ from entropy_ddp.probe.attribution import sequence_shares, token_rows
 from entropy_ddp.probe.audits.primitives import worst_verdict
 from entropy_ddp.probe.audits.step import memory_rows
 from entropy_ddp.probe.estimates import SequenceSums
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import (
     AuditRow,
@@ -42,7 +42,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 def make_results(
-    session: Session, measured: Measured, rows: list[AuditRow], command: str
+    session: Session, measured: Measurements, rows: list[AuditRow], command: str
 ) -> Probed:
     """The results of a job; the same on every rank."""
     facts = _run_facts(session, command)
@@ -135,7 +135,7 @@ def _batch_facts(batch: Batch) -> BatchFacts:
     )
 
 
-def _update_result(session: Session, measured: Measured) -> UpdateResult:
+def _update_result(session: Session, measured: Measurements) -> UpdateResult:
     step = measured.step
     top = step.top_parameters(session.passes.layout, NUM_TOP_PARAMETERS)
     return UpdateResult(
@@ -150,7 +150,7 @@ def _update_result(session: Session, measured: Measured) -> UpdateResult:
     )
 
 
-def _truth_result(session: Session, measured: Measured) -> TruthResult:
+def _truth_result(session: Session, measured: Measurements) -> TruthResult:
     config, change = session.config, measured.change
     log_weights = measured.estimates.log_weights
     return TruthResult(
@@ -174,7 +174,7 @@ def _truth_result(session: Session, measured: Measured) -> TruthResult:
     )
 
 
-def _truth_all(measured: Measured) -> list[dict[str, Any]]:
+def _truth_all(measured: Measurements) -> list[dict[str, Any]]:
     """Delta H by every mode, also with the noise removed that the slopes share."""
     rows = []
     for mode, change in measured.estimates.changes.items():
@@ -202,7 +202,7 @@ _PARTNERS: dict[str, tuple[Score, Baseline, bool]] = {
 }
 
 
-def _linear_result(session: Session, measured: Measured) -> LinearResult:
+def _linear_result(session: Session, measured: Measurements) -> LinearResult:
     slope, eta = measured.slope, measured.step.learning_rate
     return LinearResult(
         normalize=session.config.objective.normalize,
@@ -221,7 +221,7 @@ def _linear_result(session: Session, measured: Measured) -> LinearResult:
     )
 
 
-def _curvature_result(measured: Measured) -> CurvatureResult | None:
+def _curvature_result(measured: Measurements) -> CurvatureResult | None:
     curvature = measured.curvature
     if curvature is None:
         return None
@@ -245,7 +245,7 @@ def _curvature_result(measured: Measured) -> CurvatureResult | None:
     )
 
 
-def _linear_all(measured: Measured) -> list[dict[str, Any]]:
+def _linear_all(measured: Measurements) -> list[dict[str, Any]]:
     return [
         {
             "score": score,
@@ -262,7 +262,9 @@ def _linear_all(measured: Measured) -> list[dict[str, Any]]:
 _ROWS_AT_ONCE = 1024
 
 
-def _sequence_rows(session: Session, measured: Measured) -> Iterator[dict[str, Any]]:
+def _sequence_rows(
+    session: Session, measured: Measurements
+) -> Iterator[dict[str, Any]]:
     """The rows of per_sequence.jsonl one by one: E, then U."""
     evaluation = _evaluation_rows(session, measured)
     if measured.update_sums is None:
@@ -281,7 +283,9 @@ def _columns(
             yield sequence, dict(zip(columns, row))
 
 
-def _evaluation_rows(session: Session, measured: Measured) -> Iterable[dict[str, Any]]:
+def _evaluation_rows(
+    session: Session, measured: Measurements
+) -> Iterable[dict[str, Any]]:
     estimates, eta = measured.estimates, measured.step.learning_rate
     pairs = _columns(
         session.batches["E"].sequences,
@@ -297,7 +301,7 @@ def _evaluation_rows(session: Session, measured: Measured) -> Iterable[dict[str,
 
 
 def _update_rows(
-    session: Session, measured: Measured, sums: SequenceSums
+    session: Session, measured: Measurements, sums: SequenceSums
 ) -> Iterator[dict[str, Any]]:
     """The rows of U; with shares also those, and the decoded text at the end."""
     batch, tokenizer = session.batches["U"], session.policy.tokenizer

@@ -12,14 +12,14 @@ from entropy_ddp.estimators.step_sizes import choose_grid, summarise
 from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
 from entropy_ddp.model.parameters import shifted
 from entropy_ddp.probe.estimates import changes_at
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.passes import gather_sums
 from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
 
 
 def sweep_step_sizes(
-    session: Session, measured: Measured
+    session: Session, measured: Measurements
 ) -> tuple[list[SweepPoint], SweepSummary]:
     """E scored at theta + eta v for every eta of the grid."""
     found = [_point(session, measured, eta) for eta in _grid(session, measured)]
@@ -28,7 +28,7 @@ def sweep_step_sizes(
     return points, summarise(points, measured.noise_floor, influences)
 
 
-def _grid(session: Session, measured: Measured) -> list[float]:
+def _grid(session: Session, measured: Measurements) -> list[float]:
     """The learning rates to measure, the smallest first, mirrored if asked for."""
     sweep = session.config.sweep
     etas = sweep.etas
@@ -45,7 +45,7 @@ def _grid(session: Session, measured: Measured) -> list[float]:
     return [s * eta for eta in etas for s in ((1, -1) if sweep.symmetric else (1,))]
 
 
-def _change_at(session: Session, measured: Measured, eta: float) -> PassResult:
+def _change_at(session: Session, measured: Measurements, eta: float) -> PassResult:
     """Delta H at theta + eta v."""
     passes, shard = session.passes, session.shard("E")
     direction = measured.step.direction(passes.parameters)
@@ -58,7 +58,7 @@ def _change_at(session: Session, measured: Measured, eta: float) -> PassResult:
 
 
 def _point(
-    session: Session, measured: Measured, eta: float
+    session: Session, measured: Measurements, eta: float
 ) -> tuple[SweepPoint, Tensor]:
     """The row of one step size, and each group's influence on its truth, [n]."""
     slope, curvature, change = measured.slope, measured.curvature, measured.change

@@ -1,12 +1,12 @@
 """The audits of a run: facts from every rank, turned into rows with a verdict."""
 
 from entropy_ddp.probe.audits import batch, model, step, truth
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 
 
-def audit_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def audit_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """All audits of a run but that of its attribution, in the order they are shown."""
     return [
         *model.stored_rows(session),

@@ -14,7 +14,7 @@ from entropy_ddp.data.batch import Batch, Ragged, Sequence
 from entropy_ddp.data.rows import DOUBTS, END_RESTORED, LOG_DIFFERS, listed_lines
 from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.audits.primitives import compare, fact
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 
@@ -194,7 +194,7 @@ def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
     ]
 
 
-def text_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def text_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """Responses whose ids were tokenised from text: what is doubtful, and their ends."""
     rows = []
     for split, scores in _scores_of(measured).items():
@@ -284,7 +284,7 @@ def least_end_logp(tokens: int) -> float:
     return math.log(RARE_ENDS / tokens)
 
 
-def _scores_of(measured: Measured) -> dict[str, TokenScores]:
+def _scores_of(measured: Measurements) -> dict[str, TokenScores]:
     """This rank's tokens of the batches that were scored, by split."""
     found: dict[str, TokenScores] = {"E": measured.base}
     if measured.update_scores is not None:
@@ -352,7 +352,7 @@ class Mismatch:
         return self.recurrence > SURPRISING or beyond
 
 
-def sampler_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def sampler_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """Log-probabilities against those that the sampler recorded, where it did."""
     rows = []
     for split, scores in _scores_of(measured).items():
@@ -518,7 +518,7 @@ class Surprise:
         return self.score > 0 and abs(total) <= SURPRISING / 2 * math.sqrt(variance)
 
 
-def on_policy_row(session: Session, measured: Measured) -> AuditRow:
+def on_policy_row(session: Session, measured: Measurements) -> AuditRow:
     """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
     sums = session.world.sum(measured.surprise.clone(), "scalars")
     total, variance = sums.sum(0).tolist()

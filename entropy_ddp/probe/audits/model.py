@@ -13,7 +13,7 @@ from entropy_ddp.model.forward_mode import weight_norms
 from entropy_ddp.model.implementations import slower_routes
 from entropy_ddp.model.parameters import frozen_fingerprint
 from entropy_ddp.probe.audits.primitives import compare, fact, threshold
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 
@@ -134,7 +134,7 @@ def _moment_rows(tiny_share: float, zero_share: float) -> list[AuditRow]:
     ]
 
 
-def state_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def state_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """Restored bits, equality of ranks, and what was verified of the model."""
     before, after_step, restored = measured.hashes
     model = session.policy.model

@@ -21,7 +21,7 @@ from entropy_ddp.model.parameters import (
     inner_product,
 )
 from entropy_ddp.probe.audits.primitives import compare, fact
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow, RunFacts
 from entropy_ddp.update.step import Step, learning_rate_of
@@ -35,7 +35,7 @@ NARROW_NORM_TOLERANCE = 3e-2
 NARROW = ("bf16", "fp16", "tf32")
 
 
-def gradient_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def gradient_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """Coverage of both gradients, and how that of the entropy lies to the step."""
     gradient, duality, step = measured.gradient, measured.duality, measured.step
     layout = session.passes.layout
@@ -103,7 +103,7 @@ def _coverage_row(session: Session, name: str, gradient: Tensor) -> AuditRow:
     )
 
 
-def step_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def step_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """The step, its size, and whether it was one."""
     step = measured.step
     change = step.learning_rate * measured.slope.value
@@ -184,7 +184,7 @@ def _rms_without_decay(session: Session, step: Step) -> float:
     return math.sqrt(total / layout.numel)
 
 
-def scale_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def scale_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """What the slope's pass ran against what the batch file alone says that it should.
 
     The sum over microbatches of the constant 1/D, D the global denominator, with those
@@ -231,7 +231,7 @@ def scale_checks(
     ]
 
 
-def thorough_rows(measured: Measured) -> list[AuditRow]:
+def thorough_rows(measured: Measurements) -> list[AuditRow]:
     """What only the job `audit` asks for."""
     if measured.rate_ratios is None or measured.signal is None:
         return []

@@ -9,7 +9,7 @@ from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.attribution import largest_term
 from entropy_ddp.probe.audits.primitives import compare, fact, threshold
 from entropy_ddp.probe.gradient_dot import obstacle
-from entropy_ddp.probe.measured import Measured
+from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
 
@@ -36,7 +36,7 @@ def _tolerance(session: Session, tolerances: Mapping[torch.dtype, float]) -> flo
     return max(tolerances[d] for d in (session.policy.dtype, session.buffer_dtype))
 
 
-def duality_row(session: Session, measured: Measured) -> AuditRow:
+def duality_row(session: Session, measured: Measurements) -> AuditRow:
     """Forward against reverse mode."""
     return threshold(
         "duality gap",
@@ -47,7 +47,7 @@ def duality_row(session: Session, measured: Measured) -> AuditRow:
     )
 
 
-def routing_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def routing_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """Tokens of E that the step sends to other experts, of mixtures."""
     if not session.passes.tokens.routes:
         return []
@@ -70,7 +70,7 @@ def routing_rows(session: Session, measured: Measured) -> list[AuditRow]:
     ]
 
 
-def truth_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def truth_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     truth, change = session.config.truth, measured.change
     eta = measured.step.learning_rate
     return [
@@ -198,7 +198,7 @@ def noise_row(noise_floor: float, value: float, error: float, dtype: str) -> Aud
     )
 
 
-def gradient_dot_rows(session: Session, measured: Measured) -> list[AuditRow]:
+def gradient_dot_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """The gradient-dot form in full, or why it was not computed, where it was not."""
     rows, dot = [], measured.gradient_dot
     if session.config.gradient_dot.enabled == "auto":
@@ -214,7 +214,7 @@ def gradient_dot_rows(session: Session, measured: Measured) -> list[AuditRow]:
     return rows
 
 
-def attribution_gap(session: Session, measured: Measured) -> AuditRow:
+def attribution_gap(session: Session, measured: Measurements) -> AuditRow:
     """Whether the parts of an attribution add up, to rounding.
 
     delta_h1 is along the change of the weights as they are stored, every element of it

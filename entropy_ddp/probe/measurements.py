@@ -17,7 +17,7 @@ from entropy_ddp.update.step import Step
 
 
 @dataclass(kw_only=True)
-class Measured:
+class Measurements:
     """What a run measured; None where its plan has no such part.
 
     Attributes:
