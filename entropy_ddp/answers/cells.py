@@ -1,8 +1,8 @@
 """What a table is made of, before it is text in a terminal or HTML.
 
 A cell holds a number with what is known of its precision, not a string: `terminal` and
-`report` write it in their own signs, and neither shows a digit that its error does not
-support.
+`report` write it in their own signs. A number stands with its error; one that has none of
+its own ends at the first digit of the error of what it is a part of.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from typing import Any
 # verdict     ok, warn or fail, in its colour
 # context     (before, token, after), the token marked
 TEXTS = ("text", "head", "entry", "excerpt", "expression", "verdict", "context")
-# number      a number that is exact, or whose error is not known
-# decimal     the same, three places in a terminal: numbers of one size below each other
+# number      one that is exact, or whose error is not known
+# size        the same, of any order of magnitude
+# decimal     the same, of one order: three places in a terminal, one below the other
 # place       a number that counts nothing: of a step, of a line
-# size        the same, which may be of any order of magnitude
 # change      with its standard error, and a sign
 # level       with its standard error: an entropy, an exponent
 # part        one without an error of its own: its digits end where `error` begins
