@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from entropy_ddp.answers import ledger_tables, tables
-from entropy_ddp.answers.cells import Row, Table, expression, head, text
+from entropy_ddp.answers.cells import Row, Table, head, text
 from entropy_ddp.answers.headline import (
     Document,
     complaints,
@@ -113,24 +113,19 @@ def print_samples(console: Console, summaries: list[dict[str, Any]], out: str) -
         if name != "split"
     ]
     columns = ("", *(summary["split"] for summary in summaries))
-    _print(
-        console, Table(title=f"Rollouts written to {out}", columns=columns, rows=rows)
-    )
+    title = f"Rollouts written to {out}"
+    _print(console, Table(title=title, columns=columns, rows=rows))
 
 
 def print_import(console: Console, summary: dict[str, Any], output: str) -> None:
     """What `import` read, then what may be wrong with it."""
     rows = [
-        (text(name.replace("_", " ")), expression(_one_line(value)))
+        (text(name.replace("_", " ")), text(_one_line(value)))
         for name, value in summary.items()
         if name != "notes"
     ]
-    _print(
-        console,
-        Table(
-            title=f"Rollouts written to {output}", columns=("", "imported"), rows=rows
-        ),
-    )
+    title = f"Rollouts written to {output}"
+    _print(console, Table(title=title, columns=("", "imported"), rows=rows))
     for note in summary["notes"]:
         console.print(Text(f"warning: {note}", style=VERDICT_STYLES["warn"]))
 
