@@ -29,6 +29,17 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.files import fault_of_file
 from entropy_ddp.model.parameters import ParameterLayout, preserved
 
+# Settings of an adapter that its weights mean nothing without.
+ADAPTER_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+)
+
 
 def read_change(
     name: str, policy: Policy, precision: Precision, attention: str
@@ -124,18 +135,6 @@ def _require_fitting(path: Path, tensors: Mapping[str, Tensor], policy: Policy) 
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"update.delta: {path}: {name} has NaN or infinite values")
-
-
-# Settings of an adapter that its weights mean nothing without.
-ADAPTER_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-)
 
 
 def second_parameters(

@@ -22,12 +22,12 @@ from entropy_ddp.errors import InputError
 
 # PEFT writes this adapter into the folder itself, others into folders of their name.
 DEFAULT_ADAPTER = "default"
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 
 _DELTA = (
     "or measure what the trainer's step did, without optimizer state, by update.delta: "
     "the next checkpoint"
 )
-
 _GATHER = (
     "save the gathered state in the trainer: torch.save(torch.distributed.checkpoint."
     "state_dict.get_optimizer_state_dict(model, optimizer, options=StateDictOptions("
@@ -172,9 +172,6 @@ def existing_folder(name: str) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: expected a checkpoint folder, found none there")
     return path
-
-
-OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 
 
 @dataclass(frozen=True, kw_only=True)

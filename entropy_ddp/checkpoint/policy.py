@@ -36,6 +36,10 @@ from entropy_ddp.files import fault_of_file
 from entropy_ddp.model.implementations import supported_attention, use_exact_experts
 from entropy_ddp.model.parameters import trainable_parameters
 
+# The folder, within a checkpoint, of the copy that TRL keeps of an adapter which it goes
+# on training: then that copy is the reference.
+REFERENCE_ADAPTER = "ref"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -428,11 +432,6 @@ def load_state(model: nn.Module, folder: Path) -> None:
     place = str(weight_file(folder))
     require_same_tensors(str(folder), place, stored, required)
     model.load_state_dict(stored, strict=False)
-
-
-# The folder, within a checkpoint, of the copy that TRL keeps of an adapter which it goes
-# on training: then that copy is the reference.
-REFERENCE_ADAPTER = "ref"
 
 
 def require_reference(policy: Policy) -> None:

@@ -3,8 +3,11 @@
 The settings stand in training_args.bin, which is a pickle, and a pickle may name any
 function and have it called. Here every name that it holds resolves to an inert stub that
 only records what it was given: nothing is imported, nothing runs. What is read is what
-the stub of the outermost object recorded, as plain values. The log stands in
-trainer_state.json.
+the stub of the outermost object recorded, as plain values.
+
+The log stands in trainer_state.json: checkpoint-N holds it up to step N. What was logged
+of step N + 1, which is taken from it, stands in the next checkpoint of the same training,
+beside it.
 """
 
 import json
@@ -24,6 +27,8 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.files import fault_of_file
 
 ARGUMENTS_FILE = "training_args.bin"
+STATE_FILE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # A pickle of settings has some kilobytes; a larger one is something else.
 MAX_BYTES = 2**20
 SHOWN = {
@@ -233,10 +238,6 @@ def _plain_container(value: Any, known: dict[int, Any]) -> Any:
         last = value.arguments[-1]
         return last if isinstance(last, str) else _NOT_PLAIN
     return _NOT_PLAIN
-
-
-STATE_FILE = "trainer_state.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def last_step(folder: Path) -> int | None:

@@ -15,16 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAFE_FILES = ("model.safetensors", "model.safetensors.index.json")
-
 # Read with torch.load(weights_only=True), where there is no safetensors file.
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# What safetensors calls a dtype.
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def weight_file(folder: Path) -> str | None:

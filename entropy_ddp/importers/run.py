@@ -114,19 +114,20 @@ def import_rollouts(
     )
     rows = make_rows(records, tokenising)
     _require_sizes(rows, size, files[0])
+    logged: dict[int, str] = {}
+    if format == "trl":
+        steps = [record.step for record in records]
+        logged = log_notes(files, rows, steps)
+        for row, step in zip(rows, steps):
+            if step in logged:
+                row["ids_from_text"].append(LOG_DIFFERS)
     summary = _summarise(records, rows, tokenising)
     notes = [
         *_step_notes(records, checkpoint),
         *_group_notes(records, rows, trained),
         *_doubt_notes(rows, summary),
+        *logged.values(),
     ]
-    if format == "trl":
-        steps = [record.step for record in records]
-        told = log_notes(files, rows, steps)
-        for row, step in zip(rows, steps):
-            if step in told:
-                row["ids_from_text"].append(LOG_DIFFERS)
-        notes += told.values()
     output.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(output, rows)
     return summary | {"notes": notes}

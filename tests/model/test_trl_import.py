@@ -327,3 +327,4 @@ def test_the_trainers_log_is_held_against_the_rows(
     assert any("TRL logged" in note for note in summary["notes"]) == is_told
     marks = ["end restored", *(["log differs"] if is_told else [])]
     assert [row["ids_from_text"] for row in rows] == [marks] * len(rows)
+    assert summary["responses_in_doubt"] == len(rows) * is_told
