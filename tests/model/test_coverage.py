@@ -293,9 +293,12 @@ def _collected(
     case: Case, function: Callable[[Case, Tensor], Estimates]
 ) -> dict[str, Tensor]:
     collected = defaultdict(list)
-    for index in case.batches():
-        for name, pair in function(case, index).items():
-            collected[name].append(pair)
+    # Whose derivatives are taken, before those of the estimates are ruled out.
+    assert case.pieces
+    with torch.inference_mode():
+        for index in case.batches():
+            for name, pair in function(case, index).items():
+                collected[name].append(pair)
     return {
         name: torch.tensor(pairs, dtype=torch.float64)
         for name, pairs in collected.items()

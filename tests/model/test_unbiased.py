@@ -107,9 +107,10 @@ def weighted(
 ) -> dict[object, float]:
     """Sum of weight times estimate over these batches."""
     total: dict[object, float] = {}
-    for rows, weight in zip(index, weights.tolist(), strict=True):
-        for key, value in estimates(table.select(rows)).items():
-            total[key] = total.get(key, 0.0) + weight * value
+    with torch.inference_mode():
+        for rows, weight in zip(index, weights.tolist(), strict=True):
+            for key, value in estimates(table.select(rows)).items():
+                total[key] = total.get(key, 0.0) + weight * value
     return total
 
 
