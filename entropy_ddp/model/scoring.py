@@ -7,9 +7,9 @@ stored). `pull_back` adds the gradient of sum(a log p + b H) over all response t
 into the parameters' `.grad` (reverse mode, one backward per microbatch), and `gradient`
 moves them into one flat buffer. `score_twice` gives second derivatives.
 
-Where memory runs out, the microbatch is split and tried again. A forward pass
-that fails leaves nothing; a backward pass has added to some of the gradients already,
-which are then made anew: that costs time when it happens, and nothing when it does not.
+Where memory runs out, the microbatch is split and tried again. A forward pass that fails
+leaves nothing; a backward pass has added to some of the gradients already, which are then
+made anew: that costs time when it happens, and nothing when it does not.
 
 Where a gradient is NaN or infinite, the token that makes it so is looked for: the pass is
 repeated sequence by sequence, and of the first bad one for ever shorter beginnings.
@@ -386,14 +386,14 @@ class Passes:
             first, last: first and one past the last place of the tokens that count.
         """
 
-        def shifted(place: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        def only_those(place: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
             whole = place + start
             a, b = weights(whole, *values)
             other = ((whole < first) | (whole >= last)).to(a.device)
             return a.masked_fill(other, 0.0), b.masked_fill(other, 0.0)
 
         try:
-            self.pull_back(one, shifted)
+            self.pull_back(one, only_those)
             for name, parameter in self.parameters.items():
                 gradient = parameter.grad
                 if gradient is not None and not bool(gradient.isfinite().all()):

@@ -66,7 +66,7 @@ class TrainedRow:
 
 
 @dataclass(kw_only=True)
-class _Microbatch:
+class _ForwardPass:
     """One forward pass of the trainer, shifted: column j is about token j + 1.
 
     Attributes:
@@ -131,7 +131,7 @@ class BatchCapture:
         self._model = model
         self._num_ranks = num_ranks
         self._draw_size = draw_size
-        self._microbatches: list[_Microbatch] = []
+        self._microbatches: list[_ForwardPass] = []
         self._handles: list[Any] = []
         self._is_seen = False
 
@@ -189,7 +189,7 @@ class BatchCapture:
             logits.register_hook(lambda slope: _read_off(batch, values, slope))
         self._microbatches.append(batch)
 
-    def _microbatch(self, args: Any, kwargs: dict[str, Any]) -> _Microbatch:
+    def _microbatch(self, args: Any, kwargs: dict[str, Any]) -> _ForwardPass:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None or kwargs.get("position_ids") is not None:
             raise InputError(
@@ -211,7 +211,7 @@ class BatchCapture:
                 "advantages by token are not supported"
             )
         order = self.inputs.get(ORDER)
-        return _Microbatch(
+        return _ForwardPass(
             input_ids=ids.detach(),
             attended=attended.detach() != 0,
             counted=counted,
@@ -219,7 +219,7 @@ class BatchCapture:
             draws=None if order is None else order // self._draw_size,
         )
 
-    def _rows_of(self, batch: _Microbatch) -> list[TrainedRow]:
+    def _rows_of(self, batch: _ForwardPass) -> list[TrainedRow]:
         if batch.residual > LOGITS_RESIDUAL:
             raise InputError(
                 "entropy probe: expected a loss of the labels' log-probabilities, found "
@@ -273,7 +273,7 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
     return list(layers.values())
 
 
-def _keeper(batch: _Microbatch, name: str) -> Callable[[Tensor | None], None]:
+def _keeper(batch: _ForwardPass, name: str) -> Callable[[Tensor | None], None]:
     # An output that the loss does not use has no gradient under DistributedDataParallel.
     def keep(slope: Tensor | None) -> None:
         if slope is not None:
@@ -282,7 +282,7 @@ def _keeper(batch: _Microbatch, name: str) -> Callable[[Tensor | None], None]:
     return keep
 
 
-def _read_off(batch: _Microbatch, logits: Tensor, slope: Tensor | None) -> None:
+def _read_off(batch: _ForwardPass, logits: Tensor, slope: Tensor | None) -> None:
     """a_t from the gradient by the logits, [B, L, V]."""
     if slope is None:
         return

@@ -57,7 +57,7 @@ FOREIGN = {
     "tool_mask": "responses that hold the results of tools",
     "pixel_values": "images",
 }
-Row = dict[str, Any]
+RolloutRow = dict[str, Any]
 
 
 def batch_file(folder: Path, step: int) -> Path:
@@ -208,14 +208,14 @@ class RolloutRecorder(TrainerCallback):
         if self._open is not None and torch.is_grad_enabled():
             self._open[OWN_LOGP] = result[0].detach()
 
-    def _gathered(self, step: int) -> list[Row]:
+    def _gathered(self, step: int) -> list[RolloutRow]:
         """The rows of all ranks in the order of sampling."""
-        rows: dict[int, Row] = {}
+        rows: dict[int, RolloutRow] = {}
         for of_rank in from_all_ranks(self._world, lambda: self._rows(step)):
             rows |= of_rank
         return _with_groups(rows, self._trainer.num_generations)
 
-    def _rows(self, step: int) -> dict[int, Row]:
+    def _rows(self, step: int) -> dict[int, RolloutRow]:
         """This rank's rows by their place in the order of sampling."""
         trainer = self._trainer
         exact = not has_dropout(trainer.model)
@@ -251,7 +251,7 @@ def _end_ids(trainer: Any) -> list[int]:
     return [trainer.eos_token_id] if several is None else list(several)
 
 
-def _row(inputs: dict[str, Any], number: int, trainer: Any) -> Row:
+def _row(inputs: dict[str, Any], number: int, trainer: Any) -> RolloutRow:
     """One sequence of a microbatch, without what its group and rewards say."""
     prompt_ids, prompt_mask, ids, mask = (
         inputs[name][number].cpu()
@@ -259,7 +259,7 @@ def _row(inputs: dict[str, Any], number: int, trainer: Any) -> Row:
     )
     counted = mask.bool()
     response = ids[counted].tolist()
-    row: Row = {
+    row: RolloutRow = {
         "prompt_ids": prompt_ids[prompt_mask.bool()].tolist(),
         "response_ids": response,
         "advantage": float(inputs["advantages"][number]),
@@ -280,12 +280,12 @@ def _row(inputs: dict[str, Any], number: int, trainer: Any) -> Row:
     return row
 
 
-def _scored(rewards: Tensor, trainer: Any) -> Row:
+def _scored(rewards: Tensor, trainer: Any) -> RolloutRow:
     """The weighted sum of the rewards, as TRL logs it; a response may have none."""
     if bool(rewards.isnan().all()):
         return {}
     weights = trainer.reward_weights.double().cpu()
-    row: Row = {"reward": float((rewards * weights).nansum())}
+    row: RolloutRow = {"reward": float((rewards * weights).nansum())}
     names = trainer.reward_func_names
     if len(names) > 1:
         values = [None if math.isnan(v) else v for v in rewards.tolist()]
@@ -293,7 +293,7 @@ def _scored(rewards: Tensor, trainer: Any) -> Row:
     return row
 
 
-def _with_groups(rows: dict[int, Row], num_generations: int) -> list[Row]:
+def _with_groups(rows: dict[int, RolloutRow], num_generations: int) -> list[RolloutRow]:
     """The rows in order, those of one draw of a prompt in one group, from 0."""
     numbers: dict[int, int] = {}
     return [
