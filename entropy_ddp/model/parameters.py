@@ -170,15 +170,14 @@ def add_gradients(
             parameter.grad = gradient if before is None else before + gradient
 
 
-def global_norm(flat: Tensor) -> float:
-    """Euclidean norm of a flat buffer, accumulated in float64."""
-    flat = flat.reshape(-1)
-    return math.sqrt(inner_product(flat, flat))
+def global_norm(tensor: Tensor) -> float:
+    """Euclidean norm of all elements, accumulated in float64."""
+    return math.sqrt(inner_product(tensor, tensor))
 
 
 @torch.no_grad()
 def inner_product(left: Tensor, right: Tensor, block: int = BLOCK_ELEMENTS) -> float:
-    """Inner product of two flat buffers, accumulated in float64.
+    """Inner product of all elements of two tensors, accumulated in float64.
 
     Its bits depend on the values, their number and the block only: a run that goes on
     must find the norm that it had clipped by. BLAS and vectorised sums add in an order
@@ -187,9 +186,10 @@ def inner_product(left: Tensor, right: Tensor, block: int = BLOCK_ELEMENTS) -> f
     sums of a block, side by side, which are then folded in halves.
 
     Args:
-        left, right: the buffers, [P].
+        left, right: of as many elements.
         block: number of those sums, a power of two.
     """
+    left, right = left.reshape(-1), right.reshape(-1)
     if len(left) != len(right):
         raise ValueError(f"buffers of {len(left)} and {len(right)} elements")
     width = min(block, 1 << max(len(left) - 1, 0).bit_length())

@@ -190,8 +190,7 @@ class Passes:
             typical: root mean square of (log p)' along it, over the tokens of all
                 ranks.
         """
-        flat = (tangent.reshape(-1) for tangent in direction.values())
-        length = math.sqrt(sum(inner_product(x, x) for x in flat))
+        length = math.sqrt(sum(inner_product(v, v) for v in direction.values()))
         return CURVATURE_NATS[self.dtype] / max(typical, LEAST_SLOPE * length)
 
     def _score(

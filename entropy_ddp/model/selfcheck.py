@@ -257,7 +257,7 @@ def _reverse_mode_slope(
             )
         passes.saved_per_position = sum(sizes.values()) / (count * longest)
         return sum(
-            inner_product(parameter.grad.reshape(-1), direction[name].reshape(-1))
+            inner_product(parameter.grad, direction[name])
             for name, parameter in passes.parameters.items()
             if parameter.grad is not None
         )

@@ -129,7 +129,7 @@ def split_step(
 
 
 def _dot(slope: Tensor, part: Tensor) -> float:
-    return inner_product(slope.reshape(-1), part.cpu().reshape(-1))
+    return inner_product(slope, part.cpu())
 
 
 def score_shares(

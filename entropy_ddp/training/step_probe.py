@@ -138,8 +138,7 @@ def split_by_part(
     gradients = session.passes.layout.views(gradient)
     # The step descends: its gradient part is -gain g.
     of_gradient = -sum(
-        inner_product(z.reshape(-1), gradients[name].reshape(-1))
-        for name, z in split.direction.items()
+        inner_product(z, gradients[name]) for name, z in split.direction.items()
     )
     parts = {
         "momentum": split.momentum,

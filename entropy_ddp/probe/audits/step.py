@@ -44,8 +44,7 @@ def gradient_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     dot = inner_product(duality.gradient, step.delta) / step.learning_rate
     cosine = dot / (norm * norm_of_v) if norm * norm_of_v else 0.0
     products = {
-        name: inner_product(x.reshape(-1), delta.reshape(-1))
-        / (step.learning_rate * duality.denominator)
+        name: inner_product(x, delta) / (step.learning_rate * duality.denominator)
         for (name, x), delta in zip(
             layout.views(duality.gradient).items(), layout.views(step.delta).values()
         )
@@ -180,7 +179,7 @@ def _rms_without_decay(session: Session, step: Step) -> float:
     for name, view in layout.views(step.delta).items():
         parameter = session.policy.parameters[name]
         rest = view + decay[id(parameter)] * parameter.detach().to(view)
-        total += inner_product(rest.reshape(-1), rest.reshape(-1))
+        total += inner_product(rest, rest)
     return math.sqrt(total / layout.numel)
 
 
