@@ -122,14 +122,10 @@ def split_step(
     for name, parts in step_parts(
         session.optimizer, passes.parameters, gradient, step, session.config.update
     ):
-        momentum += _dot(slopes[name], parts.momentum)
-        decay += _dot(slopes[name], parts.decay)
+        momentum += inner_product(slopes[name], parts.momentum.cpu())
+        decay += inner_product(slopes[name], parts.decay.cpu())
         direction[name] = parts.gain.to(slopes[name]) * slopes[name]
     return SplitStep(momentum=momentum, decay=decay, direction=direction)
-
-
-def _dot(slope: Tensor, part: Tensor) -> float:
-    return inner_product(slope, part.cpu())
 
 
 def score_shares(
