@@ -17,7 +17,6 @@ from entropy_ddp.model.forward_mode import halves
 from entropy_ddp.model.head import (
     FEATURES,
     LogitsMap,
-    Softmax,
     Workspace,
     directional_derivatives,
     distribution_features,
@@ -336,7 +335,12 @@ class ResponseTokens(nn.Module):
                 centred = mapped_tangent(
                     logits[rows], tangent[rows], tempered, workspace
                 )
-                values |= _derivatives(softmax, centred, targets[rows], with_features)
+                # z' is centred in place: the features need it so.
+                values["dlogp"], values["dentropy"] = directional_derivatives(
+                    softmax, centred, targets[rows]
+                )
+                if with_features:
+                    values |= distribution_features(softmax, centred, targets[rows])
             blocks.append(values)
         return blocks
 
@@ -358,16 +362,6 @@ class ResponseTokens(nn.Module):
         return _WeightedSum.apply(
             self, microbatch, weights, settings, hidden, *trainable
         )
-
-
-def _derivatives(
-    softmax: Softmax, tangent: Tensor, targets: Tensor, with_features: bool
-) -> dict[str, Tensor]:
-    dlogp, dentropy = directional_derivatives(softmax, tangent, targets)
-    values = {"dlogp": dlogp, "dentropy": dentropy}
-    if with_features:
-        values |= distribution_features(softmax, tangent, targets)
-    return values
 
 
 class _WeightedSum(torch.autograd.Function):

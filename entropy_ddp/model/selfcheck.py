@@ -184,7 +184,9 @@ def _made_up_rows(passes: Passes, vocabulary_size: int, shared: bool = False) ->
     generator = torch.Generator().manual_seed(0)
     # The embedding of a padding token has no gradient in reverse mode.
     usable = torch.ones(vocabulary_size)
-    usable[list(_padding_ids(passes.tokens))] = 0
+    for module in passes.tokens.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            usable[module.padding_idx] = 0
 
     def ids(count: int) -> Tensor:
         return usable.multinomial(count, replacement=True, generator=generator)
@@ -202,16 +204,6 @@ def _made_up_rows(passes: Passes, vocabulary_size: int, shared: bool = False) ->
         for index, (prompt, length) in enumerate(zip(prompts, lengths))
     )
     return Batch(split="self-check", sequences=sequences).shard(0, 1)
-
-
-def _padding_ids(model: torch.nn.Module) -> set[int]:
-    """Tokens whose embedding is left out of gradients."""
-    declared = {
-        getattr(module, "padding_idx", None)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-    }
-    return {index for index in declared if index is not None}
 
 
 def _random_direction(passes: Passes) -> dict[str, Tensor]:

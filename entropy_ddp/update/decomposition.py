@@ -54,8 +54,40 @@ class StepParts:
         return self.momentum + self.decay - self.gain * gradient.to(self.gain)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdamState:
+    """What `step_parts` needs of a trainer's optimizer, read in place.
+
+    Parameters without state (before the first step) have moments of zero, and parameters
+    without gradient take no step.
+
+    Attributes:
+        param_groups: the optimizer's groups, with the parameters that will move.
+        state: moments and step count of these parameters.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: dict[nn.Parameter, dict[str, Any]]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> "AdamState":
+        """The state before the step that the gradients are there for."""
+        groups, state = [], {}
+        for group in optimizer.param_groups:
+            moving = [p for p in group["params"] if p.grad is not None]
+            groups.append(group | {"params": moving})
+            for parameter in moving:
+                # Not optimizer.state[parameter], which would make an entry.
+                state[parameter] = optimizer.state.get(parameter)
+                if not state[parameter]:
+                    zero = torch.zeros_like(parameter)
+                    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+                    state[parameter] = {"step": 0.0, **dict.fromkeys(names, zero)}
+        return cls(param_groups=groups, state=state)
+
+
 def step_parts(
-    optimizer: torch.optim.Adam,
+    optimizer: torch.optim.Adam | AdamState,
     parameters: Mapping[str, nn.Parameter],
     gradient: Tensor,
     step: Step,
@@ -111,7 +143,7 @@ def _parts(
 
 
 def gradient_gain(
-    optimizer: torch.optim.Adam,
+    optimizer: torch.optim.Adam | AdamState,
     parameters: Mapping[str, nn.Parameter],
     gradient: Tensor,
     step: Step,
@@ -170,7 +202,7 @@ def preconditioner(
 
 
 def _entries(
-    optimizer: torch.optim.Adam, parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Adam | AdamState, parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(name, param group, state) of every parameter of the optimizer."""
     name_of = {id(parameter): name for name, parameter in parameters.items()}
@@ -181,35 +213,3 @@ def _entries(
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamState:
-    """What `update.decomposition` needs of an optimizer.
-
-    Attributes:
-        param_groups: the optimizer's groups, with the parameters that will move.
-        state: moments and step count of these parameters.
-    """
-
-    param_groups: list[dict[str, Any]]
-    state: dict[nn.Parameter, dict[str, Any]]
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> "AdamState":
-        """The state before the step that the gradients are there for."""
-        groups, state = [], {}
-        for group in optimizer.param_groups:
-            moving = [p for p in group["params"] if p.grad is not None]
-            groups.append(group | {"params": moving})
-            for parameter in moving:
-                # Not optimizer.state[parameter], which would make an entry.
-                saved = optimizer.state.get(parameter)
-                state[parameter] = saved or _fresh(parameter)
-        return cls(param_groups=groups, state=state)
-
-
-def _fresh(parameter: nn.Parameter) -> dict[str, Any]:
-    zero = torch.zeros_like(parameter)
-    moments = dict.fromkeys(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), zero)
-    return {"step": 0.0, **moments}
