@@ -107,6 +107,7 @@ def cross_fitted_coefficients(moments: Tensor) -> Tensor:
     penalty[:, 0] = 0
     # An empty fit (all moments zero) predicts nothing.
     floor = torch.where(diagonal > 0, 0.0, 1.0)
+    # (X'WX + penalty) beta = X'WY, for each fold and both targets.
     return torch.linalg.solve(gram + torch.diag_embed(penalty + floor), right)
 
 

@@ -85,6 +85,7 @@ def zero_mean_sums(
     )
     plain = torch.stack([*weighted, *(m * before for m in innovations)], dim=1)
     # All of them times the first predictor, then times the second, and so on.
+    # [t, F] times [t, 8]: [t, 8 F].
     quantities = (predictor[:, :, None] * plain[:, None, :]).flatten(1)
     total = quantities.new_zeros(len(ragged.lengths), quantities.shape[1])
     return total.index_add_(0, ragged.sequence_of_token, quantities)
@@ -154,6 +155,7 @@ def cross_fitted_slopes(
         scale = torch.where(scale > 0, scale, 1.0)
         rows = rows / scale
         rows, values = rows - rows.mean(0), values - values.mean()
+        # Centred on both sides: the constant is free of the penalty.
         gram = rows.T @ rows
         gram.diagonal().add_(PENALTY_PER_VARIATE * rows.shape[1])
         # Back to the variates' own units.

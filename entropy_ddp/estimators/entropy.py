@@ -199,6 +199,7 @@ def entropy_change(
     """
     num_groups = count_groups(groups)
     then, now = (r.influence(groups, num_groups) for r in (before, after))
+    # Not the root of the sum of squares: the same responses are in both.
     influence = now - then
     return EntropyChange(
         is_mode=is_mode,

@@ -79,6 +79,7 @@ def entropy_coefficients(
     sizes = group_sizes(groups)
     # The sum over the other G - 1 responses of the group.
     others = group_totals(weighted, groups, count_groups(groups))[groups] - weighted
+    # Minus: more of what was less probable than the others raises the entropy.
     return -(weighted - others / (sizes - 1)) / sizes
 
 
@@ -127,6 +128,7 @@ def without_diagonal(dot: float, y_projections: Tensor, diagonal: Tensor) -> flo
     count = len(diagonal)
     if count < 2:
         raise InputError(f"a U-statistic needs at least 2 groups, found {count}")
+    # B m less the terms u = u'.
     excess = float(y_projections.sum() - diagonal.sum())
     return dot + excess / (count * (count - 1))
 

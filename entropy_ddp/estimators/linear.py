@@ -101,6 +101,7 @@ def slope_weights(
     own = values - tokens.entropy if after_hk else values
     counted = _counted(normalize)
     counted_own = 0.0 if after_hk else counted
+    # What a fitted baseline expects of both sums after the step.
     predicted, predicted_count = torch.zeros(2, len(values), dtype=values.dtype)
     if baseline in ("loo", "ridge"):
         assert prediction is not None
@@ -251,12 +252,14 @@ def slope_from_terms(
     centred, score, pathwise, counts = terms.unbind(1)
     total, denominator = float(centred.sum()), original.denominator
     mean_entropy, count = original.value, float(counts.sum())
+    # Sums over each group, [n_g].
     b, r, a = (
         group_totals(x, groups, num_groups)
         for x in (centred, counts, original.numerator)
     )
     value = total / denominator
     if original.size is None:
+        # The denominator is 1: no mean but the sum itself varies.
         influence = b
         rescaled = torch.full_like(b, num_groups / max(num_groups - 1, 1))
         without = rescaled * (total - b)

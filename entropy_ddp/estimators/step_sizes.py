@@ -46,6 +46,7 @@ def choose_grid(
     threshold = min(ess_warn, LARGEST_ESS_FRACTION)
     # At 1000 / spread one weight has e^1000 times the mean's: surely too far.
     low, high = 0.0, (1e3 / spread if spread else 1.0)
+    # Halved until nothing is left of the interval.
     for _ in range(60):
         middle = (low + high) / 2
         trusted = predicted_ess_fraction(dlogp, middle) >= threshold

@@ -184,6 +184,7 @@ def softmax_of(
     workspace = workspace or Workspace()
     shifted = logits_map.over(temperature).apply_(workspace.copy("shifted", logits))
     shifted -= shifted.amax(-1, keepdim=True)
+    # Before the clamp: log p of an impossible token is minus infinity.
     target = shifted.gather(-1, targets[:, None]).squeeze(-1)
     weights = torch.exp(shifted, out=workspace.take("weights", logits))
     shifted.clamp_(min=_LOWEST)

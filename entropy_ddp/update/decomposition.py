@@ -129,6 +129,7 @@ def _parts(
     # `maximize` turns the gradient round, and so its gain.
     sign = -1.0 if group.get("maximize") else 1.0
     moment = beta2 * state["exp_avg_sq"].to(theta)
+    # s_new, with the gradient of this step in it.
     moment += (1 - beta2) * (sign * gradient + added).square()
     if group.get("amsgrad"):
         moment = torch.maximum(moment, state["max_exp_avg_sq"].to(theta))
@@ -138,6 +139,7 @@ def _parts(
     )
     momentum = -per_unit * beta1 * state["exp_avg"].to(theta)
     fresh = (1 - beta1) * per_unit
+    # Coupled decay goes through both moments, like a gradient.
     decay = -rate * weight_decay * theta if decoupled else -fresh * added
     return sign * fresh, momentum, decay
 

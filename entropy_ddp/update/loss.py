@@ -82,6 +82,7 @@ def loss_weights(
         own = logp.double().cpu()
         slope, ratio = advantage, torch.ones_like(advantage)
         if sampling is not None:
+            # rho = p / p_sampler
             ratio = (own - sampling[place]).exp()
             # Where the clipped branch is the smaller one, the surrogate is constant.
             clipped = torch.where(
@@ -92,6 +93,7 @@ def loss_weights(
             slope = (ratio * advantage).masked_fill(clipped, 0.0)
         if reference is not None:
             divergence = _divergence_slope(reference[place] - own, ratio, update)
+            # The objective is f - beta KL.
             slope = slope - update.kl_coefficient * divergence
         # Minus: the loss falls where the objective rises.
         on_logp = (-coefficients[sequence] * slope).to(logp.device)

@@ -123,6 +123,7 @@ def one_step(
         before = dict(zip(parameters, copies))
         try:
             for name, view in layout.views(gradient).items():
+                # A copy: clipping works in place, and the buffer is used again.
                 parameters[name].grad = view.to(parameters[name], copy=True)
             clip_coef = clip_coefficient(update.max_grad_norm, grad_norm)
             for parameter in parameters.values():
