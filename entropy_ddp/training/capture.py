@@ -393,12 +393,6 @@ def from_all_ranks(world: World, collect: Callable[[], Collected]) -> list[Colle
     return results
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Listener:
-    before: Callable[..., None] | None
-    after: Callable[[Any], None] | None
-
-
 class _Announced:
     """A method that tells its listeners of every call."""
 
@@ -407,17 +401,20 @@ class _Announced:
         functools.update_wrapper(self, method)
         self._method = method
         self._replaced = vars(owner).get(name)
-        self.listeners: list[_Listener] = []
+        # What is called before and after each call, by listener.
+        self.listeners: dict[
+            object, tuple[Callable[..., None] | None, Callable[[Any], None] | None]
+        ] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        present = list(self.listeners)
-        for listener in present:
-            if listener.before is not None:
-                listener.before(*args, **kwargs)
+        present = list(self.listeners.values())
+        for before, _ in present:
+            if before is not None:
+                before(*args, **kwargs)
         result = self._method(*args, **kwargs)
-        for listener in present:
-            if listener.after is not None:
-                listener.after(result)
+        for _, after in present:
+            if after is not None:
+                after(result)
         return result
 
     def withdraw(self, owner: Any, name: str) -> None:
@@ -449,13 +446,12 @@ def listen(
     announced = found if isinstance(found, _Announced) else _Announced(owner, name)
     if announced is not found:
         setattr(owner, name, announced)
-    listener = _Listener(before=before, after=after)
-    announced.listeners.append(listener)
+    listener = object()
+    announced.listeners[listener] = (before, after)
 
     def end() -> None:
-        if listener not in announced.listeners:
+        if announced.listeners.pop(listener, None) is None:
             return
-        announced.listeners.remove(listener)
         # Not where somebody else has replaced it meanwhile: theirs calls this one.
         if not announced.listeners and vars(owner).get(name) is announced:
             announced.withdraw(owner, name)
