@@ -5,7 +5,7 @@ first step, every training that cannot be probed; `open_live_session` opens the 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,12 @@ from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import trainable_parameters
-from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
-from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.opening import sample_batch, token_limits, verify_model
+from entropy_ddp.probe.opening import (
+    make_passes,
+    sample_batch,
+    token_limits,
+    verify_model,
+)
 from entropy_ddp.probe.session import Session
 from entropy_ddp.sampling.generation import random_bytes
 from entropy_ddp.training.untouched import untouched
@@ -172,27 +175,12 @@ def open_live_session(trainer: Any, settings: ProbeSettings, world: World) -> Se
         dtype=getattr(torch, config.precision.model),
         device=next(iter(parameters.values())).device,
     )
-    tokens = ResponseTokens(
-        model,
-        ScoringSettings(
-            temperature=config.objective.temperature,
-            tokens_per_microbatch=config.compute.tokens_per_microbatch,
-        ),
-    )
-    # Not wrapped, and no hooks: those on the parameters reduce the trainer's gradients.
-    passes = Passes(
-        tokens=tokens,
-        wrapped=tokens,
-        parameters=parameters,
-        dtype=policy.dtype,
-        device=policy.device,
-        runs_hooks=False,
-    )
     session = Session(
         config=config,
         world=world,
         policy=policy,
-        passes=passes,
+        # No hooks: those on the parameters reduce the trainer's gradients.
+        passes=replace(make_passes(policy, config, world), runs_hooks=False),
         progress=lambda *_: None,
     )
     with untouched(model):
