@@ -78,7 +78,10 @@ class Sign:
 
 
 class StoreConnection:
-    """A connection of its own to the store: calls over one connection wait in line."""
+    """What the ranks tell each other beside the collectives, in the launcher's store.
+
+    Over a connection of its own: calls over one connection wait in line.
+    """
 
     def __init__(self, store: Any) -> None:
         self._store = store.clone()
