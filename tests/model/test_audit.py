@@ -976,7 +976,7 @@ def test_failures_are_shown_first(
         words.index(find(probed, failure).hint),
         words.index(f"warning: {warning}"),
         words.index(find(probed, warning).hint),
-        words.index("Entropy change of one dr_grpo step"),
+        words.index("Entropy change of one Dr. GRPO step"),
         words.index("┃ check ┃"),
     ]
     assert places == sorted(places)
