@@ -38,7 +38,7 @@ from entropy_ddp.estimators.baselines import (
     ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import zero_mean_sums
-from entropy_ddp.estimators.curvature import Curvature, curvature
+from entropy_ddp.estimators.curvature import CurvatureEstimate, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
     Ratio,
@@ -408,7 +408,7 @@ def second_order(
 
 def curvature_of(
     batch: Table, groups: Tensor, normalize: Normalize, integrand: Integrand = "rb"
-) -> Curvature:
+) -> CurvatureEstimate:
     """The second derivative on a batch."""
     derivatives = second_order(batch, normalize, integrand)
     return curvature(batch.ratio(normalize, integrand), groups, **derivatives)

@@ -35,7 +35,7 @@ from entropy_ddp.estimators.standard_errors import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curvature:
+class CurvatureEstimate:
     """H'' in nats per squared unit of learning rate.
 
     Attributes:
@@ -78,7 +78,7 @@ def curvature(
     d2logp: Tensor,
     dnumerator: Tensor,
     d2numerator: Tensor,
-) -> Curvature:
+) -> CurvatureEstimate:
     """H'' and its error from per-sequence derivatives along v, float64, [N] each.
 
     Args:
@@ -116,7 +116,7 @@ def curvature(
         # A plain sum over n - 1 groups is scaled to n.
         without = without * (num_groups / max(num_groups - 1, 1))
     value = float(_second_derivative(whole, is_sum))
-    return Curvature(value=value, se=jackknife_error(without), without=without)
+    return CurvatureEstimate(value=value, se=jackknife_error(without), without=without)
 
 
 def _second_derivative(totals: Tensor, is_sum: bool) -> Tensor:

@@ -20,7 +20,7 @@ from entropy_ddp.estimators.baselines import (
     ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import adjusted_slope
-from entropy_ddp.estimators.curvature import Curvature, curvature
+from entropy_ddp.estimators.curvature import CurvatureEstimate, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
     Ratio,
@@ -316,7 +316,7 @@ def estimate_curvature(
     base: DirectionalScores,
     second_logp: Tensor,
     second_entropy: Tensor,
-) -> Curvature:
+) -> CurvatureEstimate:
     """H'' along the step.
 
     Args:

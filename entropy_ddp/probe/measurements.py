@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from entropy_ddp.estimators.curvature import Curvature
+from entropy_ddp.estimators.curvature import CurvatureEstimate
 from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.shares import TokenTable
@@ -63,7 +63,7 @@ class Measurements:
     slope: Slope
     duality: Duality
     noise_floor: float
-    curvature: Curvature | None = None
+    curvature: CurvatureEstimate | None = None
     curvature_step: float | None = None
     points: list[SweepPoint] | None = None
     sweep_summary: SweepSummary | None = None

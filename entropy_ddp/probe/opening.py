@@ -46,7 +46,7 @@ from entropy_ddp.probe.resume import (
 from entropy_ddp.probe.session import Progress, Session
 from entropy_ddp.results import UNFINISHED
 from entropy_ddp.sampling.rollouts import (
-    Plan,
+    SamplingPlan,
     describe_plan,
     merge_rows,
     plan_sampling,
@@ -333,7 +333,7 @@ def plan_sample(session: Session, split: str) -> dict[str, Any]:
     return describe_plan(session.plans[split])
 
 
-def _plan(session: Session, split: str) -> Plan:
+def _plan(session: Session, split: str) -> SamplingPlan:
     config = session.config
     return plan_sampling(
         session.policy.model,

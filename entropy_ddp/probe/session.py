@@ -19,7 +19,7 @@ from entropy_ddp.memory import Allowance, MemoryEstimate
 from entropy_ddp.model.scoring import Passes
 from entropy_ddp.model.selfcheck import SelfCheck, SharingCheck
 from entropy_ddp.probe.resume import PassResult, Unfinished
-from entropy_ddp.sampling.rollouts import Plan
+from entropy_ddp.sampling.rollouts import SamplingPlan
 
 
 class Progress(Protocol):
@@ -84,7 +84,7 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     self_checks: list[SelfCheck] = field(default_factory=list)
     sharing: SharingCheck | None = None
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, SamplingPlan] = field(default_factory=dict)
     num_redraws: dict[str, int] = field(default_factory=dict)
     responses: Allowance = field(default_factory=Allowance)
     memory: MemoryEstimate | None = None

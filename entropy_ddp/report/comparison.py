@@ -16,7 +16,7 @@ from entropy_ddp.answers.words import (
 )
 from entropy_ddp.errors import InputError
 from entropy_ddp.report.figures import checkpoints as figures
-from entropy_ddp.report.page import Page, Section, complaints
+from entropy_ddp.report.page import Page, PageSection, complaints
 from entropy_ddp.report.subjects import Subject
 
 
@@ -110,7 +110,7 @@ def _page(subjects: Sequence[Subject], found: Checkpoints) -> Page:
     if fine < len(verdicts):
         checked = f"{len(verdicts) - fine} of {checks} complain."
     sections = [
-        Section(
+        PageSection(
             id="progress",
             title="Along the run" if found.by_step else "Run by run",
             figures=(figures.entropy_by_step(found), figures.change_by_step(found)),
@@ -129,14 +129,14 @@ def _page(subjects: Sequence[Subject], found: Checkpoints) -> Page:
         glances=answers.glances(found),
         complaints=_complaints(found),
         checked=checked,
-        sections=[*sections, Section(id="runs", title="The runs", tables=[runs])],
+        sections=[*sections, PageSection(id="runs", title="The runs", tables=[runs])],
     )
 
 
-def _causes(found: Checkpoints) -> list[Section]:
+def _causes(found: Checkpoints) -> list[PageSection]:
     """Who moved the entropy along the run, and what if it had been left out."""
     by_kind, error = found.by_kind, found.linear_error
-    moved = Section(
+    moved = PageSection(
         id="attribution",
         title="Who moved the entropy",
         lead=f"{answers.moved_sentence(found)} {answers.sums_sentence(found)}",
@@ -149,7 +149,7 @@ def _causes(found: Checkpoints) -> list[Section]:
     )
     if not found.rules:
         return [moved]
-    what_if = Section(
+    what_if = PageSection(
         id="what-if",
         title="What if some tokens were left out",
         lead=answers.what_if_sentence(found),

@@ -8,25 +8,25 @@ from entropy_ddp.report.figures.ledger import (
     gradient_by_probability,
     parts_by_step,
 )
-from entropy_ddp.report.page import Page, Section
+from entropy_ddp.report.page import Page, PageSection
 
 
 def ledger_page(ledger: Ledger, name: str) -> Page:
     """The page of the run of this name."""
     steps = ledger.steps
-    run = Section(
+    run = PageSection(
         id="run",
         title="The run",
         figures=[curve_and_sums(ledger)],
         tables=[tables.totals(ledger)],
     )
-    parts = Section(
+    parts = PageSection(
         id="parts",
         title="What it is made of",
         figures=[parts_by_step(ledger), gradient_by_probability(ledger)],
         tables=[tables.parts(ledger)],
     )
-    influence = Section(
+    influence = PageSection(
         id="influence",
         title="Who moved it most",
         tables=[
@@ -35,7 +35,7 @@ def ledger_page(ledger: Ledger, name: str) -> Page:
             tables.single_tokens(ledger),
         ],
     )
-    checks = Section(id="checks", title="Checks", tables=[tables.checks(ledger)])
+    checks = PageSection(id="checks", title="Checks", tables=[tables.checks(ledger)])
     return Page(
         title=f"{name}: entropy ledger",
         kicker=f"Entropy ledger of {name}, steps {steps['first']:,} to {steps['last']:,}",

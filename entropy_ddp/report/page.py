@@ -92,7 +92,7 @@ class TokenTexts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class PageSection:
     """A part of the page under one heading; whatever is empty is left out.
 
     Attributes:
@@ -136,7 +136,7 @@ class Page:
     complaints: Sequence[Mapping[str, str]] = ()
     checked: str = ""
     audits_id: str = ""
-    sections: Sequence[Section] = ()
+    sections: Sequence[PageSection] = ()
 
     @property
     def figures(self) -> "list[Figure]":

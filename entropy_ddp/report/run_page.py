@@ -9,7 +9,7 @@ from entropy_ddp.answers.words import (
     percent,
 )
 from entropy_ddp.report.figures import attribution, change
-from entropy_ddp.report.page import Page, Section, complaints
+from entropy_ddp.report.page import Page, PageSection, complaints
 from entropy_ddp.report.subjects import Subject
 from entropy_ddp.report.token_text import read_tokens, token_texts
 from entropy_ddp.results.reading import Columns
@@ -58,8 +58,8 @@ def _kicker(subject: Subject) -> str:
     return f"{place} · {commands} · {started[:10]}"
 
 
-def _prediction(document: Document) -> Section:
-    return Section(
+def _prediction(document: Document) -> PageSection:
+    return PageSection(
         id="prediction",
         title="Prediction against truth",
         figures=(
@@ -74,7 +74,7 @@ def _prediction(document: Document) -> Section:
     )
 
 
-def _sweep(subject: Subject) -> Section:
+def _sweep(subject: Subject) -> PageSection:
     document = subject.document
     run = subject.run_with("sweep")
     assert run is not None
@@ -85,7 +85,7 @@ def _sweep(subject: Subject) -> Section:
     ):
         figures.append(change.sweep_missed(document))
     figures.append(change.sweep_weights(document, truth.ess_warn, truth.ess_abort))
-    return Section(
+    return PageSection(
         id="sweep",
         title="How far the first order reaches",
         lead=" ".join(headline.sweep_sentences(document)),
@@ -94,7 +94,7 @@ def _sweep(subject: Subject) -> Section:
     )
 
 
-def _responses(columns: Columns, document: Document) -> Section:
+def _responses(columns: Columns, document: Document) -> PageSection:
     normalize = document["truth"]["normalize"]
     keys = [
         key
@@ -106,7 +106,7 @@ def _responses(columns: Columns, document: Document) -> Section:
         *(change.against(columns, normalize, key) for key in keys),
         change.weights(columns, document["truth"]),
     ]
-    return Section(id="responses", title="The responses of E", figures=figures)
+    return PageSection(id="responses", title="The responses of E", figures=figures)
 
 
 def _is_varied(columns: Columns, key: str) -> bool:
@@ -115,13 +115,13 @@ def _is_varied(columns: Columns, key: str) -> bool:
     return all(isinstance(v, (int, float)) for v in values) and len(set(values)) > 1
 
 
-def _gradient_dot(document: Document) -> Section:
+def _gradient_dot(document: Document) -> PageSection:
     dot = document["gradient_dot"]
     lead = ""
     if "frac_var" in dot:
         error = percent(dot["frac_var"] ** 0.5)
         lead = f"Its standard error is {error} of its value."
-    return Section(
+    return PageSection(
         id="gradient-dot",
         title="Gradient-dot form",
         lead=lead,
@@ -130,7 +130,7 @@ def _gradient_dot(document: Document) -> Section:
     )
 
 
-def _attribution(subject: Subject) -> Section:
+def _attribution(subject: Subject) -> PageSection:
     document, run = subject.document, subject.run_with("attribution")
     assert run is not None
     normalize = document["linear"]["normalize"]
@@ -162,7 +162,7 @@ def _attribution(subject: Subject) -> Section:
             tables.top_tokens(document),
             tables.proxies(document),
         ]
-    return Section(
+    return PageSection(
         id="attribution",
         title="Who moved the entropy",
         lead=lead,
@@ -178,10 +178,10 @@ def _attribution(subject: Subject) -> Section:
     )
 
 
-def _everything_else(subject: Subject) -> Section:
+def _everything_else(subject: Subject) -> PageSection:
     document = subject.document
     folders = [str(run.folder) for run in subject.runs]
-    return Section(
+    return PageSection(
         id="run",
         title="This run",
         tables=(

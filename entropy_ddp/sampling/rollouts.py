@@ -70,7 +70,7 @@ class Draw:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SamplingPlan:
     """What is needed to sample a batch, beside the model.
 
     Attributes:
@@ -102,7 +102,7 @@ def plan_sampling(
     split: str,
     seed: int,
     temperature: float,
-) -> Plan:
+) -> SamplingPlan:
     """Everything that sampling needs, found and checked before the first token.
 
     Every prompt is checked, drawn or not.
@@ -112,7 +112,7 @@ def plan_sampling(
             enough prompts, a drawn prompt lacks the gold answer of a reward, or a
             prompt leaves no room for `max_new_tokens`.
     """
-    return Plan(
+    return SamplingPlan(
         sample=sample,
         split=split,
         seed=seed,
@@ -193,7 +193,7 @@ def _encode_fitting_prompts(
     return encoded
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
+def describe_plan(plan: SamplingPlan) -> dict[str, Any]:
     """What would be sampled, by what a reader calls it."""
     sample, draws = plan.sample, plan.draws
     return {
@@ -208,7 +208,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 def sample_rollouts(
     model: "PreTrainedModel",
-    plan: Plan,
+    plan: SamplingPlan,
     allowance: Allowance,
     rank: int,
     world_size: int,
@@ -296,7 +296,7 @@ def _responses_to_sample(
 
 def _generate(
     model: "PreTrainedModel",
-    plan: Plan,
+    plan: SamplingPlan,
     attempt: int,
     batch: list[tuple[Draw, int]],
     allowance: Allowance,
@@ -324,7 +324,7 @@ def _generate(
 
 
 def _make_row(
-    plan: Plan, draw: Draw, number: int, response: Response
+    plan: SamplingPlan, draw: Draw, number: int, response: Response
 ) -> dict[str, Any]:
     """The row of the rollout file of a draw's response of this number."""
     if not all(map(math.isfinite, response.logprobs)):

@@ -40,7 +40,7 @@ from entropy_ddp.estimators.baselines import (
     ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import adjusted_change, adjusted_slope
-from entropy_ddp.estimators.curvature import Curvature, curvature
+from entropy_ddp.estimators.curvature import CurvatureEstimate, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
     Ratio,
@@ -189,7 +189,7 @@ class Pieces:
 
     def curvature(
         self, index: Tensor, groups: Tensor, normalize: Normalize
-    ) -> Curvature:
+    ) -> CurvatureEstimate:
         """The second derivative."""
         rows = {name: x[index] for name, x in self.second[normalize].items()}
         original = _rows(self.before[normalize], index)

