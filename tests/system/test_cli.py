@@ -978,14 +978,14 @@ def test_a_batch_that_was_sampled_is_not_sampled_again(
     whole, out = tmp_path / "whole", tmp_path / "out"
     arguments = (command, "--config", sampled_config, "--out")
     assert invoke(*arguments, whole).exit_code == 0
-    keep = Unfinished.keep_rollouts
+    keep = Unfinished.read_or_sample
 
     def keep_and_end(self: Unfinished, *rest: Any) -> None:
         keep(self, *rest)
         raise MemoryError("planted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "keep_rollouts", keep_and_end)
+        patch.setattr(Unfinished, "read_or_sample", keep_and_end)
         assert invoke(*arguments, out).exit_code == 1
     assert [path.name for path in out.iterdir()] == ["unfinished"]
     refused = invoke(*arguments, out)
