@@ -21,7 +21,6 @@ Neither of them names the prompt draws: a group is the sequences of equal prompt
 one step. NeMo-RL's own baselines are of these groups too.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def read_prime_rl(path: Path, source: Source) -> list[Record]:
 
 
 def _prime_record(row: dict[str, Any], where: str) -> Record:
-    ids = _require_list(row, "token_ids", where, PRIME_ADVICE, _is_integer)
+    ids = _token_ids(row, where, PRIME_ADVICE)
     columns = _Columns(row, where, len(ids), PRIME_ADVICE)
     begin, end = columns.response("loss_mask")
     kept = ("run_id", "env_name", "step", "export_step")
@@ -143,7 +142,7 @@ def read_nemo_rl(path: Path, source: Source) -> list[Record]:
 
 
 def _nemo_record(row: dict[str, Any], where: str, step: int | None) -> Record:
-    ids = _require_list(row, "token_ids", where, NEMO_ADVICE, _is_integer)
+    ids = _token_ids(row, where, NEMO_ADVICE)
     columns = _Columns(row, where, len(ids), NEMO_ADVICE)
     begin, end = columns.response("token_loss_mask")
     length = require(row, "input_lengths", where, NEMO_ADVICE)
@@ -182,18 +181,13 @@ def _is_integer(value: object) -> bool:
     return type(value) is int
 
 
-def _require_list(
-    row: dict[str, Any],
-    key: str,
-    where: str,
-    advice: str,
-    is_right: Callable[[object], bool],
-) -> list[Any]:
-    value = require(row, key, where, advice)
-    if not isinstance(value, list) or not value or not all(map(is_right, value)):
-        kind = "integers" if is_right is _is_integer else "numbers"
-        raise make_problem(where, f"a list of {kind} in `{key}`", show(value), advice)
-    return value
+def _token_ids(row: dict[str, Any], where: str, advice: str) -> list[int]:
+    ids = require(row, "token_ids", where, advice)
+    if not isinstance(ids, list) or not ids or not all(map(_is_integer, ids)):
+        raise make_problem(
+            where, "a list of integers in `token_ids`", show(ids), advice
+        )
+    return ids
 
 
 class _Columns:
