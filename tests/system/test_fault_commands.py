@@ -56,12 +56,12 @@ if fault in ("NaN", "damaged", "sleeps"):
         passes.tokens.transformer.register_forward_hook(spoil)
         return score(passes, shard, *others, **options)
     # Not while the model is checked with made-up rows.
-    import entropy_ddp.probe.session as session
-    verify = session.verify_model
+    import entropy_ddp.probe.opening as opening
+    verify = opening.verify_model
     def verify_model(*given):
         verify(*given)
         Passes.score = planted
-    session.verify_model = verify_model
+    opening.verify_model = verify_model
 
 from entropy_ddp.cli import main
 
