@@ -270,6 +270,8 @@ def _exit_code(arguments: Sequence[str]) -> int:
             return ended.code or 0
         print(ended.code, file=sys.stderr)
     except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        _shut_down()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:  # noqa: BLE001
@@ -281,11 +283,16 @@ def _exit_code(arguments: Sequence[str]) -> int:
 
 def _end(code: int) -> None:
     """End this process; what was loaded is not taken down, which takes half a second."""
+    _shut_down()
+    os._exit(code)
+
+
+def _shut_down() -> None:
+    """What Python does when a program has ended."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
 
 
 def _run_python(arguments: Sequence[str]) -> None:
