@@ -140,16 +140,19 @@ def supported(
     """
     if not value or error <= 0 or not math.isfinite(error):
         return number(value, most, signed=signed)
-    digits = supported_digits(value, error, most)
+    value, digits = without_digits_behind(value, error, most)
     return number(float(f"{value:.{digits - 1}e}"), digits, signed=signed)
 
 
-def supported_digits(value: float, error: float, most: int) -> int:
-    """How many of its digits are not behind the first of the error; at least one."""
+def without_digits_behind(value: float, error: float, most: int) -> tuple[float, int]:
+    """A number rounded to the first digit of its error, and how many digits it has then.
+
+    At least one: 980 with an error of 100 is 1000, of two digits, and 0.0996 with an
+    error of 0.01 is 0.10; 3 with an error of 100 is 3, of one.
+    """
     last = math.floor(math.log10(error))
-    # Of the number as it will be shown: 0.0996 reads as 0.10.
-    shown = round(value, -last) or value
-    return max(1, min(most, math.floor(math.log10(abs(shown))) - last + 1))
+    value = round(value, -last) or value
+    return value, max(1, min(most, math.floor(math.log10(abs(value))) - last + 1))
 
 
 def percent_with_error(share: float, error: float, *, signed: bool = True) -> str:

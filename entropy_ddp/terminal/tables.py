@@ -19,10 +19,10 @@ from entropy_ddp.answers.words import (
     is_resolved,
     percent,
     percent_with_error,
-    supported_digits,
     supported_percent,
     visible,
     with_error,
+    without_digits_behind,
 )
 
 VERDICT_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -146,7 +146,9 @@ def supported(value: float, error: float) -> str:
     """A number by itself, with no digit behind the first of its error; at least one."""
     if not value:
         return "0"
-    digits = supported_digits(value, error, 5) if error > 0 else 5
+    digits = 5
+    if error > 0:
+        value, digits = without_digits_behind(value, error, digits)
     return f"{value:+.{digits - 1}e}"
 
 

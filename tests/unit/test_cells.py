@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -75,6 +75,8 @@ def test_a_token_is_marked_in_its_context() -> None:
 
 
 @given(value=st.floats(-1e3, 1e3), exponent=st.floats(-6, 3))
+@example(value=950.0, exponent=2.0)
+@example(value=-980.0, exponent=2.0)
 def test_a_part_has_no_digit_behind_the_first_of_the_error(
     value: float, exponent: float
 ) -> None:
