@@ -138,7 +138,7 @@ test: $(TEST_STAMP) ## run the tests of functions and models, and one run of two
 test-unit: $(TEST_STAMP) ## run the tests that need neither a model nor a process
 	$(PYTEST) $(SHORT) tests/unit $(PYTEST_ARGS)
 
-test-system: $(TEST_STAMP) ## run those of processes, trainers, the browser, benchmarks
+test-system: $(TEST_STAMP) ## run those of processes, trainers, the browser, simulations
 	$(PYTEST) $(SHORT) tests/system --deselect $(TWO_RANKS) $(PYTEST_ARGS)
 
 test-long: $(TEST_STAMP) ## run the tests that are marked long, some 20 minutes

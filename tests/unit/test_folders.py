@@ -1,7 +1,8 @@
 """Do the folders of tests hold what they promise, so that each is as fast as it can be?
 
 `unit` needs neither a model nor a process, `model` has models in the tests' own process,
-and everything else is in `system`.
+and everything else is in `system`: processes, trainers, a browser, and what runs many times
+over, as simulated errors, runs that are interrupted after every pass, and damaged files.
 """
 
 import ast
