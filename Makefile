@@ -7,6 +7,8 @@ NPROC ?= 2
 CONFIG ?= configs/demo.yaml
 OUT ?= runs/demo
 TEST_JOBS ?= 2
+# One more than the cores: some of these tests wait for processes.
+SYSTEM_JOBS ?= 3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 REAL_SIZE ?= full
@@ -20,7 +22,7 @@ REAL_TRAINED := $(REAL)/trained-$(REAL_SIZE)
 REAL_PROMPTS_full := 128
 REAL_PROMPTS_small := 16
 RUN := $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m entropy_ddp
-PYTEST := $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal
+PYTEST := $(BIN)/pytest --dist worksteal -n $(TEST_JOBS)
 
 # One thread per process: torchrun sets the same, with a warning, when it is unset.
 export OMP_NUM_THREADS ?= 1
@@ -139,7 +141,7 @@ test-unit: $(TEST_STAMP) ## run the tests that need neither a model nor a proces
 	$(PYTEST) $(SHORT) tests/unit $(PYTEST_ARGS)
 
 test-system: $(TEST_STAMP) ## run those of processes, trainers, the browser, simulations
-	$(PYTEST) $(SHORT) tests/system --deselect $(TWO_RANKS) $(PYTEST_ARGS)
+	$(PYTEST) -n $(SYSTEM_JOBS) $(SHORT) tests/system --deselect $(TWO_RANKS) $(PYTEST_ARGS)
 
 test-long: $(TEST_STAMP) ## run the tests that are marked long, some 20 minutes
 	$(PYTEST) -m long $(PYTEST_ARGS)
