@@ -22,7 +22,7 @@ REAL_TRAINED := $(REAL)/trained-$(REAL_SIZE)
 REAL_PROMPTS_full := 128
 REAL_PROMPTS_small := 16
 RUN := $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m entropy_ddp
-PYTEST := $(BIN)/pytest --dist worksteal -n $(TEST_JOBS)
+PYTEST := $(BIN)/pytest --dist worksteal
 
 # One thread per process: torchrun sets the same, with a warning, when it is unset.
 export OMP_NUM_THREADS ?= 1
@@ -140,16 +140,16 @@ SHORT := -m "not long and not real"
 TWO_RANKS := tests/system/test_world_size.py::test_two_processes_give_the_numbers_of_one
 
 test: $(TEST_STAMP) ## run the tests of functions and models, and one run of two ranks
-	$(PYTEST) $(SHORT) tests/unit tests/model $(TWO_RANKS) $(PYTEST_ARGS)
+	$(PYTEST) -n $(TEST_JOBS) $(SHORT) tests/unit tests/model $(TWO_RANKS) $(PYTEST_ARGS)
 
 test-unit: $(TEST_STAMP) ## run the tests that need neither a model nor a process
-	$(PYTEST) $(SHORT) tests/unit $(PYTEST_ARGS)
+	$(PYTEST) -n $(TEST_JOBS) $(SHORT) tests/unit $(PYTEST_ARGS)
 
 test-system: $(TEST_STAMP) ## run those of processes, trainers, the browser, simulations
 	$(PYTEST) -n $(SYSTEM_JOBS) $(SHORT) tests/system --deselect $(TWO_RANKS) $(PYTEST_ARGS)
 
 test-long: $(TEST_STAMP) ## run the tests that are marked long, some 20 minutes
-	$(PYTEST) -m long $(PYTEST_ARGS)
+	$(PYTEST) -n $(TEST_JOBS) -m long $(PYTEST_ARGS)
 
 test-real: $(TEST_STAMP) $(REAL_STAMP) ## run the tests of the real model
 	$(BIN)/pytest -m real tests/system $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from entropy_ddp.distributed.failure import Watch
-from entropy_ddp.errors import RunError
+from entropy_ddp.errors import InputError, RunError
 
 T = TypeVar("T")
 
@@ -115,6 +115,24 @@ class World:
         values: list[Any] = [None] * self.world_size
         self._join(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
+
+    def from_all_ranks(self, collect: Callable[[], T]) -> list[T]:
+        """What a call returns on every rank, in their order; what one refuses, all refuse.
+
+        Raises:
+            InputError: the first refusal.
+        """
+        found: tuple[T | None, str | None]
+        try:
+            found = collect(), None
+        except InputError as error:
+            found = None, str(error)
+        results = []
+        for result, refusal in self.gather_objects(found):
+            if refusal is not None:
+                raise InputError(refusal)
+            results.append(result)
+        return results
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module inside DistributedDataParallel, or itself without a group.

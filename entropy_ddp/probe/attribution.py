@@ -29,7 +29,12 @@ from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.model.response_tokens import TokenScores, TokenWeights
 from entropy_ddp.probe.estimates import changes_at
 from entropy_ddp.probe.measurements import Measurements
-from entropy_ddp.probe.passes import score_along, step_taken, update_weights
+from entropy_ddp.probe.passes import (
+    score_along,
+    step_taken,
+    summed_gradient,
+    update_weights,
+)
 from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AttributionResult
@@ -202,10 +207,7 @@ def _masked_truth(
     weights = _masked(update_weights(session), keep[places])
 
     def score_after_masked_step() -> PassResult:
-        gradient, _ = passes.gradient(
-            shard, weights, session.buffer_dtype, as_trained=True
-        )
-        session.world.sum(gradient, "parameter buffers")
+        gradient, _ = summed_gradient(session, passes, shard, weights, as_trained=True)
         with step_taken(session, gradient):
             return PassResult(tokens=passes.score(evaluation).arrays())
 

@@ -54,7 +54,7 @@ from entropy_ddp.model.response_tokens import (
     TokenScores,
     TokenWeights,
 )
-from entropy_ddp.probe.passes import score_along, update_weights
+from entropy_ddp.probe.passes import score_along, summed_gradient, update_weights
 from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import GradientDotResult
@@ -404,10 +404,14 @@ def _sequence_units(shard: Shard, coefficients: Tensor) -> Units:
 
 def mean_gradient(session: Session, units: Units) -> Tensor:
     """Mean of the gradients of all units of all ranks, flat, [P]; one collective."""
-    flat, _ = session.passes.gradient(
-        units.shard, units.weights, session.buffer_dtype, as_trained=units.as_trained
+    flat, _ = summed_gradient(
+        session,
+        session.passes,
+        units.shard,
+        units.weights,
+        as_trained=units.as_trained,
     )
-    return session.world.sum(flat, "parameter buffers")
+    return flat
 
 
 def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor]]:

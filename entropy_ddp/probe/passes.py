@@ -27,6 +27,7 @@ from entropy_ddp.model.response_tokens import (
     TokenScores,
     TokenWeights,
 )
+from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.features import SAMPLE_FEATURES, FeatureSums
 from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
@@ -52,6 +53,30 @@ def update_weights(session: Session) -> TokenWeights:
     return loss_weights(session.shard("U"), config, session.reference_logp)
 
 
+def summed_gradient(
+    session: Session,
+    passes: Passes,
+    shard: Shard,
+    weights: TokenWeights,
+    *,
+    as_trained: bool = False,
+) -> tuple[Tensor, TokenScores]:
+    """Gradient of sum(a log p + b H) over all ranks, flat, [P]; one collective.
+
+    Args:
+        passes: the session's, or the same with other settings.
+        weights: gives a and b of this rank's tokens of the shard.
+        as_trained: see `Passes.differentiated`.
+
+    Returns:
+        The gradient, and this rank's tokens as the pass scored them on its way.
+    """
+    flat, scores = passes.gradient(
+        shard, weights, session.buffer_dtype, as_trained=as_trained
+    )
+    return session.world.sum(flat, "parameter buffers"), scores
+
+
 def loss_gradient(session: Session) -> tuple[Tensor, TokenScores]:
     """Gradient of the loss on U, summed over ranks, flat, [P]; and this rank's tokens.
 
@@ -60,10 +85,9 @@ def loss_gradient(session: Session) -> tuple[Tensor, TokenScores]:
     shard, weights = session.shard("U"), update_weights(session)
 
     def pull_back() -> PassResult:
-        gradient, scores = session.passes.gradient(
-            shard, weights, session.buffer_dtype, as_trained=True
+        gradient, scores = summed_gradient(
+            session, session.passes, shard, weights, as_trained=True
         )
-        session.world.sum(gradient, "parameter buffers")
         return PassResult(tokens=scores.arrays(), shared={"gradient": gradient})
 
     found = session.pass_over(shard, "gradient of U", pull_back)

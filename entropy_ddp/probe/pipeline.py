@@ -118,13 +118,17 @@ def run(
     session = open_session(
         config, world, out, progress, command, lambda s: _require_batches(plan, s)
     )
-    return run_opened(command, session)
+    return _run(command, plan, session)
 
 
 def run_opened(command: Command, session: Session) -> Probed:
     """The same of what is open already."""
     plan = plan_of(command, session.config)
     _require_batches(plan, session)
+    return _run(command, plan, session)
+
+
+def _run(command: Command, plan: Plan, session: Session) -> Probed:
     measured = measure(session, plan)
     rows = audit_rows(session, measured)
     if plan.attribution:

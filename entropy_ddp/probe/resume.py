@@ -156,15 +156,9 @@ class Unfinished:
             InputError: the file has been changed since.
             RunError: there is no room for it.
         """
-        found, problem = None, None
-        if world.is_main:
-            try:
-                found = self._kept_rollouts(split)
-            except InputError as error:
-                problem = error
-        found, problem = world.gather_objects((found, problem))[0]
-        if problem is not None:
-            raise problem
+        found, *_ = world.from_all_ranks(
+            lambda: self._kept_rollouts(split) if world.is_main else None
+        )
         if found is not None:
             self.used.append(f"sample {split}")
             return found
@@ -285,15 +279,10 @@ def open_unfinished(
     Raises:
         InputError: the run there depends on something else, or is damaged.
     """
-    found, problem = None, None
-    if world.is_main:
-        try:
-            found = _go_on_or_begin(folder, make_identity())
-        except InputError as error:
-            problem = error
-    found, problem = world.gather_objects((found, problem))[0]
-    if problem is not None:
-        raise problem
+    found, *_ = world.from_all_ranks(
+        lambda: _go_on_or_begin(folder, make_identity()) if world.is_main else None
+    )
+    assert found is not None
     run, finished = found
     folder.mkdir(parents=True, exist_ok=True)
     # A rank on another machine may not see the same folder.

@@ -26,7 +26,7 @@ from entropy_ddp.estimators.standard_errors import (
 from entropy_ddp.model.parameters import global_norm, inner_product
 from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.passes import gather_sums
+from entropy_ddp.probe.passes import gather_sums, summed_gradient
 from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
 from entropy_ddp.update.step import Step, one_step
@@ -115,8 +115,7 @@ def check_duality(
 
     def pull_back() -> PassResult:
         passes = _otherwise(session) if cut_otherwise else session.passes
-        flat, scores = passes.gradient(sample, weights, session.buffer_dtype)
-        session.world.sum(flat, "parameter buffers")
+        flat, scores = summed_gradient(session, passes, sample, weights)
         tokens = scores.arrays() if cut_otherwise else {}
         return PassResult(tokens=tokens, shared={"gradient": flat})
 

@@ -30,7 +30,6 @@ from entropy_ddp.training.capture import (
     SAMPLING,
     BatchCapture,
     TrainedBatch,
-    from_all_ranks,
     listen,
     sampling_order,
 )
@@ -240,7 +239,7 @@ class EntropyProbeCallback(TrainerCallback):
 
     def _gathered(self, capture: BatchCapture) -> TrainedBatch:
         """The batch of all ranks, on every rank."""
-        found = from_all_ranks(self._world, capture.rows)
+        found = self._world.from_all_ranks(capture.rows)
         return TrainedBatch.of([row for of_rank in found for row in of_rank])
 
     def _run_entry(self, args: Any, state: Any) -> dict[str, Any]:

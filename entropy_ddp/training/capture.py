@@ -20,13 +20,12 @@ last of them; so two callbacks may listen to one method and end in any order.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entropy_ddp.data.batch import Batch, Sequence, Shard
-from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 
 IGNORED_LABEL = -100
@@ -38,7 +37,6 @@ SAMPLING = "_generate_and_score_completions"
 LOGITS_RESIDUAL = 1e-2
 # Positions whose softmax is computed at a time.
 CHUNK_POSITIONS = 256
-Collected = TypeVar("Collected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,25 +370,6 @@ class TrainedBatch:
         mine = [getattr(self.rows[i], name) for i in shard.positions.tolist()]
         flat = [value for values in mine for value in values]
         return torch.tensor(flat, dtype=torch.float64)
-
-
-def from_all_ranks(world: World, collect: Callable[[], Collected]) -> list[Collected]:
-    """What a call returns on every rank, in their order; what one refuses, all refuse.
-
-    Raises:
-        InputError: the first refusal.
-    """
-    found: tuple[Collected | None, str | None]
-    try:
-        found = collect(), None
-    except InputError as error:
-        found = None, str(error)
-    results = []
-    for result, refusal in world.gather_objects(found):
-        if refusal is not None:
-            raise InputError(refusal)
-        results.append(result)
-    return results
 
 
 class _Announced:

@@ -41,7 +41,6 @@ from entropy_ddp.model.parameters import has_dropout
 from entropy_ddp.training.capture import (
     ORDER,
     SAMPLING,
-    from_all_ranks,
     listen,
     sampling_order,
 )
@@ -211,7 +210,7 @@ class RolloutRecorder(TrainerCallback):
     def _gathered(self, step: int) -> list[RolloutRow]:
         """The rows of all ranks in the order of sampling."""
         rows: dict[int, RolloutRow] = {}
-        for of_rank in from_all_ranks(self._world, lambda: self._rows(step)):
+        for of_rank in self._world.from_all_ranks(lambda: self._rows(step)):
             rows |= of_rank
         return _with_groups(rows, self._trainer.num_generations)
 

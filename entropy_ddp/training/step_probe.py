@@ -24,7 +24,12 @@ from entropy_ddp.model.parameters import global_norm, inner_product, shifted
 from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.attribution import score_shares, split_step, token_places
 from entropy_ddp.probe.estimates import EntropyEstimates, estimate
-from entropy_ddp.probe.passes import AlongStep, gather_sums, score_along_step
+from entropy_ddp.probe.passes import (
+    AlongStep,
+    gather_sums,
+    score,
+    score_along_step,
+)
 from entropy_ddp.probe.reverse_mode import check_duality
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.capture import TrainedBatch
@@ -156,12 +161,10 @@ def probe_after(
     Raises:
         RunError: a number is not finite.
     """
-    shard = session.shard("E")
     probe.step_gap = _step_gap(session, probe)
     stepped: TokenScores = probe.along.scores
     if truth:
-        with session.phase("truth: E after the step", shard.ragged.num_tokens):
-            stepped = session.passes.score(shard)
+        stepped = score(session, session.shard("E"), "truth: E after the step")
     probe.estimates, _ = estimate(session, probe.along, stepped)
     if second_order:
         mean = probe.estimates.original.value
