@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     help="Responses of one draw of a prompt; default: the checkpoint's.",
 )
 @click.option(
+    "--num-prompts-total",
+    type=click.IntRange(min=1),
+    help="The prompts were drawn from a set of this size, without replacement.",
+)
+@click.option(
     "--reward",
     "rewards",
     multiple=True,
@@ -91,6 +96,7 @@ def _import(
         rewards=arguments.pop("rewards"),
         columns=parse_columns(arguments.pop("columns")),
         num_generations=arguments.pop("num_generations"),
+        num_prompts_total=arguments.pop("num_prompts_total"),
     )
     summary = import_rollouts(format_name, source=source, **arguments)
     if not quiet:

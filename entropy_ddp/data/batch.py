@@ -42,6 +42,9 @@ class Sequence:
         finished: whether the end-of-sequence token ended it; None if not recorded.
         ids_from_text: of a response that was tokenised from text, what may make its ids
             others than were sampled (`rows.DOUBTS`, `rows.END_RESTORED`); else None.
+        num_prompts_total: size of the set that the batch's prompts were drawn from;
+            None if not recorded. The same of all sequences of a batch, as the next.
+        with_replacement: whether a prompt could be drawn twice; None if not recorded.
         extra: the row's remaining keys, carried to the per-sequence output.
     """
 
@@ -55,6 +58,8 @@ class Sequence:
     sampling_logprobs: Tensor | None = None
     finished: bool | None = None
     ids_from_text: tuple[str, ...] | None = None
+    num_prompts_total: int | None = None
+    with_replacement: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -165,6 +170,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @property
+    def num_prompts_total(self) -> int | None:
+        """Size of the set that the prompts were drawn from; None if not recorded."""
+        return self.sequences[0].num_prompts_total if self.sequences else None
+
+    @property
+    def with_replacement(self) -> bool | None:
+        """Whether a prompt could be drawn twice; None if not recorded."""
+        return self.sequences[0].with_replacement if self.sequences else None
 
     @cached_property
     def num_groups(self) -> int:

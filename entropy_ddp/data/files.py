@@ -7,6 +7,7 @@ here:
 - Rows of equal `group` may stand anywhere in the file, and must have equal prompts.
 - `1` and `"1"` in one file are an error: which group was meant cannot be known.
 - `advantage` is given for all responses of a group or for none.
+- What rows say of how the prompts were drawn is one thing, and possible (`draws`).
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_ddp.data.batch import Batch, Sequence
+from entropy_ddp.data.draws import check_draws
 from entropy_ddp.data.jsonlines import make_problem, read_rows, show
 from entropy_ddp.data.rows import TokenLimits, make_sequence
 
@@ -76,7 +78,9 @@ def make_batch(
         _check_same_group(sequence, first, where)
         # The responses of a group share one copy of its prompt.
         sequences.append(replace(sequence, group=group, prompt_ids=first.prompt_ids))
-    return Batch(split=split, sequences=tuple(sequences))
+    batch = Batch(split=split, sequences=tuple(sequences))
+    check_draws(batch, source)
+    return batch
 
 
 def _check_same_group(sequence: Sequence, first: Sequence, where: str) -> None:
@@ -170,6 +174,8 @@ def sequence_to_row(
         "ids_from_text": (
             None if sequence.ids_from_text is None else list(sequence.ids_from_text)
         ),
+        "num_prompts_total": sequence.num_prompts_total,
+        "with_replacement": sequence.with_replacement,
     }
     row.update({key: value for key, value in known.items() if value is not None})
     return row | sequence.extra

@@ -92,6 +92,11 @@ KNOWN_KEYS: dict[str, tuple[Callable[[object], bool], str]] = {
         _is_list_of_marks,
         f"a list of {', '.join(map(repr, (END_RESTORED, *DOUBTS)))}",
     ),
+    "num_prompts_total": (
+        lambda value: type(value) is int and 0 < value < 2**63,
+        "a positive integer",
+    ),
+    "with_replacement": (lambda value: type(value) is bool, "true or false"),
 }
 
 
@@ -298,5 +303,7 @@ def make_sequence(
         ),
         finished=row.get("finished"),
         ids_from_text=marks,
+        num_prompts_total=row.get("num_prompts_total"),
+        with_replacement=row.get("with_replacement"),
         extra={key: value for key, value in row.items() if key not in KNOWN_KEYS},
     )

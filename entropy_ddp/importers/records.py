@@ -53,12 +53,15 @@ class Source:
         rewards: for `trl`: names of the reward columns; empty for all numeric ones.
         reward_weights: for `trl`: the trainer's weight of each reward, if known.
         num_generations: responses of one prompt draw, if known.
+        num_prompts_total: size of the set that the prompts were drawn from without
+            replacement, if it is known.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
     rewards: tuple[str, ...] = ()
     reward_weights: list[float] | None = None
     num_generations: int | None = None
+    num_prompts_total: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from entropy_ddp.checkpoint.find import adapters_in, find_checkpoint
 from entropy_ddp.checkpoint.policy import load_tokenizer
 from entropy_ddp.checkpoint.trainer_files import training_arguments
 from entropy_ddp.config import Checkpoint
+from entropy_ddp.data.files import make_batch
 from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.data.rows import (
     DOUBTS,
@@ -20,6 +21,7 @@ from entropy_ddp.data.rows import (
     NEAR_LIMIT,
     OTHER_TEXT,
     TOO_LONG,
+    TokenLimits,
     listed_lines,
 )
 from entropy_ddp.errors import InputError
@@ -114,6 +116,8 @@ def import_rollouts(
     )
     rows = make_rows(records, tokenising)
     _require_sizes(rows, size, files[0])
+    if source.num_prompts_total is not None:
+        _say_draws(rows, source.num_prompts_total, tokenising.limits)
     logged: dict[int, str] = {}
     if format == "trl":
         steps = [record.step for record in records]
@@ -170,6 +174,13 @@ def _require_sizes(rows: list[dict[str, Any]], size: int | None, file: Path) -> 
             f"{min(found)} to {max(found)} in {file}; rows are missing, or the dump "
             "merges several draws of a prompt: give their own group to each in a table"
         )
+
+
+def _say_draws(rows: list[dict[str, Any]], total: int, limits: TokenLimits) -> None:
+    """Let every row say that its prompt was drawn from so many, without replacement."""
+    for row in rows:
+        row |= {"num_prompts_total": total, "with_replacement": False}
+    make_batch(rows, f"--num-prompts-total {total}: row", "E", limits)
 
 
 def _told(source: Source, trained: dict[str, Any]) -> Source:

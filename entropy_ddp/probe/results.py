@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entropy_ddp import __version__
 from entropy_ddp.data.batch import Batch, Sequence
+from entropy_ddp.data.draws import responses_per_prompt
 from entropy_ddp.data.files import decode_prompt, decode_response
 from entropy_ddp.estimators.control_variates import adjusted_change
 from entropy_ddp.estimators.linear import Baseline, Score
@@ -132,6 +133,9 @@ def _batch_facts(batch: Batch) -> BatchFacts:
         num_groups=batch.num_groups,
         num_sequences=len(batch),
         num_tokens=batch.num_tokens,
+        num_prompts_total=batch.num_prompts_total,
+        with_replacement=batch.with_replacement,
+        responses_per_prompt=responses_per_prompt(batch),
     )
 
 

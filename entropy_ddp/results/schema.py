@@ -63,11 +63,22 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFacts:
-    """Size of a batch, whole (all ranks)."""
+    """Size of a batch, whole (all ranks), and how its prompts were drawn.
+
+    Attributes:
+        num_prompts_total: size of the set that the prompts were drawn from; absent, as
+            the next, where the batch's rows do not say.
+        with_replacement: whether a prompt could be drawn twice.
+        responses_per_prompt: responses of each prompt draw (of each prompt, where all
+            of them come in balanced passes); absent where their numbers differ.
+    """
 
     num_groups: int
     num_sequences: int
     num_tokens: int
+    num_prompts_total: int | None = None
+    with_replacement: bool | None = None
+    responses_per_prompt: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

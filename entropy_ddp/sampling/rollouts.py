@@ -12,7 +12,8 @@ Where memory runs out, the call is made again with half as many responses.
 
 With `redraw_zero_advantage`, the responses of a group whose rewards are all equal are
 sampled anew, for the same prompt: the batch then comes from the policy *given* that
-rewards differ.
+rewards differ. Its rows do not say how prompts were drawn, as the responses to one are
+no independent draws.
 """
 
 import math
@@ -81,6 +82,7 @@ class SamplingPlan:
         tokenizer: the model's.
         terms: of the reward; none for rollouts without rewards.
         generation: configuration of `generate`.
+        num_prompts_total: number of prompts in the source.
         draws: all prompt draws, in order.
     """
 
@@ -91,6 +93,7 @@ class SamplingPlan:
     tokenizer: "PreTrainedTokenizerBase"
     terms: list[Term]
     generation: "GenerationConfig"
+    num_prompts_total: int
     draws: list[Draw]
 
 
@@ -112,6 +115,7 @@ def plan_sampling(
             enough prompts, a drawn prompt lacks the gold answer of a reward, or a
             prompt leaves no room for `max_new_tokens`.
     """
+    prompts = read_prompts(sample.prompts)
     return SamplingPlan(
         sample=sample,
         split=split,
@@ -120,17 +124,18 @@ def plan_sampling(
         tokenizer=tokenizer,
         terms=load_rewards(sample.reward or []),
         generation=make_generation_config(model, tokenizer, sample.max_new_tokens),
-        draws=_make_draws(model, tokenizer, sample, f"{seed} {split} prompts"),
+        num_prompts_total=len(prompts),
+        draws=_make_draws(prompts, model, tokenizer, sample, f"{seed} {split} prompts"),
     )
 
 
 def _make_draws(
+    prompts: list[Prompt],
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     sample: Sample,
     stream: str,
 ) -> list[Draw]:
-    prompts = read_prompts(sample.prompts)
     ids = _encode_fitting_prompts(prompts, model, tokenizer, sample)
     drawn = draw_prompts(
         len(prompts),
@@ -342,6 +347,7 @@ def _make_row(
         )
         if len(plan.terms) > 1:
             extra["reward_terms"] = scores
+    is_redrawn = plan.sample.redraw_zero_advantage > 0
     sequence = Sequence(
         index=draw.number * plan.sample.responses_per_prompt + number,
         group=draw.number,
@@ -351,6 +357,8 @@ def _make_row(
         reward=reward,
         sampling_logprobs=torch.tensor(response.logprobs, dtype=torch.float64),
         finished=response.finished,
+        num_prompts_total=None if is_redrawn else plan.num_prompts_total,
+        with_replacement=None if is_redrawn else plan.sample.with_replacement,
         extra=extra,
     )
     return sequence_to_row(sequence, plan.tokenizer) | {"prompt": draw.text}

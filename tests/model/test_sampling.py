@@ -321,11 +321,12 @@ def test_a_stream_does_not_depend_on_how_much_of_it_is_read() -> None:
 # --- however the work is cut up -------------------------------------------------------
 
 
+def strip(rows: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in row.keys() - set(keys)} for row in rows]
+
+
 def strip_logprobs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in row.items() if key != "sampling_logprobs"}
-        for row in rows
-    ]
+    return strip(rows, "sampling_logprobs")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -407,6 +408,10 @@ def test_rows_are_rollouts(settings: Callable[..., Settings]) -> None:
         assert row.get("answer") == prompt.get("answer")
         assert row.get("level") == prompt.get("level")
         assert "advantage" not in row
+        assert (row["num_prompts_total"], row["with_replacement"]) == (
+            len(PROMPTS),
+            False,
+        )
     assert {row["finished"] for row in rows} == {True, False}
 
 
@@ -572,6 +577,11 @@ def test_only_groups_of_equal_rewards_are_redrawn(
     settings: Callable[..., Settings],
 ) -> None:
     runs = [sample_with_redraws(settings, redraws) for redraws in range(4)]
+    # The responses to a prompt are no independent draws: nothing is said of the draws.
+    draws = ("num_prompts_total", "with_replacement")
+    for rows, _ in runs[1:]:
+        assert not any(row.keys() & set(draws) for row in rows)
+    runs[0] = strip(runs[0][0], *draws), runs[0][1]
     num_redraws = 0
     for before, after in pairwise(runs):
         num_equal = 0

@@ -385,6 +385,9 @@ def make_sequences(draw: st.DrawFn) -> Sequence:
     size = len(response)
     logprobs = st.lists(st.floats(-1e300, 0), min_size=size, max_size=size)
     given_logprobs = draw(st.none() | logprobs)
+    total, again = draw(
+        st.just((None, None)) | st.tuples(st.integers(1, 2**63 - 1), st.booleans())
+    )
     return Sequence(
         index=3,
         group=-1,
@@ -399,6 +402,8 @@ def make_sequences(draw: st.DrawFn) -> Sequence:
             else torch.tensor(given_logprobs, dtype=torch.float64)
         ),
         finished=draw(st.none() | st.booleans()) if size else None,
+        num_prompts_total=total,
+        with_replacement=again,
         extra={"note": draw(st.text())},
     )
 

@@ -267,6 +267,30 @@ def test_groups_of_another_size_than_the_command_says_are_refused(
     assert not output.exists()
 
 
+def test_the_set_of_the_prompts_may_be_told(
+    tmp_path: Path, checkpoint: Path, output: Path
+) -> None:
+    """To rows whose prompts were drawn without replacement from it, and no other."""
+    table = write_lines(tmp_path / "E.jsonl", [verl_row(p, "a") for p in "xxyy"])
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "max_completion_length": LENGTH,
+    }
+    got, _ = imported("verl", table, output=output, num_prompts_total=7, **options)
+    draws = {(row["num_prompts_total"], row["with_replacement"]) for row in got}
+    assert draws == {(7, False)}
+    output.unlink()
+    result = run_import("verl", table, output=output, num_prompts_total=1, **options)
+    assert result.exit_code == 2
+    assert (
+        "--num-prompts-total 1: row: expected `num_prompts_total` of at least 2"
+        in result.stderr
+    )
+    assert not output.exists()
+    got, _ = imported("verl", table, output=output, **options)
+    assert not any("with_replacement" in row for row in got)
+
+
 def test_special_tokens_of_a_verl_prompt_are_restored(
     tmp_path: Path, chat: Path, output: Path
 ) -> None:
