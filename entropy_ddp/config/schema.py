@@ -451,13 +451,17 @@ class Attribution(Section):
         enabled: attribute in a `probe` too; the `attribute` command always does.
         top: number of tokens shown.
         fraction: share of U's tokens that the what-if rules choose which rank tokens.
-        verify: take every masked step for real: one pass over U and E for each rule.
+        verify: take every masked step for real: a pass over U and one over E for each
+            rule.
+        blocks: into how many disjoint blocks E is divided, whose spread gives the errors
+            of shares; at most one for each group. With 2 there are halves and no errors.
     """
 
     enabled: bool = False
     top: int = Field(default=20, gt=0, le=MAX_INTEGER)
     fraction: float = Field(default=0.05, gt=0, lt=1)
     verify: bool = False
+    blocks: int = Field(default=8, ge=2, le=MAX_INTEGER)
 
 
 class Precision(Section):

@@ -321,6 +321,17 @@ class Shard:
         for number, here in zip(numbers, places):
             yield number, self._block(self._part(here), here)
 
+    def divided(self, part_of_group: Tensor, count: int) -> list["Block"]:
+        """The shard's groups divided into parts, each of which may be empty.
+
+        Args:
+            part_of_group: number of the part, from 0, of every group, [num_groups].
+            count: number of parts.
+        """
+        part = part_of_group[self.groups]
+        places = [(part == number).nonzero().squeeze(1) for number in range(count)]
+        return [self._block(self._part(here), here) for here in places]
+
     def blocks(self) -> Iterator["Block"]:
         """The shard cut into blocks of whole groups, in the order of their numbers.
 

@@ -1,19 +1,26 @@
 """Attribution: every token's exact share in the first-order change, and what if it were out.
 
-Beside the passes of a probe it costs one backward pass over E (which the audit of forward
-against reverse mode is part of) and one forward-mode pass over U, however large U is.
+E is divided into blocks of whole groups. Beside the passes of a probe it costs one backward
+pass over E (which the audit of forward against reverse mode is part of), block by block,
+and for every block one forward-mode pass over U, however large U is. The blocks' shares
+sum to those of all of E, and their spread says how much of a share is E's luck.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.data.batch import Batch, Shard
-from entropy_ddp.estimators.entropy import EntropyChange
+from entropy_ddp.data.batch import Batch, Block, Shard
+from entropy_ddp.estimators.entropy import EntropyChange, Ratio
+from entropy_ddp.estimators.share_blocks import (
+    BlockShares,
+    block_of_group,
+    block_sizes,
+)
 from entropy_ddp.estimators.shares import (
     TokenTable,
     concentration,
@@ -45,34 +52,112 @@ from entropy_ddp.update.step import Step
 CONTEXT_TOKENS = 16
 
 
+class BlockPasses:
+    """The passes that give the gradient of the entropy and the shares, block by block.
+
+    Args:
+        session: the run, its parameters and optimizer at theta (the step undone).
+        gradient: gradient of the loss, summed over ranks, flat, [P].
+        step: the step that was taken with it.
+        original: the entropy estimator at theta.
+    """
+
+    def __init__(
+        self, session: Session, gradient: Tensor, step: Step, original: Ratio
+    ) -> None:
+        self._session, self._gradient, self._step = session, gradient, step
+        self._original = original
+        batch = session.batches["E"]
+        count = session.config.attribution.blocks
+        self._block_of_group = block_of_group(batch.group_order, count)
+        self._size = block_sizes(original.size, batch.groups, self._block_of_group)
+        self._parts: list[tuple[float, float]] = []
+        self._scores: list[TokenShares] = []
+
+    def gradient_of(self, shard: Shard, weights: TokenWeights) -> Tensor:
+        """Gradient of sum(a log p + b H) over all of E, flat, [P]; keeps the shares.
+
+        Beside it there is one more buffer at any time: that of the block at work.
+        """
+        session = self._session
+        total = torch.zeros(session.passes.layout.numel, dtype=session.buffer_dtype)
+        blocks = shard.divided(self._block_of_group, len(self._size))
+        for number, block in enumerate(blocks, start=1):
+            self._add_block(total, block, weights, f"block {number}")
+        return total
+
+    def _add_block(
+        self, total: Tensor, block: Block, weights: TokenWeights, name: str
+    ) -> None:
+        """Add a block's gradient to the total, and score U along it."""
+        session = self._session
+        of_block = self._pull_back(block, weights, name)
+        total += of_block
+        # The block's part of grad H: it is divided by the denominator of all of E.
+        of_block /= self._original.denominator
+        split = split_step(session, self._gradient, self._step, of_block)
+        self._parts.append((split.momentum, split.decay))
+        shares = token_shares(
+            session,
+            update_weights(session),
+            split.direction,
+            kept_as=f"shares: U along the gradient, {name}",
+        )
+        self._scores.append(shares)
+
+    def _pull_back(self, block: Block, weights: TokenWeights, name: str) -> Tensor:
+        session = self._session
+
+        def weights_of_block(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+            return weights(block.tokens[token.cpu()], *values)
+
+        def pull_back() -> PassResult:
+            flat, _ = summed_gradient(
+                session, session.passes, block.shard, weights_of_block
+            )
+            return PassResult(shared={"gradient": flat})
+
+        phase = "audit: reverse mode"
+        found = session.pass_over(
+            block.shard, phase, pull_back, kept_as=f"{phase}, {name}"
+        )
+        return found.shared["gradient"]
+
+    def table(self) -> tuple[TokenTable, BlockShares]:
+        """Every token of U with its share, and what each block adds to it."""
+        shares = torch.stack([found.share for found in self._scores], dim=1)
+        first = self._scores[0]
+        table, by_block = gather_tokens(self._session, replace(first, share=shares))
+        momentum, decay = torch.tensor(self._parts, dtype=torch.float64).unbind(1)
+        blocks = BlockShares(
+            share=by_block, momentum=momentum, decay=decay, size=self._size
+        )
+        return table, blocks
+
+
 def attribute(session: Session, measured: Measurements) -> None:
     """Add to what was measured the share of every token of U in delta_h1.
 
     Args:
-        measured: with the gradient of the entropy on all of E.
+        measured: with the shares of U's tokens.
     """
-    assert measured.gradient is not None
+    assert measured.token_table is not None and measured.block_shares is not None
     step, slope = measured.step, measured.slope
-    size = measured.estimates.original.denominator
-    slope_gradient = measured.duality.gradient / size
-    split = split_step(session, measured.gradient, step, slope_gradient)
-    del slope_gradient
-    table = score_shares(session, update_weights(session), split.direction)
-    # Used up: not to be held while the what-if steps are taken.
-    split.direction.clear()
+    table, blocks = measured.token_table, measured.block_shares
+    momentum, decay = float(blocks.momentum.sum()), float(blocks.decay.sum())
     gradient = float(table.share.sum())
-    total = split.momentum + split.decay + gradient
+    total = momentum + decay + gradient
     scores = proxies(table)
     judged = {name: judge_proxy(score, table.share) for name, score in scores.items()}
-    measured.token_table = table
     measured.attribution = AttributionResult(
-        momentum=split.momentum,
-        weight_decay=split.decay,
+        momentum=momentum,
+        weight_decay=decay,
         gradient=gradient,
         total=total,
         attribution_gap=relative_difference(
             total, step.learning_rate * slope.value, largest_term(measured)
         ),
+        num_blocks=blocks.count,
         covariance=judged.pop("covariance"),
         proxies=judged,
         concentration=concentration(table.share),
@@ -118,50 +203,103 @@ def split_step(
     Args:
         gradient: gradient of the loss, summed over ranks, flat, [P].
         step: the step that was taken with it.
-        slope: grad H, gradient of the entropy estimator on all of E, flat, [P].
+        slope: grad H, gradient of the entropy estimator, flat, [P]; z takes its place.
     """
     assert session.optimizer is not None
     passes = session.passes
-    slopes, direction = passes.layout.views(slope), {}
+    direction = passes.layout.views(slope)
     momentum = decay = 0.0
     for name, parts in step_parts(
         session.optimizer, passes.parameters, gradient, step, session.config.update
     ):
-        momentum += inner_product(slopes[name], parts.momentum.cpu())
-        decay += inner_product(slopes[name], parts.decay.cpu())
-        direction[name] = parts.gain.to(slopes[name]) * slopes[name]
+        view = direction[name]
+        momentum += inner_product(view, parts.momentum.cpu())
+        decay += inner_product(view, parts.decay.cpu())
+        view *= parts.gain.to(view)
     return SplitStep(momentum=momentum, decay=decay, direction=direction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShares:
+    """What one forward-mode pass gives of this rank's tokens of U, float64, [t] each.
+
+    Attributes:
+        share: share of each token, nats; of several passes, [t, K].
+        logp: log-probability.
+        entropy: entropy of the distribution it was drawn from.
+    """
+
+    share: Tensor
+    logp: Tensor
+    entropy: Tensor
+
+
+def token_shares(
+    session: Session,
+    weights: TokenWeights,
+    direction: dict[str, Tensor],
+    *,
+    kept_as: str | None = None,
+) -> TokenShares:
+    """Share, log p and entropy of this rank's tokens of U.
+
+    Args:
+        weights: dL / d log p and dL / dH of every token of this rank's shard of U.
+        direction: z, as `split_step` gives it.
+        kept_as: see `Session.pass_over`.
+    """
+    shard = session.shard("U")
+    name = "shares: U along the gradient"
+    scores = score_along(session, shard, name, direction, kept_as=kept_as)
+    tokens = torch.arange(shard.ragged.num_tokens)
+    on_logp, on_entropy = weights(tokens, scores.logp, scores.entropy)
+    return TokenShares(
+        share=-(on_logp * scores.dlogp + on_entropy * scores.dentropy),
+        logp=scores.logp,
+        entropy=scores.entropy,
+    )
+
+
+def gather_tokens(session: Session, found: TokenShares) -> tuple[TokenTable, Tensor]:
+    """Every token of U, all ranks' in file order; one collective.
+
+    Args:
+        found: this rank's tokens, with shares of several passes that sum to the share.
+
+    Returns:
+        The tokens, and their shares by pass, [T, K].
+    """
+    batch, shard = session.batches["U"], session.shard("U")
+    columns = torch.stack([found.logp, found.entropy], dim=1)
+    rows = session.world.gather_rows(
+        torch.cat([columns, found.share], dim=1),
+        token_places(batch, shard),
+        batch.num_tokens,
+    )
+    by_pass, ragged = rows[:, 2:], batch.ragged
+    table = TokenTable(
+        share=by_pass.sum(1),
+        logp=rows[:, 0],
+        entropy=rows[:, 1],
+        advantage=ragged.spread(_advantages(session)),
+        sequence=ragged.sequence_of_token,
+        position=ragged.position,
+    )
+    return table, by_pass
 
 
 def score_shares(
     session: Session, weights: TokenWeights, direction: dict[str, Tensor]
 ) -> TokenTable:
-    """Share, log p and entropy of every token of U, all ranks' in file order.
+    """Share, log p and entropy of every token of U, of one forward-mode pass.
 
     Args:
         weights: dL / d log p and dL / dH of every token of this rank's shard of U.
         direction: z, as `split_step` gives it.
     """
-    batch, shard = session.batches["U"], session.shard("U")
-    name = "shares: U along the gradient"
-    scores = score_along(session, shard, name, direction)
-    tokens = torch.arange(shard.ragged.num_tokens)
-    on_logp, on_entropy = weights(tokens, scores.logp, scores.entropy)
-    share = -(on_logp * scores.dlogp + on_entropy * scores.dentropy)
-    columns = [share, scores.logp, scores.entropy]
-    rows = session.world.gather_rows(
-        torch.stack(columns, dim=1), token_places(batch, shard), batch.num_tokens
-    )
-    share, logp, entropy = rows.unbind(1)
-    ragged = batch.ragged
-    return TokenTable(
-        share=share,
-        logp=logp,
-        entropy=entropy,
-        advantage=ragged.spread(_advantages(session)),
-        sequence=ragged.sequence_of_token,
-        position=ragged.position,
-    )
+    found = token_shares(session, weights, direction)
+    table, _ = gather_tokens(session, replace(found, share=found.share[:, None]))
+    return table
 
 
 def token_places(batch: Batch, shard: Shard) -> Tensor:

@@ -34,6 +34,9 @@ from entropy_ddp.probe.session import Session
 
 # Of every token of E on its rank, of every token of a block, of every sequence.
 _TOKEN_BYTES, _BLOCK_BYTES, _SEQUENCE_BYTES = 64, 1500, 6000
+# Of every token of U, for each block of E that it has a share from: as this rank has it,
+# and as all have it.
+_SHARE_BYTES = 16
 # A chunk's logits, and their tangent; their gradient takes their own place.
 _LOGIT_COPIES = 2
 # Values of its widest layer that a pass with first derivatives holds of a position at
@@ -59,7 +62,7 @@ def estimate_memory(session: Session, audited: Audited = "sample") -> MemoryEsti
         on_device = [vectors + passes for vectors, _, passes in phases]
         own = {"device_more": max(on_device), "host_more": max(p[1] for p in phases)}
         own["device_free"] = free_device_bytes(session.policy.device)
-    own["host_more"] += _tokens(session)
+    own["host_more"] += _tokens(session, audited)
     own |= {"host_now": host_bytes(), "host_free": free_host_bytes()}
     # What is free on a machine is its ranks' together; each has looked at its own time.
     free: dict[str, list[int]] = {}
@@ -108,8 +111,10 @@ def _phases(session: Session, audited: Audited) -> Iterator[tuple[int, int, int]
     reverse = _backward(session, _of_evaluation(session, audited))
     on_device, on_host = _while_stepped(session)
     yield on_device, on_host, forward
-    # Gradients are summed in `.grad`: beside nothing; beside gradient and change.
-    for buffers, kept in ((1, 0 if given else own), (3, reverse)):
+    # Gradients are summed in `.grad`: beside nothing; beside gradient and change; where
+    # they come block by block, beside their sum too.
+    together = 4 if audited == "gradient" else 3
+    for buffers, kept in ((1, 0 if given else own), (together, reverse)):
         yield (*_with_gradients(session, buffers), kept)
     if _has_gradient_dot(session):
         preconditioned = session.config.gradient_dot.direction == "preconditioned"
@@ -241,11 +246,14 @@ def _part(shard: Shard) -> Shard:
     return Shard(batch=batch, positions=shard.positions[places])
 
 
-def _tokens(session: Session) -> int:
+def _tokens(session: Session, audited: Audited) -> int:
     """Bytes of numbers for each token and sequence."""
     total = 0
     for batch in session.batches.values():
         tokens = session.shard(batch.split).ragged.num_tokens
         total += _TOKEN_BYTES * tokens + _BLOCK_BYTES * min(tokens, BLOCK_TOKENS)
         total += _SEQUENCE_BYTES * len(batch)
+        if batch.split == "U" and audited == "gradient":
+            blocks = session.config.attribution.blocks
+            total += _SHARE_BYTES * blocks * batch.num_tokens
     return total

@@ -215,11 +215,20 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
 
 
 def score_along(
-    session: Session, shard: Shard, name: str, direction: dict[str, Tensor]
+    session: Session,
+    shard: Shard,
+    name: str,
+    direction: dict[str, Tensor],
+    *,
+    kept_as: str | None = None,
 ) -> DirectionalScores:
     """This rank's tokens of a shard, with derivatives along a direction.
 
     One forward-mode pass; over U with the derivative that the trainer takes.
+
+    Args:
+        name: of the phase.
+        kept_as: see `Session.pass_over`.
     """
     as_trained = shard.batch.split == "U"
 
@@ -227,7 +236,8 @@ def score_along(
         scores = session.passes.score(shard, direction, as_trained=as_trained)
         return PassResult(tokens=scores.arrays())
 
-    return DirectionalScores(**session.pass_over(shard, name, score_shard).tokens)
+    found = session.pass_over(shard, name, score_shard, kept_as=kept_as)
+    return DirectionalScores(**found.tokens)
 
 
 def score_twice_along_step(

@@ -10,7 +10,8 @@ has. In forwards over the batch, one pass costs
     reverse mode                3           on a sample of E, or on all of it
     noise floor                 1           on a sample of E
     sweep                       1           for each step size
-    shares of U's tokens        2.2         forward mode over U; a what-if costs 3 of U, 1 of E
+    shares of U's tokens        2.2         forward mode over U, for each of the 8 blocks of E;
+                                            a what-if costs 3 of U, 1 of E
     gradient-dot form           up to 10    see `gradient_dot`
 
 Between passes ranks exchange parameter buffers (one all-reduce for each gradient) and
@@ -23,7 +24,7 @@ from typing import Literal
 
 from entropy_ddp.config import Config, require_job
 from entropy_ddp.distributed import World
-from entropy_ddp.probe.attribution import attribute
+from entropy_ddp.probe.attribution import BlockPasses, attribute
 from entropy_ddp.probe.audits import audit_rows
 from entropy_ddp.probe.audits.truth import attribution_gap
 from entropy_ddp.probe.estimates import SequenceSums, estimate, estimate_curvature
@@ -132,7 +133,7 @@ def _run(command: Command, plan: Plan, session: Session) -> Probed:
     measured = measure(session, plan)
     rows = audit_rows(session, measured)
     if plan.attribution:
-        # The share of every token of U: one forward-mode pass.
+        # What the shares of U's tokens say; with `verify`, also the masked steps.
         attribute(session, measured)
         rows.append(attribution_gap(session, measured))
     return make_results(session, measured, rows, command)
@@ -178,6 +179,11 @@ def measure(session: Session, plan: Plan) -> Measurements:
         curvature = estimate_curvature(session, estimates, base, *second)
 
     # The slope again by reverse mode, and what rounding makes of the truth.
+    # For an attribution block by block, with a pass over U for the shares of each.
+    by_block = None
+    if plan.attribution:
+        assert gradient is not None
+        by_block = BlockPasses(session, gradient, step, estimates.original)
     duality = check_duality(
         session,
         base,
@@ -186,6 +192,7 @@ def measure(session: Session, plan: Plan) -> Measurements:
         predicted,
         num_reversed,
         cut_otherwise=plan.audited != "gradient",
+        gradient_of=None if by_block is None else by_block.gradient_of,
     )
     noise_floor = duality.noise_floor
     if noise_floor is None:
@@ -209,6 +216,8 @@ def measure(session: Session, plan: Plan) -> Measurements:
         curvature=curvature,
         curvature_step=curvature_step,
     )
+    if by_block is not None:
+        measured.token_table, measured.block_shares = by_block.table()
     if plan.sweep:
         measured.points, measured.sweep_summary = sweep_step_sizes(session, measured)
     if plan.gradient_dot:

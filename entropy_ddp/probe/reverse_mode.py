@@ -6,6 +6,7 @@ size, and share one backward pass: it gives the gradient, and log p and H once m
 gradient it needs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ from entropy_ddp.estimators.standard_errors import (
     relative_difference,
 )
 from entropy_ddp.model.parameters import global_norm, inner_product
-from entropy_ddp.model.response_tokens import DirectionalScores
+from entropy_ddp.model.response_tokens import DirectionalScores, TokenWeights
 from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.passes import gather_sums, summed_gradient
 from entropy_ddp.probe.resume import PassResult
@@ -39,6 +40,8 @@ LEAST_SEQUENCES = 4
 # What of E they are on: a sample; all of it where the gradient of its entropy is needed,
 # with the noise floor of a sample; everything.
 Audited = Literal["sample", "gradient", "everything"]
+# Gives the gradient of sum(a log p + b H) over a shard and all ranks, flat, [P].
+GradientOf = Callable[[Shard, TokenWeights], Tensor]
 
 
 def audit_sample(batch: Batch) -> int:
@@ -83,6 +86,7 @@ def check_duality(
     size: int,
     *,
     cut_otherwise: bool = False,
+    gradient_of: GradientOf | None = None,
 ) -> Duality:
     """<grad, v> from a backward pass against the slope from the forward-mode pass.
 
@@ -97,6 +101,7 @@ def check_duality(
             [s, 2]; None for a baseline without.
         size: number of sequences in the sample.
         cut_otherwise: run the backward pass in other microbatches, for the noise floor.
+        gradient_of: gives the gradient in its own passes; None for one backward pass.
     """
     objective = session.config.objective
     sample = session.first_sequences(size)
@@ -119,8 +124,12 @@ def check_duality(
         tokens = scores.arrays() if cut_otherwise else {}
         return PassResult(tokens=tokens, shared={"gradient": flat})
 
-    found = session.pass_over(sample, "audit: reverse mode", pull_back)
-    gradient = found.shared["gradient"]
+    if gradient_of is None:
+        found = session.pass_over(sample, "audit: reverse mode", pull_back)
+        gradient = found.shared["gradient"]
+    else:
+        assert not cut_otherwise
+        found, gradient = PassResult(), gradient_of(sample, weights)
     reverse = inner_product(gradient, step.delta) / step.learning_rate
     scale = max(map(abs, (centred, score, pathwise, mean_entropy * counts)))
     return Duality(

@@ -254,6 +254,7 @@ class AttributionResult:
         gradient: part of U's gradient; the sum of its tokens' shares.
         total: the sum of the three; delta_h1 up to rounding.
         attribution_gap: |total - delta_h1| over the largest term of delta_h1.
+        num_blocks: number of disjoint blocks of E that shares were computed from.
         covariance: how well (log p - mean)(A - mean) ranks tokens against their share:
             {spearman, top_overlap}; a good predictor has a Spearman correlation near -1.
         proxies: the same for other cheap scores, by name.
@@ -268,6 +269,7 @@ class AttributionResult:
     gradient: float
     total: float
     attribution_gap: float
+    num_blocks: int
     covariance: dict[str, Any]
     proxies: dict[str, dict[str, Any]]
     concentration: float

@@ -6,6 +6,7 @@ alone, or the product with its gradient. Groups of U are mixed in the file, and 
 """
 
 import gzip
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -34,6 +35,9 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import fingerprint
 from entropy_ddp.probe import pipeline
+from entropy_ddp.probe.attribution import score_shares, split_step
+from entropy_ddp.probe.measurements import Measurements
+from entropy_ddp.probe.passes import update_weights
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Probed, write_results
 from entropy_ddp.update.step import optimizer_tensors
@@ -569,6 +573,148 @@ def test_what_if_is_not_verified_unless_asked(named_run: RunMaker) -> None:
     assert result.attribution is not None
     for row in result.attribution.what_if:
         assert list(row) == ["rule", "num_tokens", "delta_h1"]
+
+
+# Blocks of E
+
+
+def naive_blocks(rows: list[ref.Row], count: int) -> list[int]:
+    """Block of each row: its group's place by the hash of its key, modulo the count."""
+    keys = list(dict.fromkeys(row.group for row in rows))
+    digest = {key: hashlib.sha256(repr(key).encode()).hexdigest() for key in keys}
+    place = {key: i for i, key in enumerate(sorted(keys, key=digest.__getitem__))}
+    return [place[row.group] % min(count, len(keys)) for row in rows]
+
+
+def naive_block_gradients(run: TinyRun, count: int) -> list[Direction]:
+    """What the rows of each block add to the gradient of the entropy per token.
+
+    The mean entropy and the number of tokens are those of all rows.
+    """
+    parameters = ref.trainable(run.saved.model)
+    scored = [ref.token_scores(run.saved.model, row, 1.0) for row in run.E]
+    tokens = sum(len(row.response_ids) for row in run.E)
+    mean = sum(float(entropy.detach().sum()) for _, entropy in scored) / tokens
+    blocks = naive_blocks(run.E, count)
+    totals = [torch.zeros((), dtype=torch.float64)] * (max(blocks) + 1)
+    for block, (logp, entropy) in zip(blocks, scored, strict=True):
+        weight = float(entropy.detach().sum()) - mean * len(entropy)
+        totals[block] = totals[block] + weight * logp.sum() + entropy.sum()
+    return [
+        dict(
+            zip(
+                parameters,
+                torch.autograd.grad(
+                    total / tokens, list(parameters.values()), retain_graph=True
+                ),
+                strict=True,
+            )
+        )
+        for total in totals
+    ]
+
+
+def measured_blocks(run: TinyRun, world: World, **sections: Any) -> Measurements:
+    """The passes of an attribution."""
+    session = pipeline.open_session(run.config(**sections), world, None, quiet)
+    plan = pipeline.plan_of("attribute", session.config)
+    return pipeline.measure(session, plan)
+
+
+def test_blocks_of_E_by_brute_force(named_run: RunMaker) -> None:
+    """What each block adds to the parts and to the share of every sequence of U."""
+    case = CASES["gpt2 dr_grpo"]
+    run = named_run(case.run)
+    blocks = measured_blocks(
+        run, World(), **case.sections(), attribution={"blocks": 4}
+    ).block_shares
+    assert blocks is not None and blocks.count == 4
+    parts = naive_parts(run, run.gradient(case.loss), case.max_grad_norm)
+    of_rows = [parts.of_gradient(g) for g in sequence_gradients(run, case.loss)]
+    lengths = [len(row.response_ids) for row in run.U]
+    sequences = torch.repeat_interleave(torch.arange(len(run.U)), torch.tensor(lengths))
+    found = torch.zeros(len(run.U), 4, dtype=torch.float64)
+    found.index_add_(0, sequences, blocks.share)
+
+    def effect(gradient: Direction, direction: Direction) -> float:
+        return sum(float((gradient[n] * part).sum()) for n, part in direction.items())
+
+    gradients = naive_block_gradients(run, 4)
+    expected = [[effect(g, row) for g in gradients] for row in of_rows]
+    bar = RTOL * max(abs(x) for row in expected for x in row)
+    assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() <= bar
+    for name, values in (("momentum", blocks.momentum), ("decay", blocks.decay)):
+        for gradient, value in zip(gradients, values.tolist(), strict=True):
+            assert abs(value - effect(gradient, getattr(parts, name))) <= bar
+    tokens = torch.zeros(4, dtype=torch.float64)
+    for block, row in zip(naive_blocks(run.E, 4), run.E, strict=True):
+        tokens[block] += len(row.response_ids)
+    torch.testing.assert_close(blocks.size, tokens / tokens.sum())
+
+
+@pytest.mark.parametrize("linear", ["full", "to_go, hk", "to_go, ridge"])
+def test_blocks_sum_to_the_shares_of_all_of_E(named_run: RunMaker, linear: str) -> None:
+    """However many there are; of fewer groups than blocks each is a block."""
+    run = named_run("gpt2-lora")
+    groups = len({row.group for row in run.E})
+    tables = {}
+    for count in (2, 3, 8):
+        found = measured_blocks(
+            run, World(), linear=LINEAR[linear], attribution={"blocks": count}
+        )
+        assert found.block_shares is not None and found.token_table is not None
+        assert found.block_shares.count == min(count, groups)
+        tables[count] = found.token_table.share
+        torch.testing.assert_close(
+            found.block_shares.share.sum(1), tables[count], rtol=0, atol=1e-18
+        )
+    # One backward pass over all of E, and one pass over U along its gradient.
+    session = run.open(linear=LINEAR[linear])
+    plan = pipeline.Plan(audited="gradient", curvature=False)
+    measured = pipeline.measure(session, plan)
+    assert measured.gradient is not None
+    slope = measured.duality.gradient / measured.duality.denominator
+    split = split_step(session, measured.gradient, measured.step, slope)
+    whole = score_shares(session, update_weights(session), split.direction).share
+    bar = RTOL * float(whole.abs().max())
+    for share in tables.values():
+        assert float((share - whole).abs().max()) <= bar
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_blocks_are_the_same_on_any_number_of_ranks(
+    named_run: RunMaker, world_size: int
+) -> None:
+    """Blocks without a sequence on a rank, and ranks without one of U, included."""
+    run = named_run("gpt2-lora")
+    alone = measured_blocks(run, World()).block_shares
+    assert alone is not None
+    bar = RTOL * float(alone.share.abs().max())
+    for found in run_thread_ranks(
+        world_size, lambda world: measured_blocks(run, world).block_shares
+    ):
+        assert found is not None
+        assert torch.equal(found.size, alone.size)
+        for name in ("share", "momentum", "decay"):
+            gap = getattr(found, name) - getattr(alone, name)
+            assert float(gap.abs().max()) <= bar
+
+
+def test_a_block_of_empty_responses_adds_nothing(named_run: RunMaker) -> None:
+    """And it has no share in the denominator."""
+    run = named_run("gpt2-lora")
+    of_rows = naive_blocks(run.E, 4)
+    emptied = [
+        replace(row, response_ids=[], sampling_logprobs=None) if block == 2 else row
+        for block, row in zip(of_rows, run.E, strict=True)
+    ]
+    blocks = measured_blocks(
+        replace(run, E=emptied), World(), attribution={"blocks": 4}
+    ).block_shares
+    assert blocks is not None
+    assert blocks.size[2] == blocks.momentum[2] == blocks.decay[2] == 0
+    assert not blocks.share[:, 2].any()
+    assert blocks.share[:, [0, 1, 3]].any(dim=0).all()
 
 
 # Optimizers with another rule

@@ -250,7 +250,8 @@ def phases_of(job: Job, run: TinyRun, **sections: Any) -> dict[str, int]:
     begun: dict[str, int] = {}
 
     def note(name: str, done: int, tokens: int) -> None:
-        begun[name] = tokens
+        if not done:
+            begun[name] = begun.get(name, 0) + tokens
 
     job(run.config(**sections, **FEW), World(), None, note)
     return begun

@@ -106,7 +106,10 @@ def test_vectors_of_each_phase(run: TinyRun) -> None:
         ({"attribution": {"enabled": True, "verify": True}}, 5 * 8 + 3 * 8),
     ]
     for given, size in sections:
-        phases = list(estimates._phases(run.open(**given), "sample"))
+        # An attribution has the sum of its blocks beside the block at work.
+        attributed = "attribution" in given
+        audited = "gradient" if attributed else "sample"
+        phases = list(estimates._phases(run.open(**given), audited))
         assert all(on_device == 0 for on_device, _, _ in phases)
         on_host = max(on_host for _, on_host, _ in phases)
         # Step counts of the optimizer beside its moments.

@@ -21,6 +21,7 @@ from entropy_ddp.results import Probed
 pytestmark = pytest.mark.usefixtures("models_checked_once")
 
 SAMPLE = 12  # sequences of E that an audit samples here
+BLOCKS = 8  # of E, in an attribution
 ETAS = [1e-4, 3e-4, 2e-3]
 Counts = dict[tuple[str, str], int]
 
@@ -71,8 +72,9 @@ def in_sequences(n_e: int, n_u: int) -> dict[str, Counts]:
     """What each job must pass over, by its name."""
     plain = {GRADIENT: n_u, TRUTH: n_e, SLOPE: n_e, DUALITY: SAMPLE}
     curved = plain | {CURVATURE: n_e}
-    # Its backward pass runs in the same microbatches: a sample is scored once more.
-    shares = {DUALITY: n_e, SHARES: n_u, TRUTH: n_e + SAMPLE}
+    # Its backward pass runs in the same microbatches: a sample is scored once more. U is
+    # scored along each of the blocks of E.
+    shares = {DUALITY: n_e, SHARES: BLOCKS * n_u, TRUTH: n_e + SAMPLE}
     return {
         "probe": curved,
         "probe without curvature": plain,
