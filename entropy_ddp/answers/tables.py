@@ -288,10 +288,11 @@ def gradient_dot(document: Document) -> Table:
             change(dot["bars_dot"], math.sqrt(dot["V_X"] + dot["V_Y"])),
         ),
     ]
+    held = ", gain held fixed" if dot["direction"] == "step" else ""
     # Variances, known to a few percent at best, and norms of noisy vectors.
     sizes = {
         "variance of ⟨X, Y⟩ due to E, V_X": dot["V_X"],
-        "variance of ⟨X, Y⟩ due to U, V_Y": dot["V_Y"],
+        f"variance of ⟨X, Y⟩ due to U, V_Y{held}": dot["V_Y"],
         "variance over the square of ⟨X, Y⟩": dot.get("frac_var"),
         "norm of X": dot["x_norm"],
         "norm of Y": dot["y_norm"],

@@ -166,6 +166,8 @@ class Factors:
         scale: the diagonal matrix D, flat, [P].
         x_bar, y_bar: Xbar and Ybar over all ranks, flat, [P].
         learning_rate: what <Xbar, Ybar> is multiplied by.
+        loss_gradient: flat, [P]; Ybar = C - D times it, where Ybar has a part C that no
+            unit of U makes (momentum and decay of a step). None where C = 0.
         along_y_bar: this rank's tokens of E with derivatives along Ybar / `per_unit`,
             where a pass has made them already.
         per_unit: see there.
@@ -177,6 +179,7 @@ class Factors:
     x_bar: Tensor
     y_bar: Tensor
     learning_rate: float
+    loss_gradient: Tensor | None = None
     along_y_bar: DirectionalScores | None = None
     per_unit: float = 1.0
 
@@ -259,6 +262,7 @@ def _step_factors(
         x_bar=_mean_gradient(session, x),
         y_bar=step.delta,
         learning_rate=1.0,
+        loss_gradient=gradient,
         along_y_bar=base,
         per_unit=step.learning_rate,
     )
@@ -293,7 +297,7 @@ def _mean_gradient(session: Session, units: Units) -> Tensor:
 def _projections(
     session: Session, factors: Factors, settings: GradientDot
 ) -> tuple[Tensor, ...]:
-    """<X_u, Ybar> [B_E], <Y_u, Xbar> [B_U] and, of the same rollouts, <X_u, Y_u> [B]."""
+    """<X_u, Ybar> [B_E], <Y_u, Xbar> [B_U]; of the same rollouts <X_u, Y_u>, <X_u, C>."""
     if same_rollouts(session.batches["E"], session.batches["U"]):
         return _paired(session, factors)
     x, y = factors.x, factors.y
@@ -329,18 +333,23 @@ def _group_by_group(session: Session, units: Units, vector: Tensor) -> Tensor:
 
 
 def _paired(session: Session, factors: Factors) -> tuple[Tensor, ...]:
-    """All three of the same rollouts, one backward pass over each unit for X and Y."""
+    """All four of the same rollouts, one backward pass over each unit for X and Y."""
     x, y = factors.x, factors.y
     onto_y, onto_x = factors.y_bar, factors.scale * factors.x_bar
 
     def pull_back() -> PassResult:
-        products = torch.zeros(3, x.count, dtype=torch.float64)
+        products = torch.zeros(4, x.count, dtype=torch.float64)
         # The same groups on this rank, in the same order: both are dealt out alike.
         gradients = unit_gradients(session, x), unit_gradients(session, y)
         for (unit, of_x), (_, of_y) in zip(*gradients, strict=True):
             products[0, unit] = inner_product(of_x, onto_y)
             products[1, unit] = inner_product(of_y, onto_x)
-            products[2, unit] = inner_product(of_x, factors.scale * of_y)
+            scaled = factors.scale * of_x
+            products[2, unit] = inner_product(scaled, of_y)
+            if factors.loss_gradient is not None:
+                # <X_u, C>: what is left of <X_u, Ybar> without the units' own part.
+                own = -inner_product(scaled, factors.loss_gradient)
+                products[3, unit] = products[0, unit] - own
         session.world.sum(products, "scalars")
         return PassResult(shared={"products": products})
 

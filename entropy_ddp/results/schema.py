@@ -218,14 +218,16 @@ class GradientDotResult:
         deltaH1: learning_rate times bars_dot, in nats per token of the weighting.
         learning_rate: eta of the first param group; 1 for direction `step`, whose Ybar
             holds every group's own already.
-        V_X, V_Y: variance of bars_dot due to the groups of E and of U.
+        V_X, V_Y: variance of bars_dot due to the groups of E and of U; V_Y with the gain
+            of the step held fixed.
         se_deltaH1: learning_rate sqrt(V_X + V_Y).
         frac_var: (V_X + V_Y) / bars_dot^2; None when bars_dot is 0.
         x_norm, y_norm: Euclidean norms of Xbar and Ybar.
         u_statistic: whether E and U are the same rollouts, so that the diagonal was
             removed.
-        se_paired: standard error of deltaH1 with the covariance of X and Y, which the
-            same rollouts have; None when E and U are different.
+        se_paired: jackknife standard error of deltaH1 with the covariance of X and Y,
+            which the same rollouts have; None when E and U are different, or have fewer
+            than three groups.
     """
 
     direction: str

@@ -251,11 +251,14 @@ def test_same_rollouts(make_named_run: RunMaker, form: GradientDot) -> None:
     pairs = [(i, j) for i, j in itertools.product(range(count), repeat=2) if i != j]
     expected = float(x_bar @ (y_bar - y.mean(0)))
     expected += math.fsum(float(x[i] @ y[j]) for i, j in pairs) / len(pairs)
-    sums = [
-        float(a @ y_bar + b @ x_bar) - 2 / count * float(a @ b) for a, b in zip(x, y)
+    without = [
+        float(x[others].mean(0) @ (y_bar - y.mean(0)))
+        + math.fsum(float(x[i] @ y[j]) for i, j in itertools.permutations(others, 2))
+        / ((count - 1) * (count - 2))
+        for others in ([v for v in range(count) if v != u] for u in range(count))
     ]
-    mean = math.fsum(sums) / count
-    spread = math.fsum((s - mean) ** 2 for s in sums) / (count * (count - 1))
+    mean = math.fsum(without) / count
+    spread = (count - 1) / count * math.fsum((f - mean) ** 2 for f in without)
     results = [
         case.opened.result(form.model_copy(update={"variance_method": method}))
         for method in ("jvp", "backward")

@@ -22,6 +22,7 @@ from entropy_ddp.estimators.gradient_dot import (
     entropy_coefficients,
     estimate_dot,
     longest_in_group,
+    paired_variance,
     reward_coefficients,
     variance_of_mean,
     without_diagonal,
@@ -275,6 +276,13 @@ def random_units(seed: int, count: int, width: int = 4) -> Tensor:
     return torch.randn(count, width, generator=generator, dtype=DOUBLE)
 
 
+def u_statistic(x: Tensor, y: Tensor, constant: Tensor) -> float:
+    """<Xbar, C> plus the mean of <X_u, Y_v> over pairs of different units."""
+    pairs = list(itertools.permutations(range(len(x)), 2))
+    own = math.fsum(float(x[i] @ y[j]) for i, j in pairs) / len(pairs)
+    return float(x.mean(0) @ constant) + own
+
+
 def test_estimate_by_double_loop() -> None:
     """Different batches: every pair counts. One batch: pairs of different units."""
     x, y, constant = random_units(1, 6), random_units(2, 6), random_units(3, 1)[0]
@@ -282,19 +290,21 @@ def test_estimate_by_double_loop() -> None:
     dot = float(x_bar @ y_bar)
     plain = estimate_dot(dot, x @ y_bar, y @ x_bar)
     assert plain.bars_dot == dot and not plain.u_statistic
-    paired = estimate_dot(dot, x @ y_bar, y @ x_bar, (x * y).sum(1))
+    paired = estimate_dot(
+        dot, x @ y_bar, y @ x_bar, (x * y).sum(1), constant=x @ constant
+    )
     pairs = [(i, j) for i, j in itertools.product(range(6), repeat=2) if i != j]
     expected = float(x_bar @ constant)
     expected += math.fsum(float(x[i] @ y[j]) for i, j in pairs) / len(pairs)
     assert math.isclose(paired.bars_dot, expected, rel_tol=1e-12)
     assert paired.u_statistic
-    own = [
-        float(x[i] @ y_bar + y[i] @ x_bar) - 2 * float(x[i] @ y[i]) / 6
+    assert paired.paired_variance is not None and plain.paired_variance is None
+    leave_out = [
+        u_statistic(*(torch.cat([v[:i], v[i + 1 :]]) for v in (x, y)), constant)
         for i in range(6)
     ]
-    mean = math.fsum(own) / 6
-    spread = math.fsum((value - mean) ** 2 for value in own) / 30
-    assert paired.paired_variance is not None and plain.paired_variance is None
+    mean = math.fsum(leave_out) / 6
+    spread = 5 / 6 * math.fsum((value - mean) ** 2 for value in leave_out)
     assert math.isclose(paired.paired_variance, spread, rel_tol=1e-12)
     for estimate in (plain, paired):
         for found, units, bar in (
@@ -361,6 +371,55 @@ def test_fewer_than_two_units_have_no_variance() -> None:
         variance_of_mean(one[:0])
     with pytest.raises(InputError, match="U-statistic needs at least 2 groups"):
         without_diagonal(1.0, one, one)
+
+
+def test_two_units_have_a_u_statistic_but_no_variance_of_it() -> None:
+    """Without one of two units there is no pair; a variance of 0 would be a lie."""
+    x, y = random_units(1, 2), random_units(2, 2)
+    projections = (x @ y.mean(0), y @ x.mean(0), (x * y).sum(1))
+    found = estimate_dot(float(x.mean(0) @ y.mean(0)), *projections)
+    assert found.u_statistic and found.paired_variance is None
+    assert found.V_X > 0 and found.V_Y > 0
+    with pytest.raises(InputError, match="at least 3 groups, found 2"):
+        paired_variance(*projections, torch.zeros(2, dtype=DOUBLE))
+
+
+# Units that are one of three, each a row: X_u and Y_u.
+ATOMS = {
+    # <X_u, Y_v> = x_u + y_v: single units make all of the spread.
+    "of single units": ([[1.0, -2.0], [1.0, 0.5], [1.0, 3.0]],
+                        [[0.7, 1.0], [-1.0, 1.0], [0.2, 1.0]]),
+    "of pairs too": ([[1.0, -2.0], [0.3, 0.5], [-1.0, 3.0]],
+                     [[0.7, 1.0], [-1.0, 0.4], [0.2, -1.5]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_units", [3, 4, 8])
+@pytest.mark.parametrize("kind", list(ATOMS))
+def test_expected_variance_of_the_u_statistic(kind: str, num_units: int) -> None:
+    """Every batch there is: unbiased, and above by delta / (2 (B - 1) (B - 2))."""
+    X, Y = (torch.tensor(rows, dtype=DOUBLE) for rows in ATOMS[kind])
+    p = torch.tensor([0.2, 0.3, 0.5], dtype=DOUBLE)
+    first = second = variance = 0.0
+    for batch in itertools.product(range(3), repeat=num_units):
+        x, y, weight = X[list(batch)], Y[list(batch)], float(p[list(batch)].prod())
+        found = estimate_dot(
+            float(x.mean(0) @ y.mean(0)),
+            x @ y.mean(0),
+            y @ x.mean(0),
+            (x * y).sum(1),
+        )
+        first += weight * found.bars_dot
+        second += weight * found.bars_dot**2
+        variance += weight * float(found.paired_variance or 0.0)
+    kernel = X @ Y.T + Y @ X.T
+    theta = float(p @ kernel @ p)
+    single = kernel @ p - theta
+    rest = kernel - theta - single[:, None] - single
+    delta = float(p @ rest.square() @ p)
+    excess = delta / (2 * (num_units - 1) * (num_units - 2))
+    assert (delta > 0.1) == (kind == "of pairs too")
+    assert math.isclose(variance, second - first**2 + excess, rel_tol=1e-9)
 
 
 # Simulated batches

@@ -27,6 +27,8 @@ ATTRIBUTION_TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 1e-1,
 }
+# Before this step of the optimizer, second moments are made of few gradients.
+EARLY_STEPS = 20
 # Of a standard error: what is smaller is lost in it.
 LOST = 0.1
 
@@ -211,7 +213,34 @@ def gradient_dot_rows(session: Session, measured: Measurements) -> list[AuditRow
             fact("U_cross, ten digits", f"{dot.u_cross:.10e}"),
             fact("deltaH1 of the gradient-dot form", dot.deltaH1),
         ]
+        if dot.direction == "step":
+            rows.append(gain_row(saved_steps(session.optimizer)))
     return rows
+
+
+def saved_steps(optimizer: torch.optim.Optimizer | None) -> int:
+    """Steps that the saved state remembers, of the parameter with the fewest."""
+    assert optimizer is not None
+    return min((int(s["step"]) for s in optimizer.state.values()), default=0)
+
+
+def gain_row(saved: int) -> AuditRow:
+    """Whether V_Y may hold the gain of the step fixed: does U hardly move it?
+
+    Args:
+        saved: steps that the optimizer has taken before the probed one.
+    """
+    t = saved + 1
+    return compare(
+        "step t of the optimizer, for V_Y",
+        t,
+        f">= {EARLY_STEPS}",
+        t >= EARLY_STEPS,
+        f"this is the optimizer's step t = {t}: its denominator is made of U as much as "
+        "its gradient is. V_Y holds it (the gain) fixed and overstates how another U "
+        "would change the answer; V_X stands",
+        fatal=False,
+    )
 
 
 def attribution_gap(session: Session, measured: Measurements) -> AuditRow:
