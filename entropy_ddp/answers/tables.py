@@ -169,12 +169,14 @@ def estimators(document: Document) -> Table:
         rows.append((text(f"first order, {name}"), *cells))
     return Table(
         title="All estimators of this run",
-        columns=("estimator", "ΔH", "needed", "ΔH with less noise", "needed"),
+        columns=("estimator", "ΔH", "needed", "with control variates", "needed"),
         rows=rows,
         caption=(
-            "* the configured one. Less noise: control variates removed, of the truth "
-            "what the best slope shows. Needed: sequences for the error of the first row "
-            f"of each kind. In {UNITS[document['truth']['normalize']]}."
+            "* the configured one. Control variates: quantities of mean zero are removed, "
+            "of the truth what the best slope shows; that may also make the error larger. "
+            "Needed: sequences for the error of the first row of each kind. Choose before "
+            "you look: the smallest of several errors is itself too small. "
+            f"In {UNITS[document['truth']['normalize']]}."
         ),
         folded=True,
     )

@@ -368,12 +368,15 @@ class Truth(Section):
         clip_c: upper limit of a weight in mode `clip`.
         ess_warn: effective sample size over N below which a warning is given.
         ess_abort: the same, below which results are marked untrusted.
+        ess_least: effective sample size in responses, whatever N is, below which a
+            warning is given: errors and intervals are told by so few.
     """
 
     is_mode: ImportanceMode = "snis"
     clip_c: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     ess_warn: float = Field(default=0.5, ge=0, le=1)
     ess_abort: float = Field(default=0.1, ge=0, le=1)
+    ess_least: float = Field(default=32.0, ge=0, allow_inf_nan=False)
 
 
 class Linear(Section):

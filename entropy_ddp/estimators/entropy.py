@@ -17,8 +17,10 @@ At theta', with w_i = exp(l_i(theta') - l_i(theta)),
                    w_{i,<k} the weight of the prefix y_{<k}: step k's entropy depends
                    on nothing later
 
-All are consistent. Self-normalised ones have a bias of order 1/N, `sum` with `snis` or
-`per_decision` has none, and `clip` is biased towards no change.
+`snis` and `per_decision` are consistent. Self-normalised they have a bias of order 1/N,
+of `sum` none. `clip` is biased, however large N is, towards what the change would be
+were all weights equal (of a ratio: c -> 0): the pathwise part, the change of the step
+entropies along the responses of theta. It may have the other sign.
 
 Shape legend: N sequences, T tokens of the whole batch; n, t those of one rank.
 """

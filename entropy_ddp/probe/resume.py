@@ -372,6 +372,7 @@ _LEFT_OUT = (
     # What a number is held against when all are there.
     "truth.ess_warn",
     "truth.ess_abort",
+    "truth.ess_least",
     # How the work is cut, where it is done, and how long ranks wait for each other.
     "compute.device",
     "compute.tokens_per_microbatch",

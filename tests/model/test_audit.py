@@ -62,6 +62,7 @@ SURPRISAL = "E surprisal against entropy, in SD"
 SAMPLER = {split: f"{split} sampler mismatch, mean |Δ log p|" for split in "EU"}
 NOISE = "noise floor of delta_h_true"
 ESS, CURVED = "ESS / N", "eta / eta*"
+COUNTED, EARLY = "ESS, responses", "step t of the optimizer, for V_Y"
 DIFFERENCE = "|true - first order| / SE of the truth"
 RESTORED = "restored bits: parameters and optimizer state"
 RANKS = (
@@ -416,7 +417,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "E and U are one file": Fault(
         plant=lambda scene, root: replace(scene, E=scene.U),
-        complaints=warned("E and U are different rollouts"),
+        complaints=warned("E and U are different rollouts", COUNTED, EARLY),
         cause="the part of U's own gradient is biased",
     ),
     "U is among the responses of E, in another order": Fault(
@@ -450,14 +451,19 @@ FAULTS: dict[str, Fault] = {
     ),
     "effective sample size below the warning": Fault(
         plant=lambda scene, root: scene.with_step(lr_override=0.08),
-        complaints=warned(ESS, CURVED),
+        complaints=warned(ESS, COUNTED, CURVED),
         cause="too large for importance sampling",
     ),
     "effective sample size below trust": Fault(
         plant=lambda scene, root: scene.with_step(lr_override=0.5),
-        complaints={ESS: "fail", CURVED: "warn"},
+        complaints={ESS: "fail", COUNTED: "warn", CURVED: "warn"},
         cause="too large for importance sampling",
         perhaps=frozenset({DIFFERENCE}),
+    ),
+    "few effective responses, though most of E": Fault(
+        plant=lambda scene, root: scene.with_sections(truth={"ess_least": 61}),
+        complaints=warned(COUNTED),
+        cause="so few responses",
     ),
     "a step near the edge of the linear regime": Fault(
         plant=lambda scene, root: scene.with_step(lr_override=0.04),
@@ -1032,3 +1038,11 @@ def test_products_with_the_step_are_shown_one_by_one(runs: Runs) -> None:
     for name, value in {**first, **largest}.items():
         printed = float(values[short_name(name)])
         assert abs(printed - value) <= TEN_DIGITS * abs(value), name
+
+
+def test_v_y_is_warned_of_before_the_optimizers_step_20() -> None:
+    """The saved state has taken one step less than the probed one makes it."""
+    rows = {saved: truth.gain_row(saved) for saved in (0, 18, 19)}
+    found = {saved: (row.value, row.verdict) for saved, row in rows.items()}
+    assert found == {0: (1, "warn"), 18: (19, "warn"), 19: (20, "ok")}
+    assert "step t = 19" in rows[18].hint and not rows[19].hint

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import reference as ref
 import torch
+from enumerable import Policy
 from reference import Objective, Row
 from torch import Tensor
 
@@ -190,6 +191,43 @@ def test_fewer_than_two_groups_raise(num_sequences: int) -> None:
     groups = torch.zeros(num_sequences, dtype=torch.int64)
     with pytest.raises(InputError, match="at least 2 groups in E"):
         entropy_change("snis", ratio, ratio, 1.0, groups)
+
+
+# Clipped weights, over every response of a policy
+
+
+def clipped_change(policy: Policy, eta: float, clip_c: float) -> float:
+    """What `clip` tends to with many responses: sums over all, times probability."""
+    table, probability = policy.table(eta), policy.probabilities
+    lengths = table.ragged.lengths.double()
+    before, after = (
+        Ratio(numerator=probability * values, size=probability * lengths)
+        for values in (table.integrand("rb"), table.integrand("rb", "_after"))
+    )
+    found = all_entropy_changes(
+        before,
+        after,
+        table.ragged.sum(table["logp_after"] - table["logp"]),
+        clip_c,
+        None,
+        torch.arange(len(probability)),
+    )
+    return found["clip"].value
+
+
+def test_clip_is_biased_towards_the_pathwise_change() -> None:
+    """Not towards none: this step lowers the entropy, and clipped it seems to rise."""
+    policy, eta = Policy(vocabulary=3, length=3, seed=30), -0.4
+    exact = policy.change(eta, "per_token")
+    table, probability = policy.table(eta), policy.probabilities
+    moved = table.integrand("rb", "_after") - table.integrand("rb")
+    pathwise = float((probability * moved).sum())
+    pathwise /= float((probability * table.ragged.lengths).sum())
+    found = [clipped_change(policy, eta, c) for c in (1e6, 3.0, 1.5, 1e-6)]
+    assert found[0] == pytest.approx(exact, rel=1e-12)
+    assert found[-1] == pytest.approx(pathwise, rel=1e-12)
+    assert found == sorted(found)
+    assert found[1] < -0.02 < 0.01 < found[2]
 
 
 # Against the reference on made-up tokens

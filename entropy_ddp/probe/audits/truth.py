@@ -77,6 +77,15 @@ def truth_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     eta = measured.step.learning_rate
     return [
         *ess_rows(change.ess_fraction, truth.ess_warn, truth.ess_abort),
+        compare(
+            "ESS, responses",
+            change.ess,
+            f">= {truth.ess_least:g}",
+            change.ess >= truth.ess_least,
+            "as if E had so few responses: their spread is hardly known, and what is "
+            "rare among responses is not in E at all; sample more of E",
+            fatal=False,
+        ),
         noise_row(
             measured.noise_floor,
             change.value,

@@ -86,19 +86,15 @@ def _prediction_title(truth: float, missed: Estimate) -> str:
 def all_estimators(document: Document) -> Figure:
     """Every estimator of the change, with its error."""
     rows = _estimators(document)
-    smallest = min(rows, key=lambda row: row.error or 0)
     unit = AXIS_UNITS[document["truth"]["normalize"]]
-
-    title = "All estimators"
-    if smallest.error and rows[0].error:
-        title += f": the smallest error is ±{number(smallest.error, 2)}"
     return Figure(
         name="all-estimators",
-        title=title,
+        title="All estimators of the same change",
         caption=(
             "The same change by every estimator that comes from the same passes; large "
             "dots are the configured ones. Violet is predicted by first order, the others "
-            "are measured; bars are one and two standard errors."
+            "are measured; bars are one and two standard errors. The smallest of several "
+            "errors is itself too small: choose an estimator before you look."
         ),
         draw=forest(rows, "entropy change", unit),
         height=forest_height(len(rows)),
