@@ -7,6 +7,7 @@ from entropy_ddp.config.schema import (
     Checkpoint,
     Compute,
     Config,
+    CurvatureMethod,
     GradientDot,
     ImportanceMode,
     Integrand,
@@ -17,6 +18,8 @@ from entropy_ddp.config.schema import (
     Reward,
     Sample,
     Section,
+    SlopeBaseline,
+    SlopeScore,
     Update,
 )
 
@@ -25,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "Compute",
     "Config",
+    "CurvatureMethod",
     "GradientDot",
     "ImportanceMode",
     "Integrand",
@@ -35,6 +39,8 @@ __all__ = [
     "Reward",
     "Sample",
     "Section",
+    "SlopeBaseline",
+    "SlopeScore",
     "Update",
     "gradient_dot_obstacle",
     "load_config",

@@ -219,6 +219,9 @@ class Sample(Section):
 Normalize = Literal["per_token", "per_sequence", "per_sequence_token_mean", "sum"]
 Integrand = Literal["rb", "surprisal"]
 ImportanceMode = Literal["snis", "per_decision", "clip"]
+SlopeScore = Literal["full", "to_go"]
+SlopeBaseline = Literal["none", "hk", "loo", "ridge", "action_value"]
+CurvatureMethod = Literal["midpoint", "taylor"]
 Loss = Literal["dr_grpo", "grpo", "dapo", "nll"]
 
 
@@ -250,15 +253,30 @@ class Checkpoint(Section):
 
 
 class BatchSource(Section):
-    """A batch: read from a file, or sampled from the checkpoint."""
+    """A batch: read from a file, or sampled from the checkpoint.
+
+    Attributes:
+        file: rollout file.
+        sample: how to sample it.
+        reweight: `sampler` weighs what is read of E by the ratios of the checkpoint's
+            probabilities to those that the rows recorded (`sampling_logprobs`): E of a
+            nearby policy, such as an earlier checkpoint. Without it E is taken for a
+            sample of the checkpoint's own policy.
+    """
 
     file: str | None = None
     sample: Sample | None = None
+    reweight: Literal["sampler"] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "BatchSource":
         if (self.file is None) == (self.sample is None):
             raise ValueError("give exactly one of `file` and `sample`")
+        if self.reweight is not None and self.file is None:
+            raise ValueError(
+                "`reweight`: a batch that is sampled here is of this policy; it is for "
+                "a `file`"
+            )
         return self
 
 
@@ -364,7 +382,10 @@ class Truth(Section):
     """The importance-sampled change.
 
     Attributes:
-        is_mode: weights of the headline value.
+        is_mode: weights of the headline value; `auto` is `per_decision`, or `snis` where
+            that is not defined.
+        control_variates: remove from it the first-order noise that the best slope shows;
+            `auto` does where `is_mode` is `auto`.
         clip_c: upper limit of a weight in mode `clip`.
         ess_warn: effective sample size over N below which a warning is given.
         ess_abort: the same, below which results are marked untrusted.
@@ -372,29 +393,41 @@ class Truth(Section):
             warning is given: errors and intervals are told by so few.
     """
 
-    is_mode: ImportanceMode = "snis"
+    is_mode: ImportanceMode | Literal["auto"] = "auto"
+    control_variates: bool | Literal["auto"] = "auto"
     clip_c: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     ess_warn: float = Field(default=0.5, ge=0, le=1)
     ess_abort: float = Field(default=0.1, ge=0, le=1)
     ess_least: float = Field(default=32.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _clip_has_no_partner(self) -> "Truth":
+        if self.is_mode == "clip" and self.control_variates is True:
+            raise ValueError(
+                "`control_variates`: `clip` is the derivative of no slope; use "
+                "`per_decision` or `snis`, or set it to false"
+            )
+        return self
 
 
 class Linear(Section):
     """The first-order prediction.
 
     Attributes:
-        score: `full` responses or entropy `to_go` as weight of each log p'.
-        baseline: what is subtracted from the entropy to go.
+        score: `full` responses or entropy `to_go` as weight of each log p'; `auto` is
+            `to_go` where that is defined, but for a baseline of `none`.
+        baseline: what is subtracted from the entropy to go; `auto` is `action_value`
+            where the score is `auto`, or else `none`.
         control_variates: remove quantities of mean zero by cross-fitted regression.
     """
 
-    score: Literal["full", "to_go"] = "full"
-    baseline: Literal["none", "hk", "loo", "ridge"] = "none"
+    score: SlopeScore | Literal["auto"] = "auto"
+    baseline: SlopeBaseline | Literal["auto"] = "auto"
     control_variates: bool = False
 
     @model_validator(mode="after")
     def _baseline_needs_to_go(self) -> "Linear":
-        if self.score == "full" and self.baseline != "none":
+        if self.score == "full" and self.baseline not in ("none", "auto"):
             raise ValueError("a baseline needs `score: to_go`")
         return self
 
@@ -417,9 +450,16 @@ class GradientDot(Section):
 
 
 class Curvature(Section):
-    """The second derivative along the step: two more passes over E."""
+    """The second order along the step.
+
+    Attributes:
+        enabled: compute it.
+        method: `midpoint`, from the slope in the middle of the step, one more pass over
+            E; or `taylor`, from second derivatives at theta, two.
+    """
 
     enabled: bool = True
+    method: CurvatureMethod = "midpoint"
 
 
 class Sweep(Section):
@@ -571,13 +611,74 @@ class Config(Section):
                 )
         return self
 
+    def _require_reweightable(self) -> None:
+        """Check that a reweighted E is asked for what it has: weights of prefixes."""
+        score, baseline = self.slope_estimator
+        refused = {
+            "objective.integrand": self.objective.integrand != "rb",
+            "objective.normalize": self.objective.normalize
+            == "per_sequence_token_mean",
+            "truth.is_mode": self.truth.is_mode in ("snis", "clip"),
+            "linear.score": score == "full" or baseline == "none",
+            "linear.control_variates": self.linear.control_variates,
+            "curvature.method": self.curvature.enabled
+            and self.curvature.method == "taylor",
+            "gradient_dot.enabled": self.gradient_dot.enabled is True,
+        }
+        for key, given in refused.items():
+            if given:
+                raise ValueError(
+                    f"{key}: batches.E.reweight weighs the prefixes of E, for which this "
+                    "setting has no form; leave it out"
+                )
+
+    @property
+    def truth_estimator(self) -> tuple[ImportanceMode, bool]:
+        """Weights of the headline truth, and whether first-order noise is removed."""
+        whole = self.objective.normalize == "per_sequence_token_mean"
+        mode = self.truth.is_mode
+        removed = self.truth.control_variates
+        if removed == "auto":
+            removed = mode == "auto" and not whole
+        if mode == "auto":
+            defined = self.objective.integrand == "rb" and not whole
+            mode = "per_decision" if defined else "snis"
+        return mode, removed
+
+    @property
+    def slope_estimator(self) -> tuple[SlopeScore, SlopeBaseline]:
+        """Score and baseline of the headline slope."""
+        score, baseline = self.linear.score, self.linear.baseline
+        if self.objective.normalize == "per_sequence_token_mean":
+            return "full", "none"
+        if baseline == "auto":
+            baseline = "action_value" if score == "auto" else "none"
+        if score == "auto":
+            score = "full" if baseline == "none" else "to_go"
+        return score, baseline
+
     @model_validator(mode="after")
     def _estimators_exist(self) -> "Config":
-        normalize = self.objective.normalize
-        if normalize == "per_sequence_token_mean" and self.linear.score == "to_go":
+        normalize, linear = self.objective.normalize, self.linear
+        to_go = linear.score == "to_go" or linear.baseline not in ("none", "auto")
+        if normalize == "per_sequence_token_mean" and to_go:
             raise ValueError(
                 "linear.score: `per_sequence_token_mean` has no to-go form; use `full`"
             )
+        if (
+            normalize == "per_sequence_token_mean"
+            and self.truth.control_variates is True
+        ):
+            raise ValueError(
+                "truth.control_variates: `per_sequence_token_mean` has no to-go form, "
+                "whose slope would show the noise; set it to false"
+            )
+        if self.batches.U is not None and self.batches.U.reweight is not None:
+            raise ValueError(
+                "batches.U.reweight: the loss weighs U (update.ratio); it is for E only"
+            )
+        if self.batches.E.reweight is not None:
+            self._require_reweightable()
         if self.truth.is_mode == "per_decision":
             if self.objective.integrand != "rb":
                 raise ValueError("truth.is_mode: `per_decision` needs integrand `rb`")

@@ -310,6 +310,16 @@ class Shard:
         """Layout of this rank's flat token arrays."""
         return Ragged(self.batch.lengths[self.positions])
 
+    @cached_property
+    def sampling_logprobs(self) -> Tensor:
+        """Log-probabilities that the sampler recorded, nats, [t].
+
+        Every sequence must have them (`require_sampling_logprobs`).
+        """
+        empty = torch.zeros(0, dtype=torch.float64)
+        pieces = [s.sampling_logprobs for s in self.sequences]
+        return torch.cat([empty, *(p for p in pieces if p is not None)])
+
     @property
     def groups(self) -> Tensor:
         """Group number of each of this rank's sequences, [n]."""

@@ -34,13 +34,8 @@ from torch import Tensor
 
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import folds_of
-from entropy_ddp.estimators.entropy import EntropyChange
-from entropy_ddp.estimators.linear import Slope
-from entropy_ddp.estimators.standard_errors import (
-    delta_method_error,
-    group_totals,
-    jackknife_error,
-)
+from entropy_ddp.estimators.entropy import EntropyChange, Ratio
+from entropy_ddp.estimators.linear import Slope, noise_between
 from entropy_ddp.model.response_tokens import DirectionalScores
 
 GROUPS_PER_VARIATE = 10.0
@@ -97,44 +92,38 @@ def num_usable_predictors(num_groups: int) -> int:
 
 
 def adjusted_slope(
-    slope: Slope, zero_mean: Tensor, groups: Tensor, fold: Tensor | None = None
+    slope: Slope, original: Ratio, zero_mean: Tensor, fold: Tensor | None = None
 ) -> Slope:
     """The slope with its control variates removed, contributions and errors included.
 
     Args:
         slope: a slope of any score and baseline.
+        original: the entropy estimator at theta.
         zero_mean: Z_i of all sequences, [N, m].
-        groups: group of each sequence, [N].
-        fold: fold of each group, [n_g]; by default from the group's number.
+        fold: fold of each unit, [n]; by default from its number.
 
     Raises:
-        InputError: there are fewer than two groups.
+        InputError: there are fewer than two units.
     """
-    num_groups = len(slope.influence)
+    estimate, draws = slope.estimate, slope.estimate.draws
+    num_units, groups = draws.num_units, draws.groups
     if fold is None:
-        fold = folds_of(torch.arange(num_groups))
+        fold = folds_of(torch.arange(num_units))
     # The first variates only: the others would cost more than they explain.
-    zero_mean = zero_mean[:, : int(num_groups / GROUPS_PER_VARIATE)]
-    total = zero_mean.new_zeros(num_groups, zero_mean.shape[1])
-    total.index_add_(0, groups, zero_mean)
+    zero_mean = zero_mean[:, : int(num_units / GROUPS_PER_VARIATE)]
     # [f, m], those of a fold fitted on the other folds.
-    coefficients = cross_fitted_slopes(total, slope.influence, fold)
+    coefficients = cross_fitted_slopes(
+        draws.totals(zero_mean), estimate.group_influence, fold
+    )
     correction = (zero_mean * coefficients[fold[groups]]).sum(1)
-    by_group = group_totals(correction, groups, num_groups)
-    influence = slope.influence - by_group
-    # What is taken off the estimate without group g: the others' corrections.
-    rest = (correction.sum() - by_group) * slope.rescaled
-    without = slope.without - rest
+    size = original.denominator
+    removed = Ratio(numerator=correction * size, size=original.size).estimate(draws)
     return replace(
         slope,
         control_variates=True,
-        value=slope.value - float(correction.sum()),
+        estimate=estimate.minus(removed),
         terms=slope.terms | {"control_variates": -float(correction.sum())},
-        se=delta_method_error(influence),
-        se_jackknife=jackknife_error(without),
         contributions=slope.contributions - correction,
-        influence=influence,
-        without=without,
     )
 
 
@@ -164,20 +153,51 @@ def cross_fitted_slopes(
 
 
 def adjusted_change(
-    change: EntropyChange, partner: Slope, best: Slope, learning_rate: float
-) -> tuple[float, float]:
+    change: EntropyChange,
+    partner: Slope,
+    best: Slope,
+    original: Ratio,
+    learning_rate: float,
+    fold: Tensor,
+) -> EntropyChange:
     """Delta H with the noise removed that a better slope shows its partner to have.
 
-    The difference of two slopes of the same expectation has mean zero; eta times it is
-    the first-order part of the noise of Delta H.
+    The difference d of two slopes of the same expectation has mean zero, and eta d is
+    the first-order part of the noise of Delta H. What is removed is c eta d: c = 1 for a
+    small step; where the weights are uneven, Delta H has little of the noise of first
+    order, and c = 1 would add noise. With psi the influences of units on Delta H and
+    on eta d,
+
+        c = min(1, max(0, sum psi(Delta H) psi(eta d) / sum psi(eta d)^2))
+
+    over the other folds, so that no unit has part in its own.
 
     Args:
         partner: the slope that is exactly its derivative.
         best: a slope of the same expectation and less variance.
-
-    Returns:
-        The adjusted Delta H and its standard error.
+        original: the entropy estimator at theta.
+        fold: fold of each unit, [n].
     """
-    value = change.value - learning_rate * (partner.value - best.value)
-    influence = change.influence - learning_rate * (partner.influence - best.influence)
-    return value, delta_method_error(influence)
+    draws = change.change.draws
+    ones = torch.ones(len(draws.groups), dtype=torch.float64)
+    whole, _ = noise_between(partner, best, original, ones, draws)
+    noise = learning_rate * whole.group_influence
+    product, square = noise * change.change.group_influence, noise.square()
+    count = int(fold.max()) + 1
+    sums = torch.zeros(count, 2, dtype=torch.float64)
+    sums.index_add_(0, fold, torch.stack([product, square], dim=1))
+    others = sums.sum(0) - sums
+    # Without noise there is nothing to remove.
+    weight = others[:, 0] / torch.where(others[:, 1] > 0, others[:, 1], 1.0)
+    weight = weight.clamp(0.0, 1.0)
+    removed, contributions = noise_between(
+        partner, best, original, weight[fold[draws.groups]], draws
+    )
+    used = weight[fold.unique()]
+    return replace(
+        change,
+        after=change.after.minus(removed, learning_rate),
+        change=change.change.minus(removed, learning_rate),
+        contributions=change.contributions - learning_rate * contributions,
+        control_weight=float(used.mean()),
+    )

@@ -34,10 +34,9 @@ from torch import Tensor
 from entropy_ddp.config import ImportanceMode, Integrand, Normalize
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.standard_errors import (
-    count_groups,
-    delta_method_error,
+    Draws,
+    Estimate,
     effective_sample_size,
-    group_totals,
 )
 
 
@@ -68,12 +67,38 @@ class Ratio:
         """A_i / sum D_i: they sum to the value, [N]."""
         return self.numerator / self.denominator
 
-    def influence(self, groups: Tensor, num_groups: int) -> Tensor:
-        """Influence of each group on the value, [num_groups]."""
-        residual = self.numerator
-        if self.size is not None:
-            residual = residual - self.value * self.size
-        return group_totals(residual, groups, num_groups) / self.denominator
+    def estimate(self, draws: Draws) -> Estimate:
+        """The value with its errors.
+
+        Raises:
+            InputError: there are fewer than two units.
+        """
+        if self.size is None:
+            columns = self.numerator[:, None]
+            return Estimate.of(lambda totals: totals[..., 0], columns, draws)
+        columns = torch.stack([self.numerator, self.size], dim=1)
+        return Estimate.of(
+            lambda totals: totals[..., 0] / totals[..., 1], columns, draws
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reweighting:
+    """Weights at theta of tokens that another policy p_s sampled, [t] each.
+
+    Attributes:
+        before: w_{i,<k} = prod_{j<k} p_ij / p_s,ij, of the prefix of step k.
+        through: the same through step k.
+    """
+
+    before: Tensor
+    through: Tensor
+
+    @classmethod
+    def of(cls, ragged: Ragged, log_ratio: Tensor) -> "Reweighting":
+        """From log p_ik - log p_s,ik, [t]."""
+        before = ragged.sum_before(log_ratio)
+        return cls(before=before.exp(), through=(before + log_ratio).exp())
 
 
 def integrand_tokens(integrand: Integrand, logp: Tensor, entropy: Tensor) -> Tensor:
@@ -155,26 +180,32 @@ class EntropyChange:
         is_mode: kind of importance weights.
         before: H(theta).
         after: H(theta').
-        value: Delta H.
-        se: delta-method standard error, clustered by group.
-        se_before, se_after: those of the two entropies, of the batch as it is drawn;
-            they are nearly one error, of which the change has little.
+        change: Delta H. The errors of the two entropies, of the batch as it is drawn,
+            are nearly one error, of which the change has little.
         ess: effective sample size (sum w)^2 / sum w^2 of the sequences' weights
             (clipped for `clip`), between 1 and N.
-        contributions: per-sequence c_i; they sum to the value, [N].
-        influence: influence of each group, [n_g].
+        contributions: per-sequence c_i; they sum to the change, [N].
+        control_weight: mean over folds of the share c of first-order noise that was
+            removed (see `control_variates`); None where none was.
     """
 
     is_mode: ImportanceMode
-    before: float
-    after: float
-    value: float
-    se: float
-    se_before: float
-    se_after: float
+    before: Estimate
+    after: Estimate
+    change: Estimate
     ess: float
     contributions: Tensor
-    influence: Tensor
+    control_weight: float | None = None
+
+    @property
+    def value(self) -> float:
+        """Delta H."""
+        return self.change.value
+
+    @property
+    def se(self) -> float:
+        """Standard error of Delta H by the delta method."""
+        return self.change.se
 
     @property
     def ess_fraction(self) -> float:
@@ -183,37 +214,30 @@ class EntropyChange:
 
 
 def entropy_change(
-    is_mode: ImportanceMode, before: Ratio, after: Ratio, ess: float, groups: Tensor
+    is_mode: ImportanceMode, before: Ratio, after: Ratio, ess: float, draws: Draws
 ) -> EntropyChange:
     """Delta H with its error and its exact split over sequences.
 
     c_i = A'_i / sum D' - A_i / sum D, with A', D' the weighted numerator and size. The
-    influence of a group is the difference of its influences on both values, so that
-    the strong correlation of the two is in the standard error.
+    influence of a unit is the difference of its influences on both values, so that
+    the strong correlation of the two is in the standard error: it is not the root of
+    the sum of squares.
 
     Args:
         before: the estimator at theta.
         after: the weighted estimator at theta'.
-        groups: group of each sequence, [N].
 
     Raises:
-        InputError: there are fewer than two groups.
+        InputError: there are fewer than two units.
     """
-    num_groups = count_groups(groups)
-    then, now = (r.influence(groups, num_groups) for r in (before, after))
-    # Not the root of the sum of squares: the same responses are in both.
-    influence = now - then
+    then, now = before.estimate(draws), after.estimate(draws)
     return EntropyChange(
         is_mode=is_mode,
-        before=before.value,
-        after=after.value,
-        value=after.value - before.value,
-        se=delta_method_error(influence),
-        se_before=delta_method_error(then),
-        se_after=delta_method_error(now),
+        before=then,
+        after=now,
+        change=now.minus(then),
         ess=ess,
         contributions=after.contributions - before.contributions,
-        influence=influence,
     )
 
 
@@ -223,7 +247,7 @@ def all_entropy_changes(
     log_weights: Tensor,
     clip_c: float,
     per_decision: Ratio | None,
-    groups: Tensor,
+    draws: Draws,
 ) -> dict[ImportanceMode, EntropyChange]:
     """Delta H by every mode that applies, from one scoring pass.
 
@@ -233,10 +257,9 @@ def all_entropy_changes(
         log_weights: log w_i, [N].
         clip_c: upper limit of a weight in mode `clip`.
         per_decision: the `per_decision` estimator at theta', None where undefined.
-        groups: group of each sequence, [N].
 
     Raises:
-        InputError: there are fewer than two groups.
+        InputError: there are fewer than two units.
     """
     # min(w, c) by logarithms: no overflow before the limit.
     clipped = log_weights.clamp(max=math.log(clip_c))
@@ -247,8 +270,6 @@ def all_entropy_changes(
     if per_decision is not None:
         after["per_decision"] = (per_decision, log_weights)
     return {
-        mode: entropy_change(
-            mode, before, ratio, effective_sample_size(weights), groups
-        )
+        mode: entropy_change(mode, before, ratio, effective_sample_size(weights), draws)
         for mode, (ratio, weights) in after.items()
     }

@@ -14,10 +14,15 @@ log p'_ik is weighted by what comes after it only (same expectation, smaller var
             none:  b = 0                        R_ik = T_i - k + 1
             hk:    b = H_ik (the step's Rao-Blackwell entropy, known before y_k)
                                                 R_ik = T_i - k
-            loo, ridge: as hk, less a prediction of both sums (see `baselines`)
+            loo, ridge, action_value: as hk, less a prediction of both sums (see
+                `baselines`); one that knows y_k leaves a pathwise term of its own
 
 `to_go` + `hk` is exactly d/d eta of the `per_decision` value. Hbar enters the weights for
 `per_token` only: the number of sequences does not depend on the policy.
+
+Where E was sampled by another policy (see `Reweighting`), H_ij and the count of each step
+carry the weight w_{<j} of their prefix, a prediction that of the prefix through y_k, and
+the slope is d/d eta of the `per_decision` value with those weights.
 
 The weights are centred per token before they are contracted with log p': score and
 denominator terms can be a thousand times larger than the slope they leave.
@@ -25,25 +30,22 @@ denominator terms can be a thousand times larger than the slope they leave.
 Shape legend: n sequences and t tokens of one rank, N sequences of the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.config import Integrand, Normalize, SlopeBaseline, SlopeScore
 from entropy_ddp.data.batch import Ragged
-from entropy_ddp.estimators.entropy import Ratio, integrand_tokens
-from entropy_ddp.estimators.standard_errors import (
-    count_groups,
-    delta_method_error,
-    group_totals,
-    jackknife_error,
-)
+from entropy_ddp.estimators.entropy import Ratio, Reweighting, integrand_tokens
+from entropy_ddp.estimators.standard_errors import Draws, Estimate
 from entropy_ddp.model.response_tokens import DirectionalScores
 
-Score = Literal["full", "to_go"]
-Baseline = Literal["none", "hk", "loo", "ridge"]
+Score = SlopeScore
+Baseline = SlopeBaseline
+# Baselines with a prediction of what follows a token.
+PREDICTING: tuple[Baseline, ...] = ("loo", "ridge", "action_value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ def slope_weights(
     mean_entropy: float,
     estimator: tuple[Integrand, Normalize, Score, Baseline],
     prediction: Tensor | None = None,
+    reweighting: Reweighting | None = None,
 ) -> SlopeWeights:
     """The weights c of section "First order" for one rank's tokens.
 
@@ -77,7 +80,8 @@ def slope_weights(
         mean_entropy: Hbar over the whole batch.
         estimator: integrand, normalisation, score and baseline.
         prediction: of the integrand and the number of steps after each token, [t, 2];
-            needed by the baselines `loo` and `ridge`.
+            needed by the baselines that predict.
+        reweighting: of E sampled by another policy; for `to_go` with `hk` and beyond.
 
     Raises:
         ValueError: `to_go` of `per_sequence_token_mean`, which has no such form.
@@ -99,20 +103,28 @@ def slope_weights(
     after_hk = baseline != "none"
     # What the weight of step k has of step k itself, less b_ik = H_ik.
     own = values - tokens.entropy if after_hk else values
+    # What each step counts: 1, or the weight of its prefix.
+    steps = torch.ones_like(values)
+    through = 1.0 if reweighting is None else reweighting.through
+    if reweighting is not None:
+        assert after_hk and integrand == "rb"
+        steps = pathwise = reweighting.before
+        values = values * steps
     counted = _counted(normalize)
     counted_own = 0.0 if after_hk else counted
     # What a fitted baseline expects of both sums after the step.
     predicted, predicted_count = torch.zeros(2, len(values), dtype=values.dtype)
-    if baseline in ("loo", "ridge"):
+    if baseline in PREDICTING:
         assert prediction is not None
-        predicted, predicted_count = prediction[:, 0], counted * prediction[:, 1]
+        predicted = prediction[:, 0] * through
+        predicted_count = counted * prediction[:, 1] * through
     # R_ik without the step itself: T_i - k, or 0 where lengths do not count.
-    after = counted * ragged.sum_after(torch.ones_like(values))
+    after = counted * ragged.sum_after(steps)
     return SlopeWeights(
         score=ragged.sum_after(values) + own - predicted,
         denominator=after + counted_own - predicted_count,
         # The differences first, then their sums: score and Hbar R cancel.
-        centred=ragged.sum_after(values - counted * mean_entropy)
+        centred=ragged.sum_after(values - counted * mean_entropy * steps)
         + (own - counted_own * mean_entropy)
         - (predicted - mean_entropy * predicted_count),
         pathwise=pathwise,
@@ -133,6 +145,13 @@ def pathwise_weights(normalize: Normalize, lengths: Tensor) -> Tensor:
 def _counted(normalize: Normalize) -> float:
     """Whether the number of steps to go enters the weights: 1 or 0."""
     return 1.0 if normalize == "per_token" else 0.0
+
+
+def centred_part(
+    predicted: Tensor, mean_entropy: float, normalize: Normalize
+) -> Tensor:
+    """Y_1 - Hbar Y_2 of predictions of both, [..., 2] to [...]."""
+    return predicted[..., 0] - mean_entropy * _counted(normalize) * predicted[..., 1]
 
 
 def _sizes(normalize: Normalize, ragged: Ragged) -> Tensor:
@@ -168,15 +187,15 @@ def sequence_terms(
 def terms_less_prediction(
     terms: Tensor, predicted: Tensor, mean_entropy: float, normalize: Normalize
 ) -> Tensor:
-    """`sequence_terms` of `loo` or `ridge` from those of `hk`; [n, 4].
+    """`sequence_terms` of a baseline that predicts, from those of `hk`; [n, 4].
 
-    The weights of both are those of `hk` less the prediction, so that of a sequence's
-    tokens only sum_k log p'_ik times the prediction is needed.
+    The weights are those of `hk` less the prediction, so that of a sequence's tokens only
+    sum_k log p'_ik times the prediction is needed (for `action_value`, sum_k F_ik beta).
 
     Args:
         terms: columns of `sequence_terms` for `to_go` with `hk`, [n, 4].
-        predicted: sum over each sequence of log p' times the predictions of integrand
-            and number of steps after the token, [n, 2].
+        predicted: that sum over each sequence, of the integrand and of the number of
+            steps after the token, [n, 2].
         mean_entropy: Hbar over the whole batch.
     """
     centred, score, pathwise, counts = terms.unbind(1)
@@ -192,114 +211,136 @@ def terms_less_prediction(
 
 @dataclass(frozen=True, kw_only=True)
 class Slope:
-    """A slope d H / d eta, in nats per unit learning rate.
+    """A slope d H / d eta, in nats per unit learning rate, conditional on v.
 
     Attributes:
         score, baseline: which estimator.
-        value: the slope.
+        estimate: the slope with its errors.
         terms: its score, pathwise and denominator terms; they sum to it.
-        se: delta-method standard error conditional on v, clustered by group.
-        se_jackknife: leave-one-group-out jackknife of the same.
         contributions: derivative of each sequence's contribution c_i to the truth,
             [s_i + A'_i - A_i r / S] / S; they sum to the value, [N].
-        influence: influence of each group, [n_g].
-        without: the estimate without each group, [n_g].
-        rescaled: by what a group's share of a sum grows when one group is left out,
-            S / (S - D_g), [n_g].
+        pieces: the columns of `sequence_terms` that it was made of, [N, 4].
         control_variates: whether control variates were removed.
     """
 
     score: Score
     baseline: Baseline
-    value: float
+    estimate: Estimate
     terms: dict[str, float]
-    se: float
-    se_jackknife: float
     contributions: Tensor
-    influence: Tensor
-    without: Tensor
-    rescaled: Tensor
+    pieces: Tensor
     control_variates: bool = False
+
+    @property
+    def value(self) -> float:
+        """The slope."""
+        return self.estimate.value
+
+    @property
+    def se(self) -> float:
+        """Its standard error by the delta method."""
+        return self.estimate.se
 
 
 def slope_from_terms(
     terms: Tensor,
     original: Ratio,
-    groups: Tensor,
+    draws: Draws,
     estimator: tuple[Score, Baseline],
 ) -> Slope:
     """The slope and its errors from the pieces of all sequences.
 
-    With s_i the score sums, B = sum b_i the centred sums, r = sum r_i and S = sum D_i,
-    slope = B / S. Every mean that enters varies: the influence of group g is
+    With B = sum b_i the centred sums, r = sum r_i, A and S the sums of A_i and D_i, and
+    the terms centred at the batch's own mean entropy Hbar,
 
-        psi_g = [ b_g - slope D_g - (r / S) (A_g - Hbar D_g) ] / S
+        slope = [ B - (A / S - Hbar) r ] / S
 
-    and the estimate without it is [B - b_g + (Hbar - Hbar_(g)) (r - r_g)] / (S - D_g),
-    Hbar_(g) the mean entropy without it. For `sum`, S = 1 and the total of the
-    remaining n - 1 groups is scaled by n / (n - 1).
+    where the bracket's second term is 0 of the whole batch, and not without some of it:
+    every mean that enters varies. For `sum`, slope = B.
 
     Args:
         terms: columns of `sequence_terms`, [N, 4].
         original: the entropy estimator at theta.
-        groups: group of each sequence, [N].
         estimator: score and baseline, carried along.
 
     Raises:
-        InputError: there are fewer than two groups.
+        InputError: there are fewer than two units.
     """
-    num_groups = count_groups(groups)
-    centred, score, pathwise, counts = terms.unbind(1)
-    total, denominator = float(centred.sum()), original.denominator
-    mean_entropy, count = original.value, float(counts.sum())
-    # Sums over each group, [n_g].
-    b, r, a = (
-        group_totals(x, groups, num_groups)
-        for x in (centred, counts, original.numerator)
-    )
-    value = total / denominator
-    if original.size is None:
-        # The denominator is 1: no mean but the sum itself varies.
-        influence = b
-        rescaled = torch.full_like(b, num_groups / max(num_groups - 1, 1))
-        without = rescaled * (total - b)
-    else:
-        d = group_totals(original.size, groups, num_groups)
-        # Hbar varies with the batch as well: d Hbar = (A_g - Hbar D_g) / S.
-        residual = a - mean_entropy * d
-        influence = (b - value * d - count / denominator * residual) / denominator
-        # The terms were centred at the mean of all groups; without g it is another.
-        mean_without = (original.numerator.sum() - a) / (denominator - d)
-        shift = (mean_entropy - mean_without) * (count - r)
-        rescaled = denominator / (denominator - d)
-        without = (total - b + shift) / denominator * rescaled
+    _, score, pathwise, counts = terms.unbind(1)
+    denominator, mean_entropy = original.denominator, original.value
+    count = float(counts.sum())
     return Slope(
         score=estimator[0],
         baseline=estimator[1],
-        value=value,
+        estimate=Estimate.of(
+            *_slope_of_totals(terms[:, 0], counts, original), draws=draws
+        ),
         terms={
             "score": float(score.sum()) / denominator,
             "pathwise": float(pathwise.sum()) / denominator,
             "denominator": -mean_entropy * count / denominator,
         },
-        se=delta_method_error(influence),
-        se_jackknife=jackknife_error(without),
         contributions=(score + pathwise - original.numerator * count / denominator)
         / denominator,
-        influence=influence,
-        without=without,
-        rescaled=rescaled,
+        pieces=terms,
     )
 
 
-def applicable_estimators(normalize: Normalize) -> list[tuple[Score, Baseline]]:
-    """Every combination of score and baseline that is defined for a normalisation."""
+def _slope_of_totals(
+    centred: Tensor, counts: Tensor, original: Ratio
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A sum of terms centred at Hbar as a function of totals, and its columns [N, m]."""
+    if original.size is None:
+        return lambda totals: totals[..., 0], centred[:, None]
+    # Counted from Hbar, so that no digits are lost: the mean's excess is 0 in all.
+    excess = original.numerator - original.value * original.size
+
+    def slope(totals: Tensor) -> Tensor:
+        own, count, above, size = totals.unbind(-1)
+        return (own - above / size * count) / size
+
+    return slope, torch.stack([centred, counts, excess, original.size], dim=1)
+
+
+def noise_between(
+    noisy: Slope, quiet: Slope, original: Ratio, weight: Tensor, draws: Draws
+) -> tuple[Estimate, Tensor]:
+    """The difference of two slopes of one expectation, each sequence with a weight.
+
+    Args:
+        weight: of each sequence, the same for all of a fold, [N].
+
+    Returns:
+        The difference, of mean zero where the weights do not depend on it, and what each
+        sequence has of it, [N].
+    """
+    difference = weight[:, None] * (noisy.pieces - quiet.pieces)
+    function, columns = _slope_of_totals(difference[:, 0], difference[:, 3], original)
+    count = float(difference[:, 3].sum())
+    _, score, pathwise, _ = difference.unbind(1)
+    contributions = score + pathwise - original.numerator * count / original.denominator
+    return (
+        Estimate.of(function, columns, draws),
+        contributions / original.denominator,
+    )
+
+
+def applicable_estimators(
+    normalize: Normalize, reweighted: bool = False
+) -> list[tuple[Score, Baseline]]:
+    """Every combination of score and baseline that is defined, the best one last.
+
+    Args:
+        reweighted: E was sampled by another policy.
+    """
     if normalize == "per_sequence_token_mean":
         return [("full", "none")]
-    return [
-        ("full", "none"),
-        ("to_go", "none"),
+    with_weights: list[tuple[Score, Baseline]] = [
         ("to_go", "hk"),
         ("to_go", "loo"),
         ("to_go", "ridge"),
+        ("to_go", "action_value"),
     ]
+    if reweighted:
+        return with_weights
+    return [("full", "none"), ("to_go", "none"), *with_weights]

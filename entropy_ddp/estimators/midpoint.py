@@ -21,9 +21,11 @@ Shape legend: n sequences and t tokens of one rank, N sequences of the batch.
 import torch
 from torch import Tensor
 
+from entropy_ddp.config import Normalize
 from entropy_ddp.data.batch import Ragged
-from entropy_ddp.estimators.entropy import Ratio
+from entropy_ddp.estimators.entropy import Ratio, reweighted
 from entropy_ddp.estimators.linear import Slope, slope_from_terms
+from entropy_ddp.estimators.standard_errors import Draws
 from entropy_ddp.model.response_tokens import DirectionalScores
 
 
@@ -34,7 +36,8 @@ def midpoint_columns(
 
     Args:
         tokens: values and derivatives along v at theta', [t].
-        log_ratio: log p at theta' less log p at theta, [t].
+        log_ratio: log p at theta' less log p at theta, or under the policy that E was
+            sampled by, [t].
         mean_entropy: the entropy at theta, from which entropies are counted: sums of
             differences lose no digits.
     """
@@ -52,7 +55,9 @@ def midpoint_columns(
     return torch.stack([ragged.sum(column) for column in columns], dim=1)
 
 
-def midpoint_slope(columns: Tensor, mean_entropy: float, groups: Tensor) -> Slope:
+def midpoint_slope(
+    columns: Tensor, mean_entropy: float, normalize: Normalize, draws: Draws
+) -> Slope:
     """The slope at theta' with its errors, from the sums of all sequences.
 
     Consistent, with the bias of order 1/N of every ratio; its error is conditional on v.
@@ -60,19 +65,59 @@ def midpoint_slope(columns: Tensor, mean_entropy: float, groups: Tensor) -> Slop
     Args:
         columns: of `midpoint_columns`, [N, 6].
         mean_entropy: what it was given.
-        groups: group of each sequence, [N].
+        normalize: `per_token`, `per_sequence` or `sum`.
 
     Raises:
-        InputError: there are fewer than two groups.
+        InputError: there are fewer than two units.
     """
     # Counts are sums of w times the score before: what the mean entropy multiplies.
     centred, score, pathwise, counts, numerator, size = columns.unbind(1)
-    value = Ratio(numerator=numerator, size=size)
-    terms = (
+    if normalize != "per_token":
+        # The number of sequences depends on no policy.
+        centred = centred + mean_entropy * counts
+        counts = torch.zeros_like(counts)
+        ones = torch.ones_like(size)
+        value = Ratio(
+            numerator=numerator, size=ones if normalize == "per_sequence" else None
+        )
+    else:
+        value = Ratio(numerator=numerator, size=size)
         # From the entropy at theta to the one at theta', which is known only now.
-        centred - (value.value - mean_entropy) * counts,
-        score,
+        centred = centred - (value.value - mean_entropy) * counts
+    terms = torch.stack([centred, score, pathwise, counts], dim=1)
+    return slope_from_terms(terms, value, draws, ("to_go", "hk"))
+
+
+def snis_slope(
+    log_weights: Tensor, dlogp: Tensor, after: Ratio, dnumerator: Tensor, draws: Draws
+) -> Slope:
+    """The slope of the `snis` value at theta' = theta + eta v, from sequence sums.
+
+        [ sum w_i (l'_i A_i + A'_i) - H(theta') sum w_i l'_i D_i ] / sum w_i D_i
+
+    At eta = 0 it is the slope `full`.
+
+    Args:
+        log_weights: log w_i, [N].
+        dlogp: l'_i at theta', [N].
+        after: the estimator at theta', unweighted.
+        dnumerator: A'_i at theta', [N].
+
+    Raises:
+        InputError: there are fewer than two units.
+    """
+    weighted = reweighted(after, log_weights)
+    # The same scale as the ratio's, which drops out of it; none of a plain sum.
+    shift = 0.0 if after.size is None else log_weights.max()
+    weights = (log_weights - shift).exp()
+    size = torch.zeros_like(dlogp) if weighted.size is None else weighted.size
+    mean = 0.0 if weighted.size is None else weighted.value
+    pathwise = weights * dnumerator
+    columns = (
+        dlogp * (weighted.numerator - mean * size) + pathwise,
+        dlogp * weighted.numerator,
         pathwise,
-        counts,
+        dlogp * size,
     )
-    return slope_from_terms(torch.stack(terms, dim=1), value, groups, ("to_go", "hk"))
+    terms = torch.stack(columns, dim=1)
+    return slope_from_terms(terms, weighted, draws, ("full", "none"))

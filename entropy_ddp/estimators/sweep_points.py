@@ -20,6 +20,8 @@ class SweepPoint:
             run; what is not is outside every statement about the sweep. None in the
             results of versions that did not write it.
         difference_se: paired standard error of delta_h_true - delta_h1.
+        interval: 95 % interval of delta_h_true, [low, high]; absent, as the jackknife
+            errors of all of these, in the results of earlier versions.
     """
 
     eta: float
@@ -32,6 +34,11 @@ class SweepPoint:
     difference_se: float
     delta_h2_se: float | None = None
     trusted: bool | None = None
+    se_jackknife: float | None = None
+    interval: list[float] | None = None
+    delta_h1_se_jackknife: float | None = None
+    delta_h2_se_jackknife: float | None = None
+    difference_se_jackknife: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

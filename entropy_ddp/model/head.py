@@ -9,6 +9,7 @@ p = softmax(z), l = log p, E and Cov taken under p, and z' the tangent of z:
     H'                   = -Cov(l, z') = -E[l (z' - E[z'])]
     d log p_y / d z_v    = 1[v = y] - p_v
     d H / d z_v          = -p_v (l_v + H)
+    d E[u] / d z_v       = p_v (u_v - E[u])      (u any numbers of the tokens)
 
 With x = z - max z and s = sum exp x these are sums of exp x times something, each taken
 once: H = log s - sum(x exp x) / s has no cancellation, as neither part is negative.
@@ -232,19 +233,22 @@ def directional_derivatives(
 
 
 def distribution_features(
-    softmax: Softmax, centred_tangent: Tensor, targets: Tensor
+    softmax: Softmax, centred_tangent: Tensor, targets: Tensor, embedding: Tensor
 ) -> dict[str, Tensor]:
     """What baselines and control variates need of each distribution, [r] each.
 
     Known before the token: `top_probability`; `margin`, the difference of the two
     largest probabilities; `log_variance` = Var(l); `collision` = E[p]; and, with
     (log p_v)' = z'_v - E[z'], `dcollision` = E[p (log p)'] and `dtop`, the top token's
-    p (log p)'. `is_top`: 1 if the target is the most probable token.
+    p (log p)'. `is_top`: 1 if the target is the most probable token. With e(v) a few
+    numbers of every token, `embedding` = e(y) and `dembedding` = E[e (log p)'], the
+    derivative of E[e], [r, A] each.
 
     Args:
         softmax: the distributions.
         centred_tangent: z' - E[z'], [r, V].
         targets: token ids, [r].
+        embedding: e(v), in the dtype of the sums, [V, A].
     """
     weights, total, scratch = softmax.weights, softmax.total, softmax.scratch
     top, top_ids = weights.topk(min(2, weights.shape[1]), dim=-1)
@@ -253,31 +257,45 @@ def distribution_features(
     torch.sub(softmax.shifted, softmax.mean[:, None], out=scratch).square_()
     log_variance = torch.linalg.vecdot(weights, scratch) / total
     squares = torch.square(weights, out=scratch)
+    collision = squares.sum(-1) / total.square()
+    dcollision = torch.linalg.vecdot(squares, centred_tangent) / total.square()
     top_derivative = centred_tangent.gather(-1, top_ids[:, :1]).squeeze(-1)
+    # The squares are used up: exp x (log p)' takes their place.
+    derivative = torch.mul(weights, centred_tangent, out=scratch)
     return {
         "top_probability": top[:, 0],
         "margin": top[:, 0] - top[:, -1],
         "log_variance": log_variance,
-        "collision": squares.sum(-1) / total.square(),
-        "dcollision": torch.linalg.vecdot(squares, centred_tangent) / total.square(),
+        "collision": collision,
+        "dcollision": dcollision,
         "dtop": top[:, 0] * top_derivative,
         "is_top": (targets == top_ids[:, 0]).to(total),
+        "embedding": embedding[targets],
+        "dembedding": derivative @ embedding / total[:, None],
     }
 
 
 def logits_gradient(
-    softmax: Softmax, weights: tuple[Tensor, Tensor], targets: Tensor
+    softmax: Softmax,
+    weights: tuple[Tensor, Tensor],
+    targets: Tensor,
+    values: Tensor | None = None,
 ) -> Tensor:
-    """Gradient [r, V] of sum(a log p_y + b H) with respect to the logits z.
+    """Gradient [r, V] of sum(a log p_y + b H + E[u]) with respect to the logits z.
 
     Args:
         softmax: the distributions; its [r, V] tensors are overwritten.
         weights: a and b, each [r].
         targets: token ids, [r].
+        values: u, numbers of every token, [r, V]; None for none.
     """
     logp_weights, entropy_weights = weights
     # -p (a + b (l + H)), then a at the target: one buffer, no temporaries.
     slope = softmax.shifted.sub_(softmax.mean[:, None]).mul_(entropy_weights[:, None])
     probabilities = softmax.weights.div_(softmax.total[:, None])
-    gradient = slope.add_(logp_weights[:, None]).mul_(probabilities).neg_()
+    slope = slope.add_(logp_weights[:, None])
+    if values is not None:
+        # dE[u]/dz_v = p_v (u_v - E[u]).
+        slope -= values - torch.linalg.vecdot(probabilities, values)[:, None]
+    gradient = slope.mul_(probabilities).neg_()
     return gradient.scatter_add_(-1, targets[:, None], logp_weights[:, None])

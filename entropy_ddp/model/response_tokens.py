@@ -30,6 +30,16 @@ from entropy_ddp.model.routing import Routing, fingerprints
 # Random projections of the hidden state that predicts a token: what the model itself
 # knows before it draws the token, for regressions on it.
 NUM_PROJECTIONS = 32
+# Random projections e(v) of the output embedding of every token v: by which tokens alike
+# have a like effect on what follows, in those regressions.
+NUM_EMBEDDINGS = 8
+_EMBEDDING_ROWS = 1 << 13
+# Features that are several numbers of each token, and their dtypes.
+WIDE_FEATURES = {
+    "hidden": (NUM_PROJECTIONS, torch.float32),
+    "embedding": (NUM_EMBEDDINGS, torch.float64),
+    "dembedding": (NUM_EMBEDDINGS, torch.float64),
+}
 
 
 # What `score` returns of every token at order 1.
@@ -101,8 +111,8 @@ class DirectionalScores(TokenScores):
         dlogp: derivative of logp along v.
         dentropy: derivative of entropy along v.
         features: what baselines and control variates need beside these, by name: those
-            of `head.distribution_features` [t], and `hidden`, random projections of
-            the hidden state, float32, [t, 32]. Empty if not asked for.
+            of `head.distribution_features` [t] ([t, 8]), and `hidden`, random
+            projections of the hidden state, float32, [t, 32]. Empty if not asked for.
     """
 
     dlogp: Tensor
@@ -115,8 +125,8 @@ class DirectionalScores(TokenScores):
         features = {}
         if with_features:
             features = {name: _unfilled(num_tokens) for name in FEATURES}
-            hidden = torch.full((num_tokens, NUM_PROJECTIONS), torch.nan)
-            features["hidden"] = hidden
+            for name, (width, dtype) in WIDE_FEATURES.items():
+                features[name] = torch.full((num_tokens, width), torch.nan, dtype=dtype)
         return cls(**{n: _unfilled(num_tokens) for n in DERIVATIVES}, features=features)
 
     def put(self, tokens: Tensor, scores: "DirectionalScores") -> None:
@@ -148,9 +158,10 @@ CHUNK_TOKENS = 112
 # A chunk's gradient of a trainable output layer is as large as the layer: fewer chunks.
 TRAINABLE_CHUNK_TOKENS = 256
 
-# (flat token places [m], log p [m], H [m]) -> weights a [m] of log p and b [m] of H. Of
-# any m tokens, as many as a block of logits holds: not of whole sequences.
-TokenWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (flat token places [m], log p [m], H [m]) -> weights a [m] of log p and b [m] of H, and
+# possibly c [m, 8] of the means E[e] of the projected embeddings. Of any m tokens, as
+# many as a block of logits holds: not of whole sequences.
+TokenWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +204,7 @@ class ResponseTokens(nn.Module):
         self.sharing = sharing
         self._routing = Routing(causal_lm)
         self._directions: Tensor | None = None
+        self._embedding: Tensor | None = None
         self.widest = self._widest_layer()
         config = self._unwrapped.config
         self.logits_map = LogitsMap.of(config.get_text_config())
@@ -285,6 +297,31 @@ class ResponseTokens(nn.Module):
             self._directions = (directions / width**0.5).to(hidden)
         return hidden @ self._directions
 
+    @property
+    def embedding(self) -> Tensor:
+        """e(v): fixed random projections of the output embedding, standardised, [V, 8].
+
+        Of the first parameters it is asked at: those of theta. In the dtype of the sums.
+        """
+        if self._embedding is None:
+            weight = halves(self.output_layer.weight)[0].detach()
+            generator = torch.Generator().manual_seed(1)
+            directions = torch.randn(
+                weight.shape[1],
+                NUM_EMBEDDINGS,
+                generator=generator,
+                dtype=torch.float64,
+            ).to(weight.device)
+            # Rows at a time: no copy of the layer in another dtype.
+            table = torch.cat(
+                [rows.double() @ directions for rows in weight.split(_EMBEDDING_ROWS)]
+            )
+            table -= table.mean(0)
+            scale = table.square().mean(0).sqrt()
+            table /= torch.where(scale > 0, scale, 1.0)
+            self._embedding = table.to(self.settings.entropy_dtype)
+        return self._embedding
+
     def chunks(self, count: int, trainable: bool = False) -> Iterator[slice]:
         """Slices of `count` tokens whose logits fit the chunk budget."""
         fewest = TRAINABLE_CHUNK_TOKENS if trainable else CHUNK_TOKENS
@@ -340,7 +377,9 @@ class ResponseTokens(nn.Module):
                     softmax, centred, targets[rows]
                 )
                 if with_features:
-                    values |= distribution_features(softmax, centred, targets[rows])
+                    values |= distribution_features(
+                        softmax, centred, targets[rows], self.embedding
+                    )
             blocks.append(values)
         return blocks
 
@@ -350,12 +389,12 @@ class ResponseTokens(nn.Module):
         """The surrogate whose gradient is wanted, and log p [m] and H [m] without one.
 
         Args:
-            weights: gives a and b.
+            weights: gives a and b, and possibly c.
             settings: those of the pass, in place of the module's own: a wrapper around
                 the module cannot be had anew for other settings.
 
         Returns:
-            sum(a log p + b H) as a differentiable scalar, log p, H.
+            sum(a log p + b H + <c, E[e]>) as a differentiable scalar, log p, H.
         """
         hidden = self.hidden_states(microbatch)
         trainable = [p for p in self.output_layer.parameters() if p.requires_grad]
@@ -365,7 +404,7 @@ class ResponseTokens(nn.Module):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum(a log p + b H) of tokens, from their hidden states.
+    """sum(a log p + b H + <c, E[e]>) of tokens, from their hidden states.
 
     The gradient with respect to hidden states and output layer is taken during the
     forward pass, chunk by chunk, as the weights are known there: the logits are
@@ -429,12 +468,12 @@ def _chunk_gradients(
     settings: ScoringSettings,
     trainable: tuple[Tensor, ...],
 ) -> tuple[Any, ...]:
-    """sum(a log p + b H) of a chunk, (log p, H) [2, m], and the sum's gradients.
+    """sum(a log p + b H + <c, E[e]>) of a chunk, (log p, H) [2, m], and its gradients.
 
     Args:
         hidden: hidden states, [m, width].
         places, targets: of the tokens, [m] each.
-        weights: gives a and b.
+        weights: gives a and b, and possibly c.
         trainable: parameters of the output layer whose gradients follow that of the
             hidden states.
     """
@@ -456,10 +495,15 @@ def _chunk_gradients(
             policy.logits_map,
         )
         logp, entropy = softmax.logp, softmax.entropy
-        a, b = (w.to(logp) for w in weights(places[rows], logp, entropy))
+        a, b, *c = (w.to(logp) for w in weights(places[rows], logp, entropy))
         total += (a * logp + b * entropy).sum(dtype=torch.float64)
         values.append(torch.stack([logp, entropy]))
-        gradient = logits_gradient(softmax, (a, b), targets[rows])
+        # u = <c, e(v)> of every token, [r, V].
+        utility = c[0] @ policy.embedding.T if c else None
+        if utility is not None:
+            means = torch.linalg.vecdot(softmax.weights, utility) / softmax.total
+            total += means.sum(dtype=torch.float64)
+        gradient = logits_gradient(softmax, (a, b), targets[rows], utility)
         tempered = policy.logits_map.over(settings.temperature)
         # From the mapped logits z back to the values x of the layer: times dz/dx.
         if tempered.cap is not None:

@@ -385,11 +385,12 @@ class Passes:
             first, last: first and one past the last place of the tokens that count.
         """
 
-        def only_those(place: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        def only_those(place: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             whole = place + start
-            a, b = weights(whole, *values)
-            other = ((whole < first) | (whole >= last)).to(a.device)
-            return a.masked_fill(other, 0.0), b.masked_fill(other, 0.0)
+            other = (whole < first) | (whole >= last)
+            found = weights(whole, *values)
+            # Rows: one of the weights may be several numbers of each token.
+            return tuple(w.index_fill(0, other.nonzero()[:, 0], 0.0) for w in found)
 
         try:
             self.pull_back(one, only_those)

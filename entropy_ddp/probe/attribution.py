@@ -357,7 +357,8 @@ def _masked_truth(
         kept_as=name,
     )
     changes = changes_at(session, base, TokenScores(**found.tokens))
-    return changes[session.config.truth.is_mode]
+    mode, _ = session.config.truth_estimator
+    return changes[mode]
 
 
 def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:

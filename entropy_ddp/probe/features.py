@@ -3,18 +3,18 @@
 Baselines and control variates need some forty numbers of every token, ten times what the
 slope itself needs. They enter only through sums over tokens, folds and sequences:
 
-    moments    X'WX and X'WY of the ridge, by fold              [f, F, F + 2]
+    moments    sum F F' and sum F log p' Y, by fold             [f, M, M + 2]
     totals     of the targets Y at every position               [K, 3]
-    known      g_i = sum_k log p'_ik x_ik of every sequence     [n, F]
+    columns    sum_k F_ik of every sequence                     [n, M]
     zero_mean  Z_i of every sequence                            [n, m]
     surprise   sums of -log p - H and of its variance, of the   [2, 2]
                first tokens of responses and of the others
 
-Only for the first sequences of E, on which forward and reverse mode are compared, the
-ridge needs x of every token.
+Only for the first sequences of E, on which forward and reverse mode are compared, fitted
+baselines need x and the projected embeddings of every token.
 
-Shape legend: n sequences and t tokens of this rank, F predictors, K longest response,
-f folds, m variates.
+Shape legend: n sequences and t tokens of this rank, M columns F_ik of the regression (9
+for each predictor), K longest response, f folds, m variates.
 """
 
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from entropy_ddp.data.batch import Block, Ragged, Shard
 from entropy_ddp.estimators.baselines import (
     NUM_FOLDS,
     NUM_PREDICTORS,
+    action_columns,
     fold_moments,
     folds_of,
     future_targets,
@@ -38,10 +39,21 @@ from entropy_ddp.estimators.control_variates import (
     num_usable_predictors,
     zero_mean_sums,
 )
-from entropy_ddp.estimators.entropy import integrand_tokens
-from entropy_ddp.model.response_tokens import NUM_PROJECTIONS, DirectionalScores
+from entropy_ddp.estimators.entropy import Reweighting, integrand_tokens
+from entropy_ddp.model.response_tokens import (
+    NUM_EMBEDDINGS,
+    NUM_PROJECTIONS,
+    DirectionalScores,
+)
 
-SAMPLE_FEATURES = ("top_probability", "margin", "log_variance", "hidden")
+SAMPLE_FEATURES = (
+    "top_probability",
+    "margin",
+    "log_variance",
+    "hidden",
+    "embedding",
+    "dembedding",
+)
 
 
 def known_before(scores: DirectionalScores, ragged: Ragged) -> Tensor:
@@ -55,7 +67,7 @@ class FeatureSums:
     """Sums over the blocks that were added, of this rank's tokens; float64.
 
     Attributes:
-        moments, totals, known, zero_mean, surprise: as above; rows of sequences that
+        moments, totals, columns, zero_mean, surprise: as above; rows of sequences that
             were not added yet are zero.
         sample: features of the tokens of the first sequences, by name, [s]; empty if
             not asked for.
@@ -64,7 +76,7 @@ class FeatureSums:
 
     moments: Tensor
     totals: Tensor
-    known: Tensor
+    columns: Tensor
     zero_mean: Tensor
     surprise: Tensor
     sample: dict[str, Tensor] = field(default_factory=dict)
@@ -79,7 +91,7 @@ class FeatureSums:
             num_sample_tokens: of how many of its first tokens the features are kept.
         """
         batch, count = shard.batch, len(shard.positions)
-        width = NUM_PREDICTORS + NUM_PROJECTIONS
+        width = (NUM_PREDICTORS + NUM_PROJECTIONS) * (1 + NUM_EMBEDDINGS)
         usable = min(num_usable_predictors(batch.num_groups), NUM_PREDICTORS)
 
         def zeros(*shape: int) -> Tensor:
@@ -88,14 +100,18 @@ class FeatureSums:
         return cls(
             moments=zeros(NUM_FOLDS, width, width + 2),
             totals=zeros(int(batch.lengths.max()), 3),
-            known=zeros(count, width),
+            columns=zeros(count, width),
             zero_mean=zeros(count, usable * VARIATES_PER_PREDICTOR),
             surprise=zeros(2, 2),
             num_sample_tokens=num_sample_tokens,
         )
 
     def add(
-        self, block: Block, scores: DirectionalScores, integrand: Integrand
+        self,
+        block: Block,
+        scores: DirectionalScores,
+        integrand: Integrand,
+        reweighting: Reweighting | None = None,
     ) -> None:
         """Reduce the features of one block.
 
@@ -103,13 +119,18 @@ class FeatureSums:
             block: some of the shard's groups.
             scores: their tokens, with features.
             integrand: what the slope is of.
+            reweighting: of E sampled by another policy.
         """
         ragged, batch = block.ragged, block.shard.batch
         known = known_before(scores, ragged)
         fold = folds_of(batch.group_order[ragged.spread(block.shard.groups)])
         values = integrand_tokens(integrand, scores.logp, scores.entropy)
-        target = future_targets(values, ragged)
-        self.moments += fold_moments(known, target, scores.dlogp.square(), fold)
+        target = future_targets(values, ragged, reweighting)
+        columns = action_columns(known, scores.dlogp, scores.features, reweighting)
+        self.moments += fold_moments(columns, target * scores.dlogp[:, None], fold)
+        self.columns[block.sequences] = columns.new_zeros(
+            len(ragged.lengths), columns.shape[1]
+        ).index_add_(0, ragged.sequence_of_token, columns)
         self.totals += position_totals(target, ragged.position, len(self.totals))
         usable = self.zero_mean.shape[1] // VARIATES_PER_PREDICTOR
         self.zero_mean[block.sequences] = zero_mean_sums(
@@ -119,14 +140,10 @@ class FeatureSums:
         columns = torch.stack([innovation, scores.features["log_variance"]], dim=1)
         self.surprise.index_add_(0, (ragged.position > 0).long(), columns)
         self._keep_sample(block, scores)
-        # Last: it overwrites the predictors.
-        known *= scores.dlogp[:, None]
-        for column, weighted in enumerate(known.T):
-            self.known[block.sequences, column] = ragged.sum(weighted)
 
     def of_sequences(self) -> dict[str, Tensor]:
         """The arrays over sequences by name, [n, ...]."""
-        return {"known": self.known, "zero_mean": self.zero_mean}
+        return {"columns": self.columns, "zero_mean": self.zero_mean}
 
     def of_ranks(self) -> dict[str, Tensor]:
         """Those of which the sum over ranks is wanted, by name."""

@@ -80,4 +80,4 @@ class Measurements:
     def eta_star(self) -> float | None:
         """Edge of the linear regime, if known."""
         curvature = self.curvature
-        return None if curvature is None else curvature.eta_star(self.slope.value)
+        return None if curvature is None else curvature.eta_star(self.slope.estimate)

@@ -242,7 +242,9 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
         require_rewards(batches["U"], Path(source))
         compute_advantages(batches["U"], config.batches.advantage)
     if "U" in batches and config.update.ratio == "clipped":
-        require_sampling_logprobs(batches["U"])
+        require_sampling_logprobs(batches["U"], "update.ratio: clipped")
+    if "E" in batches and config.batches.E.reweight is not None:
+        require_sampling_logprobs(batches["E"], "batches.E.reweight: sampler")
 
 
 def check_masked(session: Session) -> None:

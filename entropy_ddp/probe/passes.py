@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.checkpoint.policy import adapter_disabled
-from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.batch import Block, Shard
 from entropy_ddp.distributed import World
-from entropy_ddp.model.parameters import fingerprint
+from entropy_ddp.estimators.entropy import Reweighting
+from entropy_ddp.model.parameters import fingerprint, shifted
 from entropy_ddp.model.response_tokens import (
     DirectionalScores,
     TokenScores,
@@ -45,6 +46,19 @@ def gather_columns(world: World, shard: Shard, columns: list[Tensor]) -> list[Te
     """Per-sequence values [N] of this rank's [n], over all ranks in file order."""
     rows = torch.stack(columns, dim=1)
     return list(world.gather_rows(rows, shard.positions, len(shard.batch)).unbind(1))
+
+
+def reweighting(session: Session, block: Block, logp: Tensor) -> Reweighting | None:
+    """The weights of a block's tokens where another policy sampled E; or None.
+
+    Args:
+        block: of this rank's share of E.
+        logp: log p of its tokens at theta, [t].
+    """
+    if not session.reweights:
+        return None
+    sampled = session.shard("E").sampling_logprobs[block.tokens]
+    return Reweighting.of(block.ragged, logp - sampled)
 
 
 def update_weights(session: Session) -> TokenWeights:
@@ -174,12 +188,12 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
 
     Args:
         sample_size: of how many of E's first sequences the features are kept token by
-            token, where the configured baseline is the ridge.
+            token, where the configured baseline is a fitted one.
     """
     shard, passes = session.shard("E"), session.passes
     integrand = session.config.objective.integrand
-    ridge = session.config.linear.baseline == "ridge"
-    kept = session.first_sequences(sample_size).ragged.num_tokens if ridge else 0
+    fitted = session.config.slope_estimator[1] in ("ridge", "action_value")
+    kept = session.first_sequences(sample_size).ragged.num_tokens if fitted else 0
     scores = DirectionalScores.empty(shard.ragged.num_tokens)
     features = FeatureSums.empty(shard, kept)
 
@@ -188,7 +202,8 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
         for block in shard.blocks():
             piece = passes.score(block.shard, direction, with_features=True)
             scores.put(block.tokens, piece)
-            features.add(block, piece, integrand)
+            weighting = reweighting(session, block, piece.logp)
+            features.add(block, piece, integrand, weighting)
         counts = [scores.num_microbatches, scores.num_extra_microbatches]
         budget = session.config.compute.tokens_per_microbatch
         cut = [session.world.world_size, budget, passes.fill]
@@ -237,6 +252,28 @@ def score_along(
         return PassResult(tokens=scores.arrays())
 
     found = session.pass_over(shard, name, score_shard, kept_as=kept_as)
+    return DirectionalScores(**found.tokens)
+
+
+def score_in_the_middle(
+    session: Session, step: Step, place: float = 0.0
+) -> DirectionalScores:
+    """This rank's tokens of E at theta + delta / 2, with derivatives along v.
+
+    One forward-mode pass.
+
+    Args:
+        place: where the parameters are: 0 at theta, 1 at theta'.
+    """
+    shard, passes = session.shard("E"), session.passes
+
+    def score_shifted() -> PassResult:
+        direction = step.direction(passes.parameters)
+        distance = (0.5 - place) * step.learning_rate
+        with shifted(passes.parameters, direction, distance, session.snapshot_device):
+            return PassResult(tokens=passes.score(shard, direction).arrays())
+
+    found = session.pass_over(shard, "second order: E at the middle", score_shifted)
     return DirectionalScores(**found.tokens)
 
 

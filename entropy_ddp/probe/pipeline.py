@@ -6,7 +6,8 @@ has. In forwards over the batch, one pass costs
     gradient of U               3           forward and backward
     truth: E after the step     1
     slope: E along the step     2.2         forward mode
-    curvature                   4.4         forward mode twice, at either side of theta
+    second order                2.2         forward mode in the middle of the step; by
+                                            second derivatives 4.4
     reverse mode                3           on a sample of E, or on all of it
     noise floor                 1           on a sample of E
     sweep                       1           for each step size
@@ -24,10 +25,18 @@ from typing import Literal
 
 from entropy_ddp.config import Config, require_job
 from entropy_ddp.distributed import World
+from entropy_ddp.estimators.curvature import CurvatureEstimate, midpoint_curvature
+from entropy_ddp.model.response_tokens import DirectionalScores
 from entropy_ddp.probe.attribution import BlockPasses, attribute
 from entropy_ddp.probe.audits import audit_rows
 from entropy_ddp.probe.audits.truth import attribution_gap
-from entropy_ddp.probe.estimates import SequenceSums, estimate, estimate_curvature
+from entropy_ddp.probe.estimates import (
+    EntropyEstimates,
+    SequenceSums,
+    estimate,
+    estimate_curvature,
+    slope_elsewhere,
+)
 from entropy_ddp.probe.gradient_dot import (
     gradient_dot,
     is_wanted,
@@ -41,6 +50,7 @@ from entropy_ddp.probe.passes import (
     loss_gradient,
     score_after_step,
     score_along_step,
+    score_in_the_middle,
     score_twice_along_step,
 )
 from entropy_ddp.probe.results import make_results
@@ -54,6 +64,7 @@ from entropy_ddp.probe.reverse_mode import (
 from entropy_ddp.probe.session import Progress, Session
 from entropy_ddp.probe.sweep import sweep_step_sizes
 from entropy_ddp.results import Probed
+from entropy_ddp.update.step import Step
 
 Command = Literal["probe", "sweep", "attribute", "audit"]
 
@@ -166,17 +177,18 @@ def measure(session: Session, plan: Plan) -> Measurements:
     num_reversed = audit_sample(evaluation) if sampled else len(evaluation)
     along = score_along_step(session, step, num_reversed)
     base, cut, surprise = along.scores, along.cut, along.features.surprise
-    estimates, predicted = estimate(session, along, stepped, num_reversed)
-    # What was kept of the sample's tokens is used up.
+    estimates, predicted = estimate(
+        session, step.learning_rate, along, stepped, num_reversed
+    )
+    sample_features = along.features.sample
+    # What else was kept of the tokens is used up.
     del along
-    linear = config.linear
-    slope = estimates.slopes[linear.score, linear.baseline, linear.control_variates]
+    slope = estimates.slopes[*config.slope_estimator, config.linear.control_variates]
 
     # The second order. A step that changed nothing has no direction to be curved along.
     curvature = curvature_step = None
     if plan.curvature and config.curvature.enabled and bool(step.delta.any()):
-        *second, curvature_step = score_twice_along_step(session, step, base)
-        curvature = estimate_curvature(session, estimates, base, *second)
+        curvature, curvature_step = second_order(session, step, base, estimates)
 
     # The slope again by reverse mode, and what rounding makes of the truth.
     # For an attribution block by block, with a pass over U for the shares of each.
@@ -190,10 +202,12 @@ def measure(session: Session, plan: Plan) -> Measurements:
         estimates.original.value,
         step,
         predicted,
+        sample_features,
         num_reversed,
         cut_otherwise=plan.audited != "gradient",
         gradient_of=None if by_block is None else by_block.gradient_of,
     )
+    del predicted, sample_features
     noise_floor = duality.noise_floor
     if noise_floor is None:
         noise_floor = measure_noise_floor(session, base)
@@ -209,7 +223,7 @@ def measure(session: Session, plan: Plan) -> Measurements:
         cut=cut,
         surprise=surprise,
         estimates=estimates,
-        change=estimates.changes[config.truth.is_mode],
+        change=estimates.change(config.truth_estimator),
         slope=slope,
         duality=duality,
         noise_floor=noise_floor,
@@ -230,6 +244,24 @@ def measure(session: Session, plan: Plan) -> Measurements:
         )
         measured.signal = proxy_gradient_norm(session, limit=len(session.batches["U"]))
     return measured
+
+
+def second_order(
+    session: Session, step: Step, base: DirectionalScores, estimates: EntropyEstimates
+) -> tuple[CurvatureEstimate, float]:
+    """H'' along the step, and eta between the slopes whose difference it is."""
+    if session.config.curvature.method == "taylor":
+        *second, distance = score_twice_along_step(session, step, base)
+        return estimate_curvature(session, estimates, base, *second), distance
+    middle = slope_elsewhere(
+        session,
+        base,
+        score_in_the_middle(session, step),
+        estimates.original.value,
+    )
+    start = estimates.slopes[middle.score, middle.baseline, False]
+    found = midpoint_curvature(middle, start, step.learning_rate)
+    return found, step.learning_rate / 2
 
 
 def _require_batches(plan: Plan, session: Session) -> None:

@@ -13,9 +13,6 @@ from entropy_ddp import __version__
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.draws import responses_per_prompt
 from entropy_ddp.data.files import decode_prompt, decode_response
-from entropy_ddp.estimators.control_variates import adjusted_change
-from entropy_ddp.estimators.linear import Baseline, Score
-from entropy_ddp.estimators.standard_errors import delta_method_error
 from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.model.counting import PassCount
 from entropy_ddp.model.parameters import global_norm
@@ -156,19 +153,38 @@ def _update_result(session: Session, measured: Measurements) -> UpdateResult:
 
 def _truth_result(session: Session, measured: Measurements) -> TruthResult:
     config, change = session.config, measured.change
-    log_weights = measured.estimates.log_weights
+    estimates = measured.estimates
+    log_weights, noise = estimates.log_weights, measured.noise_floor
+    share, place = change.change.largest_share
+    sampler = None
+    if estimates.sampler_ess is not None:
+        count = len(session.batches["E"])
+        sampler = {
+            "ess": estimates.sampler_ess,
+            "ess_fraction": estimates.sampler_ess / count,
+        }
     return TruthResult(
         normalize=config.objective.normalize,
-        is_mode=config.truth.is_mode,
-        H_orig=change.before,
-        H_upd=change.after,
-        H_orig_se=change.se_before,
-        H_upd_se=change.se_after,
-        noise_floor=measured.noise_floor,
+        is_mode=change.is_mode,
+        control_variates=change.control_weight is not None,
+        control_weight=change.control_weight,
+        H_orig=change.before.value,
+        H_upd=change.after.value,
+        H_orig_se=change.before.se,
+        H_upd_se=change.after.se,
+        H_orig_se_jackknife=change.before.se_jackknife,
+        H_upd_se_jackknife=change.after.se_jackknife,
+        noise_floor=noise,
         delta_h_true=change.value,
         se=change.se,
+        se_jackknife=change.change.se_jackknife,
+        interval=change.change.interval(noise),
+        effective_degrees_of_freedom=change.change.effective_degrees_of_freedom,
+        largest_share=share,
+        largest_sequence=session.batches["E"].sequences[place].index,
         ess=change.ess,
         ess_fraction=change.ess_fraction,
+        sampler=sampler,
         log_weight={
             "min": float(log_weights.min()),
             "median": float(log_weights.quantile(0.5)),
@@ -182,32 +198,29 @@ def _truth_all(measured: Measurements) -> list[dict[str, Any]]:
     """Delta H by every mode, also with the noise removed that the slopes share."""
     rows = []
     for mode, change in measured.estimates.changes.items():
-        row = {
+        row: dict[str, Any] = {
             "is_mode": mode,
             "delta_h_true": change.value,
             "se": change.se,
+            "se_jackknife": change.change.se_jackknife,
             "ess_fraction": change.ess_fraction,
         }
-        slopes = measured.estimates.slopes
-        partner, best = _PARTNERS.get(mode), slopes.get(_BEST)
-        if partner is not None and best is not None:
-            row["delta_h_true_adjusted"], row["se_adjusted"] = adjusted_change(
-                change, slopes[partner], best, measured.step.learning_rate
-            )
+        adjusted = measured.estimates.adjusted.get(mode)
+        if adjusted is not None:
+            row |= {
+                "delta_h_true_adjusted": adjusted.value,
+                "se_adjusted": adjusted.se,
+                "se_jackknife_adjusted": adjusted.change.se_jackknife,
+                "control_weight": adjusted.control_weight,
+            }
         rows.append(row)
     return rows
 
 
-_BEST: tuple[Score, Baseline, bool] = ("to_go", "ridge", False)
-# The slope that is exactly the derivative of each mode's value.
-_PARTNERS: dict[str, tuple[Score, Baseline, bool]] = {
-    "snis": ("full", "none", False),
-    "per_decision": ("to_go", "hk", False),
-}
-
-
 def _linear_result(session: Session, measured: Measurements) -> LinearResult:
     slope, eta = measured.slope, measured.step.learning_rate
+    predicted = slope.estimate.scaled(eta)
+    difference = measured.change.change.minus(predicted)
     return LinearResult(
         normalize=session.config.objective.normalize,
         score=slope.score,
@@ -216,12 +229,13 @@ def _linear_result(session: Session, measured: Measurements) -> LinearResult:
         slope=slope.value,
         delta_h1=eta * slope.value,
         se=slope.se,
-        se_jackknife=slope.se_jackknife,
+        se_jackknife=slope.estimate.se_jackknife,
+        interval=predicted.interval(),
         terms=slope.terms,
         duality_gap=measured.duality.gap,
-        difference_se=delta_method_error(
-            measured.change.influence - eta * slope.influence
-        ),
+        difference_se=difference.se,
+        difference_se_jackknife=difference.se_jackknife,
+        difference_interval=difference.interval(measured.noise_floor),
     )
 
 
@@ -229,23 +243,25 @@ def _curvature_result(measured: Measurements) -> CurvatureResult | None:
     curvature = measured.curvature
     if curvature is None:
         return None
-    slope, eta = measured.slope.value, measured.step.learning_rate
-    eta_star = curvature.eta_star(slope)
-    influence = curvature.second_order_influence(eta, measured.slope.influence)
-    eta_star_se = None
-    if slope and eta_star is not None:
-        eta_star_se = eta_star * delta_method_error(
-            measured.slope.influence / slope - curvature.influence / curvature.value
-        )
+    slope, eta = measured.slope.estimate, measured.step.learning_rate
+    second = curvature.second_order(eta, slope)
+    difference = measured.change.change.minus(second)
     return CurvatureResult(
+        method=curvature.method,
         second_derivative=curvature.value,
-        se=curvature.se,
-        delta_h2=curvature.second_order(eta, slope),
+        se=curvature.estimate.se_jackknife,
+        se_jackknife=curvature.estimate.se_jackknife,
+        delta_h2=second.value,
         step=measured.curvature_step,
-        eta_star=eta_star,
-        delta_h2_se=delta_method_error(influence),
-        difference_se=delta_method_error(measured.change.influence - influence),
-        eta_star_se=eta_star_se,
+        eta_star=curvature.eta_star(slope),
+        delta_h2_se=second.se,
+        delta_h2_se_jackknife=second.se_jackknife,
+        interval=second.interval(),
+        difference_se=difference.se,
+        difference_se_jackknife=difference.se_jackknife,
+        difference_interval=difference.interval(measured.noise_floor),
+        eta_star_se=curvature.eta_star_error(slope),
+        eta_star_interval=list(curvature.eta_star_interval(slope)),
     )
 
 
@@ -257,6 +273,7 @@ def _linear_all(measured: Measurements) -> list[dict[str, Any]]:
             "control_variates": adjusted,
             "slope": slope.value,
             "se": slope.se,
+            "se_jackknife": slope.estimate.se_jackknife,
         }
         for (score, baseline, adjusted), slope in measured.estimates.slopes.items()
     ]

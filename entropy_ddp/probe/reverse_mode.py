@@ -16,18 +16,17 @@ from torch import Tensor
 from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens, reweighted
 from entropy_ddp.estimators.linear import (
-    pathwise_weights,
+    centred_part,
     sequence_terms,
     slope_weights,
+    terms_less_prediction,
 )
-from entropy_ddp.estimators.standard_errors import (
-    delta_method_error,
-    relative_difference,
-)
+from entropy_ddp.estimators.standard_errors import Draws, relative_difference
 from entropy_ddp.model.parameters import global_norm, inner_product
 from entropy_ddp.model.response_tokens import DirectionalScores, TokenWeights
 from entropy_ddp.model.scoring import Passes
-from entropy_ddp.probe.passes import gather_sums, summed_gradient
+from entropy_ddp.probe.estimates import Predictions
+from entropy_ddp.probe.passes import gather_sums, reweighting, summed_gradient
 from entropy_ddp.probe.resume import PassResult
 from entropy_ddp.probe.session import Session
 from entropy_ddp.update.step import Step, one_step
@@ -82,7 +81,8 @@ def check_duality(
     base: DirectionalScores,
     mean_entropy: float,
     step: Step,
-    prediction: Tensor | None,
+    predictions: Predictions | None,
+    features: dict[str, Tensor],
     size: int,
     *,
     cut_otherwise: bool = False,
@@ -97,26 +97,20 @@ def check_duality(
         base: this rank's tokens of E, with derivatives along v.
         mean_entropy: Hbar over all of E.
         step: the step along v.
-        prediction: the configured baseline's predictions of the sample's tokens,
-            [s, 2]; None for a baseline without.
+        predictions: the configured baseline's predictions of the sample's tokens; None
+            for a baseline without.
+        features: what was kept of the sample's tokens, by name, [s] each.
         size: number of sequences in the sample.
         cut_otherwise: run the backward pass in other microbatches, for the noise floor.
         gradient_of: gives the gradient in its own passes; None for one backward pass.
     """
     objective = session.config.objective
     sample = session.first_sequences(size)
-    on_logp, terms = _configured_weights(
-        session, base, mean_entropy, sample, prediction
+    weights, terms = _configured_weights(
+        session, base, mean_entropy, sample, predictions, features
     )
     gathered = session.world.gather_rows(terms, sample.positions, len(sample.batch))
     centred, score, pathwise, counts = gathered.sum(0).tolist()
-    per_sequence = pathwise_weights(objective.normalize, sample.ragged.lengths)
-
-    def weights(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
-        on_entropy = per_sequence[sample.ragged.sequence_at(token.cpu())]
-        if objective.integrand == "surprisal":
-            on_entropy = torch.zeros_like(on_entropy)
-        return on_logp[token.cpu()], on_entropy
 
     def pull_back() -> PassResult:
         passes = _otherwise(session) if cut_otherwise else session.passes
@@ -164,25 +158,51 @@ def _configured_weights(
     base: DirectionalScores,
     mean_entropy: float,
     sample: Shard,
-    prediction: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Weights of log p for the configured slope [s], and the terms they make [n, 4]."""
-    objective, linear = session.config.objective, session.config.linear
-    integrand = objective.integrand
-    kind = (integrand, objective.normalize, linear.score, linear.baseline)
-    on_logp = torch.zeros(sample.ragged.num_tokens, dtype=torch.float64)
+    predictions: Predictions | None,
+    features: dict[str, Tensor],
+) -> tuple[TokenWeights, Tensor]:
+    """Weights of the configured slope's surrogate, and the terms they make [n, 4]."""
+    objective, config = session.config.objective, session.config
+    integrand, count = objective.integrand, sample.ragged.num_tokens
+    kind = (integrand, objective.normalize, *config.slope_estimator)
+    on_logp, on_entropy = torch.zeros(2, count, dtype=torch.float64)
+    of_means = None
+    if predictions is not None and predictions.of_means is not None:
+        of_means = centred_part(predictions.of_means, mean_entropy, objective.normalize)
     terms = torch.zeros(len(sample.positions), 4, dtype=torch.float64)
     for block in sample.blocks():
         # The sample's tokens are the first of E's.
-        tokens = base.at(block.tokens)
-        predicted = None if prediction is None else prediction[block.tokens]
-        weights = slope_weights(tokens, block.ragged, mean_entropy, kind, predicted)
-        terms[block.sequences] = sequence_terms(
-            tokens, block.ragged, weights, integrand
-        )
+        here, ragged = block.tokens, block.ragged
+        tokens = base.at(here)
+        weighting = reweighting(session, block, tokens.logp)
+        after = None if predictions is None else predictions.after_token[here]
+        weights = slope_weights(tokens, ragged, mean_entropy, kind, after, weighting)
+        terms[block.sequences] = sequence_terms(tokens, ragged, weights, integrand)
+        if of_means is not None:
+            assert predictions is not None and predictions.of_means is not None
+            if weighting is not None:
+                of_means[here] *= weighting.before[:, None]
+            values, steps = (
+                (features["dembedding"][here] * predictions.of_means[here, :, c]).sum(1)
+                for c in (0, 1)
+            )
+            if weighting is not None:
+                values, steps = values * weighting.before, steps * weighting.before
+            columns = torch.stack([ragged.sum(values), ragged.sum(steps)], dim=1)
+            # A prediction of which the mean is put back: what is less is more.
+            terms[block.sequences] = terms_less_prediction(
+                terms[block.sequences], -columns, mean_entropy, objective.normalize
+            )
         through_logp = weights.pathwise if integrand == "surprisal" else 0.0
-        on_logp[block.tokens] = weights.centred - through_logp
-    return on_logp, terms
+        on_logp[here] = weights.centred - through_logp
+        on_entropy[here] = 0.0 if integrand == "surprisal" else weights.pathwise
+
+    def surrogate(token: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        place = token.cpu()
+        found = (on_logp[place], on_entropy[place])
+        return found if of_means is None else (*found, of_means[place])
+
+    return surrogate, terms
 
 
 def learning_rate_ratios(
@@ -249,7 +269,6 @@ def _change_of_rounding(
         for logp, entropy in (sums[:2], sums[2:])
     )
     again = reweighted(after, sums[2] - sums[0])
-    count = len(sample.batch)
-    each = torch.arange(count)
-    influence = again.influence(each, count) - before.influence(each, count)
-    return max(abs(again.value - before.value), delta_method_error(influence))
+    each = Draws(groups=torch.arange(len(sample.batch)))
+    change = again.estimate(each).minus(before.estimate(each))
+    return max(abs(change.value), change.se)

@@ -15,6 +15,8 @@ from entropy_ddp.config import Config, Sample
 from entropy_ddp.data.batch import Batch, Shard
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import RunError
+from entropy_ddp.estimators.baselines import NUM_FOLDS, folds_of
+from entropy_ddp.estimators.standard_errors import Draws
 from entropy_ddp.memory import Allowance, MemoryEstimate
 from entropy_ddp.model.scoring import Passes
 from entropy_ddp.model.selfcheck import SelfCheck, SharingCheck
@@ -107,6 +109,24 @@ class Session:
             return whole
         positions = whole.positions[whole.positions < len(sample)]
         return Shard(batch=sample, positions=positions)
+
+    @property
+    def draws(self) -> Draws:
+        """How E was drawn."""
+        return Draws.of(self.batches["E"])
+
+    @property
+    def folds(self) -> Tensor:
+        """Fold of each independent unit of E, [n]: of its first group."""
+        draws, batch = self.draws, self.batches["E"]
+        of_sequence = folds_of(batch.group_order)[batch.groups]
+        folds = of_sequence.new_full((draws.num_units,), NUM_FOLDS)
+        return folds.scatter_reduce_(0, draws.groups, of_sequence, "amin")
+
+    @property
+    def reweights(self) -> bool:
+        """Whether E was sampled by another policy, whose log-probabilities it has."""
+        return self.config.batches.E.reweight == "sampler"
 
     @property
     def planned(self) -> dict[str, Sample]:

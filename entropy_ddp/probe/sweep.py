@@ -7,11 +7,11 @@ a sweep that was interrupted goes on where it stopped, also with another grid.
 import torch
 from torch import Tensor
 
-from entropy_ddp.estimators.standard_errors import delta_method_error
+from entropy_ddp.estimators.standard_errors import Estimate
 from entropy_ddp.estimators.step_sizes import choose_grid, summarise
 from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
 from entropy_ddp.model.parameters import shifted
-from entropy_ddp.probe.estimates import changes_at
+from entropy_ddp.probe.estimates import adjusted_changes, changes_at
 from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.passes import gather_sums
 from entropy_ddp.probe.resume import PassResult
@@ -51,19 +51,31 @@ def _change_at(session: Session, measured: Measurements, eta: float) -> PassResu
     direction = measured.step.direction(passes.parameters)
     with shifted(passes.parameters, direction, eta, session.snapshot_device):
         scores = passes.score(shard)
-    change = changes_at(session, measured.base, scores)[session.config.truth.is_mode]
-    numbers = [change.value, change.se, change.ess_fraction]
-    values = torch.tensor(numbers, dtype=torch.float64)
-    return PassResult(shared={"values": values, "influence": change.influence})
+    estimates = measured.estimates
+    mode, removed = session.config.truth_estimator
+    changes = changes_at(session, measured.base, scores)
+    if removed:
+        changes = adjusted_changes(
+            session, changes, estimates.slopes, estimates.original, eta
+        )
+    change = changes[mode]
+    numbers = [change.value, change.ess_fraction]
+    shared = {
+        "values": torch.tensor(numbers, dtype=torch.float64),
+        "influence": change.change.influence,
+        "without": change.change.without,
+    }
+    if change.change.without_response is not None:
+        shared["without_response"] = change.change.without_response
+    return PassResult(shared=shared)
 
 
 def _point(
     session: Session, measured: Measurements, eta: float
 ) -> tuple[SweepPoint, Tensor]:
-    """The row of one step size, and each group's influence on its truth, [n]."""
-    slope, curvature, change = measured.slope, measured.curvature, measured.change
-    value, error, ess_fraction = change.value, change.se, change.ess_fraction
-    influence = change.influence
+    """The row of one step size, and each unit's influence on its truth, [n]."""
+    slope, curvature = measured.slope.estimate, measured.curvature
+    truth, ess_fraction = measured.change.change, measured.change.ess_fraction
     # At the step's own learning rate it is measured already.
     if eta != measured.step.learning_rate:
         found = session.pass_over(
@@ -72,26 +84,34 @@ def _point(
             lambda: _change_at(session, measured, eta),
             # In full: two learning rates that are shown alike are two points.
             kept_as=f"sweep: eta = {eta!r}",
+        ).shared
+        value, ess_fraction = found["values"].tolist()
+        truth = Estimate(
+            value=value,
+            influence=found["influence"],
+            without=found["without"],
+            without_response=found.get("without_response"),
+            draws=session.draws,
         )
-        value, error, ess_fraction = found.shared["values"].tolist()
-        influence = found.shared["influence"]
-    truth = session.config.truth
-    second = second_error = None
-    if curvature is not None:
-        second = curvature.second_order(eta, slope.value)
-        second_error = delta_method_error(
-            curvature.second_order_influence(eta, slope.influence)
-        )
+    first = slope.scaled(eta)
+    difference = truth.minus(first)
+    second = None if curvature is None else curvature.second_order(eta, slope)
+    thresholds, noise = session.config.truth, measured.noise_floor
     point = SweepPoint(
         eta=eta,
-        delta_h_true=value,
-        se=error,
+        delta_h_true=truth.value,
+        se=truth.se,
+        se_jackknife=truth.se_jackknife,
+        interval=truth.interval(noise),
         ess_fraction=ess_fraction,
-        delta_h1=eta * slope.value,
-        delta_h1_se=abs(eta) * slope.se,
-        delta_h2=second,
-        delta_h2_se=second_error,
-        difference_se=delta_method_error(influence - eta * slope.influence),
-        trusted=ess_fraction >= max(truth.ess_warn, truth.ess_abort),
+        delta_h1=first.value,
+        delta_h1_se=first.se,
+        delta_h1_se_jackknife=first.se_jackknife,
+        delta_h2=None if second is None else second.value,
+        delta_h2_se=None if second is None else second.se,
+        delta_h2_se_jackknife=None if second is None else second.se_jackknife,
+        difference_se=difference.se,
+        difference_se_jackknife=difference.se_jackknife,
+        trusted=ess_fraction >= max(thresholds.ess_warn, thresholds.ess_abort),
     )
-    return point, influence
+    return point, truth.group_influence

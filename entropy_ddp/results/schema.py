@@ -111,21 +111,32 @@ class UpdateResult:
 class TruthResult:
     """The importance-sampled entropy change, measured after the step.
 
+    What earlier versions did not write is absent in their results.
+
     Attributes:
         normalize: what the entropy is divided by.
         is_mode: kind of importance weights.
+        control_variates: whether first-order noise was removed.
+        control_weight: mean share c of it that was removed.
         H_orig: entropy before the step.
         H_upd: entropy after it.
         H_orig_se, H_upd_se: their standard errors, clustered by group: of another E. As
-            one E gave both, that of their difference is `se`. Absent in the results of
-            versions that did not write them.
+            one E gave both, that of their difference is `se`.
+        H_orig_se_jackknife, H_upd_se_jackknife: the same by leaving one group out.
         delta_h_true: H_upd - H_orig.
-        se: its standard error, clustered by group.
+        se: its standard error by the delta method, clustered by group.
+        se_jackknife: the same by leaving one group out.
+        interval: 95 % interval of delta_h_true, [low, high]: jackknife and rounding,
+            Student's t.
+        effective_degrees_of_freedom: how many groups tell the error's size, of n - 1.
+        largest_share: largest share of one response in the squared error.
+        largest_sequence: number of that response in the file of E, from 0.
         noise_floor: what rounding alone makes of it: the change of a sample of E that is
-            only scored again, or its standard error if that is larger. Absent in the
-            results of versions that did not write it.
+            only scored again, or its standard error if that is larger.
         ess: effective sample size of the weights, in sequences.
         ess_fraction: the same over N.
+        sampler: {ess, ess_fraction} of the weights before the step, where E was sampled
+            by another policy; absent otherwise.
         log_weight: min, median and max of log w_i.
         clip_fraction: share of sequences whose weight exceeds `truth.clip_c`.
     """
@@ -143,6 +154,16 @@ class TruthResult:
     H_orig_se: float | None = None
     H_upd_se: float | None = None
     noise_floor: float | None = None
+    control_variates: bool = False
+    control_weight: float | None = None
+    H_orig_se_jackknife: float | None = None
+    H_upd_se_jackknife: float | None = None
+    se_jackknife: float | None = None
+    interval: list[float] | None = None
+    effective_degrees_of_freedom: float | None = None
+    largest_share: float | None = None
+    largest_sequence: int | None = None
+    sampler: dict[str, float] | None = None
 
     @property
     def error(self) -> float:
@@ -160,10 +181,13 @@ class LinearResult:
         delta_h1: eta times the slope.
         se: standard error of the slope (delta method), conditional on the step.
         se_jackknife: the same by leaving one group out.
+        interval: 95 % interval of delta_h1, [low, high].
         terms: score, pathwise and denominator terms of the slope.
         duality_gap: relative difference of forward- and reverse-mode slope on a sample.
         difference_se: standard error of delta_h_true - delta_h1, from the paired
             influences of each group on both.
+        difference_se_jackknife: the same by leaving one group out.
+        difference_interval: 95 % interval of delta_h_true - delta_h1, [low, high].
     """
 
     normalize: str
@@ -177,6 +201,9 @@ class LinearResult:
     terms: dict[str, float]
     duality_gap: float
     difference_se: float
+    interval: list[float] | None = None
+    difference_se_jackknife: float | None = None
+    difference_interval: list[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,17 +211,22 @@ class CurvatureResult:
     """The second order.
 
     Attributes:
+        method: `midpoint` or `taylor`.
         second_derivative: H'' along the step, per squared unit of learning rate.
-        se: its jackknife standard error.
+        se, se_jackknife: its jackknife standard error.
         delta_h2: eta slope + eta^2 H'' / 2.
-        step: eta between theta and either of the two slopes whose difference H'' is.
+        step: eta between the slopes whose difference H'' is: from theta to the middle of
+            the step, or from theta to either side.
         eta_star: |2 slope / H''|, the edge of the linear regime; absent if H'' is 0.
-        delta_h2_se: standard error of delta_h2.
-        difference_se: standard error of delta_h_true - delta_h2, from the paired
-            influences of each group on both.
+        delta_h2_se, delta_h2_se_jackknife: standard errors of delta_h2.
+        interval: 95 % interval of delta_h2, [low, high].
+        difference_se, difference_se_jackknife: standard errors of delta_h_true -
+            delta_h2, from the paired influences of each group on both.
+        difference_interval: 95 % interval of that difference, [low, high].
         eta_star_se: standard error of eta_star, to first order: it means something
-            where H'' is several of its own errors. These three are absent in the
-            results of versions that did not write them.
+            where H'' is several of its own errors.
+        eta_star_interval: 95 % interval of eta_star, [low, high]; high is null where H''
+            is not resolved, so that there is no largest value.
     """
 
     second_derivative: float
@@ -202,9 +234,16 @@ class CurvatureResult:
     delta_h2: float
     step: float | None
     eta_star: float | None
+    method: str = "taylor"
+    se_jackknife: float | None = None
     delta_h2_se: float | None = None
+    delta_h2_se_jackknife: float | None = None
+    interval: list[float] | None = None
     difference_se: float | None = None
+    difference_se_jackknife: float | None = None
+    difference_interval: list[float] | None = None
     eta_star_se: float | None = None
+    eta_star_interval: list[float | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

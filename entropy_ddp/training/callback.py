@@ -209,7 +209,7 @@ class EntropyProbeCallback(TrainerCallback):
             return
         with untouched(model):
             entropy = measured_entropy(session, state.global_step + 1)
-        entry = entropy_entry(entropy, session.batches["E"].groups)
+        entry = entropy_entry(entropy, session.draws)
         self._write({"kind": "end", "step": state.global_step, "entropy": entry})
         self._listening.close()
         self._world.close()

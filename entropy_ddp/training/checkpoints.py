@@ -32,9 +32,13 @@ from entropy_ddp.importers.records import Source
 from entropy_ddp.importers.run import import_rollouts
 from entropy_ddp.ledger.lines import append_line, require_new
 from entropy_ddp.probe.attribution import score_shares
-from entropy_ddp.probe.estimates import estimate
+from entropy_ddp.probe.estimates import estimate, slope_elsewhere
 from entropy_ddp.probe.opening import open_session
-from entropy_ddp.probe.passes import score_after_step, score_along_step
+from entropy_ddp.probe.passes import (
+    score_after_step,
+    score_along_step,
+    score_in_the_middle,
+)
 from entropy_ddp.probe.pipeline import Plan, measure
 from entropy_ddp.probe.session import Progress, Session
 from entropy_ddp.training.live_session import seeded
@@ -46,7 +50,6 @@ from entropy_ddp.training.step_line import (
 )
 from entropy_ddp.training.step_probe import (
     measured_entropy,
-    middle_slope,
     split_by_part,
 )
 from entropy_ddp.update.loss import loss_weights
@@ -191,9 +194,9 @@ def _change(session: Session) -> dict[str, Any]:
     """Truth and predictions of the whole change between two checkpoints."""
     step, stepped, _ = score_after_step(session, None)
     along = score_along_step(session, step)
-    estimates, _ = estimate(session, along, stepped)
-    mean = estimates.original.value
-    midpoint = middle_slope(session, step, along, mean, place=0.0)
+    estimates, _ = estimate(session, step.learning_rate, along, stepped)
+    there = score_in_the_middle(session, step)
+    midpoint = slope_elsewhere(session, along.scores, there, estimates.original.value)
     return change_entry(session, estimates, midpoint, truth=True)
 
 
@@ -264,8 +267,8 @@ def _end(session: Session, step: int) -> dict[str, Any]:
     parameters, update = session.policy.parameters, session.config.update
     with given_change(parameters, session.change, update):
         entropy = measured_entropy(session, step + 1)
-    groups = session.batches["E"].groups
-    return {"kind": "end", "step": step, "entropy": entropy_entry(entropy, groups)}
+    entry = entropy_entry(entropy, session.draws)
+    return {"kind": "end", "step": step, "entropy": entry}
 
 
 def _write(run: CheckpointRun, world: World, line: dict[str, Any]) -> None:

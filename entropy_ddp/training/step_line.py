@@ -19,7 +19,7 @@ from entropy_ddp.estimators.shares import (
     covariance_score,
     probability_deciles,
 )
-from entropy_ddp.estimators.standard_errors import count_groups, delta_method_error
+from entropy_ddp.estimators.standard_errors import Draws, Estimate
 from entropy_ddp.probe.attribution import top_tokens
 from entropy_ddp.probe.estimates import EntropyEstimates
 from entropy_ddp.probe.session import Session
@@ -72,25 +72,23 @@ def change_entry(
         midpoint: prediction from the middle; None if not asked for.
         truth: whether E was scored after the change.
     """
-    first = estimates.slopes["to_go", "hk", False]
+    first = estimates.slopes["to_go", "hk", False].estimate
     change, batch = estimates.changes["per_decision"], session.batches["E"]
     entry: dict[str, Any] = {
         "E": sizes_of(batch),
-        "entropy": entropy_entry(estimates.original, batch.groups),
-        "first_order": {"value": first.value, "se": first.se},
+        "entropy": entropy_entry(estimates.original, session.draws),
+        "first_order": _entry(first),
     }
+    # Differences are of the same responses: most of their noise is the same.
     if midpoint is not None:
-        entry["second_order"] = {"value": midpoint.value, "se": midpoint.se}
-        entry["second_minus_first"] = _difference(midpoint, first)
+        entry["second_order"] = _entry(midpoint.estimate)
+        entry["second_minus_first"] = _entry(midpoint.estimate.minus(first))
     if truth:
-        entry["truth"] = {
-            "value": change.value,
-            "se": change.se,
-            "ess_fraction": change.ess_fraction,
-        }
-        entry["truth_minus_first"] = _difference(change, first)
+        entry["truth"] = _entry(change.change) | {"ess_fraction": change.ess_fraction}
+        entry["truth_minus_first"] = _entry(change.change.minus(first))
         if midpoint is not None:
-            entry["truth_minus_second"] = _difference(change, midpoint)
+            missed = change.change.minus(midpoint.estimate)
+            entry["truth_minus_second"] = _entry(missed)
     return entry
 
 
@@ -103,18 +101,17 @@ def sizes_of(batch: Batch) -> dict[str, int]:
     }
 
 
-def entropy_entry(entropy: Ratio, groups: Tensor) -> dict[str, float]:
-    """An entropy with its standard error."""
-    num_groups = count_groups(groups)
-    se = delta_method_error(entropy.influence(groups, num_groups))
-    return {"value": entropy.value, "se": se}
+def entropy_entry(entropy: Ratio, draws: Draws) -> dict[str, float]:
+    """An entropy with its standard errors."""
+    return _entry(entropy.estimate(draws))
 
 
-def _difference(change: Any, slope: Any) -> dict[str, float]:
-    """The two are of the same responses: most of their noise is the same."""
+def _entry(estimate: Estimate) -> dict[str, float]:
+    """A value with its standard errors, by the delta method and by the jackknife."""
     return {
-        "value": change.value - slope.value,
-        "se": delta_method_error(change.influence - slope.influence),
+        "value": estimate.value,
+        "se": estimate.se,
+        "se_jackknife": estimate.se_jackknife,
     }
 
 

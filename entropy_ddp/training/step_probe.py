@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from entropy_ddp.estimators.entropy import Ratio, as_ratio
 from entropy_ddp.estimators.linear import Slope
-from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
 from entropy_ddp.estimators.shares import TokenTable
-from entropy_ddp.model.parameters import global_norm, inner_product, shifted
+from entropy_ddp.model.parameters import global_norm, inner_product
 from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.attribution import score_shares, split_step, token_places
-from entropy_ddp.probe.estimates import EntropyEstimates, estimate
+from entropy_ddp.probe.estimates import EntropyEstimates, estimate, slope_elsewhere
 from entropy_ddp.probe.passes import (
     AlongStep,
     gather_sums,
     score,
     score_along_step,
+    score_in_the_middle,
 )
 from entropy_ddp.probe.reverse_mode import check_duality
 from entropy_ddp.probe.session import Session
@@ -111,7 +111,7 @@ def probe_before(
     along = score_along_step(session, step)
     entropy = _entropy(session, along.scores)
     duality = check_duality(
-        session, along.scores, entropy.value, step, None, len(evaluation)
+        session, along.scores, entropy.value, step, None, {}, len(evaluation)
     )
     slope = duality.gradient / entropy.denominator
     parts, direction = split_by_part(session, gradient, step, slope)
@@ -165,10 +165,12 @@ def probe_after(
     stepped: TokenScores = probe.along.scores
     if truth:
         stepped = score(session, session.shard("E"), "truth: E after the step")
-    probe.estimates, _ = estimate(session, probe.along, stepped)
+    eta = probe.step.learning_rate
+    probe.estimates, _ = estimate(session, eta, probe.along, stepped)
     if second_order:
+        there = score_in_the_middle(session, probe.step, place=1.0)
         mean = probe.estimates.original.value
-        probe.midpoint = middle_slope(session, probe.step, probe.along, mean, place=1.0)
+        probe.midpoint = slope_elsewhere(session, probe.along.scores, there, mean)
     probe.before.clear()
 
 
@@ -242,30 +244,3 @@ def _step_gap(session: Session, probe: StepProbe) -> float:
     size = global_norm(probe.step.delta)
     gap = max(0.0, global_norm(taken - probe.step.delta) - rounding)
     return gap / size if size else gap
-
-
-def middle_slope(
-    session: Session, step: Step, along: AlongStep, mean_entropy: float, place: float
-) -> Slope:
-    """Delta H by the slope at theta + delta / 2.
-
-    Args:
-        step: the step, of learning rate 1.
-        place: where the parameters are: 0 at theta, 1 at theta'.
-    """
-    passes, shard = session.passes, session.shard("E")
-    direction = step.direction(passes.parameters)
-    with (
-        session.phase("second order: E at the middle", shard.ragged.num_tokens),
-        shifted(passes.parameters, direction, 0.5 - place),
-    ):
-        scores = passes.score(shard, direction)
-    columns = torch.zeros(len(shard.positions), 6, dtype=torch.float64)
-    for block in shard.blocks():
-        there = scores.at(block.tokens)
-        ratio = there.logp - along.scores.logp[block.tokens]
-        columns[block.sequences] = midpoint_columns(
-            there, ratio, block.ragged, mean_entropy
-        )
-    rows = session.world.gather_rows(columns, shard.positions, len(shard.batch))
-    return midpoint_slope(rows, mean_entropy, shard.batch.groups)

@@ -72,7 +72,10 @@ def loss_weights(
         advantages = torch.ones_like(coefficients)
     else:
         advantages = shard.batch.advantages[shard.positions]
-    sampling = _sampling_logprobs(shard) if update.ratio == "clipped" else None
+    sampling = None
+    if update.ratio == "clipped":
+        require_sampling_logprobs(shard.batch, "update.ratio: clipped")
+        sampling = shard.sampling_logprobs
     assert reference is not None or not update.kl_coefficient
 
     def weights(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,21 +112,18 @@ def _divergence_slope(excess: Tensor, ratio: Tensor, update: Update) -> Tensor:
     return -excess.expm1()
 
 
-def require_sampling_logprobs(batch: Batch) -> None:
-    """Check that every sequence has what the clipped ratio needs.
+def require_sampling_logprobs(batch: Batch, key: str) -> None:
+    """Check that every sequence has the sampler's log-probabilities.
+
+    Args:
+        key: the setting that needs them, as a message names it.
 
     Raises:
-        InputError: one has no sampling log-probs, naming its line.
+        InputError: one has none, naming its line.
     """
     for sequence in batch.sequences:
         if sequence.sampling_logprobs is None:
             raise InputError(
-                f"update.ratio: clipped needs sampling_logprobs in every row of U; "
+                f"{key} needs sampling_logprobs in every row of {batch.split}; "
                 f"line {sequence.index + 1} has none"
             )
-
-
-def _sampling_logprobs(shard: Shard) -> Tensor:
-    require_sampling_logprobs(shard.batch)
-    pieces = [s.sampling_logprobs for s in shard.sequences]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *pieces])
