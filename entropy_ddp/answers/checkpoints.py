@@ -422,8 +422,15 @@ def top_tokens(found: Checkpoints) -> Table:
         for token in stage.document["attribution"]["top_tokens"]
     ]
     pairs = sorted(pairs, key=lambda pair: -abs(pair[0]["share"]))[:NUM_TOKENS]
+    title = "The tokens that matter most, of all runs"
+    doubtful = [s.label for s in found.moved if not shares.is_reliable(s.document)]
+    if doubtful:
+        title = (
+            "The largest shares of tokens, of all runs; not reliable with the E of "
+            f"{listed(doubtful)}"
+        )
     return token_table(
-        "The tokens that matter most, of all runs",
+        title,
         [token for token, _ in pairs],
         found.unit,
         max(relative_error(stage.document) for stage in found.moved),

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_ddp.answers.shares import is_reliable, not_reliable
 from entropy_ddp.answers.words import (
     FIXED,
     LOSSES,
@@ -318,10 +319,13 @@ def _what_did_it(document: Document) -> Glance:
     detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
     half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
     detail = f"{detail}; {half}" if detail else half[0].upper() + half[1:]
+    strongest = _strongest(found["top_tokens"])
+    if not is_reliable(document):
+        strongest = f"Which tokens did most is {not_reliable(document)}."
     return Glance(
         question="What did it?",
         answer=answer,
-        detail=f"{detail}, on this E. {_strongest(found['top_tokens'])}".strip(),
+        detail=f"{detail}, on this E. {strongest}".strip(),
     )
 
 

@@ -23,6 +23,8 @@ from entropy_ddp.answers.words import (
     supported_percent,
 )
 
+# Below this reliability the tokens with the largest shares may be others for another E.
+RELIABLE = 0.5
 # Below this log p a token is one that the policy held for less likely than not.
 IMPROBABLE = math.log(0.5)
 KINDS = (
@@ -83,6 +85,38 @@ def _kind(row: Mapping[str, Any]) -> str:
         return "A = 0"
     sign = "<" if row["advantage"] < 0 else ">"
     return f"A {sign} 0, p {'<' if row['logp'] < IMPROBABLE else '≥'} 0.5"
+
+
+def is_reliable(document: Mapping[str, Any]) -> bool:
+    """Whether another E would show about the same tokens; old runs did not ask."""
+    found = document["attribution"].get("reliability")
+    return found is None or found >= RELIABLE
+
+
+def not_reliable(document: Mapping[str, Any]) -> str:
+    """What heads the tokens with the largest shares where E is too small for them.
+
+    Of k times as many prompts the reliability R is k R / (1 + (k - 1) R).
+    """
+    found = document["attribution"]["reliability"]
+    if not found:
+        return "not reliable with this E: its two halves do not agree on them at all"
+    needed = document["E"]["num_groups"] * RELIABLE * (1 - found) / found
+    needed /= 1 - RELIABLE
+    digits = max(0, math.floor(math.log10(needed)) - 1)
+    rounded = math.ceil(needed / 10**digits) * 10**digits
+    return f"not reliable with this E: {rounded:,} prompts would do"
+
+
+def reliability_sentence(document: Mapping[str, Any]) -> str:
+    """How far another E would give the same shares; empty of old runs."""
+    found = document["attribution"].get("reliability")
+    if found is None:
+        return ""
+    return (
+        f"Shares of single tokens have a reliability of {found:.2f}: so much would "
+        "they correlate with those of another E as large."
+    )
 
 
 def named(kind: str) -> str:

@@ -31,6 +31,11 @@ from entropy_ddp.answers.headline import (
     second_order,
     subject_of,
 )
+from entropy_ddp.answers.shares import (
+    is_reliable,
+    not_reliable,
+    reliability_sentence,
+)
 from entropy_ddp.answers.words import (
     AXIS_UNITS,
     GIVEN_E,
@@ -331,13 +336,15 @@ def parts(document: Document) -> Table:
         for name, value in names.items()
     ]
     whole = (text("total"), change(total, error), share_part(total, total, error))
+    notes = (reliability_sentence(document), GIVEN_E)
     return Table(
         title="ΔH first order by part of the step",
         columns=("part", "nats", "of the total"),
         rows=[*rows, whole],
         caption=(
             f"attribution gap {in_words(found['attribution_gap'], 3)}; half of the sum of "
-            f"|share| is in {percent(found['concentration'])} of U's tokens. {GIVEN_E}"
+            f"|share| is in {percent(found['concentration'])} of U's tokens. "
+            f"{' '.join(filter(None, notes))}"
         ),
         folded=True,
     )
@@ -346,8 +353,11 @@ def parts(document: Document) -> Table:
 def top_tokens(document: Document) -> Table:
     """The tokens with the largest shares, in their context."""
     tokens = document["attribution"]["top_tokens"]
+    title = f"The {len(tokens)} tokens that matter most"
+    if not is_reliable(document):
+        title = f"The {len(tokens)} largest shares of tokens, {not_reliable(document)}"
     return token_table(
-        f"The {len(tokens)} tokens that matter most",
+        title,
         tokens,
         UNITS[document["linear"]["normalize"]],
         relative_error(document),

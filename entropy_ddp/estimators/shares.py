@@ -104,8 +104,11 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(left: Tensor, right: Tensor) -> float | None:
-    """Rank correlation of two scores [T]; None if one of them is constant."""
-    a, b = ranks(left), ranks(right)
+    """Rank correlation of two scores [T]; None if one of them is constant.
+
+    What agrees to 0.1 % has one rank (`graded`).
+    """
+    a, b = ranks(graded(left)), ranks(graded(right))
     a, b = a - a.mean(), b - b.mean()
     scale = float((a.square().sum() * b.square().sum()).sqrt())
     return float(a @ b) / scale if scale else None

@@ -20,6 +20,8 @@ from entropy_ddp.estimators.share_blocks import (
     BlockShares,
     block_of_group,
     block_sizes,
+    correlation_of_halves,
+    reliability,
 )
 from entropy_ddp.estimators.shares import (
     TokenTable,
@@ -147,6 +149,7 @@ def attribute(session: Session, measured: Measurements) -> None:
     momentum, decay = float(blocks.momentum.sum()), float(blocks.decay.sum())
     gradient = float(table.share.sum())
     total = momentum + decay + gradient
+    correlation = correlation_of_halves(blocks)
     scores = proxies(table)
     judged = {name: judge_proxy(score, table.share) for name, score in scores.items()}
     measured.attribution = AttributionResult(
@@ -164,6 +167,8 @@ def attribute(session: Session, measured: Measurements) -> None:
         summaries=summaries(session, table),
         what_if=_what_if(session, measured.base, table, total),
         top_tokens=top_tokens(session, table),
+        half_correlation=correlation,
+        reliability=None if correlation is None else reliability(correlation),
     )
 
 

@@ -157,6 +157,8 @@ def _attribution(subject: Subject) -> PageSection:
     if moved:
         unit, error = UNITS[normalize], linear_error(document)
         lead = f"{lead} {shares.sentence(tokens.by_kind, unit, error)}"
+        reliability = shares.reliability_sentence(document)
+        lead += f" {reliability}" if reliability else ""
         shown_tables = [
             shares.table(tokens.by_kind, unit, "the tokens of U", error),
             tables.top_tokens(document),

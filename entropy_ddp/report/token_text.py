@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entropy_ddp.answers.shares import SharesByKind
+from entropy_ddp.answers.shares import SharesByKind, is_reliable, not_reliable
 from entropy_ddp.answers.words import (
     UNITS,
     differing,
@@ -85,9 +85,12 @@ def token_texts(run: StoredRun, tokens: TokenColumns, update: Columns) -> TokenT
     prompts = _prompts(update)
     relative = relative_error(run.document)
     texts = [_text(i, rows[i], update, prompts, largest, relative) for i in chosen]
+    which = f"The {len(texts)} responses of U whose tokens move the entropy most"
+    if not is_reliable(run.document):
+        which += f", {not_reliable(run.document)}"
     return TokenTexts(
         caption=(
-            f"The {len(texts)} responses of U whose tokens move the entropy most. The "
+            f"{which}. The "
             "stronger a token's ground, the larger its share: blue lowers the entropy, "
             "orange raises it. Point at a token, tap it, or walk with the arrow keys."
         ),

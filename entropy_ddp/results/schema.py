@@ -296,6 +296,10 @@ class AttributionResult:
         total: the sum of the three; delta_h1 up to rounding.
         attribution_gap: |total - delta_h1| over the largest term of delta_h1.
         num_blocks: number of disjoint blocks of E that shares were computed from.
+        half_correlation: Pearson's correlation of the token shares of two halves of E;
+            None if the shares of a half are all equal.
+        reliability: what the token shares of another E as large would correlate with, by
+            Spearman and Brown; 0 where the halves do not agree; None as above.
         covariance: how well (log p - mean)(A - mean) ranks tokens against their share:
             {spearman, top_overlap}; a good predictor has a Spearman correlation near -1.
         proxies: the same for other cheap scores, by name.
@@ -317,6 +321,8 @@ class AttributionResult:
     summaries: dict[str, list[Any]]
     what_if: list[dict[str, Any]]
     top_tokens: list[dict[str, Any]]
+    half_correlation: float | None = None
+    reliability: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,13 +194,17 @@ def test_collectives_do_not_depend_on_the_size_of_E(
             linear={"score": "to_go", "baseline": "ridge"},
             gradient_dot={"enabled": False},
             sweep={"etas": [1e-4, 1e-3]},
+            attribution={"blocks": 4},
             **FEW,
         )
         world, out = World(), tmp_path / str(number)
         out.mkdir()
         JOBS[job](config, world, out, quiet)
         counts.append({name: count for name, (count, _) in world.collectives.items()})
-    assert counts[0]["parameter buffers"] == (3 if job == "audit" else 2)
+    # The gradient of U, and that of the entropy; an audit has one more, and an
+    # attribution one for each of its blocks of E.
+    buffers = {"audit": 3, "attribute": 1 + 4}
+    assert counts[0]["parameter buffers"] == buffers.get(job, 2)
     assert counts == counts[:1] * len(counts)
 
 

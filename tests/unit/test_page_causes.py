@@ -156,6 +156,45 @@ def test_rules_are_summed_and_the_best_is_shown(page: Page) -> None:
     assert hover(by_step.rows[2][3]) == f"{2e-5 * 60 - 1e-3!r} ± 1e-05"
 
 
+@pytest.mark.parametrize(
+    ("reliability", "told"),
+    [
+        (0.2, "not reliable with this E: 160 prompts would do"),
+        (0.03, "not reliable with this E: 1,300 prompts would do"),
+        (0.0, "not reliable with this E: its two halves do not agree on them at all"),
+        (0.5, None),
+        (None, None),
+    ],
+)
+def test_the_largest_shares_are_not_shown_as_known_where_they_are_not(
+    tmp_path: Path, reliability: float | None, told: str | None
+) -> None:
+    """40 prompts with a reliability of R have .5 with 40 (1 - R) / R; old runs have none."""
+    found = {} if reliability is None else {"attribution.reliability": reliability}
+    runs = [make_run(tmp_path, step, found if step == 20 else {}) for step in (20, 30)]
+    page = run_page(group_runs([read_run(runs[0])])[0])
+    shown = section(page, "attribution")
+    (table,) = (
+        t for t in shown.tables if "shares of tokens" in t.title or "matter" in t.title
+    )
+    assert shown.token_texts is not None
+    (glance,) = (g for g in page.glances if g.question == "What did it?")
+    together = section(compare(*runs), "attribution").tables[1].title
+    headed = (table.title, shown.token_texts.caption, glance.detail)
+    if told is None:
+        assert not any("reliable with" in text for text in headed)
+        assert "The strongest token" in glance.detail
+        assert together == "The tokens that matter most, of all runs"
+    else:
+        assert all(told in text for text in headed)
+        assert "The strongest token" not in glance.detail
+        assert together.endswith(f"not reliable with the E of step{FIXED}20")
+    (parts,) = (t for t in shown.tables if t.title.startswith("ΔH first order by part"))
+    for text in (parts.caption, shown.lead):
+        assert ("have a reliability of" in text) == (reliability is not None)
+        assert reliability is None or f"reliability of {reliability:.2f}" in text
+
+
 def test_what_some_runs_lack_is_said(tmp_path: Path) -> None:
     """Steps that were not taken, rules that one run has not, runs that did not ask."""
     rows = [{"rule": RULES[1], "num_tokens": 3, "delta_h1": -1e-3}]
