@@ -14,6 +14,7 @@ from entropy_ddp.cli.options import (
     error_console,
     output_folder,
     progress_console,
+    resolving,
     stdout_kept,
     table_console,
 )
@@ -28,10 +29,15 @@ if TYPE_CHECKING:
 with_report = click.option(
     "--report", is_flag=True, help="Make report.html too, as the command report does."
 )
+with_resolve = resolving(
+    "Where the measured change is not resolved, say how large E must be for a change of "
+    "this share of the entropy; default: 0.01."
+)
 
 
 @click.command()
 @with_report
+@with_resolve
 @configured
 def probe(options: Options) -> None:
     """Measure what one optimizer step does to the entropy.
@@ -52,6 +58,7 @@ def sweep(options: Options) -> None:
 
 @click.command()
 @with_report
+@with_resolve
 @configured
 @click.option("--verify", is_flag=True, help="Take every what-if step for real.")
 def attribute(options: Options, verify: bool) -> None:
@@ -66,6 +73,7 @@ def attribute(options: Options, verify: bool) -> None:
 
 @click.command()
 @with_report
+@with_resolve
 @configured
 def audit(options: Options) -> None:
     """Why is the predicted change zero, noisy or wrong?
@@ -77,6 +85,9 @@ def audit(options: Options) -> None:
 
 def _run_job(command: "Command", options: Options) -> None:
     """Run a job that leaves a run directory, and exit with its code."""
+    if options.resolve is not None:
+        assignment = f"truth.resolve={options.resolve!r}"
+        options = replace(options, assignments=(*options.assignments, assignment))
     config = load(options)
     if options.report:
         require_report()

@@ -1,5 +1,6 @@
 """What every command that reads a configuration takes, and where it prints."""
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every command that reads a configuration takes."""
+    """What commands that read a configuration take.
+
+    Attributes:
+        share: of `--for`, over 1.
+        resolve: a change, as a share of the entropy.
+    """
 
     config: Path | None
     assignments: tuple[str, ...]
@@ -30,6 +36,9 @@ class Options:
     quiet: bool
     as_json: bool
     report: bool = False
+    share: float | None = None
+    pilot: Path | None = None
+    resolve: float | None = None
 
 
 trusting = click.option(
@@ -80,6 +89,67 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         command(Options(**options), **arguments)
 
     return wrapper
+
+
+def resolving(meaning: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option `--resolve`, of which the command says what it means."""
+    return click.option(
+        "--resolve",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SHARE",
+        help=meaning,
+    )
+
+
+def planned(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options by which E is sized from a pilot run."""
+    command = resolving(
+        "Plan for a change of this share of the entropy, as 0.01, instead of the one that "
+        "the pilot measured."
+    )(command)
+    command = click.option(
+        "--pilot",
+        type=click.Path(path_type=Path),
+        help="Run directory of a probe, whose E tells the errors.",
+    )(command)
+    return click.option(
+        "--for",
+        "share",
+        metavar="PERCENT",
+        callback=_as_share,
+        help="Size E so that the 95 % interval of the change is within this share of it "
+        "to either side, as 20%. Needs --pilot.",
+    )(command)
+
+
+def _as_share(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> float | None:
+    """A percentage as a share."""
+    if text is None:
+        return None
+    try:
+        share = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = math.nan
+    if not text.strip().endswith("%") or not 0 < share < 1:
+        raise click.BadParameter(f"expected a percentage below 100%, found {text!r}")
+    return share
+
+
+def require_both(options: Options) -> None:
+    """Check that what E is sized for and what tells the errors are given together.
+
+    Raises:
+        UsageError: one of them is missing.
+    """
+    if (options.share is None) != (options.pilot is None) or (
+        options.resolve is not None and options.share is None
+    ):
+        raise click.UsageError(
+            "expected --for and --pilot together (and --resolve only with them): the size "
+            "of E follows from a share and a run that tells the errors"
+        )
 
 
 def output_folder(options: Options, config: "Config", command: str) -> Path:

@@ -12,7 +12,9 @@ from entropy_ddp.cli.options import (
     configured,
     error_console,
     output_folder,
+    planned,
     progress_console,
+    require_both,
     stdout_kept,
     table_console,
 )
@@ -21,12 +23,15 @@ from entropy_ddp.cli.ranks import load, run_ranks
 if TYPE_CHECKING:
     from entropy_ddp.config import Config
     from entropy_ddp.distributed import World
+    from entropy_ddp.probe.planning import Wanted
 
 
 @click.command()
+@planned
 @configured
 def sample(options: Options) -> None:
     """Roll E and U out of the checkpoint into rollout files."""
+    require_both(options)
     config = load(options)
     out = output_folder(options, config, "sample")
     sys.exit(
@@ -38,11 +43,13 @@ def sample(options: Options) -> None:
 
 
 def _sample(config: "Config", world: "World", out: Path, options: Options) -> int:
+    from entropy_ddp.probe.planning import with_planned_evaluation
     from entropy_ddp.probe.sample import run_sample, sampled_files
     from entropy_ddp.results import nothing_left, prepare_folder
     from entropy_ddp.terminal.commands import print_samples
     from entropy_ddp.terminal.progress import phase_progress
 
+    config = with_planned_evaluation(config, _wanted(options))
     names = [path.name for path in sampled_files(config, out).values()]
     console = table_console(world, options)
     with (
@@ -60,13 +67,24 @@ def _sample(config: "Config", world: "World", out: Path, options: Options) -> in
     return 0
 
 
+def _wanted(options: Options) -> "Wanted | None":
+    """What E is sized for, if anything."""
+    from entropy_ddp.probe.planning import Wanted
+
+    if options.share is None or options.pilot is None:
+        return None
+    return Wanted(share=options.share, pilot=options.pilot, resolve=options.resolve)
+
+
 @click.command()
+@planned
 @configured
 def check(options: Options) -> None:
     """Validate a configuration, its checkpoint and its batches.
 
     Runs nothing expensive.
     """
+    require_both(options)
     config = load(options)
     sys.exit(
         run_ranks(
@@ -83,7 +101,7 @@ def _check(config: "Config", world: "World", options: Options) -> int:
 
     console = table_console(world, options)
     with phase_progress(progress_console(world, options)) as progress:
-        found = inspect_run(config, world, progress)
+        found = inspect_run(config, world, progress, _wanted(options))
     if console is not None:
         print_inspection(console, found)
     if options.as_json and world.is_main:

@@ -391,6 +391,8 @@ class Truth(Section):
         ess_abort: the same, below which results are marked untrusted.
         ess_least: effective sample size in responses, whatever N is, below which a
             warning is given: errors and intervals are told by so few.
+        resolve: where the measured change is not resolved, the one for which a size of E
+            is given: a share of the entropy before the step.
     """
 
     is_mode: ImportanceMode | Literal["auto"] = "auto"
@@ -398,6 +400,7 @@ class Truth(Section):
     clip_c: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     ess_warn: float = Field(default=0.5, ge=0, le=1)
     ess_abort: float = Field(default=0.1, ge=0, le=1)
+    resolve: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     ess_least: float = Field(default=32.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")

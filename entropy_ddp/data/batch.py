@@ -213,6 +213,21 @@ class Batch:
         return torch.bincount(self.groups, minlength=self.num_groups)
 
     @cached_property
+    def prompts(self) -> Tensor:
+        """Number of each group's prompt, by first appearance, int64, [num_groups].
+
+        Rows of a source with equal text are two prompts: what was sampled says by
+        `prompt_index` which one it is.
+        """
+        numbers: dict[tuple[str, bytes], int] = {}
+        prompt = torch.empty(self.num_groups, dtype=torch.int64)
+        for group, sequence in {s.group: s for s in self.sequences}.items():
+            ids = sequence.prompt_ids.numpy().tobytes()
+            key = (repr(sequence.extra.get("prompt_index")), ids)
+            prompt[group] = numbers.setdefault(key, len(numbers))
+        return prompt
+
+    @cached_property
     def group_order(self) -> Tensor:
         """The rank of each group by the hash of its key, int64, [num_groups].
 

@@ -38,7 +38,7 @@ def check_draws(batch: Batch, source: str) -> None:
         _check_row(sequence, batch.sequences[0], f"{source}:{sequence.index + 1}")
     if batch.num_prompts_total is None:
         return
-    prompts = _prompt_of_each_group(batch)
+    prompts = batch.prompts.tolist()
     draws_of = Counter(prompts)
     if batch.num_prompts_total < len(draws_of):
         raise make_problem(
@@ -95,22 +95,6 @@ def _described(sequence: Sequence) -> str:
     return f"`num_prompts_total` {total} and `with_replacement` {word}"
 
 
-def _prompt_of_each_group(batch: Batch) -> list[int]:
-    """Number of each group's prompt, counted in order of first appearance.
-
-    Rows of a source with equal text are distinct members of the set: what was sampled
-    says by `prompt_index` which one it is.
-    """
-    numbers: dict[tuple[str, bytes], int] = {}
-    of_group: dict[int, int] = {}
-    for sequence in batch.sequences:
-        if sequence.group not in of_group:
-            ids = sequence.prompt_ids.numpy().tobytes()
-            key = (repr(sequence.extra.get("prompt_index")), ids)
-            of_group[sequence.group] = numbers.setdefault(key, len(numbers))
-    return [of_group[group] for group in sorted(of_group)]
-
-
 def units(batch: Batch) -> Tensor:
     """Number of the unit of each sequence, int64, [N].
 
@@ -119,7 +103,7 @@ def units(batch: Batch) -> Tensor:
     """
     if batch.num_prompts_total is None or batch.with_replacement:
         return batch.groups
-    return torch.tensor(_prompt_of_each_group(batch))[batch.groups]
+    return batch.prompts[batch.groups]
 
 
 def known_set_size(batch: Batch) -> int | None:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.data.batch import Batch
+from entropy_ddp.data.draws import known_set_size, units
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.quantiles import two_sided
 
@@ -57,8 +58,8 @@ class Draws:
 
     @classmethod
     def of(cls, batch: Batch) -> "Draws":
-        """How a batch E was drawn: every group by itself."""
-        return cls(groups=batch.groups)
+        """How a batch E was drawn, as its rows say; groups by themselves if they do not."""
+        return cls(groups=units(batch), num_prompts_total=known_set_size(batch))
 
     @cached_property
     def num_units(self) -> int:

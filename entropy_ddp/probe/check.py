@@ -27,11 +27,17 @@ from entropy_ddp.probe.opening import (
     token_limits,
     verify_model,
 )
+from entropy_ddp.probe.planning import Wanted, described_plan, plan_evaluation
 from entropy_ddp.probe.session import Progress, Session
 
 
-def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, Any]:
+def inspect_run(
+    config: Config, world: World, progress: Progress, wanted: Wanted | None = None
+) -> dict[str, Any]:
     """Open everything that a probe would open, pass over a made-up row only.
+
+    Args:
+        wanted: what E is to be planned for too, if anything.
 
     Returns:
         What was found, by subject.
@@ -39,6 +45,7 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     Raises:
         InputError: anything is wrong.
     """
+    plan = None if wanted is None else plan_evaluation(config, wanted)
     session = open_checkpoint(config, world, progress)
     verify_model(session)
     batches = _read_batches(session)
@@ -54,6 +61,9 @@ def inspect_run(config: Config, world: World, progress: Progress) -> dict[str, A
     )
     found |= _trained_with(session)
     found["memory"] = {"at the peak of a run": estimate.line} | described(estimate)
+    if plan is not None and wanted is not None:
+        subject = f"E for {100 * wanted.share:g}%, by {wanted.pilot}"
+        found[subject] = described_plan(plan)
     return found | {
         f"batch {split}": description for split, description in batches.items()
     }

@@ -27,6 +27,7 @@ from entropy_ddp.checkpoint.trainer_settings import (
 from entropy_ddp.config import Config, require_job
 from entropy_ddp.data.advantages import compute_advantages
 from entropy_ddp.data.batch import Batch
+from entropy_ddp.data.draws import units
 from entropy_ddp.data.files import make_batch, read_batch, require_rewards
 from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.distributed import World
@@ -230,7 +231,7 @@ def check_batches(batches: dict[str, Batch], config: Config) -> None:
             )
     if "E" in batches:
         evaluation = batches["E"]
-        groups = len(evaluation.groups[evaluation.lengths > 0].unique())
+        groups = len(units(evaluation)[evaluation.lengths > 0].unique())
         if groups < 2:
             raise InputError(
                 "batch E: expected at least 2 groups with response tokens (a standard "

@@ -1,6 +1,7 @@
 """From what was measured to results.json and the rows beside it: no passes, no formulas."""
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from entropy_ddp import __version__
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.draws import responses_per_prompt
 from entropy_ddp.data.files import decode_prompt, decode_response
+from entropy_ddp.estimators.power import Precision, best_responses, between_prompts
 from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.model.counting import PassCount
 from entropy_ddp.model.parameters import global_norm
@@ -27,6 +29,7 @@ from entropy_ddp.results import (
     BatchFacts,
     CurvatureResult,
     LinearResult,
+    PowerResult,
     Probed,
     Results,
     Rows,
@@ -53,6 +56,7 @@ def make_results(
         update=_update_result(session, measured),
         truth=_truth_result(session, measured),
         truth_all=_truth_all(measured),
+        power=_power_result(session, measured),
         linear=_linear_result(session, measured),
         linear_all=_linear_all(measured),
         curvature=_curvature_result(measured),
@@ -191,6 +195,45 @@ def _truth_result(session: Session, measured: Measurements) -> TruthResult:
             "max": float(log_weights.max()),
         },
         clip_fraction=float((log_weights.exp() > config.truth.clip_c).double().mean()),
+    )
+
+
+def _power_result(session: Session, measured: Measurements) -> PowerResult:
+    """What E can tell of the measured change, rounding included."""
+    change, batch = measured.change.change, session.batches["E"]
+    draws, shares = change.draws, between_prompts(change)
+    precision = Precision(
+        se=math.hypot(change.se_jackknife, measured.noise_floor),
+        num_units=draws.num_units,
+        responses=len(batch) / draws.num_units,
+        between=None if shares is None else shares.share,
+        set_size=draws.num_prompts_total,
+    )
+    resolved = precision.resolves(change.value)
+    aim, aim_error = abs(change.value), 0.0
+    if resolved:
+        aim_error = precision.se / aim
+    else:
+        aim = session.config.truth.resolve * abs(measured.change.before.value)
+    size = precision.units_needed(0.2 * aim, set_size=precision.set_size)
+    more = None
+    if size is None and precision.set_size is not None:
+        more = precision.responses_needed(0.2 * aim, precision.set_size)
+    prompt_cost = float(batch.prompt_lengths.sum()) / batch.num_tokens
+    return PowerResult(
+        resolved=resolved,
+        smallest_change=precision.smallest_change,
+        change=aim,
+        groups_for_20_percent=size,
+        groups_for_20_percent_se=None
+        if size is None
+        else precision.error_of_units_needed(
+            size, aim_error, change.effective_degrees_of_freedom, precision.set_size
+        ),
+        responses_for_20_percent=more,
+        between_prompts=precision.between,
+        between_prompts_se=None if shares is None else shares.error,
+        best_responses_per_prompt=best_responses(precision, prompt_cost),
     )
 
 

@@ -373,6 +373,7 @@ _LEFT_OUT = (
     "truth.ess_warn",
     "truth.ess_abort",
     "truth.ess_least",
+    "truth.resolve",
     # How the work is cut, where it is done, and how long ranks wait for each other.
     "compute.device",
     "compute.tokens_per_microbatch",

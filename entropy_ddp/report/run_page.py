@@ -2,6 +2,7 @@
 
 from entropy_ddp.answers import headline, shares, tables
 from entropy_ddp.answers.headline import Document
+from entropy_ddp.answers.power import power
 from entropy_ddp.answers.words import (
     UNITS,
     linear_error,
@@ -23,6 +24,8 @@ def run_page(subject: Subject) -> Page:
     """
     document = subject.document
     sections = [_prediction(document)]
+    if "power" in document:
+        sections.append(_power(document))
     if "sweep" in document:
         sections.append(_sweep(subject))
     columns = subject.main.columns("E")
@@ -71,6 +74,12 @@ def _prediction(document: Document) -> PageSection:
             tables.estimators(document),
             tables.step(document),
         ),
+    )
+
+
+def _power(document: Document) -> PageSection:
+    return PageSection(
+        id="power", title="What this E can tell", tables=(power(document),)
     )
 
 

@@ -172,6 +172,42 @@ class TruthResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PowerResult:
+    """What this E can tell, and how large a better one would have to be.
+
+    Attributes:
+        resolved: whether 0 is outside the 95 % interval of the measured change.
+        smallest_change: what an E of this size finds resolved with a probability of
+            80 %: (t_.975 + t_.8) se_jackknife; nats.
+        change: what the next three are for: the size of the measured change where it is
+            resolved, else `truth.resolve` times the entropy; nats.
+        groups_for_20_percent: fewest groups (prompts, where they come in passes) whose
+            95 % interval of that change is no wider than 20 % of it to either side;
+            absent where no number is enough.
+        groups_for_20_percent_se: standard error of that number.
+        responses_for_20_percent: where all prompts of a known set are not enough, the
+            responses to each of them that would be.
+        between_prompts: share of the variance of E's error that lies between prompts,
+            and not between the responses to one; absent, as the next two, where a
+            prompt has a single response.
+        between_prompts_se: its standard error.
+        best_responses_per_prompt: responses to each prompt whose error is least for the
+            number of tokens, those of a prompt counted once; absent where no variance is
+            seen between prompts.
+    """
+
+    resolved: bool
+    smallest_change: float
+    change: float
+    groups_for_20_percent: int | None = None
+    groups_for_20_percent_se: float | None = None
+    responses_for_20_percent: int | None = None
+    between_prompts: float | None = None
+    between_prompts_se: float | None = None
+    best_responses_per_prompt: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearResult:
     """The first-order prediction.
 
@@ -355,6 +391,7 @@ class Results:
     update: UpdateResult
     truth: TruthResult
     truth_all: list[dict[str, Any]]
+    power: PowerResult | None = None
     linear: LinearResult
     linear_all: list[dict[str, Any]]
     curvature: CurvatureResult | None = None

@@ -17,6 +17,7 @@ from entropy_ddp.answers.headline import (
     sweep_sentences,
     verdict_counts,
 )
+from entropy_ddp.answers.power import power
 from entropy_ddp.ledger.accumulate import Ledger
 from entropy_ddp.results import Results
 from entropy_ddp.terminal.tables import VERDICT_STYLES, shown, written
@@ -169,6 +170,8 @@ def _print_answer(console: Console, document: Document) -> None:
     _print_complaints(console, document)
     console.print(Text("".join(headline(document)), style="bold"))
     _print(console, tables.answer(document))
+    if "power" in document:
+        _print(console, power(document))
 
 
 def _print_complaints(console: Console, document: Document) -> None:
