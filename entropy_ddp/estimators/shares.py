@@ -185,27 +185,45 @@ def probability_deciles(logp: Tensor) -> Tensor:
     return decile
 
 
+def rules_by_share(share: Tensor, fraction: float) -> dict[str, Tensor]:
+    """Choices of the tokens with the largest shares, as masks by name in words, [T].
+
+    Args:
+        fraction: share of the tokens that each chooses.
+    """
+    count, percent = _number_chosen(len(share), fraction)
+    return {
+        # A loss of entropy is a negative share.
+        f"largest entropy loss, {percent}": _largest(-share, count),
+        f"largest entropy gain, {percent}": _largest(share, count),
+    }
+
+
 def rules(table: TokenTable, fraction: float) -> dict[str, Tensor]:
     """Choices of tokens to leave out of the update, as masks by their name in words, [T].
+
+    Those by share first; the others do not look at shares.
 
     Args:
         fraction: share of the tokens that a rule which ranks tokens chooses.
     """
-    count = max(1, round(fraction * len(table.share)))
-    percent = f"{100 * fraction:g} % of the tokens"
+    count, percent = _number_chosen(len(table.share), fraction)
     covariance = covariance_score(table.logp, table.advantage)
     failed, succeeded = table.advantage < 0, table.advantage > 0
     improbable = table.logp < math.log(0.5)
-    return {
-        # A loss of entropy is a negative share.
-        f"largest entropy loss, {percent}": _largest(-table.share, count),
-        f"largest entropy gain, {percent}": _largest(table.share, count),
+    return rules_by_share(table.share, fraction) | {
         f"largest covariance, {percent}": _largest(covariance, count),
         "tokens with A < 0 and p < 0.5": failed & improbable,
         "tokens with A > 0 and p < 0.5": succeeded & improbable,
         "all tokens with A < 0": failed,
         "all tokens with A > 0": succeeded,
     }
+
+
+def _number_chosen(num_tokens: int, fraction: float) -> tuple[int, str]:
+    """How many tokens a rule which ranks them chooses, and its words for it."""
+    count = max(1, round(fraction * num_tokens))
+    return count, f"{100 * fraction:g} % of the tokens"
 
 
 def _largest(score: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ and for every block one forward-mode pass over U, however large U is. The blocks
 sum to those of all of E, and their spread says how much of a share is E's luck.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.data.batch import Batch, Block, Shard
+from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.entropy import EntropyChange, Ratio
 from entropy_ddp.estimators.share_blocks import (
     BlockShares,
     block_of_group,
     block_sizes,
     correlation_of_halves,
+    left_out,
     reliability,
+    standard_error,
 )
 from entropy_ddp.estimators.shares import (
     TokenTable,
@@ -31,11 +35,16 @@ from entropy_ddp.estimators.shares import (
     probability_deciles,
     proxies,
     rules,
+    rules_by_share,
     share_by,
 )
 from entropy_ddp.estimators.standard_errors import relative_difference
 from entropy_ddp.model.parameters import inner_product
-from entropy_ddp.model.response_tokens import TokenScores, TokenWeights
+from entropy_ddp.model.response_tokens import (
+    DirectionalScores,
+    TokenScores,
+    TokenWeights,
+)
 from entropy_ddp.probe.estimates import changes_at
 from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.passes import (
@@ -165,7 +174,7 @@ def attribute(session: Session, measured: Measurements) -> None:
         proxies=judged,
         concentration=concentration(table.share),
         summaries=summaries(session, table),
-        what_if=_what_if(session, measured.base, table, total),
+        what_if=_what_if(session, measured, total),
         top_tokens=top_tokens(session, table),
         half_correlation=correlation,
         reliability=None if correlation is None else reliability(correlation),
@@ -322,46 +331,149 @@ def _advantages(session: Session) -> Tensor:
 
 
 def _what_if(
-    session: Session, base: TokenScores, table: TokenTable, total: float
+    session: Session, measured: Measurements, total: float
 ) -> list[dict[str, Any]]:
     """delta_h1 without the tokens that each rule chooses; with `verify`, the truth too."""
+    table, blocks = measured.token_table, measured.block_shares
+    assert table is not None and blocks is not None
     settings = session.config.attribution
+    # A rule that looks at shares chooses with one half, and is judged by the other.
+    by_half = [rules_by_share(blocks.half(n), settings.fraction) for n in (0, 1)]
+    whole = Evaluation(session=session, base=measured.base)
+    halves = _halves_of_E(session, measured.base) if settings.verify else []
     rows = []
     chosen = rules(table, settings.fraction)
     for number, (rule, mask) in enumerate(chosen.items(), start=1):
+        masks = (mask, mask)
+        if rule in by_half[0]:
+            masks = (by_half[0][rule], by_half[1][rule])
+        left = blocks.total - left_out(blocks, masks)
         row: dict[str, Any] = {
             "rule": rule,
             "num_tokens": int(mask.sum()),
             "delta_h1": total - float(table.share[mask].sum()),
+            "delta_h1_cross_fitted": float(left.sum()),
         }
+        error = standard_error(left, blocks.size)
+        if error is not None:
+            row["se"] = error
         if settings.verify:
-            change = _masked_truth(session, base, ~mask, f"what if {number}")
-            row |= {"delta_h_true": change.value, "se": change.se}
+            name = f"what if {number}"
+            if rule in by_half[0]:
+                value, error = _cross_fitted_truth(halves, masks, blocks.size, name)
+            else:
+                change = _masked_truth(whole, ~mask, name)
+                value, error = change.value, change.se
+            row |= {"delta_h_true": value, "delta_h_true_se": error}
         rows.append(row)
     return rows
 
 
-def _masked_truth(
-    session: Session, base: TokenScores, keep: Tensor, name: str
-) -> EntropyChange:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """E, or a half of it, at theta.
+
+    Attributes:
+        session: the run, with E for its batch E.
+        base: this rank's tokens of it.
+    """
+
+    session: Session
+    base: TokenScores
+
+
+def _halves_of_E(session: Session, base: DirectionalScores) -> list[Evaluation]:
+    """The even and the odd blocks of E; every sequence stays on its rank."""
+    batch = session.batches["E"]
+    half_of_group = _half_of_group(session)
+    halves = session.shard("E").divided(half_of_group, 2)
+    return [
+        Evaluation(
+            session=replace(
+                session,
+                batches=session.batches
+                | {"E": batch.part(half_of_group == number, session.world.world_size)},
+            ),
+            base=base.at(half.tokens),
+        )
+        for number, half in enumerate(halves)
+    ]
+
+
+def _half_of_group(session: Session) -> Tensor:
+    """0 for the groups of E in even blocks, 1 for those in odd ones, [num_groups]."""
+    order, count = session.batches["E"].group_order, session.config.attribution.blocks
+    return block_of_group(order, count) % 2
+
+
+def require_halves(session: Session) -> None:
+    """Check that a masked step can be measured on either half of E.
+
+    Raises:
+        InputError: `verify` is asked for, and a half has fewer than two groups.
+    """
+    if not session.config.attribution.verify:
+        return
+    if "E" in session.batches:
+        batch = session.batches["E"]
+        groups = batch.groups[batch.lengths > 0].unique()
+        sizes = torch.bincount(_half_of_group(session)[groups], minlength=2).tolist()
+    else:
+        count = session.planned["E"].num_prompts
+        sizes = [(count + 1) // 2, count // 2]
+    if min(sizes) < 2:
+        raise InputError(
+            "attribution.verify: expected at least 2 groups with response tokens in "
+            "either half of E (tokens are chosen with one half, and the step without "
+            f"them is measured on the other), found {sizes[0]} and {sizes[1]}; give E "
+            "more prompts, or leave attribution.verify out"
+        )
+
+
+def _cross_fitted_truth(
+    halves: list[Evaluation],
+    chosen: tuple[Tensor, Tensor],
+    size: Tensor,
+    name: str,
+) -> tuple[float, float]:
+    """The truth without what a half chose, measured on the other, and its error.
+
+    Of both halves, each counted by its part of the denominator.
+
+    Args:
+        chosen: the tokens that the even and the odd blocks chose, as masks, [T] each.
+        size: d_b, [K].
+    """
+    value = error = 0.0
+    for number, half in enumerate(halves):
+        weight = float(size[number::2].sum())
+        keep = ~chosen[1 - number]
+        change = _masked_truth(half, keep, f"{name}, half {number + 1}")
+        value += weight * change.value
+        error = math.hypot(error, weight * change.se)
+    return value, error
+
+
+def _masked_truth(evaluation: Evaluation, keep: Tensor, name: str) -> EntropyChange:
     """Take the step on the kept tokens only, score E, undo; keep [T] of all of U."""
-    passes, shard, evaluation = session.passes, session.shard("U"), session.shard("E")
-    places = token_places(session.batches["U"], shard)
+    session = evaluation.session
+    passes, update, shard = session.passes, session.shard("U"), session.shard("E")
+    places = token_places(session.batches["U"], update)
     weights = _masked(update_weights(session), keep[places])
 
     def score_after_masked_step() -> PassResult:
-        gradient, _ = summed_gradient(session, passes, shard, weights, as_trained=True)
+        gradient, _ = summed_gradient(session, passes, update, weights, as_trained=True)
         with step_taken(session, gradient):
-            return PassResult(tokens=passes.score(evaluation).arrays())
+            return PassResult(tokens=passes.score(shard).arrays())
 
     found = session.pass_over(
-        evaluation,
+        shard,
         "what if: masked step",
         score_after_masked_step,
-        tokens=shard.ragged.num_tokens + evaluation.ragged.num_tokens,
+        tokens=update.ragged.num_tokens + shard.ragged.num_tokens,
         kept_as=name,
     )
-    changes = changes_at(session, base, TokenScores(**found.tokens))
+    changes = changes_at(session, evaluation.base, TokenScores(**found.tokens))
     mode, _ = session.config.truth_estimator
     return changes[mode]
 

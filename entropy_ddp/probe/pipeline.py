@@ -27,7 +27,7 @@ from entropy_ddp.config import Config, require_job
 from entropy_ddp.distributed import World
 from entropy_ddp.estimators.curvature import CurvatureEstimate, midpoint_curvature
 from entropy_ddp.model.response_tokens import DirectionalScores
-from entropy_ddp.probe.attribution import BlockPasses, attribute
+from entropy_ddp.probe.attribution import BlockPasses, attribute, require_halves
 from entropy_ddp.probe.audits import audit_rows
 from entropy_ddp.probe.audits.truth import attribution_gap
 from entropy_ddp.probe.estimates import (
@@ -268,3 +268,5 @@ def _require_batches(plan: Plan, session: Session) -> None:
     """Asked for but impossible is said before the first token and the first pass."""
     if plan.gradient_dot:
         is_wanted(session.config.gradient_dot, session.batches, session.planned)
+    if plan.attribution:
+        require_halves(session)

@@ -341,7 +341,11 @@ class AttributionResult:
         proxies: the same for other cheap scores, by name.
         concentration: smallest fraction of tokens that holds half of the sum of |share|.
         summaries: sums of shares by sign of advantage, probability, position, ...
-        what_if: delta_h1 had the chosen tokens been left out.
+        what_if: the change had the chosen tokens been left out: `delta_h1` with the
+            tokens chosen and evaluated on the same E; `delta_h1_cross_fitted` chosen on
+            one half of E and evaluated on the other, swapped and averaged, with `se`
+            from the blocks (of rules that do not look at shares it is delta_h1);
+            `delta_h_true` with `delta_h_true_se` likewise, the masked steps taken.
         top_tokens: the tokens with the largest shares, in their context.
     """
 
