@@ -156,23 +156,6 @@ def concentration(share: Tensor) -> float:
     return needed / len(share)
 
 
-def share_by(labels: list[str], label_of_token: Tensor, share: Tensor) -> list[Any]:
-    """Sum of shares and number of tokens by label; empty labels are left out.
-
-    Args:
-        label_of_token: number of each token's label, [T].
-        share: exact shares, [T].
-    """
-    totals = share.new_zeros(len(labels)).index_add_(0, label_of_token, share)
-    counts = torch.bincount(label_of_token, minlength=len(labels))
-    rows = zip(labels, totals.tolist(), counts.tolist())
-    return [
-        {"label": label, "share": total, "num_tokens": count}
-        for label, total, count in rows
-        if count
-    ]
-
-
 def probability_deciles(logp: Tensor) -> Tensor:
     """Tenth of the tokens that each is in by its probability, 0 the least probable, [T].
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from entropy_ddp.data.batch import Batch, Block, Shard
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.entropy import EntropyChange, Ratio
+from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.share_blocks import (
     BlockShares,
     block_of_group,
@@ -25,6 +26,7 @@ from entropy_ddp.estimators.share_blocks import (
     correlation_of_halves,
     left_out,
     reliability,
+    share_by,
     standard_error,
 )
 from entropy_ddp.estimators.shares import (
@@ -36,16 +38,15 @@ from entropy_ddp.estimators.shares import (
     proxies,
     rules,
     rules_by_share,
-    share_by,
 )
-from entropy_ddp.estimators.standard_errors import relative_difference
+from entropy_ddp.estimators.standard_errors import Estimate, relative_difference
 from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.model.response_tokens import (
     DirectionalScores,
     TokenScores,
     TokenWeights,
 )
-from entropy_ddp.probe.estimates import changes_at
+from entropy_ddp.probe.estimates import Predictions, changes_at
 from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.passes import (
     score_along,
@@ -54,6 +55,7 @@ from entropy_ddp.probe.passes import (
     update_weights,
 )
 from entropy_ddp.probe.resume import PassResult
+from entropy_ddp.probe.reverse_mode import slope_along
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AttributionResult
 from entropy_ddp.update.decomposition import step_parts
@@ -146,6 +148,57 @@ class BlockPasses:
         return table, blocks
 
 
+def part_estimates(
+    session: Session,
+    gradient: Tensor,
+    step: Step,
+    slope: Slope,
+    original: Ratio,
+    predictions: Predictions | None,
+) -> dict[str, Estimate]:
+    """Momentum, weight decay and gradient as parts of delta_h1, with their errors.
+
+    One forward-mode pass over E along the momentum, and one along the decay if there is
+    any; the gradient's is what they leave. All are of the same sequences, so that the
+    errors pair.
+
+    Args:
+        gradient: gradient of the loss, summed over ranks, flat, [P].
+        step: the step that was taken with it.
+        slope: the configured slope along it.
+        original: the entropy estimator at theta.
+        predictions: the configured baseline's predictions of all tokens of E.
+    """
+    whole = slope.estimate.scaled(step.learning_rate)
+    found, rest = {}, whole
+    for key, part in (("momentum", "momentum"), ("weight_decay", "decay")):
+        direction = _part_of_step(session, gradient, step, part)
+        if not any(bool(piece.any()) for piece in direction.values()):
+            found[key] = whole.scaled(0.0)
+            continue
+        name = f"errors of parts: E along the {part}"
+        along = slope_along(session, direction, name, original, predictions)
+        found[key] = along.estimate.scaled(step.learning_rate)
+        rest = rest.minus(found[key])
+    # Without a gradient rounding is left, which is no estimate of anything.
+    found["gradient"] = rest if bool(gradient.any()) else whole.scaled(0.0)
+    return found
+
+
+def _part_of_step(
+    session: Session, gradient: Tensor, step: Step, part: str
+) -> dict[str, Tensor]:
+    """The momentum or the decay part of the step over its learning rate, by name."""
+    passes = session.passes
+    flat = torch.zeros(passes.layout.numel, dtype=session.buffer_dtype)
+    direction = passes.layout.views(flat)
+    for name, parts in step_parts(
+        session.optimizer, passes.parameters, gradient, step, session.config.update
+    ):
+        direction[name].copy_(getattr(parts, part) / step.learning_rate)
+    return direction
+
+
 def attribute(session: Session, measured: Measurements) -> None:
     """Add to what was measured the share of every token of U in delta_h1.
 
@@ -153,7 +206,12 @@ def attribute(session: Session, measured: Measurements) -> None:
         measured: with the shares of U's tokens.
     """
     assert measured.token_table is not None and measured.block_shares is not None
+    assert measured.parts is not None
     step, slope = measured.step, measured.slope
+    errors = {
+        name: (estimate.se, estimate.se_jackknife)
+        for name, estimate in measured.parts.items()
+    }
     table, blocks = measured.token_table, measured.block_shares
     momentum, decay = float(blocks.momentum.sum()), float(blocks.decay.sum())
     gradient = float(table.share.sum())
@@ -166,6 +224,12 @@ def attribute(session: Session, measured: Measurements) -> None:
         weight_decay=decay,
         gradient=gradient,
         total=total,
+        momentum_se=errors["momentum"][0],
+        weight_decay_se=errors["weight_decay"][0],
+        gradient_se=errors["gradient"][0],
+        momentum_se_jackknife=errors["momentum"][1],
+        weight_decay_se_jackknife=errors["weight_decay"][1],
+        gradient_se_jackknife=errors["gradient"][1],
         attribution_gap=relative_difference(
             total, step.learning_rate * slope.value, largest_term(measured)
         ),
@@ -173,7 +237,7 @@ def attribute(session: Session, measured: Measurements) -> None:
         covariance=judged.pop("covariance"),
         proxies=judged,
         concentration=concentration(table.share),
-        summaries=summaries(session, table),
+        summaries=summaries(session, table, blocks),
         what_if=_what_if(session, measured, total),
         top_tokens=top_tokens(session, table),
         half_correlation=correlation,
@@ -486,9 +550,11 @@ def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
     return masked
 
 
-def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
+def summaries(
+    session: Session, table: TokenTable, blocks: BlockShares
+) -> dict[str, list[Any]]:
     """Shares by sign of advantage, probability, position, reward and pass rate."""
-    batch, share = session.batches["U"], table.share
+    batch = session.batches["U"]
     sign = (table.advantage.sign() + 1).long()
     decile = probability_deciles(table.logp)
     edges = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
@@ -498,11 +564,11 @@ def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
         for low, high in pairwise(edges.tolist())
     ]
     found = {
-        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, share),
+        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, blocks),
         "probability decile": share_by(
-            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, share
+            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, blocks
         ),
-        "position": share_by([*positions, f"{edges[-1]} on"], place, share),
+        "position": share_by([*positions, f"{edges[-1]} on"], place, blocks),
     }
     rewards = [s.reward for s in batch.sequences]
     if all(reward is not None for reward in rewards):
@@ -514,10 +580,10 @@ def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
         quarter = (rate * 4).long().clamp(max=3)[batch.groups]
         ragged = batch.ragged
         found["largest reward"] = share_by(
-            ["not reached", "reached"], ragged.spread(passed.long()), share
+            ["not reached", "reached"], ragged.spread(passed.long()), blocks
         )
         found["pass rate of the group"] = share_by(
-            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), share
+            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), blocks
         )
     return found
 

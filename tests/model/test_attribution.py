@@ -447,6 +447,7 @@ def test_batch_without_advantages_moves_by_momentum_alone(named_run: RunMaker) -
     assert document["gradient"] == 0
     assert document["momentum"] != 0
     assert document["total"] == document["momentum"] + document["weight_decay"]
+    assert document["gradient_se"] == document["gradient_se_jackknife"] == 0
     assert document["attribution_gap"] <= GAP["float64"]
     assert set(token_shares(probed)) == set(sequence_shares(probed)) == {0.0}
     for judged in (document["covariance"], *document["proxies"].values()):
@@ -843,6 +844,75 @@ def test_a_block_of_empty_responses_adds_nothing(named_run: RunMaker) -> None:
     assert blocks.share[:, [0, 1, 3]].any(dim=0).all()
 
 
+# Errors of the parts
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2 dr_grpo", "gpt2 to_go, hk", "qwen2 sum, surprisal, warm"]
+)
+def test_errors_of_the_parts_by_brute_force(named_run: RunMaker, name: str) -> None:
+    """Each is that of a slope along its part of the step."""
+    case = CASES[name]
+    run = named_run(case.run)
+    result = attributed(run, case).results.attribution
+    assert result is not None
+    gradient = run.gradient(case.loss)
+    parts = naive_parts(run, gradient, case.max_grad_norm)
+    to_go = case.objective.is_mode == "per_decision"
+    kind = {"score": "to_go", "baseline": "hk"} if to_go else {}
+    directions = {
+        "momentum": parts.momentum,
+        "weight_decay": parts.decay,
+        "gradient": parts.of_gradient(gradient),
+    }
+    for part, direction in directions.items():
+        slope = ref.slope(run.saved.model, run.E, direction, case.objective, **kind)
+        normalize = case.objective.normalize
+        expected = ref.slope_standard_error(run.E, slope.pieces, normalize)
+        assert getattr(result, f"{part}_se") == pytest.approx(expected, rel=1e-8)
+        expected = ref.slope_jackknife(run.E, slope.pieces, normalize)
+        found = getattr(result, f"{part}_se_jackknife")
+        # Groups without tokens leave nothing out.
+        assert found == pytest.approx(expected, rel=1e-8)
+        assert getattr(result, part) == pytest.approx(slope.slope, rel=1e-7)
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+def test_parts_are_the_same_in_forward_and_reverse_mode(
+    named_run: RunMaker, linear: str
+) -> None:
+    """A slope along the momentum, weights and all, and a product with the gradient."""
+    found = measured_blocks(named_run("gpt2-lora"), World(), linear=LINEAR[linear])
+    assert found.parts is not None and found.block_shares is not None
+    blocks = found.block_shares
+    sums = {
+        "momentum": blocks.momentum.sum(),
+        "weight_decay": blocks.decay.sum(),
+        "gradient": blocks.share.sum(),
+    }
+    scale = found.step.learning_rate * max(map(abs, found.slope.terms.values()))
+    for part, value in sums.items():
+        assert abs(found.parts[part].value - float(value)) <= RTOL * scale, part
+    whole = found.slope.estimate.scaled(found.step.learning_rate)
+    added = found.parts["momentum"].plus(found.parts["weight_decay"])
+    added = added.plus(found.parts["gradient"])
+    bar = RTOL * float(whole.influence.abs().max())
+    assert float((added.influence - whole.influence).abs().max()) <= bar
+
+
+def test_a_part_that_the_step_has_not_costs_no_pass(tmp_path: Path) -> None:
+    """And has neither value nor error: without decay, before the first step."""
+    run = make_run(tmp_path, "gpt2")
+    for group in run.saved.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    torch.save(run.saved.optimizer.state_dict(), run.saved.folder / "optimizer.pt")
+    result = attribute(run).results
+    assert result.attribution is not None
+    assert result.attribution.weight_decay == result.attribution.weight_decay_se == 0
+    phases = [name for name in result.run.seconds if name.startswith("errors of")]
+    assert phases == ["errors of parts: E along the momentum"]
+
+
 # Optimizers with another rule
 
 
@@ -1023,7 +1093,8 @@ def test_three_ranks_give_the_shares_of_one(
     terms = written.results["linear"]["terms"]
     rate = written.results["update"]["learning_rate_used"]
     scale = rate * max(map(abs, terms.values()))
-    for key in ("momentum", "weight_decay", "gradient", "total"):
+    errors = ("momentum_se", "weight_decay_se", "gradient_se", "gradient_se_jackknife")
+    for key in ("momentum", "weight_decay", "gradient", "total", *errors):
         assert abs(found[key] - expected[key]) <= RTOL * scale, key
     mine, theirs = found["covariance"], expected["covariance"]
     assert mine["top_overlap"] == theirs["top_overlap"]

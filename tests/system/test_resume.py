@@ -85,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     pairs = ref.random_rows(
         7, groups=4, responses=2, vocabulary=made.saved.model.config.vocab_size
     )
-    return replace(made, E=pairs)
+    return replace(made, E=ref.drawn_from(made.saved.model, pairs, 6))
 
 
 def perform(
