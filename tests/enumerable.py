@@ -28,14 +28,15 @@ from torch.func import jvp
 from entropy_ddp.config import ImportanceMode, Integrand, Normalize
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import (
-    cross_fitted_coefficients,
+    action_columns,
+    coefficients_of,
+    fitted_part,
     fold_moments,
     folds_of,
     future_targets,
     leave_one_group_out_prediction,
     position_totals,
     predictors,
-    ridge_prediction,
 )
 from entropy_ddp.estimators.control_variates import zero_mean_sums
 from entropy_ddp.estimators.curvature import CurvatureEstimate, curvature
@@ -57,20 +58,23 @@ from entropy_ddp.estimators.linear import (
     sequence_terms,
     slope_from_terms,
     slope_weights,
+    terms_less_prediction,
 )
+from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
+from entropy_ddp.estimators.standard_errors import Draws
 from entropy_ddp.model.head import (
     FEATURES,
     directional_derivatives,
     distribution_features,
     softmax_of,
 )
-from entropy_ddp.model.response_tokens import DirectionalScores
+from entropy_ddp.model.response_tokens import NUM_EMBEDDINGS, DirectionalScores
 
 END = 0
 NUM_INPUTS = 6
 NUM_HIDDEN = 3  # columns of the projection of a prefix that the ridge may use
 
-# Rows of `Table.arrays`; the hidden projections follow.
+# Rows of `Table.arrays`; e(y), its derivative e' and the hidden projections follow.
 ARRAYS = (
     "logp",
     "entropy",
@@ -80,8 +84,14 @@ ARRAYS = (
     "d2entropy",
     "logp_after",
     "entropy_after",
+    "logp_middle",
+    "entropy_middle",
+    "dlogp_middle",
+    "dentropy_middle",
     *FEATURES,
 )
+WIDE = {"embedding": 0, "dembedding": NUM_EMBEDDINGS}
+"""First row after `ARRAYS` of features that are several numbers of each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +100,8 @@ class Table:
 
     Attributes:
         ragged: layout of the token arrays.
-        arrays: the rows `ARRAYS` and then `NUM_HIDDEN` projections, [.., t].
+        arrays: the rows `ARRAYS`, then those of `WIDE`, then projections of the hidden
+            state, [.., t].
     """
 
     ragged: Ragged
@@ -107,13 +118,28 @@ class Table:
 
     @property
     def features(self) -> dict[str, Tensor]:
-        """What `distribution_features` gives, [t] each."""
-        return {name: self[name] for name in FEATURES}
+        """What `distribution_features` gives, [t] each, [t, 8] of `WIDE`."""
+        wide = {
+            name: self.arrays[len(ARRAYS) + first :][:NUM_EMBEDDINGS].T
+            for name, first in WIDE.items()
+        }
+        return {name: self[name] for name in FEATURES} | wide
+
+    @property
+    def middle(self) -> DirectionalScores:
+        """Values and first derivatives in the middle of the step, [t] each."""
+        names = ("logp", "entropy", "dlogp", "dentropy")
+        return DirectionalScores(**{name: self[name + "_middle"] for name in names})
 
     @property
     def hidden(self) -> Tensor:
         """A fixed function of the prefix of each token, [t, NUM_HIDDEN]."""
-        return self.arrays[len(ARRAYS) :].T
+        return self.arrays[len(ARRAYS) + NUM_EMBEDDINGS * len(WIDE) :].T
+
+    @property
+    def known(self) -> Tensor:
+        """x: what is known before each token, [t, F]."""
+        return torch.cat([self.predictors, self.hidden], dim=1)
 
     @property
     def predictors(self) -> Tensor:
@@ -149,6 +175,7 @@ class Policy:
         ragged: layout of all responses.
         state: prefix of each of their tokens, [t].
         target: the token itself, [t].
+        embedding: e(v), some numbers of every token, [V, 8].
     """
 
     def __init__(
@@ -194,6 +221,7 @@ class Policy:
         scales = (0.5, 0.6, 0.2)
         self._theta = [s * normal(*shape) for s, shape in zip(scales, shapes)]
         self._direction = [s * normal(*shape) for s, shape in zip(scales, shapes)]
+        self.embedding = normal(vocabulary, NUM_EMBEDDINGS)
 
     def logits(self, eta: Tensor) -> Tensor:
         """Logits at theta + eta v, [S, V]."""
@@ -235,10 +263,14 @@ class Policy:
         return total
 
     def derivative(
-        self, order: int, normalize: Normalize, integrand: Integrand = "rb"
+        self,
+        order: int,
+        normalize: Normalize,
+        integrand: Integrand = "rb",
+        place: float = 0.0,
     ) -> float:
-        """The order-th derivative of H in eta at 0, by autograd of the sum."""
-        eta = at(0.0).requires_grad_()
+        """The order-th derivative of H in eta at a place, by autograd of the sum."""
+        eta = at(place).requires_grad_()
         value = self.entropy(eta, normalize, integrand)
         for _ in range(order):
             (value,) = torch.autograd.grad(value, eta, create_graph=True)
@@ -262,13 +294,23 @@ class Policy:
 
         (values, derivatives), (_, second) = jvp(first, (at(0.0),), (one,))
         after = self.token_scores(at(eta_after))
-        hidden = self._inputs[self.state, :NUM_HIDDEN].T
+        middle, dmiddle = first(at(eta_after / 2))
         features = self._features()
-        rows = [*values, *derivatives, *second, *after]
+        rows = [*values, *derivatives, *second, *after, *middle, *dmiddle]
         rows += [features[name] for name in FEATURES]
-        return Table(
-            ragged=self.ragged, arrays=torch.cat([torch.stack(rows), hidden]).detach()
+        arrays = torch.cat(
+            [
+                torch.stack(rows),
+                *(features[name].T for name in WIDE),
+                self.hidden_of_states[self.state].T,
+            ]
         )
+        return Table(ragged=self.ragged, arrays=arrays.detach())
+
+    @property
+    def hidden_of_states(self) -> Tensor:
+        """What the baselines may use of the state of each prefix, [S, NUM_HIDDEN]."""
+        return self._inputs[:, :NUM_HIDDEN]
 
     def _features(self) -> dict[str, Tensor]:
         one = at(1.0)
@@ -276,7 +318,7 @@ class Policy:
         softmax = softmax_of(logits[self.state], self.target)
         centred = tangent[self.state]
         directional_derivatives(softmax, centred, self.target)
-        return distribution_features(softmax, centred, self.target)
+        return distribution_features(softmax, centred, self.target, self.embedding)
 
     def sample(
         self, num_batches: int, num_groups: int, responses: int, seed: int
@@ -318,30 +360,46 @@ def group_numbers(num_groups: int, responses: int) -> Tensor:
     return torch.arange(num_groups).repeat_interleave(responses)
 
 
+def draws_of(num_groups: int, responses: int) -> Draws:
+    """Groups that are independent draws, of this many responses each."""
+    return Draws(groups=group_numbers(num_groups, responses))
+
+
 # The estimators on one batch
 
 
 def predictions(
-    batch: Table, groups: Tensor, integrand: Integrand
+    batch: Table,
+    draws: Draws,
+    integrand: Integrand,
+    used: slice = slice(None),
 ) -> dict[Baseline, Tensor]:
-    """Predictions of what follows each token by the fitted baselines, [t, 2] each."""
+    """What each baseline that predicts takes from the terms of sequences, [N, 2] each.
+
+    Args:
+        used: which of the columns of `Table.known` the fitted ones are given.
+    """
     ragged = batch.ragged
     values = integrand_tokens(integrand, batch["logp"], batch["entropy"])
-    target = future_targets(values, ragged)
-    known = torch.cat([batch.predictors, batch.hidden], dim=1)
-    group = ragged.spread(groups)
-    fold = folds_of(group)
-    moments = fold_moments(known, target, batch["dlogp"].square(), fold)
+    target, dlogp = future_targets(values, ragged), batch["dlogp"]
+    group = ragged.spread(draws.groups)
+    columns = action_columns(batch.known[:, used], dlogp, batch.features)
+    moments = fold_moments(columns, dlogp[:, None] * target, folds_of(group))
+    sums = columns.new_zeros(len(ragged.lengths), columns.shape[1])
+    sums.index_add_(0, ragged.sequence_of_token, columns)
     totals = position_totals(target, ragged.position, int(ragged.lengths.max()))
-    return {
-        "ridge": ridge_prediction(known, cross_fitted_coefficients(moments), fold),
-        "loo": leave_one_group_out_prediction(target, ragged.position, group, totals),
+    loo = leave_one_group_out_prediction(target, ragged.position, group, totals)
+    fitted = {
+        baseline: fitted_part(sums, coefficients, folds_of(draws.groups))
+        for baseline, coefficients in coefficients_of(moments, draws.num_units).items()
     }
+    taken = [ragged.sum(dlogp * predicted) for predicted in loo.T]
+    return {"loo": torch.stack(taken, dim=1), **fitted}
 
 
 def slopes(
     batch: Table,
-    groups: Tensor,
+    draws: Draws,
     normalize: Normalize,
     integrand: Integrand = "rb",
     estimators: Sequence[tuple[Score, Baseline]] | None = None,
@@ -350,23 +408,32 @@ def slopes(
     """The slope by every estimator, or by these."""
     original = batch.ratio(normalize, integrand)
     if predicted is None:
-        predicted = predictions(batch, groups, integrand)
+        predicted = predictions(batch, draws, integrand)
     found = {}
     for score, baseline in estimators or applicable_estimators(normalize):
-        kind = (integrand, normalize, score, baseline)
-        prediction = predicted.get(baseline)
-        weights = slope_weights(
-            batch.tokens, batch.ragged, original.value, kind, prediction
-        )
+        taken = predicted.get(baseline)
+        without = baseline if taken is None else "hk"
+        kind = (integrand, normalize, score, without)
+        weights = slope_weights(batch.tokens, batch.ragged, original.value, kind)
         terms = sequence_terms(batch.tokens, batch.ragged, weights, integrand)
+        if taken is not None:
+            terms = terms_less_prediction(terms, taken, original.value, normalize)
         found[score, baseline] = slope_from_terms(
-            terms, original, groups, (score, baseline)
+            terms, original, draws, (score, baseline)
         )
     return found
 
 
+def middle_slope(batch: Table, draws: Draws, normalize: Normalize) -> Slope:
+    """The slope in the middle of the step."""
+    mean_entropy = batch.ratio(normalize, "rb").value
+    log_ratio = batch["logp_middle"] - batch["logp"]
+    columns = midpoint_columns(batch.middle, log_ratio, batch.ragged, mean_entropy)
+    return midpoint_slope(columns, mean_entropy, normalize, draws)
+
+
 def changes(
-    batch: Table, groups: Tensor, normalize: Normalize, integrand: Integrand = "rb"
+    batch: Table, draws: Draws, normalize: Normalize, integrand: Integrand = "rb"
 ) -> dict[ImportanceMode, EntropyChange]:
     """Delta H from theta to theta' by every mode."""
     ratios = [batch.ratio(normalize, integrand, s) for s in ("", "_after")]
@@ -378,7 +445,7 @@ def changes(
         sums = prefix_sums(batch.ragged, log_weights, batch["entropy_after"], shift)
         per_decision = per_decision_ratio(normalize, sums, shift)
     return all_entropy_changes(
-        *ratios, batch.ragged.sum(log_ratio), 2.0, per_decision, groups
+        *ratios, batch.ragged.sum(log_ratio), 2.0, per_decision, draws
     )
 
 
@@ -407,8 +474,8 @@ def second_order(
 
 
 def curvature_of(
-    batch: Table, groups: Tensor, normalize: Normalize, integrand: Integrand = "rb"
+    batch: Table, draws: Draws, normalize: Normalize, integrand: Integrand = "rb"
 ) -> CurvatureEstimate:
     """The second derivative on a batch."""
     derivatives = second_order(batch, normalize, integrand)
-    return curvature(batch.ratio(normalize, integrand), groups, **derivatives)
+    return curvature(batch.ratio(normalize, integrand), draws, **derivatives)
