@@ -1,7 +1,7 @@
 """Several checkpoints of a training run side by side, or several settings of one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from entropy_ddp.answers import shares
@@ -198,29 +198,38 @@ class Checkpoints:
         """The rule that leaves least of the summed change, as first order predicts it."""
         usable = [rule for rule in self.rules if not rule.startswith(BY_SHARE)]
         return min(
-            usable or self.rules, key=lambda rule: abs(self.predicted_in_all(rule))
+            usable or self.rules, key=lambda rule: abs(self.predicted_in_all(rule)[0])
         )
 
     def predicted(self, stage: Stage, rule: str) -> Pair:
-        """The first-order change that a rule leaves; without an error but of all."""
+        """The first-order change that a rule leaves.
+
+        Runs that recorded no error of it show that of the whole change.
+        """
         if rule == NOTHING:
             return stage.linear
-        return stage.what_if[rule]["delta_h1"], 0.0
+        value, error = shares.left_at_first_order(stage.what_if[rule])
+        return value, stage.linear[1] if error is None else error
 
     def measured(self, stage: Stage, rule: str) -> Pair:
         """The same of the step without these tokens, taken."""
         if rule == NOTHING:
             return stage.truth
-        return stage.what_if[rule]["delta_h_true"], stage.what_if[rule]["se"]
+        return shares.left_in_truth(stage.what_if[rule])
 
-    def predicted_in_all(self, rule: str) -> float:
+    def predicted_in_all(self, rule: str) -> Pair:
         """The sum of the first-order changes that a rule leaves."""
-        return math.fsum(self.predicted(stage, rule)[0] for stage in self.moved)
+        return _summed(self.predicted(stage, rule) for stage in self.moved)
 
     def measured_in_all(self, rule: str) -> Pair:
         """The sum of the measured ones."""
-        values, errors = zip(*(self.measured(stage, rule) for stage in self.moved))
-        return math.fsum(values), math.hypot(*errors)
+        return _summed(self.measured(stage, rule) for stage in self.moved)
+
+
+def _summed(pairs: Iterable[Pair]) -> Pair:
+    """The sum of independent values, and its error."""
+    values, errors = zip(*pairs)
+    return math.fsum(values), math.hypot(*errors)
 
 
 # In words
@@ -316,12 +325,9 @@ def sums_sentence(found: Checkpoints) -> str:
 
 def what_if_sentence(found: Checkpoints) -> str:
     """The summed change with all tokens, and without those of the best rule."""
-    best, error = found.best_rule, found.linear_error
-    if found.verified:
-        whole, left = (with_error(*found.measured_in_all(r)) for r in (NOTHING, best))
-    else:
-        whole = with_error(found.predicted_in_all(NOTHING), error)
-        left = supported(found.predicted_in_all(best), error, 3, signed=True)
+    best = found.best_rule
+    in_all = found.measured_in_all if found.verified else found.predicted_in_all
+    whole, left = (with_error(*in_all(rule)) for rule in (NOTHING, best))
     return (
         f"Summed over the {found.scope}, the change is {whole} {found.unit}, and without "
         f"{best} it is {left}. Each step is taken again alone: what earlier batches left "
@@ -466,7 +472,7 @@ def rules(found: Checkpoints) -> Table:
         if rule != NOTHING:
             left_out = sum(stage.what_if[rule]["num_tokens"] for stage in found.moved)
         row = [text(rule), number(left_out, 9)]
-        row.append(part(found.predicted_in_all(rule), found.linear_error))
+        row.append(change(*found.predicted_in_all(rule)))
         if found.verified:
             row.append(change(*found.measured_in_all(rule)))
         rows.append(row)
@@ -487,11 +493,8 @@ def rules_by_step(found: Checkpoints) -> Table:
     """What each rule leaves at every checkpoint."""
 
     def left(stage: Stage, rule: str) -> Cell:
-        if found.verified:
-            return change(*found.measured(stage, rule))
-        if rule == NOTHING:
-            return change(*stage.linear)
-        return part(found.predicted(stage, rule)[0], stage.linear[1])
+        pair = found.measured if found.verified else found.predicted
+        return change(*pair(stage, rule))
 
     how = "steps really taken and measured" if found.verified else "first order"
     return Table(

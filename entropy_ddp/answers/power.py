@@ -14,7 +14,7 @@ from entropy_ddp.answers.words import (
 
 Document = Mapping[str, Any]
 # The share between prompts is told where its standard error is below this.
-KNOWN = 0.25
+KNOWN = 0.15
 # A gain in the error that is worth a word.
 LITTLE = 0.85
 
@@ -128,10 +128,13 @@ def advice(document: Document) -> str:
             )
         best = found.get("best_responses_per_prompt")
         if best is not None:
-            noun = "response" if best == 1 else "responses"
+            verb = (
+                "response to each prompt is"
+                if best == 1
+                else ("responses to each prompt are")
+            )
             told.append(
-                f"For a number of tokens, about {number(best, 1)}{FIXED}{noun} to each "
-                "prompt are best."
+                f"For a number of tokens, about {number(best, 1)}{FIXED}{verb} best."
             )
     return " ".join(told)
 

@@ -22,6 +22,9 @@ from entropy_ddp.answers.words import (
     supported,
     supported_percent,
 )
+from entropy_ddp.answers.words import (
+    number as in_words,
+)
 
 # Below this reliability the tokens with the largest shares may be others for another E.
 RELIABLE = 0.5
@@ -114,9 +117,25 @@ def reliability_sentence(document: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     return (
-        f"Shares of single tokens have a reliability of {found:.2f}: so much would "
+        f"Shares of single tokens have a reliability of {in_words(found, 2)}: so much would "
         "they correlate with those of another E as large."
     )
+
+
+def left_at_first_order(row: Mapping[str, Any]) -> tuple[float, float | None]:
+    """First-order change without a rule's tokens, and its error if there is one.
+
+    Chosen on one half of E and evaluated on the other; old runs did both on all of E.
+    """
+    if "delta_h1_cross_fitted" in row:
+        return row["delta_h1_cross_fitted"], row.get("se")
+    return row["delta_h1"], None
+
+
+def left_in_truth(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The same of the masked step taken; its error had another name in old runs."""
+    name = "delta_h_true_se" if "delta_h_true_se" in row else "se"
+    return row["delta_h_true"], row[name]
 
 
 def named(kind: str) -> str:

@@ -33,6 +33,8 @@ from entropy_ddp.answers.headline import (
 )
 from entropy_ddp.answers.shares import (
     is_reliable,
+    left_at_first_order,
+    left_in_truth,
     not_reliable,
     reliability_sentence,
 )
@@ -466,17 +468,25 @@ def what_if(document: Document) -> Table:
     rows = []
     for row in found:
         cells = [text(row["rule"]), number(row["num_tokens"], 9)]
-        cells.append(part(row["delta_h1"], error))
+        value, own = left_at_first_order(row)
+        cells.append(part(value, error) if own is None else change(value, own))
         if verified:
-            cells.append(change(row["delta_h_true"], math.hypot(row["se"], floor)))
+            value, own = left_in_truth(row)
+            cells.append(change(value, math.hypot(own, floor)))
         rows.append(cells)
+    crossed = (
+        " Tokens that a rule ranks by share are chosen on one half of E and evaluated on "
+        "the other, swapped and averaged."
+        if any("delta_h1_cross_fitted" in row for row in found)
+        else ""
+    )
     return Table(
         title="What if these tokens had been left out of the update",
         columns=["left out", "tokens", "ΔH first order"] + ["ΔH true"] * verified,
         rows=rows,
         caption=(
             f"In {UNITS[document['linear']['normalize']]}. First order: with the Adam "
-            "denominator of the whole update; true: the masked step taken."
+            f"denominator of the whole update; true: the masked step taken.{crossed}"
         ),
         folded=True,
     )

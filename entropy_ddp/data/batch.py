@@ -265,6 +265,26 @@ class Batch:
             return self
         return replace(self, sequences=self.sequences[:count])
 
+    def part(self, chosen: Tensor, world_size: int) -> "Batch":
+        """Some of the groups, numbered anew, each on the rank that holds it here.
+
+        Args:
+            chosen: whether each group is in it, [num_groups].
+            world_size: number of ranks.
+        """
+        number = (chosen.cumsum(0) - 1).tolist()
+        kept = chosen[self.groups].tolist()
+        found = replace(
+            self,
+            sequences=tuple(
+                replace(sequence, group=number[sequence.group])
+                for sequence, here in zip(self.sequences, kept)
+                if here
+            ),
+        )
+        found._owners_of[world_size] = self._owners(world_size)[chosen]
+        return found
+
     def shard(self, rank: int, world_size: int) -> "Shard":
         """The groups that one rank holds; whole groups, balanced by tokens.
 

@@ -197,13 +197,15 @@ def best_responses(precision: Precision, prompt_cost: float) -> int | None:
         prompt_cost: what a further prompt costs beside its responses, in responses.
 
     Returns:
-        At least 1; None where the shares are not known, or all variance is within.
+        At least 1, of a known set 2; None where the shares are not known, or all
+        variance is within.
     """
     between = precision.between
     if not between:
         return None
     within = (1 - between) * precision.responses
-    return max(1, round(math.sqrt(prompt_cost * within / between)))
+    least = 1 if precision.set_size is None else 2
+    return max(least, round(math.sqrt(prompt_cost * within / between)))
 
 
 @dataclass(frozen=True, kw_only=True)

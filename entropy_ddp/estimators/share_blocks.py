@@ -18,6 +18,7 @@ Shape legend: T tokens of U, K blocks of E, n groups.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,3 +134,26 @@ def left_out(blocks: BlockShares, chosen: tuple[Tensor, Tensor]) -> Tensor:
     for half, by_the_other in enumerate(reversed(chosen)):
         added[half::2] = blocks.share[by_the_other, half::2].sum(0)
     return added
+
+
+def share_by(
+    labels: list[str], label_of_token: Tensor, blocks: BlockShares
+) -> list[dict[str, Any]]:
+    """Sum of shares and number of tokens by label; empty labels are left out.
+
+    With the standard error `se` of the sum, if there are blocks enough.
+
+    Args:
+        label_of_token: number of each token's label, [T].
+    """
+    added = blocks.share.new_zeros(len(labels), blocks.count)
+    added.index_add_(0, label_of_token, blocks.share)
+    counts = torch.bincount(label_of_token, minlength=len(labels)).tolist()
+    rows = []
+    for label, of_blocks, count in zip(labels, added, counts):
+        if not count:
+            continue
+        row = {"label": label, "share": float(of_blocks.sum()), "num_tokens": count}
+        error = standard_error(of_blocks, blocks.size)
+        rows.append(row if error is None else row | {"se": error})
+    return rows

@@ -156,23 +156,6 @@ def concentration(share: Tensor) -> float:
     return needed / len(share)
 
 
-def share_by(labels: list[str], label_of_token: Tensor, share: Tensor) -> list[Any]:
-    """Sum of shares and number of tokens by label; empty labels are left out.
-
-    Args:
-        label_of_token: number of each token's label, [T].
-        share: exact shares, [T].
-    """
-    totals = share.new_zeros(len(labels)).index_add_(0, label_of_token, share)
-    counts = torch.bincount(label_of_token, minlength=len(labels))
-    rows = zip(labels, totals.tolist(), counts.tolist())
-    return [
-        {"label": label, "share": total, "num_tokens": count}
-        for label, total, count in rows
-        if count
-    ]
-
-
 def probability_deciles(logp: Tensor) -> Tensor:
     """Tenth of the tokens that each is in by its probability, 0 the least probable, [T].
 
@@ -185,27 +168,45 @@ def probability_deciles(logp: Tensor) -> Tensor:
     return decile
 
 
+def rules_by_share(share: Tensor, fraction: float) -> dict[str, Tensor]:
+    """Choices of the tokens with the largest shares, as masks by name in words, [T].
+
+    Args:
+        fraction: share of the tokens that each chooses.
+    """
+    count, percent = _number_chosen(len(share), fraction)
+    return {
+        # A loss of entropy is a negative share.
+        f"largest entropy loss, {percent}": _largest(-share, count),
+        f"largest entropy gain, {percent}": _largest(share, count),
+    }
+
+
 def rules(table: TokenTable, fraction: float) -> dict[str, Tensor]:
     """Choices of tokens to leave out of the update, as masks by their name in words, [T].
+
+    Those by share first; the others do not look at shares.
 
     Args:
         fraction: share of the tokens that a rule which ranks tokens chooses.
     """
-    count = max(1, round(fraction * len(table.share)))
-    percent = f"{100 * fraction:g} % of the tokens"
+    count, percent = _number_chosen(len(table.share), fraction)
     covariance = covariance_score(table.logp, table.advantage)
     failed, succeeded = table.advantage < 0, table.advantage > 0
     improbable = table.logp < math.log(0.5)
-    return {
-        # A loss of entropy is a negative share.
-        f"largest entropy loss, {percent}": _largest(-table.share, count),
-        f"largest entropy gain, {percent}": _largest(table.share, count),
+    return rules_by_share(table.share, fraction) | {
         f"largest covariance, {percent}": _largest(covariance, count),
         "tokens with A < 0 and p < 0.5": failed & improbable,
         "tokens with A > 0 and p < 0.5": succeeded & improbable,
         "all tokens with A < 0": failed,
         "all tokens with A > 0": succeeded,
     }
+
+
+def _number_chosen(num_tokens: int, fraction: float) -> tuple[int, str]:
+    """How many tokens a rule which ranks them chooses, and its words for it."""
+    count = max(1, round(fraction * num_tokens))
+    return count, f"{100 * fraction:g} % of the tokens"
 
 
 def _largest(score: Tensor, count: int) -> Tensor:

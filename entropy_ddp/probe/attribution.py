@@ -6,6 +6,7 @@ and for every block one forward-mode pass over U, however large U is. The blocks
 sum to those of all of E, and their spread says how much of a share is E's luck.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,13 +16,18 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.data.batch import Batch, Block, Shard
+from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.entropy import EntropyChange, Ratio
+from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.share_blocks import (
     BlockShares,
     block_of_group,
     block_sizes,
     correlation_of_halves,
+    left_out,
     reliability,
+    share_by,
+    standard_error,
 )
 from entropy_ddp.estimators.shares import (
     TokenTable,
@@ -31,12 +37,16 @@ from entropy_ddp.estimators.shares import (
     probability_deciles,
     proxies,
     rules,
-    share_by,
+    rules_by_share,
 )
-from entropy_ddp.estimators.standard_errors import relative_difference
+from entropy_ddp.estimators.standard_errors import Estimate, relative_difference
 from entropy_ddp.model.parameters import inner_product
-from entropy_ddp.model.response_tokens import TokenScores, TokenWeights
-from entropy_ddp.probe.estimates import changes_at
+from entropy_ddp.model.response_tokens import (
+    DirectionalScores,
+    TokenScores,
+    TokenWeights,
+)
+from entropy_ddp.probe.estimates import Predictions, changes_at
 from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.passes import (
     score_along,
@@ -45,6 +55,7 @@ from entropy_ddp.probe.passes import (
     update_weights,
 )
 from entropy_ddp.probe.resume import PassResult
+from entropy_ddp.probe.reverse_mode import slope_along
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AttributionResult
 from entropy_ddp.update.decomposition import step_parts
@@ -137,6 +148,57 @@ class BlockPasses:
         return table, blocks
 
 
+def part_estimates(
+    session: Session,
+    gradient: Tensor,
+    step: Step,
+    slope: Slope,
+    original: Ratio,
+    predictions: Predictions | None,
+) -> dict[str, Estimate]:
+    """Momentum, weight decay and gradient as parts of delta_h1, with their errors.
+
+    One forward-mode pass over E along the momentum, and one along the decay if there is
+    any; the gradient's is what they leave. All are of the same sequences, so that the
+    errors pair.
+
+    Args:
+        gradient: gradient of the loss, summed over ranks, flat, [P].
+        step: the step that was taken with it.
+        slope: the configured slope along it.
+        original: the entropy estimator at theta.
+        predictions: the configured baseline's predictions of all tokens of E.
+    """
+    whole = slope.estimate.scaled(step.learning_rate)
+    found, rest = {}, whole
+    for key, part in (("momentum", "momentum"), ("weight_decay", "decay")):
+        direction = _part_of_step(session, gradient, step, part)
+        if not any(bool(piece.any()) for piece in direction.values()):
+            found[key] = whole.scaled(0.0)
+            continue
+        name = f"errors of parts: E along the {part}"
+        along = slope_along(session, direction, name, original, predictions)
+        found[key] = along.estimate.scaled(step.learning_rate)
+        rest = rest.minus(found[key])
+    # Without a gradient rounding is left, which is no estimate of anything.
+    found["gradient"] = rest if bool(gradient.any()) else whole.scaled(0.0)
+    return found
+
+
+def _part_of_step(
+    session: Session, gradient: Tensor, step: Step, part: str
+) -> dict[str, Tensor]:
+    """The momentum or the decay part of the step over its learning rate, by name."""
+    passes = session.passes
+    flat = torch.zeros(passes.layout.numel, dtype=session.buffer_dtype)
+    direction = passes.layout.views(flat)
+    for name, parts in step_parts(
+        session.optimizer, passes.parameters, gradient, step, session.config.update
+    ):
+        direction[name].copy_(getattr(parts, part) / step.learning_rate)
+    return direction
+
+
 def attribute(session: Session, measured: Measurements) -> None:
     """Add to what was measured the share of every token of U in delta_h1.
 
@@ -144,7 +206,12 @@ def attribute(session: Session, measured: Measurements) -> None:
         measured: with the shares of U's tokens.
     """
     assert measured.token_table is not None and measured.block_shares is not None
+    assert measured.parts is not None
     step, slope = measured.step, measured.slope
+    errors = {
+        name: (estimate.se, estimate.se_jackknife)
+        for name, estimate in measured.parts.items()
+    }
     table, blocks = measured.token_table, measured.block_shares
     momentum, decay = float(blocks.momentum.sum()), float(blocks.decay.sum())
     gradient = float(table.share.sum())
@@ -157,6 +224,12 @@ def attribute(session: Session, measured: Measurements) -> None:
         weight_decay=decay,
         gradient=gradient,
         total=total,
+        momentum_se=errors["momentum"][0],
+        weight_decay_se=errors["weight_decay"][0],
+        gradient_se=errors["gradient"][0],
+        momentum_se_jackknife=errors["momentum"][1],
+        weight_decay_se_jackknife=errors["weight_decay"][1],
+        gradient_se_jackknife=errors["gradient"][1],
         attribution_gap=relative_difference(
             total, step.learning_rate * slope.value, largest_term(measured)
         ),
@@ -164,8 +237,8 @@ def attribute(session: Session, measured: Measurements) -> None:
         covariance=judged.pop("covariance"),
         proxies=judged,
         concentration=concentration(table.share),
-        summaries=summaries(session, table),
-        what_if=_what_if(session, measured.base, table, total),
+        summaries=summaries(session, table, blocks),
+        what_if=_what_if(session, measured, total),
         top_tokens=top_tokens(session, table),
         half_correlation=correlation,
         reliability=None if correlation is None else reliability(correlation),
@@ -322,46 +395,149 @@ def _advantages(session: Session) -> Tensor:
 
 
 def _what_if(
-    session: Session, base: TokenScores, table: TokenTable, total: float
+    session: Session, measured: Measurements, total: float
 ) -> list[dict[str, Any]]:
     """delta_h1 without the tokens that each rule chooses; with `verify`, the truth too."""
+    table, blocks = measured.token_table, measured.block_shares
+    assert table is not None and blocks is not None
     settings = session.config.attribution
+    # A rule that looks at shares chooses with one half, and is judged by the other.
+    by_half = [rules_by_share(blocks.half(n), settings.fraction) for n in (0, 1)]
+    whole = Evaluation(session=session, base=measured.base)
+    halves = _halves_of_E(session, measured.base) if settings.verify else []
     rows = []
     chosen = rules(table, settings.fraction)
     for number, (rule, mask) in enumerate(chosen.items(), start=1):
+        masks = (mask, mask)
+        if rule in by_half[0]:
+            masks = (by_half[0][rule], by_half[1][rule])
+        left = blocks.total - left_out(blocks, masks)
         row: dict[str, Any] = {
             "rule": rule,
             "num_tokens": int(mask.sum()),
             "delta_h1": total - float(table.share[mask].sum()),
+            "delta_h1_cross_fitted": float(left.sum()),
         }
+        error = standard_error(left, blocks.size)
+        if error is not None:
+            row["se"] = error
         if settings.verify:
-            change = _masked_truth(session, base, ~mask, f"what if {number}")
-            row |= {"delta_h_true": change.value, "se": change.se}
+            name = f"what if {number}"
+            if rule in by_half[0]:
+                value, error = _cross_fitted_truth(halves, masks, blocks.size, name)
+            else:
+                change = _masked_truth(whole, ~mask, name)
+                value, error = change.value, change.se
+            row |= {"delta_h_true": value, "delta_h_true_se": error}
         rows.append(row)
     return rows
 
 
-def _masked_truth(
-    session: Session, base: TokenScores, keep: Tensor, name: str
-) -> EntropyChange:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """E, or a half of it, at theta.
+
+    Attributes:
+        session: the run, with E for its batch E.
+        base: this rank's tokens of it.
+    """
+
+    session: Session
+    base: TokenScores
+
+
+def _halves_of_E(session: Session, base: DirectionalScores) -> list[Evaluation]:
+    """The even and the odd blocks of E; every sequence stays on its rank."""
+    batch = session.batches["E"]
+    half_of_group = _half_of_group(session)
+    halves = session.shard("E").divided(half_of_group, 2)
+    return [
+        Evaluation(
+            session=replace(
+                session,
+                batches=session.batches
+                | {"E": batch.part(half_of_group == number, session.world.world_size)},
+            ),
+            base=base.at(half.tokens),
+        )
+        for number, half in enumerate(halves)
+    ]
+
+
+def _half_of_group(session: Session) -> Tensor:
+    """0 for the groups of E in even blocks, 1 for those in odd ones, [num_groups]."""
+    order, count = session.batches["E"].group_order, session.config.attribution.blocks
+    return block_of_group(order, count) % 2
+
+
+def require_halves(session: Session) -> None:
+    """Check that a masked step can be measured on either half of E.
+
+    Raises:
+        InputError: `verify` is asked for, and a half has fewer than two groups.
+    """
+    if not session.config.attribution.verify:
+        return
+    if "E" in session.batches:
+        batch = session.batches["E"]
+        groups = batch.groups[batch.lengths > 0].unique()
+        sizes = torch.bincount(_half_of_group(session)[groups], minlength=2).tolist()
+    else:
+        count = session.planned["E"].num_prompts
+        sizes = [(count + 1) // 2, count // 2]
+    if min(sizes) < 2:
+        raise InputError(
+            "attribution.verify: expected at least 2 groups with response tokens in "
+            "either half of E (tokens are chosen with one half, and the step without "
+            f"them is measured on the other), found {sizes[0]} and {sizes[1]}; give E "
+            "more prompts, or leave attribution.verify out"
+        )
+
+
+def _cross_fitted_truth(
+    halves: list[Evaluation],
+    chosen: tuple[Tensor, Tensor],
+    size: Tensor,
+    name: str,
+) -> tuple[float, float]:
+    """The truth without what a half chose, measured on the other, and its error.
+
+    Of both halves, each counted by its part of the denominator.
+
+    Args:
+        chosen: the tokens that the even and the odd blocks chose, as masks, [T] each.
+        size: d_b, [K].
+    """
+    value = error = 0.0
+    for number, half in enumerate(halves):
+        weight = float(size[number::2].sum())
+        keep = ~chosen[1 - number]
+        change = _masked_truth(half, keep, f"{name}, half {number + 1}")
+        value += weight * change.value
+        error = math.hypot(error, weight * change.se)
+    return value, error
+
+
+def _masked_truth(evaluation: Evaluation, keep: Tensor, name: str) -> EntropyChange:
     """Take the step on the kept tokens only, score E, undo; keep [T] of all of U."""
-    passes, shard, evaluation = session.passes, session.shard("U"), session.shard("E")
-    places = token_places(session.batches["U"], shard)
+    session = evaluation.session
+    passes, update, shard = session.passes, session.shard("U"), session.shard("E")
+    places = token_places(session.batches["U"], update)
     weights = _masked(update_weights(session), keep[places])
 
     def score_after_masked_step() -> PassResult:
-        gradient, _ = summed_gradient(session, passes, shard, weights, as_trained=True)
+        gradient, _ = summed_gradient(session, passes, update, weights, as_trained=True)
         with step_taken(session, gradient):
-            return PassResult(tokens=passes.score(evaluation).arrays())
+            return PassResult(tokens=passes.score(shard).arrays())
 
     found = session.pass_over(
-        evaluation,
+        shard,
         "what if: masked step",
         score_after_masked_step,
-        tokens=shard.ragged.num_tokens + evaluation.ragged.num_tokens,
+        tokens=update.ragged.num_tokens + shard.ragged.num_tokens,
         kept_as=name,
     )
-    changes = changes_at(session, base, TokenScores(**found.tokens))
+    changes = changes_at(session, evaluation.base, TokenScores(**found.tokens))
     mode, _ = session.config.truth_estimator
     return changes[mode]
 
@@ -374,9 +550,11 @@ def _masked(weights: TokenWeights, keep: Tensor) -> TokenWeights:
     return masked
 
 
-def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
+def summaries(
+    session: Session, table: TokenTable, blocks: BlockShares
+) -> dict[str, list[Any]]:
     """Shares by sign of advantage, probability, position, reward and pass rate."""
-    batch, share = session.batches["U"], table.share
+    batch = session.batches["U"]
     sign = (table.advantage.sign() + 1).long()
     decile = probability_deciles(table.logp)
     edges = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
@@ -386,11 +564,11 @@ def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
         for low, high in pairwise(edges.tolist())
     ]
     found = {
-        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, share),
+        "advantage": share_by(["A < 0", "A = 0", "A > 0"], sign, blocks),
         "probability decile": share_by(
-            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, share
+            [f"{10 * d}-{10 * d + 10} %" for d in range(10)], decile, blocks
         ),
-        "position": share_by([*positions, f"{edges[-1]} on"], place, share),
+        "position": share_by([*positions, f"{edges[-1]} on"], place, blocks),
     }
     rewards = [s.reward for s in batch.sequences]
     if all(reward is not None for reward in rewards):
@@ -402,10 +580,10 @@ def summaries(session: Session, table: TokenTable) -> dict[str, list[Any]]:
         quarter = (rate * 4).long().clamp(max=3)[batch.groups]
         ragged = batch.ragged
         found["largest reward"] = share_by(
-            ["not reached", "reached"], ragged.spread(passed.long()), share
+            ["not reached", "reached"], ragged.spread(passed.long()), blocks
         )
         found["pass rate of the group"] = share_by(
-            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), share
+            ["0-25 %", "25-50 %", "50-75 %", "75-100 %"], ragged.spread(quarter), blocks
         )
     return found
 

@@ -9,6 +9,7 @@ from entropy_ddp.estimators.entropy import EntropyChange
 from entropy_ddp.estimators.linear import Slope
 from entropy_ddp.estimators.share_blocks import BlockShares
 from entropy_ddp.estimators.shares import TokenTable
+from entropy_ddp.estimators.standard_errors import Estimate
 from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
 from entropy_ddp.model.response_tokens import DirectionalScores, TokenScores
 from entropy_ddp.probe.estimates import EntropyEstimates, SequenceSums
@@ -45,6 +46,7 @@ class Measurements:
         sweep_summary: what they say together.
         gradient_dot: the gradient-dot form of the prediction.
         token_table: every token of U with its share.
+        parts: momentum, weight decay and gradient as parts of the prediction.
         block_shares: what each block of E adds to the parts and shares.
         attribution: what the shares say.
         rate_ratios: norm of the change, and the prediction, at lr over those at lr / 10.
@@ -71,6 +73,7 @@ class Measurements:
     sweep_summary: SweepSummary | None = None
     gradient_dot: GradientDotResult | None = None
     token_table: TokenTable | None = None
+    parts: dict[str, Estimate] | None = None
     block_shares: BlockShares | None = None
     attribution: AttributionResult | None = None
     rate_ratios: tuple[float, float] | None = None

@@ -13,6 +13,8 @@ has. In forwards over the batch, one pass costs
     sweep                       1           for each step size
     shares of U's tokens        2.2         forward mode over U, for each of the 8 blocks of E;
                                             a what-if costs 3 of U, 1 of E
+    errors of parts             2.2         forward mode over E along the momentum; along the
+                                            weight decay, if there is any
     gradient-dot form           up to 10    see `gradient_dot`
 
 Between passes ranks exchange parameter buffers (one all-reduce for each gradient) and
@@ -27,7 +29,12 @@ from entropy_ddp.config import Config, require_job
 from entropy_ddp.distributed import World
 from entropy_ddp.estimators.curvature import CurvatureEstimate, midpoint_curvature
 from entropy_ddp.model.response_tokens import DirectionalScores
-from entropy_ddp.probe.attribution import BlockPasses, attribute
+from entropy_ddp.probe.attribution import (
+    BlockPasses,
+    attribute,
+    part_estimates,
+    require_halves,
+)
 from entropy_ddp.probe.audits import audit_rows
 from entropy_ddp.probe.audits.truth import attribution_gap
 from entropy_ddp.probe.estimates import (
@@ -207,7 +214,14 @@ def measure(session: Session, plan: Plan) -> Measurements:
         cut_otherwise=plan.audited != "gradient",
         gradient_of=None if by_block is None else by_block.gradient_of,
     )
-    del predicted, sample_features
+    del sample_features
+    parts = None
+    if plan.attribution:
+        assert gradient is not None
+        parts = part_estimates(
+            session, gradient, step, slope, estimates.original, predicted
+        )
+    del predicted
     noise_floor = duality.noise_floor
     if noise_floor is None:
         noise_floor = measure_noise_floor(session, base)
@@ -232,6 +246,7 @@ def measure(session: Session, plan: Plan) -> Measurements:
     )
     if by_block is not None:
         measured.token_table, measured.block_shares = by_block.table()
+        measured.parts = parts
     if plan.sweep:
         measured.points, measured.sweep_summary = sweep_step_sizes(session, measured)
     if plan.gradient_dot:
@@ -268,3 +283,5 @@ def _require_batches(plan: Plan, session: Session) -> None:
     """Asked for but impossible is said before the first token and the first pass."""
     if plan.gradient_dot:
         is_wanted(session.config.gradient_dot, session.batches, session.planned)
+    if plan.attribution:
+        require_halves(session)

@@ -230,13 +230,17 @@ def _seconds_on_evaluation(pilot: StoredRun) -> float:
 
 
 def described_plan(plan: Plan) -> dict[str, Any]:
-    """The plan, by what a reader calls it."""
+    """The plan, by what a reader calls it; estimates with two digits."""
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.2g}")
+
     return {
-        "prompt draws of E": plan.groups,
-        "known to": plan.groups_error,
-        "responses of each": plan.responses,
-        "for a change of, nats": plan.change,
-        "within, to either side": plan.half_width,
-        "responses, in those of the pilot": plan.sequences_ratio,
-        "seconds on E, as the pilot took them": plan.seconds * plan.sequences_ratio,
+        "prompt draws": plan.groups,
+        "standard error of that number": rounded(plan.groups_error),
+        "responses of each": rounded(plan.responses),
+        "for a change of, nats": rounded(plan.change),
+        "within, to either side": rounded(plan.half_width),
+        "responses, in those of the pilot": rounded(plan.sequences_ratio),
+        "seconds on E, as on the pilot's": rounded(plan.seconds * plan.sequences_ratio),
     }

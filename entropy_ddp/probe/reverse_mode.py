@@ -13,11 +13,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from entropy_ddp.data.batch import Batch, Shard
-from entropy_ddp.estimators.entropy import as_ratio, integrand_tokens, reweighted
+from entropy_ddp.data.batch import Batch, Block, Shard
+from entropy_ddp.estimators.entropy import (
+    Ratio,
+    as_ratio,
+    integrand_tokens,
+    reweighted,
+)
 from entropy_ddp.estimators.linear import (
+    Slope,
+    SlopeWeights,
     centred_part,
     sequence_terms,
+    slope_from_terms,
     slope_weights,
     terms_less_prediction,
 )
@@ -162,40 +170,27 @@ def _configured_weights(
     features: dict[str, Tensor],
 ) -> tuple[TokenWeights, Tensor]:
     """Weights of the configured slope's surrogate, and the terms they make [n, 4]."""
-    objective, config = session.config.objective, session.config
-    integrand, count = objective.integrand, sample.ragged.num_tokens
-    kind = (integrand, objective.normalize, *config.slope_estimator)
-    on_logp, on_entropy = torch.zeros(2, count, dtype=torch.float64)
+    objective = session.config.objective
+    on_logp, on_entropy = torch.zeros(2, sample.ragged.num_tokens, dtype=torch.float64)
     of_means = None
     if predictions is not None and predictions.of_means is not None:
         of_means = centred_part(predictions.of_means, mean_entropy, objective.normalize)
     terms = torch.zeros(len(sample.positions), 4, dtype=torch.float64)
+    surprisal = objective.integrand == "surprisal"
     for block in sample.blocks():
         # The sample's tokens are the first of E's.
-        here, ragged = block.tokens, block.ragged
+        here = block.tokens
         tokens = base.at(here)
+        tokens.features = {name: values[here] for name, values in features.items()}
+        weights, terms[block.sequences] = _block_terms(
+            session, block, tokens, mean_entropy, predictions
+        )
         weighting = reweighting(session, block, tokens.logp)
-        after = None if predictions is None else predictions.after_token[here]
-        weights = slope_weights(tokens, ragged, mean_entropy, kind, after, weighting)
-        terms[block.sequences] = sequence_terms(tokens, ragged, weights, integrand)
-        if of_means is not None:
-            assert predictions is not None and predictions.of_means is not None
-            if weighting is not None:
-                of_means[here] *= weighting.before[:, None]
-            values, steps = (
-                (features["dembedding"][here] * predictions.of_means[here, :, c]).sum(1)
-                for c in (0, 1)
-            )
-            if weighting is not None:
-                values, steps = values * weighting.before, steps * weighting.before
-            columns = torch.stack([ragged.sum(values), ragged.sum(steps)], dim=1)
-            # A prediction of which the mean is put back: what is less is more.
-            terms[block.sequences] = terms_less_prediction(
-                terms[block.sequences], -columns, mean_entropy, objective.normalize
-            )
-        through_logp = weights.pathwise if integrand == "surprisal" else 0.0
+        if of_means is not None and weighting is not None:
+            of_means[here] *= weighting.before[:, None]
+        through_logp = weights.pathwise if surprisal else 0.0
         on_logp[here] = weights.centred - through_logp
-        on_entropy[here] = 0.0 if integrand == "surprisal" else weights.pathwise
+        on_entropy[here] = 0.0 if surprisal else weights.pathwise
 
     def surrogate(token: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         place = token.cpu()
@@ -203,6 +198,80 @@ def _configured_weights(
         return found if of_means is None else (*found, of_means[place])
 
     return surrogate, terms
+
+
+def _block_terms(
+    session: Session,
+    block: Block,
+    tokens: DirectionalScores,
+    mean_entropy: float,
+    predictions: Predictions | None,
+) -> tuple[SlopeWeights, Tensor]:
+    """Weights of the configured slope, and the terms they make of a block, [n, 4].
+
+    Args:
+        tokens: the block's, with derivatives along any direction; with the feature
+            `dembedding` along it for a baseline that knows the token.
+        mean_entropy: Hbar over all of E.
+        predictions: of the tokens that the block's places are of.
+    """
+    objective, ragged = session.config.objective, block.ragged
+    integrand, normalize = objective.integrand, objective.normalize
+    kind = (integrand, normalize, *session.config.slope_estimator)
+    weighting = reweighting(session, block, tokens.logp)
+    after = None if predictions is None else predictions.after_token[block.tokens]
+    weights = slope_weights(tokens, ragged, mean_entropy, kind, after, weighting)
+    terms = sequence_terms(tokens, ragged, weights, integrand)
+    if predictions is None or predictions.of_means is None:
+        return weights, terms
+    of_means = predictions.of_means[block.tokens]
+    values, steps = (
+        (tokens.features["dembedding"] * of_means[:, :, c]).sum(1) for c in (0, 1)
+    )
+    if weighting is not None:
+        values, steps = values * weighting.before, steps * weighting.before
+    columns = torch.stack([ragged.sum(values), ragged.sum(steps)], dim=1)
+    # A prediction of which the mean is put back: what is less is more.
+    return weights, terms_less_prediction(terms, -columns, mean_entropy, normalize)
+
+
+def slope_along(
+    session: Session,
+    direction: dict[str, Tensor],
+    name: str,
+    original: Ratio,
+    predictions: Predictions | None,
+) -> Slope:
+    """The configured slope along another direction than the step, weights and all.
+
+    Its weights are those of the slope along the step, predictions included, so that the
+    slopes along parts of a direction sum to that along the whole. One forward-mode pass.
+
+    Args:
+        direction: tangent of each trainable parameter by name.
+        name: of the phase.
+        original: the entropy estimator at theta.
+        predictions: the configured baseline's predictions of all tokens of E; None for
+            a baseline without.
+    """
+    shard, passes = session.shard("E"), session.passes
+    knows_token = predictions is not None and predictions.of_means is not None
+
+    def score_blocks() -> PassResult:
+        terms = torch.zeros(len(shard.positions), 4, dtype=torch.float64)
+        for block in shard.blocks():
+            tokens = passes.score(block.shard, direction, with_features=knows_token)
+            _, terms[block.sequences] = _block_terms(
+                session, block, tokens, original.value, predictions
+            )
+        return PassResult(sequences={"terms": terms})
+
+    found = session.pass_over(shard, name, score_blocks)
+    rows = session.world.gather_rows(
+        found.sequences["terms"], shard.positions, len(shard.batch)
+    )
+    estimator = session.config.slope_estimator
+    return slope_from_terms(rows, original, session.draws, estimator)
 
 
 def learning_rate_ratios(

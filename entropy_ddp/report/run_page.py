@@ -79,7 +79,7 @@ def _prediction(document: Document) -> PageSection:
 
 def _power(document: Document) -> PageSection:
     return PageSection(
-        id="power", title="What this E can tell", tables=(power(document),)
+        id="power", title="Is this E large enough?", tables=(power(document),)
     )
 
 

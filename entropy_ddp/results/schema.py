@@ -330,6 +330,9 @@ class AttributionResult:
         weight_decay: part of the weight decay.
         gradient: part of U's gradient; the sum of its tokens' shares.
         total: the sum of the three; delta_h1 up to rounding.
+        momentum_se, weight_decay_se, gradient_se: delta-method standard errors of the
+            parts, over the prompts of E; 0 of a part that the step does not have.
+        momentum_se_jackknife, ...: by the jackknife.
         attribution_gap: |total - delta_h1| over the largest term of delta_h1.
         num_blocks: number of disjoint blocks of E that shares were computed from.
         half_correlation: Pearson's correlation of the token shares of two halves of E;
@@ -340,8 +343,13 @@ class AttributionResult:
             {spearman, top_overlap}; a good predictor has a Spearman correlation near -1.
         proxies: the same for other cheap scores, by name.
         concentration: smallest fraction of tokens that holds half of the sum of |share|.
-        summaries: sums of shares by sign of advantage, probability, position, ...
-        what_if: delta_h1 had the chosen tokens been left out.
+        summaries: sums of shares by sign of advantage, probability, position, ...; each
+            with `se` from the blocks, if there are at least three.
+        what_if: the change had the chosen tokens been left out: `delta_h1` with the
+            tokens chosen and evaluated on the same E; `delta_h1_cross_fitted` chosen on
+            one half of E and evaluated on the other, swapped and averaged, with `se`
+            from the blocks (of rules that do not look at shares it is delta_h1);
+            `delta_h_true` with `delta_h_true_se` likewise, the masked steps taken.
         top_tokens: the tokens with the largest shares, in their context.
     """
 
@@ -349,6 +357,12 @@ class AttributionResult:
     weight_decay: float
     gradient: float
     total: float
+    momentum_se: float
+    weight_decay_se: float
+    gradient_se: float
+    momentum_se_jackknife: float
+    weight_decay_se_jackknife: float
+    gradient_se_jackknife: float
     attribution_gap: float
     num_blocks: int
     covariance: dict[str, Any]

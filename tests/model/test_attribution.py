@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from jobs import run_attribution
 from reference import LossSettings, Objective
 from thread_ranks import run_thread_ranks
-from tiny_runs import TinyRun, make_run
+from tiny_runs import NaiveStep, TinyRun, make_run
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -102,7 +102,8 @@ class Case:
                 "integrand": objective.integrand,
                 "temperature": objective.temperature,
             },
-            "linear": {"score": "to_go", "baseline": "hk"} if to_go else {},
+            "truth": {"is_mode": objective.is_mode},
+            "linear": LINEAR["to_go, hk" if to_go else "full"],
         }
 
 
@@ -388,11 +389,12 @@ def test_everything_sums_to_the_prediction(named_run: RunMaker, case: Case) -> N
 
 
 LINEAR = {
-    "full": {},
-    "to_go": {"score": "to_go"},
+    "full": {"score": "full", "baseline": "none"},
+    "to_go": {"score": "to_go", "baseline": "none"},
     "to_go, hk": {"score": "to_go", "baseline": "hk"},
     "to_go, loo": {"score": "to_go", "baseline": "loo"},
     "to_go, ridge": {"score": "to_go", "baseline": "ridge"},
+    "to_go, action_value": {},
 }
 
 
@@ -445,12 +447,14 @@ def test_batch_without_advantages_moves_by_momentum_alone(named_run: RunMaker) -
     assert document["gradient"] == 0
     assert document["momentum"] != 0
     assert document["total"] == document["momentum"] + document["weight_decay"]
+    assert document["gradient_se"] == document["gradient_se_jackknife"] == 0
     assert document["attribution_gap"] <= GAP["float64"]
     assert set(token_shares(probed)) == set(sequence_shares(probed)) == {0.0}
     for judged in (document["covariance"], *document["proxies"].values()):
         assert "spearman" not in judged
     for row in document["what_if"]:
-        assert row["delta_h1"] == document["total"]
+        assert row["delta_h1"] == row["delta_h1_cross_fitted"] == document["total"]
+    assert "reliability" not in document
 
 
 def test_top_tokens_are_the_largest_shares(named_run: RunMaker) -> None:
@@ -508,11 +512,63 @@ def chosen_tokens(tokens: list[dict[str, Any]]) -> list[set[int]]:
     ]
 
 
+def naive_token_effects(run: TinyRun, case: Case, count: int) -> Tensor:
+    """Share of every token of U by block of E, [T, K]: dr_grpo without ratios."""
+    parts = naive_parts(run, run.gradient(case.loss), case.max_grad_norm)
+    blocks = naive_block_gradients(run, count)
+    parameters = ref.trainable(run.saved.model)
+    num_groups = len({row.group for row in run.U})
+    effects = []
+    for row, advantage in zip(run.U, ref.advantages(run.U, "centered"), strict=True):
+        lengths = [len(r.response_ids) for r in run.U if r.group == row.group]
+        logp, _ = ref.token_scores(run.saved.model, row, 1.0)
+        for value in logp:
+            loss = -value * advantage / (num_groups * len(lengths) * max(lengths))
+            gradients = torch.autograd.grad(
+                loss, list(parameters.values()), retain_graph=True
+            )
+            direction = parts.of_gradient(dict(zip(parameters, gradients, strict=True)))
+            effects.append([effect_along(block, direction) for block in blocks])
+    return torch.tensor(effects, dtype=torch.float64)
+
+
+def effect_along(gradient: Direction, direction: Direction) -> float:
+    return sum(float((gradient[n] * part).sum()) for n, part in direction.items())
+
+
+def masked_step(run: TinyRun, case: Case, left_out: set[int]) -> NaiveStep:
+    """The naive step without these tokens, numbered through all of U."""
+    places = iter(range(sum(len(row.response_ids) for row in run.U)))
+    keep = [[next(places) not in left_out for _ in row.response_ids] for row in run.U]
+    return MaskedRun(**vars(run), keep=keep).naive_step(
+        case.loss, max_grad_norm=case.max_grad_norm, learning_rate=LEARNING_RATE
+    )
+
+
+def naive_truth(
+    run: TinyRun, case: Case, left_out: set[int], rows: list[ref.Row]
+) -> ref.Truth:
+    """The change of these rows' entropy by the step without some tokens."""
+    old = ref.scores(run.saved.model, rows, 1.0)
+    step = masked_step(run, case, left_out)
+    with ref.parameters_shifted(run.saved.model, step.delta, 1.0):
+        new = ref.scores(run.saved.model, rows, 1.0)
+    return ref.delta_h_true(rows, old, new, case.objective)
+
+
+def largest(values: Tensor, count: int) -> set[int]:
+    """Places of the largest; of equal ones those that come first."""
+    # To three digits: what differs by rounding is equal.
+    digits = [float(f"{value:.3g}") for value in values.tolist()]
+    return set(sorted(range(len(digits)), key=lambda t: -digits[t])[:count])
+
+
 def test_what_if_is_a_step_without_these_tokens(
     named_run: RunMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Predicted: the masked shares are missing. True: a masked naive step is taken.
 
+    What is ranked by share is chosen on one half of E and evaluated on the other.
     Afterwards parameters and optimizer state are what they were, bit for bit.
     """
     case = CASES["gpt2 dr_grpo"]
@@ -525,7 +581,7 @@ def test_what_if_is_a_step_without_these_tokens(
 
     open_session = pipeline.open_session
     monkeypatch.setattr(pipeline, "open_session", open_and_remember)
-    asked = {"verify": True, "fraction": FRACTION}
+    asked = {"verify": True, "fraction": FRACTION, "blocks": 4}
     probed = attribute(run, **case.sections(), attribution=asked)
     ((session, before),) = opened
     assert session_fingerprint(session) == before
@@ -534,31 +590,104 @@ def test_what_if_is_a_step_without_these_tokens(
     assert result is not None
     assert tokens is not None
     tokens = list(tokens)
-    old = ref.scores(run.saved.model, run.E, 1.0)
+    effects = naive_token_effects(run, case, 4)
+    of_rows = naive_blocks(run.E, 4)
+    # Rows of E in even and in odd blocks.
+    halves = [
+        [row for row, block in zip(run.E, of_rows, strict=True) if block % 2 == number]
+        for number in (0, 1)
+    ]
+    sizes = [sum(len(row.response_ids) for row in rows) for rows in halves]
+    by_share = (-1, 1)  # the sign of the shares that the first two rules choose
+    scale = float(effects.abs().max())
     found = []
-    for row, chosen in zip(result.what_if, chosen_tokens(tokens), strict=True):
+    chosen_by_rule = chosen_tokens(tokens)
+    for number, (row, chosen) in enumerate(
+        zip(result.what_if, chosen_by_rule, strict=True)
+    ):
         assert row["num_tokens"] == len(chosen) > 0
         shares = math.fsum(tokens[t]["share"] for t in chosen)
-        scale = max(abs(token["share"]) for token in tokens)
         assert abs(row["delta_h1"] - (result.total - shares)) <= RTOL * scale
-        left_out = {(tokens[t]["index"], tokens[t]["k"]) for t in chosen}
-        keep = [
-            [(i, k + 1) not in left_out for k in range(len(r.response_ids))]
-            for i, r in enumerate(run.U)
-        ]
-        masked = MaskedRun(**vars(run), keep=keep).naive_step(
-            case.loss, max_grad_norm=case.max_grad_norm, learning_rate=LEARNING_RATE
+        by_half = [chosen, chosen]
+        if number < len(by_share):
+            sign = by_share[number]
+            by_half = [
+                largest(sign * effects[:, half::2].sum(1), len(chosen))
+                for half in (0, 1)
+            ]
+        left = sum(
+            float(effects[list(by_half[1 - half]), half::2].sum()) for half in (0, 1)
         )
-        with ref.parameters_shifted(run.saved.model, masked.delta, 1.0):
-            new = ref.scores(run.saved.model, run.E, 1.0)
-        truth = ref.delta_h_true(run.E, old, new, case.objective)
-        bar = VERIFIED_RTOL * abs(truth.delta_h_true)
-        assert abs(row["delta_h_true"] - truth.delta_h_true) <= bar
-        assert abs(row["se"] - truth.se) <= VERIFIED_RTOL * truth.se
+        assert abs(row["delta_h1_cross_fitted"] - (result.total - left)) <= RTOL * scale
+        if number < len(by_share):
+            truths = [
+                naive_truth(run, case, by_half[1 - half], halves[half])
+                for half in (0, 1)
+            ]
+            weights = [size / sum(sizes) for size in sizes]
+            pairs = list(zip(weights, truths, strict=True))
+            value = math.fsum(w * truth.delta_h_true for w, truth in pairs)
+            error = math.hypot(*(w * truth.se for w, truth in pairs))
+        else:
+            truth = naive_truth(run, case, chosen, run.E)
+            value, error = truth.delta_h_true, truth.se
+        bar = VERIFIED_RTOL * abs(value)
+        assert abs(row["delta_h_true"] - value) <= bar
+        assert abs(row["delta_h_true_se"] - error) <= VERIFIED_RTOL * error
         found.append(row["delta_h_true"])
+    assert result.what_if[0]["delta_h1_cross_fitted"] != result.what_if[0]["delta_h1"]
     # Each choice of tokens gives a step of its own.
-    choices = {frozenset(chosen) for chosen in chosen_tokens(tokens)}
+    choices = {frozenset(chosen) for chosen in chosen_by_rule}
     assert len({*found, probed.results.truth.delta_h_true}) == len(choices) + 1
+
+
+def test_errors_of_what_ifs_are_those_of_blocks(named_run: RunMaker) -> None:
+    """K / (K - 1) sum (x_b - x d_b)^2 by brute force; none with two blocks."""
+    case = CASES["gpt2 dr_grpo"]
+    run = named_run(case.run)
+    asked = {"fraction": FRACTION, "blocks": 4}
+    result = attribute(run, **case.sections(), attribution=asked).results.attribution
+    assert result is not None
+    effects = naive_token_effects(run, case, 4)
+    parts = naive_parts(run, run.gradient(case.loss), case.max_grad_norm)
+    whole = [
+        effect_along(block, parts.momentum) + effect_along(block, parts.decay)
+        for block in naive_block_gradients(run, 4)
+    ]
+    count = round(FRACTION * len(effects))
+    by_half = [largest(-effects[:, half::2].sum(1), count) for half in (0, 1)]
+    tokens = [0.0] * 4
+    for block, row in zip(naive_blocks(run.E, 4), run.E, strict=True):
+        tokens[block] += len(row.response_ids)
+    added = [
+        whole[b]
+        + float(effects[:, b].sum())
+        - float(effects[list(by_half[1 - b % 2]), b].sum())
+        for b in range(4)
+    ]
+    total = math.fsum(added)
+    squares = [
+        (x - total * size / sum(tokens)) ** 2
+        for x, size in zip(added, tokens, strict=True)
+    ]
+    expected = math.sqrt(4 / 3 * math.fsum(squares))
+    assert result.what_if[0]["se"] == pytest.approx(expected, rel=1e-8)
+    asked = {"fraction": FRACTION, "blocks": 2}
+    few = attribute(run, **case.sections(), attribution=asked).results.attribution
+    assert few is not None
+    assert all("se" not in row for row in few.what_if)
+
+
+def test_halves_too_small_for_masked_steps_are_refused(named_run: RunMaker) -> None:
+    """Before the first pass; without `verify` they are no reason to."""
+    run = named_run("gpt2-lora")
+    order = naive_blocks(run.E, 8)
+    three = replace(
+        run, E=[row for row, place in zip(run.E, order, strict=True) if place < 3]
+    )
+    with pytest.raises(InputError, match=r"attribution.verify: .* found 2 and [01];"):
+        attribute(three, attribution={"verify": True})
+    assert attribute(three).results.attribution is not None
 
 
 def session_fingerprint(session: Session) -> str:
@@ -572,7 +701,9 @@ def test_what_if_is_not_verified_unless_asked(named_run: RunMaker) -> None:
     result = attributed(named_run("gpt2-lora"), CASES["gpt2 dr_grpo"]).results
     assert result.attribution is not None
     for row in result.attribution.what_if:
-        assert list(row) == ["rule", "num_tokens", "delta_h1"]
+        assert list(row) == [
+            "rule", "num_tokens", "delta_h1", "delta_h1_cross_fitted", "se",
+        ]  # fmt: skip
 
 
 # Blocks of E
@@ -635,24 +766,20 @@ def test_blocks_of_E_by_brute_force(named_run: RunMaker) -> None:
     sequences = torch.repeat_interleave(torch.arange(len(run.U)), torch.tensor(lengths))
     found = torch.zeros(len(run.U), 4, dtype=torch.float64)
     found.index_add_(0, sequences, blocks.share)
-
-    def effect(gradient: Direction, direction: Direction) -> float:
-        return sum(float((gradient[n] * part).sum()) for n, part in direction.items())
-
     gradients = naive_block_gradients(run, 4)
-    expected = [[effect(g, row) for g in gradients] for row in of_rows]
+    expected = [[effect_along(g, row) for g in gradients] for row in of_rows]
     bar = RTOL * max(abs(x) for row in expected for x in row)
     assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() <= bar
     for name, values in (("momentum", blocks.momentum), ("decay", blocks.decay)):
         for gradient, value in zip(gradients, values.tolist(), strict=True):
-            assert abs(value - effect(gradient, getattr(parts, name))) <= bar
+            assert abs(value - effect_along(gradient, getattr(parts, name))) <= bar
     tokens = torch.zeros(4, dtype=torch.float64)
     for block, row in zip(naive_blocks(run.E, 4), run.E, strict=True):
         tokens[block] += len(row.response_ids)
     torch.testing.assert_close(blocks.size, tokens / tokens.sum())
 
 
-@pytest.mark.parametrize("linear", ["full", "to_go, hk", "to_go, ridge"])
+@pytest.mark.parametrize("linear", ["full", "to_go, hk", "to_go, action_value"])
 def test_blocks_sum_to_the_shares_of_all_of_E(named_run: RunMaker, linear: str) -> None:
     """However many there are; of fewer groups than blocks each is a block."""
     run = named_run("gpt2-lora")
@@ -715,6 +842,75 @@ def test_a_block_of_empty_responses_adds_nothing(named_run: RunMaker) -> None:
     assert blocks.size[2] == blocks.momentum[2] == blocks.decay[2] == 0
     assert not blocks.share[:, 2].any()
     assert blocks.share[:, [0, 1, 3]].any(dim=0).all()
+
+
+# Errors of the parts
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2 dr_grpo", "gpt2 to_go, hk", "qwen2 sum, surprisal, warm"]
+)
+def test_errors_of_the_parts_by_brute_force(named_run: RunMaker, name: str) -> None:
+    """Each is that of a slope along its part of the step."""
+    case = CASES[name]
+    run = named_run(case.run)
+    result = attributed(run, case).results.attribution
+    assert result is not None
+    gradient = run.gradient(case.loss)
+    parts = naive_parts(run, gradient, case.max_grad_norm)
+    to_go = case.objective.is_mode == "per_decision"
+    kind = {"score": "to_go", "baseline": "hk"} if to_go else {}
+    directions = {
+        "momentum": parts.momentum,
+        "weight_decay": parts.decay,
+        "gradient": parts.of_gradient(gradient),
+    }
+    for part, direction in directions.items():
+        slope = ref.slope(run.saved.model, run.E, direction, case.objective, **kind)
+        normalize = case.objective.normalize
+        expected = ref.slope_standard_error(run.E, slope.pieces, normalize)
+        assert getattr(result, f"{part}_se") == pytest.approx(expected, rel=1e-8)
+        expected = ref.slope_jackknife(run.E, slope.pieces, normalize)
+        found = getattr(result, f"{part}_se_jackknife")
+        # Groups without tokens leave nothing out.
+        assert found == pytest.approx(expected, rel=1e-8)
+        assert getattr(result, part) == pytest.approx(slope.slope, rel=1e-7)
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+def test_parts_are_the_same_in_forward_and_reverse_mode(
+    named_run: RunMaker, linear: str
+) -> None:
+    """A slope along the momentum, weights and all, and a product with the gradient."""
+    found = measured_blocks(named_run("gpt2-lora"), World(), linear=LINEAR[linear])
+    assert found.parts is not None and found.block_shares is not None
+    blocks = found.block_shares
+    sums = {
+        "momentum": blocks.momentum.sum(),
+        "weight_decay": blocks.decay.sum(),
+        "gradient": blocks.share.sum(),
+    }
+    scale = found.step.learning_rate * max(map(abs, found.slope.terms.values()))
+    for part, value in sums.items():
+        assert abs(found.parts[part].value - float(value)) <= RTOL * scale, part
+    whole = found.slope.estimate.scaled(found.step.learning_rate)
+    added = found.parts["momentum"].plus(found.parts["weight_decay"])
+    added = added.plus(found.parts["gradient"])
+    bar = RTOL * float(whole.influence.abs().max())
+    assert float((added.influence - whole.influence).abs().max()) <= bar
+
+
+def test_a_part_that_the_step_has_not_costs_no_pass(tmp_path: Path) -> None:
+    """And has neither value nor error: without decay, before the first step."""
+    run = make_run(tmp_path, "gpt2")
+    for group in run.saved.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    torch.save(run.saved.optimizer.state_dict(), run.saved.folder / "optimizer.pt")
+    result = attribute(run).results
+    assert result.attribution is not None
+    assert result.attribution.weight_decay == result.attribution.weight_decay_se == 0
+    phases = [name for name in result.run.seconds if name.startswith("errors of")]
+    assert phases == ["errors of parts: E along the momentum"]
 
 
 # Optimizers with another rule
@@ -897,7 +1093,8 @@ def test_three_ranks_give_the_shares_of_one(
     terms = written.results["linear"]["terms"]
     rate = written.results["update"]["learning_rate_used"]
     scale = rate * max(map(abs, terms.values()))
-    for key in ("momentum", "weight_decay", "gradient", "total"):
+    errors = ("momentum_se", "weight_decay_se", "gradient_se", "gradient_se_jackknife")
+    for key in ("momentum", "weight_decay", "gradient", "total", *errors):
         assert abs(found[key] - expected[key]) <= RTOL * scale, key
     mine, theirs = found["covariance"], expected["covariance"]
     assert mine["top_overlap"] == theirs["top_overlap"]
@@ -908,5 +1105,8 @@ def test_three_ranks_give_the_shares_of_one(
             theirs["rule"],
             theirs["num_tokens"],
         )
-        assert abs(mine["delta_h1"] - theirs["delta_h1"]) <= RTOL * scale
-        assert abs(mine["delta_h_true"] - theirs["delta_h_true"]) <= RTOL * entropy
+        assert mine.keys() == theirs.keys()
+        for key in ("delta_h1", "delta_h1_cross_fitted", "se"):
+            assert abs(mine[key] - theirs[key]) <= RTOL * scale
+        for key in ("delta_h_true", "delta_h_true_se"):
+            assert abs(mine[key] - theirs[key]) <= RTOL * entropy

@@ -71,15 +71,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def in_sequences(n_e: int, n_u: int) -> dict[str, Counts]:
     """What each job must pass over, by its name."""
     plain = {GRADIENT: n_u, TRUTH: n_e, SLOPE: n_e, DUALITY: SAMPLE}
-    curved = plain | {CURVATURE: n_e}
+    # At theta, and in the middle of the step.
+    curved = plain | {SLOPE: 2 * n_e}
     # Its backward pass runs in the same microbatches: a sample is scored once more. U is
     # scored along each of the blocks of E.
     shares = {DUALITY: n_e, SHARES: BLOCKS * n_u, TRUTH: n_e + SAMPLE}
+    # Along the momentum of the step and its decay.
+    parts = 2 * n_e
     return {
         "probe": curved,
         "probe without curvature": plain,
-        "probe with attribution": curved | shares,
-        "attribute": plain | shares,
+        "probe with attribution": curved | shares | {SLOPE: 2 * n_e + parts},
+        "attribute": plain | shares | {SLOPE: n_e + parts},
         "sweep": curved | {TRUTH: (1 + len(ETAS)) * n_e},
         "sweep with the step itself": curved | {TRUTH: (1 + len(ETAS)) * n_e},
         "audit": curved | {DUALITY: n_e, GRADIENT: 2 * n_u},
@@ -158,10 +161,11 @@ def test_every_rank_plans_its_own_microbatches_again(
 
 
 def test_operations_are_counted_on_request(tiny: TinyRun, tmp_path: Path) -> None:
-    plain = probe(tiny.config(), tmp_path)
+    taylor = {"curvature": {"method": "taylor"}}
+    plain = probe(tiny.config(**taylor), tmp_path)
     assert all("operations" not in row for row in plain.results.run.passes)
     counting = {"device": "cpu", "count_operations": True}
-    counted = probe(tiny.config(compute=counting), tmp_path / "counted")
+    counted = probe(tiny.config(compute=counting, **taylor), tmp_path / "counted")
     by_pass = {
         (row["pass"], row["batch"]): row["operations"] / row["positions"]
         for row in counted.results.run.passes

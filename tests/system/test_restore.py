@@ -56,10 +56,10 @@ PHASES = {
     "slope: E along the step",
 }
 OWN_PHASES = {
-    "probe": {"gradient dot: groups of U", "curvature"},
-    "audit": {"gradient dot: gradient of E", "curvature"},
-    "sweep": {"curvature", "sweep: eta = -0.02", "sweep: eta = 0.02"},
-    "attribute": {"what if: masked step", "shares: U"},
+    "probe": {"gradient dot: groups of U", "second order"},
+    "audit": {"gradient dot: gradient of E", "second order"},
+    "sweep": {"second order", "sweep: eta = -0.02", "sweep: eta = 0.02"},
+    "attribute": {"what if: masked step", "shares: U", "errors of parts"},
 }
 
 
@@ -126,7 +126,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """A tiny adapter; every group of E has two responses."""
     run = make_run(tmp_path_factory.mktemp("run"), "qwen2")
     rows = ref.random_rows(
-        3, responses=[2, 2, 3], groups=3, vocabulary=17, with_empty=True
+        3, responses=[2, 2, 3, 2, 2], groups=5, vocabulary=17, with_empty=True
     )
     return replace(run, E=rows)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import launching
 import pytest
+import reference as ref
 import torch
 import yaml
 from click.testing import CliRunner
@@ -81,8 +82,10 @@ MARKS = {"probe": pytest.mark.bits, "sweep": pytest.mark.bits}
 def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """E in groups of two, so that the gradient-dot form is computed."""
     made = make_run(tmp_path_factory.mktemp("run"), "qwen2")
-    pairs = [row for row in made.E if row.group in (1, 2, 4)]
-    return replace(made, E=pairs)
+    pairs = ref.random_rows(
+        7, groups=4, responses=2, vocabulary=made.saved.model.config.vocab_size
+    )
+    return replace(made, E=ref.drawn_from(made.saved.model, pairs, 6))
 
 
 def perform(

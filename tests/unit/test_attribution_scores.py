@@ -21,7 +21,6 @@ from entropy_ddp.estimators.shares import (
     proxies,
     ranks,
     rules,
-    share_by,
     spearman,
     top_overlap,
 )
@@ -245,15 +244,6 @@ def test_what_differs_by_a_hundredth_is_told_apart() -> None:
     assert graded(tensor(0.0, -0.0, math.inf)).tolist()[:2] == [0, 0]
     found = probability_deciles(-surprisal[order])
     assert found[order.argsort()].tolist() == [place // 200 for place in range(2000)]
-
-
-def test_share_by_label() -> None:
-    label = torch.tensor([2, 0, 2, 2, 0])
-    found = share_by(["a", "b", "c"], label, tensor(1.0, 2.0, 4.0, -8.0, 16.0))
-    assert found == [
-        {"label": "a", "share": 18.0, "num_tokens": 2},
-        {"label": "c", "share": -3.0, "num_tokens": 3},
-    ]
 
 
 # What is left out

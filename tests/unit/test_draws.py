@@ -1,15 +1,20 @@
-"""Is it known how a batch's prompts were drawn, and is what cannot be refused?"""
+"""Is it known how a batch's prompts were drawn, and what follows for its error?"""
 
+import math
 import re
+from collections.abc import Iterator, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import pytest
+import torch
 
 from entropy_ddp.data.batch import Batch
 from entropy_ddp.data.draws import known_set_size, responses_per_prompt, units
 from entropy_ddp.data.files import make_batch, sequence_to_row
 from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.errors import InputError
+from entropy_ddp.estimators.standard_errors import Draws, Estimate
 
 LIMITS = TokenLimits(vocabulary_size=20, max_positions=None)
 Row = dict[str, Any]
@@ -157,3 +162,63 @@ def test_what_cannot_be_is_refused(rows: list[Row], message: str) -> None:
 def test_rows_are_written_as_they_were_read() -> None:
     rows = drawn("cab")
     assert [sequence_to_row(s) for s in read(rows).sequences] == rows
+
+
+# Every sample there is of a set of four prompts
+
+
+VALUES = torch.tensor(
+    [[1.0, 4.0], [-2.0, 3.0], [7.0, 7.5], [0.0, -6.0]], dtype=torch.float64
+)
+CHANCE = torch.tensor(
+    [[0.5, 0.5], [0.2, 0.8], [0.9, 0.1], [0.35, 0.65]], dtype=torch.float64
+)
+
+
+def samples(units: int, sizes: Sequence[int]) -> Iterator[tuple[list[float], float]]:
+    """The responses' values of each sample, unit by unit, and its probability.
+
+    Args:
+        sizes: responses of each unit.
+    """
+    subsets = list(combinations(range(len(VALUES)), units))
+    for prompts in subsets:
+        of_row = [
+            p for p, size in zip(prompts, sizes, strict=True) for _ in range(size)
+        ]
+        for outcome in product(range(2), repeat=len(of_row)):
+            chosen = list(zip(of_row, outcome))
+            values = [float(VALUES[p, o]) for p, o in chosen]
+            chance = math.prod(float(CHANCE[p, o]) for p, o in chosen)
+            yield values, chance / len(subsets)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [2, 3, 2], [2, 2, 2, 2]])
+def test_the_error_of_a_known_set_has_the_mean_that_it_must(sizes: list[int]) -> None:
+    """Of a sum over units of their means, it is the variance to the last digit."""
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    each = torch.tensor(sizes).double()[groups]
+    draws = Draws(groups=groups, num_prompts_total=len(VALUES))
+    found = []
+    for values, chance in samples(len(sizes), sizes):
+        columns = (torch.tensor(values, dtype=torch.float64) / each)[:, None]
+        estimate = Estimate.of(lambda totals: totals[..., 0], columns, draws)
+        # For a sum both methods are one.
+        assert estimate.se_jackknife == pytest.approx(estimate.se, rel=1e-9, abs=1e-9)
+        found.append((chance, estimate.value, estimate.se**2))
+    chance, value, square = torch.tensor(found, dtype=torch.float64).unbind(1)
+    mean = float((chance * value).sum())
+    variance = float((chance * (value - mean).square()).sum())
+    assert float(chance.sum()) == pytest.approx(1, rel=1e-12)
+    assert mean == pytest.approx(
+        len(sizes) * float((VALUES * CHANCE).sum(1).mean()), rel=1e-10
+    )
+    assert float((chance * square).sum()) == pytest.approx(variance, rel=1e-10)
+
+
+def test_draws_are_those_of_the_batch() -> None:
+    known = Draws.of(read(drawn("abcba" + "c", 1, total=3)))
+    assert known.groups.tolist() == [0, 1, 2, 1, 0, 2]
+    assert (known.num_prompts_total, known.num_units, known.fraction) == (3, 3, 1.0)
+    single = Draws.of(read(drawn("abc", 1)))
+    assert (single.num_prompts_total, single.fraction) == (None, 0.0)

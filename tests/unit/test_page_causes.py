@@ -192,7 +192,7 @@ def test_the_largest_shares_are_not_shown_as_known_where_they_are_not(
     (parts,) = (t for t in shown.tables if t.title.startswith("ΔH first order by part"))
     for text in (parts.caption, shown.lead):
         assert ("have a reliability of" in text) == (reliability is not None)
-        assert reliability is None or f"reliability of {reliability:.2f}" in text
+        assert reliability is None or f"reliability of {reliability:g}" in text
 
 
 def test_what_some_runs_lack_is_said(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from entropy_ddp.estimators.share_blocks import (
     correlation_of_halves,
     left_out,
     reliability,
+    share_by,
     standard_error,
 )
 
@@ -138,3 +139,18 @@ def test_tokens_are_evaluated_by_the_half_that_did_not_choose_them() -> None:
     found = left_out(blocks, chosen).tolist()
     for value, expected in zip(found, naive_left_out(blocks, chosen), strict=True):
         assert math.isclose(value, expected, rel_tol=1e-12, abs_tol=1e-15)
+
+
+def test_share_by_label() -> None:
+    """Sums over tokens, with the error that their blocks give them."""
+    label = torch.tensor([2, 0, 2, 2, 0])
+    blocks = random_blocks(8, tokens=5, count=3)
+    rows = share_by(["a", "b", "c"], label, blocks)
+    assert [row["label"] for row in rows] == ["a", "c"]
+    for row, places in zip(rows, ([1, 4], [0, 2, 3]), strict=True):
+        assert row["num_tokens"] == len(places)
+        added = blocks.share[places].sum(0)
+        assert row["share"] == pytest.approx(float(added.sum()))
+        assert row["se"] == pytest.approx(standard_error(added, blocks.size))
+    two = random_blocks(8, tokens=5, count=2)
+    assert all("se" not in row for row in share_by(["a", "b", "c"], label, two))

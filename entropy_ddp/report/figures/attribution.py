@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from entropy_ddp.answers.headline import Document
+from entropy_ddp.answers.shares import left_at_first_order, left_in_truth
 from entropy_ddp.answers.words import (
     AXIS_UNITS,
     is_resolved,
@@ -176,17 +177,19 @@ def what_if(document: Document) -> Figure:
     found = document["attribution"]["what_if"]
     rows = [Estimate("nothing left out", whole, error, "accent")]
     for row in found:
-        rows.append(Estimate(row["rule"], row["delta_h1"], None, "accent", False))
+        value, own = left_at_first_order(row)
+        rows.append(Estimate(row["rule"], value, own, "accent", False))
         if "delta_h_true" in row:
-            rows.append(Estimate("", row["delta_h_true"], row["se"], strong=False))
-    best = min(found, key=lambda row: abs(row["delta_h1"]))
+            rows.append(Estimate("", *left_in_truth(row), strong=False))
+    best = min(found, key=lambda row: abs(left_at_first_order(row)[0]))
     title = "What if"
     if is_resolved(whole, error):
-        left = supported_percent(best["delta_h1"] / whole, error / abs(whole))
+        value, _ = left_at_first_order(best)
+        left = supported_percent(value / whole, error / abs(whole))
         title = f"Leaving out “{best['rule']}” leaves {left} of the change"
     caption = "Violet: predicted by first order, had these tokens been left out of U."
     if any("delta_h_true" in row for row in found):
-        caption += " With bars: the step without them really taken, measured."
+        caption += " The others: the step without them really taken, measured."
     return Figure(
         name="what-if",
         title=title,

@@ -201,7 +201,7 @@ def what_if_by_step(found: Checkpoints) -> Figure:
     caption += (
         "both steps really taken and measured, with two standard errors."
         if found.verified
-        else "both predicted by first order, the whole with two standard errors."
+        else "both predicted by first order, with two standard errors."
     )
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
@@ -223,7 +223,7 @@ def rules_in_all(found: Checkpoints) -> Figure:
     rows: list[Estimate] = []
     for rule in (NOTHING, *found.rules):
         strong = rule == NOTHING
-        value = found.predicted_in_all(rule)
+        value, _ = found.predicted_in_all(rule)
         rows.append(Estimate(rule, value, None, "accent", strong))
         if found.verified:
             value, _ = found.measured_in_all(rule)
