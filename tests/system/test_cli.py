@@ -252,6 +252,7 @@ SCHEMA: dict[str, Any] = {
         "num_optimizer_steps": int,
         "top_parameters": [{"name": str, "l2": float}],
     },
+    "power": {"resolved": bool, "smallest_change": float, "change": float},
     "truth_all": [
         {"is_mode": str, "delta_h_true": float, "se": float, "ess_fraction": float}
     ],
@@ -860,6 +861,34 @@ def test_sample_writes_rollout_files(sampled_config: Path, tmp_path: Path) -> No
     assert (out / "E.jsonl").read_bytes() == before
     assert invoke(*command, "--set", "seed=1", "--overwrite").exit_code == 0
     assert (out / "E.jsonl").read_bytes() != before
+
+
+@pytest.mark.usefixtures("rewards")
+def test_sample_draws_as_many_prompts_as_a_pilot_says(
+    sampled_config: Path, tmp_path: Path
+) -> None:
+    """And `check` tells how many these are; prompts that do not suffice are refused."""
+    pilot, out = tmp_path / "pilot", tmp_path / "out"
+    result = invoke("probe", "--config", sampled_config, "--out", pilot)
+    assert result.exit_code == 0, result.stderr
+    asked = ("--for", "90%", "--resolve", "0.3", "--pilot", pilot)
+    result = invoke("check", "--config", sampled_config, *asked, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    plan = found[f"E for 90%, by {pilot}"]
+    result = invoke("sample", "--config", sampled_config, *asked, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(out, "E.jsonl")
+    assert len({row["group"] for row in rows}) == plan["prompt draws"] != 9
+    assert {(row["num_prompts_total"], row["with_replacement"]) for row in rows} == {
+        (8, True)
+    }
+    other = ("--set", "batches.E.sample.with_replacement=false")
+    asked = ("--for", "1%", "--resolve", "0.01", "--pilot", pilot)
+    result = invoke("sample", "--config", sampled_config, *asked, *other)
+    assert result.exit_code == 2
+    assert "--for 1%: expected about" in result.stderr
+    assert "found 8; set with_replacement: true, or give more" in result.stderr
 
 
 @pytest.mark.usefixtures("rewards")
