@@ -110,6 +110,10 @@ class Stage:
         """A part of the first-order change; of a stage with an attribution."""
         return float(self.document["attribution"][PARTS[name]])
 
+    def part_error(self, name: str) -> float | None:
+        """Its standard error; old runs have none."""
+        return shares.part_error(self.document, PARTS[name])
+
     def of_kind(self, kind: str) -> float:
         """The shares of a kind of tokens; likewise."""
         assert self.by_kind is not None
@@ -177,6 +181,16 @@ class Checkpoints:
     def linear_error(self) -> float:
         """Standard error of the summed first-order change; each has its own E."""
         return math.hypot(*(stage.linear[1] for stage in self.moved))
+
+    @property
+    def kind_errors(self) -> dict[str, float]:
+        """Standard errors of the sums by kind; empty where a run has none."""
+        found = [shares.errors_of_kinds(stage.document) for stage in self.moved]
+        return {
+            kind: math.hypot(*(errors.get(kind, 0.0) for errors in found))
+            for kind in KINDS
+            if all(found)
+        }
 
     @property
     def rules(self) -> list[str]:
@@ -310,16 +324,19 @@ def sums_sentence(found: Checkpoints) -> str:
     sums = {name: math.fsum(s.part(name) for s in found.moved) for name in PARTS}
     limits = ", not over the whole run" if found.by_step else ""
     said = f"All sums are over the {found.scope}{limits}."
-    told = [
-        f"{name} {supported(value, error, 3, signed=True)}"
-        for name, value in sums.items()
-        if value
-    ]
+    told, given = [], ""
+    for name, value in sums.items():
+        own = [stage.part_error(name) for stage in found.moved]
+        spread = math.hypot(*(e for e in own if e is not None))
+        if not value:
+            continue
+        shown = with_error(value, spread)
+        if None in own:
+            shown, given = supported(value, error, 3, signed=True), f" {GIVEN_E}"
+        told.append(f"{name} {shown}")
     if told:
         total = with_error(math.fsum(sums.values()), error)
-        said += (
-            f" First order adds up to {total} {found.unit}: {listed(told)}. {GIVEN_E}"
-        )
+        said += f" First order adds up to {total} {found.unit}: {listed(told)}.{given}"
     return said
 
 
@@ -449,16 +466,23 @@ def parts_by_step(found: Checkpoints) -> Table:
     present = [kind for kind in KINDS if found.by_kind.counts[kind]]
     rows = []
     for stage in found.moved:
-        values = [stage.part(name) for name in PARTS]
-        values += [stage.of_kind(kind) for kind in present]
-        cells = (part(value, stage.linear[1]) for value in values)
+        own = shares.errors_of_kinds(stage.document)
+        values = [(stage.part(name), stage.part_error(name)) for name in PARTS]
+        values += [(stage.of_kind(kind), own.get(kind)) for kind in present]
+        cells = (
+            change(value, spread) if spread else part(value, stage.linear[1])
+            for value, spread in values
+        )
         rows.append([text(stage.label), *cells])
+    given = "± is one standard error of this E."
+    if any(stage.part_error("gradient of U") is None for stage in found.moved):
+        given = GIVEN_E
     return Table(
         title="Parts and shares, at each checkpoint",
         columns=["run", *PARTS, *map(shares.unbroken, present)],
         rows=rows,
         caption=(
-            f"In {found.unit}; the kinds of tokens add up to the gradient of U. {GIVEN_E}"
+            f"In {found.unit}; the kinds of tokens add up to the gradient of U. {given}"
         ),
         folded=True,
     )

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_ddp.answers.shares import is_reliable, not_reliable
+from entropy_ddp.answers.shares import is_reliable, not_reliable, part_error
 from entropy_ddp.answers.words import (
     FIXED,
     LOSSES,
@@ -291,16 +291,26 @@ def _trust(document: Document) -> Glance:
 
 def _what_did_it(document: Document) -> Glance:
     found = document["attribution"]
-    named = {
-        "Momentum of earlier batches": found["momentum"],
-        "Weight decay": found["weight_decay"],
-        "The gradient of U": found["gradient"],
+    keys = {
+        "Momentum of earlier batches": "momentum",
+        "Weight decay": "weight_decay",
+        "The gradient of U": "gradient",
     }
+    named = {name: found[key] for name, key in keys.items()}
     total, error = found["total"], linear_error(document)
     name, value = max(named.items(), key=lambda item: abs(item[1]))
     if not value or not total:
         return Glance(
             question="What did it?", answer="Nothing", detail="Every part of it is 0."
+        )
+    own_error = part_error(document, keys[name])
+    if own_error is not None and not is_resolved(value, own_error):
+        largest = name[0].lower() + name[1:]
+        return Glance(
+            question="What did it?",
+            answer="Too few responses in E to tell",
+            detail=f"The largest part, {largest}, is {with_error(value, own_error)}.",
+            tone="doubtful",
         )
     told = is_resolved(total, error)
     same_sign = told and all(part * total >= 0 for part in named.values())
@@ -316,6 +326,9 @@ def _what_did_it(document: Document) -> Glance:
     own = supported(gradient, error, 3, signed=True)
     if same_sign:
         own = supported_percent(gradient / total, error / abs(total))
+    spread = part_error(document, "gradient")
+    if spread is not None and not is_resolved(gradient, spread):
+        own = f"{with_error(gradient, spread)}, too little to tell from zero"
     detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
     half = f"half of all its movement is in {percent(found['concentration'])} of tokens"
     detail = f"{detail}; {half}" if detail else half[0].upper() + half[1:]

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from entropy_ddp.answers.cells import (
+    Cell,
     Row,
     Table,
+    change,
     number,
     part,
     share,
@@ -26,10 +28,13 @@ from entropy_ddp.answers.words import (
     number as in_words,
 )
 
+# Fewer blocks of E give sums of shares no errors.
+LEAST_BLOCKS = 3
 # Below this reliability the tokens with the largest shares may be others for another E.
 RELIABLE = 0.5
 # Below this log p a token is one that the policy held for less likely than not.
 IMPROBABLE = math.log(0.5)
+BY_KIND = "advantage and probability"
 KINDS = (
     "A < 0, p < 0.5",
     "A < 0, p ≥ 0.5",
@@ -122,6 +127,34 @@ def reliability_sentence(document: Mapping[str, Any]) -> str:
     )
 
 
+def part_error(document: Mapping[str, Any], part: str) -> float | None:
+    """Standard error of a part of the step, by its key; old runs have none."""
+    found: float | None = document["attribution"].get(f"{part}_se")
+    return found
+
+
+def errors_of_kinds(document: Mapping[str, Any]) -> dict[str, float]:
+    """Standard errors of the sums over kinds; empty of runs without."""
+    rows = document["attribution"]["summaries"].get(BY_KIND, ())
+    return {row["label"]: row["se"] for row in rows if "se" in row}
+
+
+def blocks_sentence(document: Mapping[str, Any]) -> str:
+    """Where errors of sums of shares come from, or why there are none."""
+    count = document["attribution"].get("num_blocks")
+    if count is None:
+        return ""
+    if count < LEAST_BLOCKS:
+        return (
+            f"Sums of shares have no errors: they need at least {LEAST_BLOCKS} blocks of "
+            f"E (attribution.blocks), found {count}."
+        )
+    return (
+        f"± is one standard error by the spread of {count} blocks of E, with {count - 1} "
+        "degrees of freedom."
+    )
+
+
 def left_at_first_order(row: Mapping[str, Any]) -> tuple[float, float | None]:
     """First-order change without a rule's tokens, and its error if there is one.
 
@@ -175,13 +208,32 @@ def sentence(found: SharesByKind, unit: str, error: float) -> str:
     return f"{begin}take {supported(abs(total - leading), error, 3)} of it back."
 
 
-def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Table:
-    """All kinds as numbers; arguments as of `sentence`."""
+def table(
+    found: SharesByKind,
+    unit: str,
+    summed_over: str,
+    error: float,
+    own_errors: Mapping[str, float],
+) -> Table:
+    """All kinds as numbers; arguments as of `sentence`.
+
+    Args:
+        own_errors: of the sum over each kind; empty where they are not known.
+    """
     total = found.share
+
+    def summed(kind: str) -> Cell:
+        if kind in own_errors:
+            return change(found.shares[kind], own_errors[kind])
+        return part(found.shares[kind], error)
+
+    note = GIVEN_E
+    if own_errors:
+        note = "± is one standard error by the spread of blocks of E."
     rows: list[Row] = [
         (
             text(unbroken(kind)), number(count, 9), share(count / found.num_tokens),
-            part(found.shares[kind], error),
+            summed(kind),
             share_part(found.shares[kind], total, error),
         )
         for kind, count in found.counts.items()
@@ -200,6 +252,6 @@ def table(found: SharesByKind, unit: str, summed_over: str, error: float) -> Tab
         ),
         rows=rows,
         caption=(
-            f"Summed over {summed_over}. A negative share lowers the entropy. {GIVEN_E}"
+            f"Summed over {summed_over}. A negative share lowers the entropy. {note}"
         ),
     )  # fmt: skip

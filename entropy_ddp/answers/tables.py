@@ -32,10 +32,12 @@ from entropy_ddp.answers.headline import (
     subject_of,
 )
 from entropy_ddp.answers.shares import (
+    blocks_sentence,
     is_reliable,
     left_at_first_order,
     left_in_truth,
     not_reliable,
+    part_error,
     reliability_sentence,
 )
 from entropy_ddp.answers.words import (
@@ -329,16 +331,19 @@ def parts(document: Document) -> Table:
     found, error = document["attribution"], linear_error(document)
     total = found["total"]
     names = {
-        "momentum (earlier batches)": found["momentum"],
-        "weight decay": found["weight_decay"],
-        "gradient of U": found["gradient"],
+        "momentum": "momentum (earlier batches)",
+        "weight_decay": "weight decay",
+        "gradient": "gradient of U",
     }
-    rows = [
-        (text(name), part(value, error), share_part(value, total, error))
-        for name, value in names.items()
-    ]
+    rows: list[Row] = []
+    for key, name in names.items():
+        value, own = found[key], part_error(document, key)
+        # A part that the step does not have is exactly 0.
+        cell = change(value, own) if own else part(value, error)
+        rows.append((text(name), cell, share_part(value, total, error)))
     whole = (text("total"), change(total, error), share_part(total, total, error))
-    notes = (reliability_sentence(document), GIVEN_E)
+    given = GIVEN_E if part_error(document, "gradient") is None else ""
+    notes = (reliability_sentence(document), given)
     return Table(
         title="ΔH first order by part of the step",
         columns=("part", "nats", "of the total"),
@@ -418,18 +423,17 @@ def kinds_of_tokens(document: Document) -> Table:
     rows: list[Row] = []
     for name, found in document["attribution"]["summaries"].items():
         rows.append(head(f"by {title_of_kinds(name)}"))
-        rows += [
-            (
-                text(name_of_kind(name, row["label"])),
-                part(row["share"], error),
-                number(row["num_tokens"], 9),
-            )
-            for row in found
-        ]
+        for row in found:
+            cell = part(row["share"], error)
+            if row.get("se"):
+                cell = change(row["share"], row["se"])
+            label = text(name_of_kind(name, row["label"]))
+            rows.append((label, cell, number(row["num_tokens"], 9)))
     return Table(
         title="Shares summed by kind of token",
         columns=("kind", "nats", "tokens"),
         rows=rows,
+        caption=blocks_sentence(document),
         folded=True,
     )
 

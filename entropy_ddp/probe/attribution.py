@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_ddp.answers.shares import BY_KIND, IMPROBABLE, KINDS
 from entropy_ddp.data.batch import Batch, Block, Shard
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.entropy import EntropyChange, Ratio
@@ -570,6 +571,10 @@ def summaries(
         ),
         "position": share_by([*positions, f"{edges[-1]} on"], place, blocks),
     }
+    improbable = (table.logp < IMPROBABLE).long()
+    # By the sign of A, then by p; those of A = 0 last.
+    kind = torch.where(sign == 1, 4, sign + 1 - improbable)
+    found[BY_KIND] = share_by(list(KINDS), kind, blocks)
     rewards = [s.reward for s in batch.sequences]
     if all(reward is not None for reward in rewards):
         best = torch.tensor(rewards, dtype=torch.float64)

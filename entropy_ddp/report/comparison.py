@@ -142,7 +142,9 @@ def _causes(found: Checkpoints) -> list[PageSection]:
         lead=f"{answers.moved_sentence(found)} {answers.sums_sentence(found)}",
         figures=(figures.parts_by_step(found), figures.kinds_by_step(found)),
         tables=(
-            shares.table(by_kind, found.unit, f"the {found.scope}", error),
+            shares.table(
+                by_kind, found.unit, f"the {found.scope}", error, found.kind_errors
+            ),
             answers.top_tokens(found),
             answers.parts_by_step(found),
         ),

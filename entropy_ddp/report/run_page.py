@@ -169,7 +169,13 @@ def _attribution(subject: Subject) -> PageSection:
         reliability = shares.reliability_sentence(document)
         lead += f" {reliability}" if reliability else ""
         shown_tables = [
-            shares.table(tokens.by_kind, unit, "the tokens of U", error),
+            shares.table(
+                tokens.by_kind,
+                unit,
+                "the tokens of U",
+                error,
+                shares.errors_of_kinds(document),
+            ),
             tables.top_tokens(document),
             tables.proxies(document),
         ]

@@ -8,7 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from entropy_ddp.answers.headline import Document
-from entropy_ddp.answers.shares import left_at_first_order, left_in_truth
+from entropy_ddp.answers.shares import (
+    left_at_first_order,
+    left_in_truth,
+    part_error,
+)
 from entropy_ddp.answers.words import (
     AXIS_UNITS,
     is_resolved,
@@ -37,31 +41,38 @@ from entropy_ddp.report.figures.charts import (
     what_is_drawn,
 )
 
-Bar = tuple[str, float]
+# Its name, its length, and its standard error if it has one.
+Bar = tuple[str, float, float | None]
 
 
 def parts(document: Document) -> Figure:
     """Momentum, weight decay and U's gradient as parts of the predicted change."""
     found = document["attribution"]
-    bars = [
-        ("momentum (earlier batches)", found["momentum"]),
-        ("weight decay", found["weight_decay"]),
-        ("gradient of U", found["gradient"]),
-        ("together", found["total"]),
+    names = {
+        "momentum": "momentum (earlier batches)",
+        "weight_decay": "weight decay",
+        "gradient": "gradient of U",
+    }
+    bars: list[Bar] = [
+        (name, found[key], part_error(document, key)) for key, name in names.items()
     ]
-    largest = max(bars[:3], key=lambda bar: abs(bar[1]))
+    name, value, error = max(bars, key=lambda bar: abs(bar[1]))
+    whole = linear_error(document)
+    bars.append(("together", found["total"], whole))
     title = "No part of the step changes the entropy"
-    if largest[1]:
-        title = f"The {largest[0]} is the largest part, on this E"
-        if is_resolved(found["total"], linear_error(document)):
-            verb = "lowers" if largest[1] < 0 else "raises"
-            title = f"The {largest[0]} {verb} the entropy most"
+    if value:
+        title = f"The {name} is the largest part, on this E"
+        resolved = is_resolved(found["total"], whole)
+        if resolved and (error is None or is_resolved(value, error)):
+            verb = "lowers" if value < 0 else "raises"
+            title = f"The {name} {verb} the entropy most"
     return Figure(
         name="parts",
         title=title,
         caption=(
             "AdamW's step is a sum: what earlier batches left as momentum, weight decay, "
-            "and this batch's gradient. The three add up to the first-order change."
+            "and this batch's gradient. The three add up to the first-order change. "
+            "Lines: two standard errors."
         ),
         draw=_bars([("", bars)], AXIS_UNITS[document["linear"]["normalize"]]),
         height=FRAME_PIXELS + ROW_PIXELS * len(bars),
@@ -73,7 +84,10 @@ def kinds(document: Document) -> Figure:
     groups = [
         (
             title_of_kinds(name),
-            [(name_of_kind(name, row["label"]), row["share"]) for row in rows],
+            [
+                (name_of_kind(name, row["label"]), row["share"], row.get("se"))
+                for row in rows
+            ],
         )
         for name, rows in document["attribution"]["summaries"].items()
     ]
@@ -83,7 +97,8 @@ def kinds(document: Document) -> Figure:
         title="Which kinds of tokens lower and raise the entropy",
         caption=(
             "Shares of U's tokens summed by kind; every block of bars adds up to the "
-            "gradient's part. Blue lowers the entropy, orange raises it."
+            "gradient's part. Blue lowers the entropy, orange raises it. Lines: two "
+            "standard errors, where there are any."
         ),
         draw=_bars(groups, AXIS_UNITS[document["linear"]["normalize"]]),
         height=FRAME_PIXELS + 18 * rows,
@@ -92,28 +107,35 @@ def kinds(document: Document) -> Figure:
 
 def _bars(groups: Sequence[tuple[str, list[Bar]]], unit: str) -> Any:
     """Horizontal bars in blocks, each under its name."""
-    labels: list[tuple[str, float | None]] = []
+    labels: list[tuple[str, float | None, float | None]] = []
     for name, bars in groups:
-        labels += [(name, None)] if name else []
+        labels += [(name, None, None)] if name else []
         # Ranges such as 10-20 % with the dash of a range.
-        labels += [(re.sub(r"(?<=\d)-(?=\d)", "–", text), v) for text, v in bars]
+        labels += [
+            (re.sub(r"(?<=\d)-(?=\d)", "–", text), value, error)
+            for text, value, error in bars
+        ]
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         axes = figure.subplots()
-        for place, (_, value) in enumerate(labels):
+        for place, (_, value, error) in enumerate(labels):
             if value is not None:
                 axes.barh(place, value, 0.64, color=sign_colour(palette, value))
+            if value is not None and error:
+                axes.errorbar(
+                    value, place, xerr=2 * error, color=palette.ink, linewidth=1
+                )
         axes.axvline(0, color=palette.muted, linewidth=1)
-        axes.set_yticks(range(len(labels)), [name for name, _ in labels])
+        axes.set_yticks(range(len(labels)), [name for name, _, _ in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0, labelcolor=palette.ink)
-        for tick, (_, value) in zip(axes.get_yticklabels(), labels, strict=True):
+        for tick, (_, value, _) in zip(axes.get_yticklabels(), labels, strict=True):
             if value is None:
                 tick.set_color(palette.muted)
                 tick.set_fontstyle("italic")
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        exponent = common_exponent([value or 0 for _, value in labels])
+        exponent = common_exponent([value or 0 for _, value, _ in labels])
         scale_ticks(axes, "x", exponent)
         label = unit_label("entropy change, first order", unit, exponent)
         label_below_names(axes, label)
