@@ -210,9 +210,14 @@ def test_prediction_truth_and_difference_share_a_row(
 def test_parts_have_no_digit_that_the_error_of_the_change_does_not_carry(
     measured: Results,
 ) -> None:
-    """Eleven digits of a change that is known to two; a share of nothing is none."""
+    """Eleven digits of a change that is known to two; a share of nothing is none.
+
+    Of runs whose parts have no errors of their own.
+    """
     found = measured.attribution
     assert found is not None
+    bare = replace(found, momentum_se=0.0, weight_decay_se=0.0, gradient_se=0.0)
+    measured = replace(measured, attribution=bare)
     scale = abs(measured.linear.delta_h1)
     rate = abs(measured.update.learning_rate_used)
     for relative in (0.003, 0.07, 3.0):
@@ -224,6 +229,22 @@ def test_parts_have_no_digit_that_the_error_of_the_change_does_not_carry(
         assert_carried(parts, error)
         told = re.search(r"\d\s%", parts)
         assert (told is not None) == (relative < 0.5)
+
+
+def test_parts_and_kinds_have_errors_of_their_own(measured: Results) -> None:
+    """Parts over the prompts of E, sums of shares over its blocks."""
+    found = measured.attribution
+    assert found is not None
+    text = shown(print_attribution, measured, 120)
+    for part in ("momentum", "weight_decay", "gradient"):
+        value, error = getattr(found, part), getattr(found, f"{part}_se")
+        assert f"{value:+.4e} ± {error:.1e}" in text
+    (row,) = (r for r in found.summaries["advantage"] if r["label"] == "A < 0")
+    assert f"{row['share']:+.4e} ± {row['se']:.1e}" in text
+    assert "by the spread of 6 blocks of E, with 5 degrees of freedom" in text
+    for row in found.what_if:
+        value, error = row["delta_h1_cross_fitted"], row["se"]
+        assert f"{value:+.4e} ± {error:.1e}" in text
 
 
 def assert_carried(text: str, error: float) -> None:
