@@ -1,5 +1,6 @@
 """What this E can tell, and what would make it tell more: one table with its words."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from entropy_ddp.answers.words import (
     number,
     percent,
     supported,
+    supported_percent,
 )
 
 Document = Mapping[str, Any]
@@ -23,13 +25,9 @@ def power(document: Document) -> Table:
     """The interval, the smallest change seen, the size for 20 %, and what would help."""
     truth, found = document["truth"], document["power"]
     low, high = truth["interval"]
-    smallest = found["smallest_change"]
     rows: list[Row] = [
         (text("95 % interval of ΔH"), text(interval(low, high))),
-        (
-            text("smallest change seen 4 times in 5"),
-            text(f"{number(smallest, 2)}{_of_entropy(truth, smallest)}"),
-        ),
+        (text("smallest change seen 4 times in 5"), text(_smallest(document))),
         (text(f"prompts for ±20 % of {_name(document)}"), text(_size(document))),
     ]
     if "between_prompts" in found:
@@ -72,9 +70,23 @@ def _name(document: Document) -> str:
     return f"a change of {percent(found['change'] / before)} of H"
 
 
-def _of_entropy(truth: Mapping[str, Any], change: float) -> str:
-    before = abs(truth["H_orig"])
-    return f" ({percent(change / before)} of H)" if before else ""
+def _smallest(document: Document) -> str:
+    """The smallest change, with the digits that the error of an error leaves."""
+    truth, change = document["truth"], document["power"]["smallest_change"]
+    degrees = truth["effective_degrees_of_freedom"]
+    relative, before = 1 / math.sqrt(2 * degrees), abs(truth["H_orig"])
+    shown = supported(change, relative * change, 2)
+    if not before:
+        return shown
+    part = change / before
+    return f"{shown} ({supported_percent(part, relative * part)} of H)"
+
+
+def _prompts_in(facts: Mapping[str, Any]) -> int:
+    """Prompts of E: of a set, a prompt that comes in several passes counts once."""
+    if facts.get("with_replacement") is False:
+        return min(facts["num_groups"], facts["num_prompts_total"])
+    return int(facts["num_groups"])
 
 
 def _size(document: Document) -> str:
@@ -87,9 +99,7 @@ def _size(document: Document) -> str:
     if "groups_for_20_percent" not in found:
         return "no number is enough"
     groups, error = found["groups_for_20_percent"], found["groups_for_20_percent_se"]
-    about = (
-        f"about {supported(float(groups), error, 2)} (E has {facts['num_groups']:,})"
-    )
+    about = f"about {supported(float(groups), error, 2)} (E has {_prompts_in(facts):,})"
     if total is not None and facts["with_replacement"] is False and groups > total:
         about += f", of {total:,} that there are"
     return about
@@ -117,7 +127,7 @@ def advice(document: Document) -> str:
         told.append(_of_set(facts))
     if found["between_prompts_se"] > KNOWN:
         told.append("How much lies between prompts is hardly known with this E.")
-    elif not is_set or facts["num_groups"] < total:
+    elif not is_set or _prompts_in(facts) < total:
         left = between**0.5
         if left > LITTLE:
             told.append("More prompts help; more responses to each hardly do.")
@@ -140,13 +150,13 @@ def advice(document: Document) -> str:
 
 
 def _of_set(facts: Mapping[str, Any]) -> str:
-    total, groups = facts["num_prompts_total"], facts["num_groups"]
-    if groups >= total:
+    total, prompts = facts["num_prompts_total"], _prompts_in(facts)
+    if prompts >= total:
         return (
             f"E has all {total:,} prompts: only their responses are left to chance, and "
             "more of them to each prompt make the error smaller."
         )
     return (
-        f"E has {groups:,} of a known set of {total:,} prompts: the others, and the "
+        f"E has {prompts:,} of a known set of {total:,} prompts: the others, and the "
         "responses, are left to chance."
     )

@@ -8,10 +8,10 @@ from entropy_ddp.answers.power import advice, power
 
 TRUTH = {
     "normalize": "per_token", "H_orig": 0.25, "delta_h_true": -2e-3,
-    "interval": [-2.2e-3, -1.8e-3],
+    "interval": [-2.2e-3, -1.8e-3], "effective_degrees_of_freedom": 200.0,
 }  # fmt: skip
 POWER = {
-    "resolved": True, "smallest_change": 2.87e-4, "change": 2e-3,
+    "resolved": True, "smallest_change": 2.81e-4, "change": 2e-3,
     "groups_for_20_percent": 341, "groups_for_20_percent_se": 40.0,
 }  # fmt: skip
 SHARES = {"between_prompts": 0.52, "between_prompts_se": 0.06}
@@ -33,11 +33,18 @@ def test_the_block_of_a_resolved_change() -> None:
     }
     assert found == {
         "95 % interval of ΔH": "−0.0022 to −0.0018",
-        "smallest change seen 4 times in 5": "2.9 × 10⁻⁴ (0.11 % of H)",
+        "smallest change seen 4 times in 5": "2.8 × 10⁻⁴ (0.11 % of H)",
         "prompts for ±20 % of this change": "about 340 (E has 400)",
         "variance between prompts, share": "0.52",
     }
     assert power(told).caption.startswith("Resolved: 0 is outside the interval.")
+
+
+def test_a_change_known_badly_has_one_digit() -> None:
+    told = document({})
+    told["truth"] = TRUTH | {"effective_degrees_of_freedom": 3.0}
+    found = rows(told)["smallest change seen 4 times in 5"].replace("\xa0", " ")
+    assert found == "3 × 10⁻⁴ (0.11 % of H)"
 
 
 def test_a_number_known_badly_has_one_digit() -> None:
