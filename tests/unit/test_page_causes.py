@@ -304,3 +304,101 @@ def test_a_share_of_more_than_all_is_no_percentage() -> None:
     assert sentence(kinds_of((0, 0.1, 0)), "nats", 0.1) == (
         "The shares of U's tokens add up to nothing."
     )
+
+
+# Runs whose parts and what-ifs have errors of their own
+
+
+def with_errors(step: int) -> dict[str, Any]:
+    """What a run of today adds to `make_run`."""
+    what_if = [
+        {
+            "rule": rule, "num_tokens": place + step, "delta_h1": 1e-5 * step - 1e-3 * place,
+            "delta_h1_cross_fitted": -1e-3 * (place + 1), "se": 3e-4,
+            "delta_h_true": -2e-3 * (place + 1), "delta_h_true_se": 4e-4,
+        }
+        for place, rule in enumerate(RULES)
+    ]  # fmt: skip
+    summaries = {
+        "advantage": [{"label": "A < 0", "share": 1e-4, "num_tokens": 3, "se": 2e-5}],
+        "advantage and probability": [
+            {"label": kind, "share": 1e-4, "num_tokens": 3, "se": 3e-5}
+            for kind in KINDS
+        ],
+    }
+    return {
+        "attribution.momentum_se": 3e-5,
+        "attribution.weight_decay_se": 0.0,
+        "attribution.gradient_se": 4e-5,
+        "attribution.num_blocks": 8,
+        "attribution.summaries": summaries,
+        "attribution.what_if": what_if,
+    }
+
+
+def cells(table: Table, name: str) -> list[tuple[Any, str, float]]:
+    """Value, kind and error of the cells of a row, but for its first."""
+    (row,) = (r for r in table.rows if len(r) > 1 and r[0].value == name)
+    return [(cell.value, cell.kind, cell.error) for cell in row[1:]]
+
+
+def titled(page: Page, begin: str) -> Table:
+    """The table of a page whose title begins so."""
+    (found,) = (
+        table
+        for shown in page.sections
+        for table in shown.tables
+        if table.title.startswith(begin)
+    )
+    return found
+
+
+def test_a_page_shows_errors_of_parts_kinds_and_what_ifs(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 20, with_errors(20))
+    page = run_page(group_runs([read_run(run)])[0])
+    parts = titled(page, "ΔH first order by part")
+    assert cells(parts, "momentum (earlier batches)")[0] == (-2e-3, "change", 3e-5)
+    assert cells(parts, "gradient of U")[0] == (-2e-4, "change", 4e-5)
+    assert "no error of their own" not in parts.caption
+    kinds = titled(page, "Shares summed by kind")
+    assert cells(kinds, "A < 0")[0] == (1e-4, "change", 2e-5)
+    assert "8 blocks of E, with 7 degrees of freedom" in kinds.caption
+    by_kind = titled(page, "Shares by sign of the advantage")
+    shown = {row[0].value: row[3] for row in by_kind.rows}
+    assert {shown[name].error for name in list(shown)[:-1]} == {3e-5}
+    what_if = titled(page, "What if these tokens")
+    floor = read_run(run).document["truth"]["noise_floor"]
+    assert cells(what_if, RULES[1])[1:] == [
+        (-2e-3, "change", 3e-4),
+        (-4e-3, "change", math.hypot(4e-4, floor)),
+    ]
+    assert "chosen on one half of E and evaluated on the other" in what_if.caption
+
+
+def test_a_comparison_adds_up_the_values_of_the_other_half(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, step, with_errors(step)) for step in (20, 30)]
+    page = compare(*runs)
+    rules = titled(page, "All rules as numbers")
+    value, _, error = cells(rules, RULES[1])[1]
+    assert (value, error) == (pytest.approx(-4e-3), pytest.approx(3e-4 * math.sqrt(2)))
+    value, _, error = cells(rules, RULES[1])[2]
+    assert (value, error) == (pytest.approx(-8e-3), pytest.approx(4e-4 * math.sqrt(2)))
+    by_step = titled(page, "Parts and shares, at each checkpoint")
+    assert cells(by_step, f"step{FIXED}20")[0] == (-2e-3, "change", 3e-5)
+    lead = section(page, "attribution").lead.replace(FIXED, " ")
+    assert "momentum −0.005000 ± 0.000042" in lead
+    assert "no error of their own" not in lead
+
+
+def test_a_part_within_its_error_is_not_the_cause(tmp_path: Path) -> None:
+    """On a model of 135 million parameters momentum was −.0160 and +.0048 by two E."""
+    wide = with_errors(20) | {"attribution.momentum_se": 5e-3}
+    page = run_page(group_runs([read_run(make_run(tmp_path, 20, wide))])[0])
+    (glance,) = (g for g in page.glances if g.question == "What did it?")
+    assert glance.answer == "Too few responses in E to tell"
+    assert "−0.0020 ± 0.0050" in glance.detail.replace(FIXED, " ")
+    narrow = with_errors(30) | {"attribution.gradient_se": 5e-4}
+    page = run_page(group_runs([read_run(make_run(tmp_path, 30, narrow))])[0])
+    (glance,) = (g for g in page.glances if g.question == "What did it?")
+    assert glance.answer.startswith("Momentum of earlier batches")
+    assert "too little to tell from zero" in glance.detail
