@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.answers.headline import headline, verdict_counts
+from entropy_ddp.answers.headline import answer, verdict_counts
 from entropy_ddp.checkpoint.trainer_settings import with_training_arguments
 from entropy_ddp.config import Config, load_config, to_yaml, validated, with_sections
 from entropy_ddp.data.batch import Batch
@@ -120,13 +120,13 @@ class Measured:
         write_results(out, self._probed, to_yaml(self.config))
 
     def __repr__(self) -> str:
-        """The answer in one sentence, and whether it may be trusted."""
+        """The answer, its 95 % interval, and whether it may be trusted."""
         document = self.results.to_dict()
-        answer = "".join(headline(document))
+        said = answer(document)
         counts = verdict_counts(document)
         if self.results.status != "ok":
-            answer = f"NOT TO BE TRUSTED: {answer}"
-        return f"{answer} Audits: {self.results.status} ({counts})."
+            said = f"NOT TO BE TRUSTED: {said}"
+        return f"{said} Audits: {self.results.status} ({counts})."
 
     def _repr_html_(self) -> str:
         """The same for notebooks, with the numbers in a table."""

@@ -103,6 +103,34 @@ GRADIENT_DOT = {
 }  # fmt: skip
 
 
+# What a run writes of its intervals: jackknife errors with Student's t of 39 degrees.
+INTERVALS: dict[str, dict[str, Any]] = {
+    "truth": {
+        "se_jackknife": 0.00011, "interval": [-0.0022225, -0.0017775],
+        "H_orig_se_jackknife": 0.0062, "H_upd_se_jackknife": 0.0061,
+        "effective_degrees_of_freedom": 31.0, "largest_share": 0.08,
+        "largest_sequence": 17, "control_variates": False,
+    },
+    "linear": {
+        "interval": [-0.00234475, -0.00185525],
+        "difference_se_jackknife": 9e-6, "difference_interval": [8.18e-5, 1.182e-4],
+    },
+    "curvature": {
+        **CURVATURE, "method": "midpoint", "se_jackknife": 17.0,
+        "delta_h2_se_jackknife": 1.2e-4, "interval": [-0.0022325, -0.0017475],
+        "difference_se_jackknife": 5e-7, "difference_interval": [-1.1e-5, -9e-6],
+        "eta_star_interval": [0.053, 0.41],
+    },
+}  # fmt: skip
+
+
+def with_intervals(document: dict[str, Any], **truth: Any) -> dict[str, Any]:
+    """A document as versions write it that know intervals; its truth has these values."""
+    parts = {name: document.get(name, {}) | INTERVALS[name] for name in INTERVALS}
+    parts["truth"] |= truth
+    return document | parts
+
+
 def sweep_part(sign: int = 1) -> dict[str, Any]:
     """`sweep` and its summary: a change of this sign, nearly linear in eta."""
     points = [

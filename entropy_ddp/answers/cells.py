@@ -24,6 +24,7 @@ TEXTS = ("text", "head", "entry", "excerpt", "expression", "verdict", "context")
 # place       a number that counts nothing: of a step, of a line
 # change      with its standard error, and a sign
 # level       with its standard error: an entropy, an exponent
+# interval    (low, high); either is None where there is no such bound
 # part        one without an error of its own: its digits end where `error` begins
 # share       a ratio, in percent; with its own error if there is one
 # share_part  a part's ratio to a whole of this relative error, likewise; not shown where
@@ -130,6 +131,13 @@ def level(value: float, error: float | None) -> Cell:
     if error is None:
         return Cell(value=value, kind="number", digits=2)
     return Cell(value=value, kind="level", error=error)
+
+
+def interval(ends: Sequence[float | None] | None, *, signed: bool = True) -> Cell:
+    """A 95 % interval; a dash where there is none."""
+    if ends is None or all(end is None for end in ends):
+        return Cell(value=None, kind="interval")
+    return Cell(value=tuple(ends), kind="interval", signed=signed)
 
 
 def part(value: float, error: float) -> Cell:

@@ -17,21 +17,23 @@ from entropy_ddp.answers.cells import (
     text,
     verdict,
 )
-from entropy_ddp.answers.headline import Document, Glance
+from entropy_ddp.answers.headline import Document, Glance, stands_out
 from entropy_ddp.answers.shares import KINDS, SharesByKind, together
 from entropy_ddp.answers.tables import token_table
 from entropy_ddp.answers.words import (
     AXIS_UNITS,
+    FIXED,
     GIVEN_E,
-    RESOLVED,
     UNITS,
     count,
+    entropy_error,
+    is_missed,
     is_resolved,
     linear_error,
     listed,
-    missed_error,
     percent,
     percent_with_error,
+    quantile_of,
     relative_error,
     shown_error,
     supported,
@@ -76,7 +78,12 @@ class Stage:
     def entropy(self) -> tuple[float, float | None]:
         """H before the step; old runs did not record its error."""
         truth = self.document["truth"]
-        return truth["H_orig"], truth.get("H_orig_se")
+        return truth["H_orig"], entropy_error(truth)
+
+    @property
+    def quantile(self) -> float:
+        """Standard errors that make half of a 95 % interval."""
+        return quantile_of(self.document)
 
     @property
     def truth(self) -> Pair:
@@ -97,14 +104,14 @@ class Stage:
     @property
     def is_resolved(self) -> bool:
         """Whether the measured change is to be trusted and stands out of its error."""
-        return self.is_trusted and is_resolved(*self.truth)
+        return self.is_trusted and stands_out(self.document["truth"])
 
     @property
     def is_predicted(self) -> bool:
         """Whether first order is right within a tenth, or within its error."""
         missed = abs(self.truth[0] - self.linear[0])
-        paired = missed_error(self.document, "linear")
-        return missed <= max(0.1 * abs(self.truth[0]), RESOLVED * paired)
+        within = missed <= 0.1 * abs(self.truth[0])
+        return within or not is_missed(self.document, "linear")
 
     def part(self, name: str) -> float:
         """A part of the first-order change; of a stage with an attribution."""
@@ -308,8 +315,8 @@ def lead(found: Checkpoints) -> str:
         if number_of
     ]
     return (
-        f"{told_entropy(found)}: from {' to '.join(ends)}. Changes of at least "
-        f"{RESOLVED:g} standard errors are counted: {', '.join(counted)}."
+        f"{told_entropy(found)}: from {' to '.join(ends)}. Changes whose 95{FIXED}% "
+        f"interval leaves zero out are counted: {', '.join(counted)}."
     )
 
 

@@ -11,26 +11,34 @@ from entropy_ddp.answers.shares import is_reliable, not_reliable, part_error
 from entropy_ddp.answers.words import (
     FIXED,
     LOSSES,
-    RESOLVED,
     UNITS,
     around,
     count,
+    entropy_error,
+    error_of,
+    excludes_zero,
+    interval,
+    is_missed,
     is_resolved,
     linear_error,
     missed_error,
     number,
     percent,
     percent_with_error,
+    quantile_of,
     shown_error,
     supported,
     supported_percent,
     visible,
     with_error,
 )
+from entropy_ddp.results.schema import FEW_DEGREES, LARGE_SHARE
 
 Document = dict[str, Any]
 # `truth.ess_warn` where nothing else is set.
 DEFAULT_ESS_WARN = 0.5
+# Below so many groups no interval for the entropy itself holds where tails are heavy.
+FEW_GROUPS = 256
 # Characters on both sides of the strongest token.
 CONTEXT = 24
 VERDICTS = ("ok", "warn", "fail")
@@ -45,7 +53,37 @@ def subject_of(update: dict[str, Any]) -> str:
 
 def stands_out(truth: dict[str, Any]) -> bool:
     """Whether the measured change stands out of its error."""
+    if "interval" in truth:
+        return excludes_zero(truth["interval"])
     return is_resolved(truth["delta_h_true"], shown_error(truth))
+
+
+def is_made_by_few(truth: dict[str, Any]) -> bool:
+    """Whether so few responses make the error of the change that it is hardly known."""
+    return bool(
+        truth.get("effective_degrees_of_freedom", FEW_DEGREES) < FEW_DEGREES
+        or truth.get("largest_share", 0.0) > LARGE_SHARE
+    )
+
+
+def doubt_of_entropy(document: Document) -> str:
+    """Why the error of the entropy itself is not to be relied on; empty if it is."""
+    groups = document["E"]["num_groups"]
+    if groups >= FEW_GROUPS or not is_made_by_few(document["truth"]):
+        return ""
+    return (
+        f"The error of H itself is likely too small: E has {groups} groups, and few "
+        f"responses make its errors. Below {FEW_GROUPS} groups no interval for H holds then."
+    )
+
+
+def interval_of_change(document: Document) -> str:
+    """The 95 % interval of the measured change; empty if the run did not record one."""
+    truth = document["truth"]
+    if "interval" not in truth:
+        return ""
+    unit = UNITS[truth["normalize"]]
+    return f"95{FIXED}% interval: {interval(*truth['interval'])} {unit}."
 
 
 def sign(document: Document) -> str:
@@ -72,6 +110,11 @@ def headline(document: Document) -> tuple[str, str, str]:
     return f"{subject} {verb} the entropy by ", value, f" {unit}."
 
 
+def answer(document: Document) -> str:
+    """The answer in one sentence, and its interval in another."""
+    return f"{''.join(headline(document))} {interval_of_change(document)}".rstrip()
+
+
 def lead(document: Document) -> str:
     """The same in percent of the entropy, and what was predicted."""
     truth, linear = document["truth"], document["linear"]
@@ -80,7 +123,7 @@ def lead(document: Document) -> str:
     sentences = []
     if before > 0:
         share, error = change / before, shown_error(truth) / before
-        error = math.hypot(error, share * truth.get("H_orig_se", 0.0) / before)
+        error = math.hypot(error, share * (entropy_error(truth) or 0.0) / before)
         if stands_out(truth):
             verb = "falls" if change < 0 else "rises"
             pair = percent_with_error(abs(share), error, signed=False)
@@ -88,15 +131,20 @@ def lead(document: Document) -> str:
         else:
             pair = percent_with_error(share, error)
             sentences.append(f"That is {pair} of it{_entropy(truth)}.")
-    sentences.append(f"First order predicts {predicted}.")
-    return " ".join(sentences)
+    sentences += [
+        interval_of_change(document),
+        f"First order predicts {predicted}.",
+        doubt_of_entropy(document),
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _entropy(truth: dict[str, Any]) -> str:
     """H with its error; of a run that did not record one, nothing."""
-    if "H_orig_se" not in truth:
+    error = entropy_error(truth)
+    if error is None:
         return ""
-    return f", {with_error(truth['H_orig'], truth['H_orig_se'], signed=False)} before"
+    return f", {with_error(truth['H_orig'], error, signed=False)} before"
 
 
 def second_order(document: Document) -> str:
@@ -104,11 +152,11 @@ def second_order(document: Document) -> str:
     truth, curvature = document["truth"], document.get("curvature", {})
     if "difference_se" not in curvature:
         return ""
-    second = with_error(curvature["delta_h2"], curvature["delta_h2_se"])
+    second = with_error(curvature["delta_h2"], error_of(curvature, "delta_h2_se"))
     missed = truth["delta_h_true"] - curvature["delta_h2"]
     error = missed_error(document, "curvature")
     begin = f"With the curvature of the step the prediction is {second}, and it misses"
-    if is_resolved(missed, error):
+    if is_missed(document, "curvature"):
         return f"{begin} the truth by {with_error(missed, error)}."
     return f"{begin} nothing beyond the error of the difference, {number(error, 2)}."
 
@@ -128,21 +176,24 @@ def reach(document: Document) -> tuple[str, str]:
     summary = document["sweep_summary"]
     points = [p for p in document["sweep"] if p["eta"] > 0 and is_trusted(p)]
     floor = summary["noise_floor"]
+    quantile = quantile_of(document)
     told = [
-        p for p in points if is_resolved(p["delta_h_true"], math.hypot(p["se"], floor))
+        p
+        for p in points
+        if is_resolved(p["delta_h_true"], math.hypot(error_of(p), floor), quantile)
     ]
     agreement = summary.get("agreement")
     # What another version let reach into points that are not trusted ends before them.
     inside = [p for p in told if agreement and p["eta"] <= agreement[1]]
     if inside:
         last = max(inside, key=lambda p: p["eta"])
-        error = 2 * math.hypot(last["se"], floor) / abs(last["delta_h_true"])
+        error = quantile * math.hypot(error_of(last), floor)
         low, high = min(p["eta"] for p in inside), last["eta"]
-        short = "First order and truth agree within two standard errors"
-        long = f"{short} of the truth from {number(low, 3)} to {number(high, 3)}"
-        return f"{long}, where these are {percent(error, 1)} of it", (
-            f"{short} up to {number(high, 2)}"
-        )
+        return (
+            f"First order is within the truth's own 95{FIXED}% interval from "
+            f"{number(low, 3)} to {number(high, 3)}, where that is "
+            f"±{percent(error / abs(last['delta_h_true']), 1)} of it"
+        ), f"First order is within the truth's own error up to {number(high, 2)}"
     why = "First order and truth agree at no step size of the sweep"
     if not points:
         why = "No step size of the sweep has enough effective responses to be trusted"
@@ -154,7 +205,7 @@ def reach(document: Document) -> tuple[str, str]:
 def sweep_sentences(document: Document) -> list[str]:
     """What a sweep says, of the points that are trusted."""
     summary, curvature = document["sweep_summary"], document.get("curvature", {})
-    told = [f"{reach(document)[0]}."]
+    told = [f"{reach(document)[0]}.", *off_by_sentences(document)]
     left = [p["eta"] for p in document["sweep"] if not is_trusted(p)]
     if left:
         told.append(
@@ -167,14 +218,14 @@ def sweep_sentences(document: Document) -> list[str]:
             f"The measured change grows as the learning rate to the power {power}; 1 is "
             "what first order says."
         )
-    if "eta_star_se" in curvature:
-        told.append(_edge(curvature))
+    if "eta_star_se" in curvature or "eta_star_interval" in curvature:
+        told.append(edge(curvature))
     told.append(
         f"Changes below {number(summary['noise_floor'], 2)} are rounding noise."
     )
     for pair in summary.get("odd", [])[-1:]:
         if "se" in pair:
-            half = with_error(pair["delta_h"], pair["se"])
+            half = with_error(pair["delta_h"], error_of(pair))
             told.append(
                 "Steps to both sides were measured; half their difference at "
                 f"{number(pair['eta'], 3)} is {half}."
@@ -182,15 +233,57 @@ def sweep_sentences(document: Document) -> list[str]:
     return told
 
 
-def _edge(curvature: dict[str, Any]) -> str:
-    """eta*, where the curvature is known well enough to tell it."""
+def off_by_sentences(document: Document) -> list[str]:
+    """Up to which step size first order is off by less than some shares of the truth."""
+    rows = document["sweep_summary"].get("reach", [])
+    told = [
+        f"by less than {number(100 * row['off_by'])}{FIXED}% {_up_to(row)}"
+        for row in rows
+    ]
+    if not told:
+        return []
+    return [f"First order is off {'; '.join(told)}. Brackets: 95{FIXED}% intervals."]
+
+
+def _up_to(row: dict[str, Any]) -> str:
+    """A step size with its interval, or the bound that is known."""
+    low, high = row["interval"]
+    if low is None and high is None:
+        return "at step sizes that this E does not resolve"
+    if high is None:
+        return f"up to at least η = {number(low, 2)}"
+    if low is None:
+        return f"below η = {number(high, 2)} at most"
+    eta = row["eta"] if row["eta"] is not None else (low + high) / 2
+    ends = interval(low, high, signed=False)
+    return f"up to η = {number(eta, 2)} ({ends})"
+
+
+def edge(curvature: dict[str, Any]) -> str:
+    """eta*, where the curvature is known well enough to tell it, or what is known."""
+    unresolved = (
+        "The edge of the linear regime, η*, is not resolved: the curvature is not."
+    )
+    if "eta_star_interval" in curvature:
+        low, high = curvature["eta_star_interval"]
+        if high is not None:
+            eta = number(curvature["eta_star"], 2)
+            ends = interval(low, high, signed=False)
+            return (
+                f"The second order equals the first at η* = {eta}, the edge of the linear "
+                f"regime (95{FIXED}% interval {ends})."
+            )
+        if not low:
+            return unresolved
+        return (
+            "The edge of the linear regime, η*, where the second order equals the first, "
+            f"is at least {number(low, 2)}: the curvature is not resolved."
+        )
     second, error = curvature["second_derivative"], curvature["se"]
     if not is_resolved(second, error):
-        return (
-            "The edge of the linear regime, η*, is not resolved: the curvature is not."
-        )
-    edge = with_error(curvature["eta_star"], curvature["eta_star_se"], signed=False)
-    return f"The second order equals the first at η* = {edge}, the edge of the linear regime."
+        return unresolved
+    eta = with_error(curvature["eta_star"], curvature["eta_star_se"], signed=False)
+    return f"The second order equals the first at η* = {eta}, the edge of the linear regime."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,14 +320,17 @@ def _how_much(document: Document) -> Glance:
         answer += f"{FIXED}%"
     pair = with_error(change, error)
     detail = f"{pair} {UNITS[truth['normalize']]}"
-    spread = truth.get("H_orig_se")
+    spread = entropy_error(truth)
     if spread is not None:
         bits = with_error(before / math.log(2), spread / math.log(2), signed=False)
         detail += f"; H is {bits} bits before the step"
         if truth["normalize"] == "per_token" and 0 < before < 10:
             choices = supported(math.exp(before), math.exp(before) * spread, 2)
             detail += f". The policy chooses among about {choices} tokens at each step"
-    return Glance(question="How much?", answer=answer, detail=detail + ".")
+    doubt = doubt_of_entropy(document)
+    return Glance(
+        question="How much?", answer=answer, detail=f"{detail}. {doubt}".strip()
+    )
 
 
 def _how_sure(document: Document) -> Glance:
@@ -242,6 +338,8 @@ def _how_sure(document: Document) -> Glance:
     change, error = truth["delta_h_true"], shown_error(truth)
     groups = count(document["E"]["num_groups"], "prompt draw")
     detail = f"± is one standard error over {groups} of E."
+    if "interval" in truth:
+        detail += f" 95{FIXED}% interval: {interval(*truth['interval'])}."
     if error == 0:
         return Glance(question="How sure?", answer="No error", detail=detail)
     errors = abs(change) / error
@@ -263,12 +361,13 @@ def _missed(document: Document) -> str:
     change = truth["delta_h_true"]
     missed = change - linear["delta_h1"]
     paired = missed_error(document, "linear")
-    if missed and abs(missed) > RESOLVED * paired:
+    if missed and is_missed(document, "linear"):
         pair = percent_with_error(
             abs(missed / change), paired / abs(change), signed=False
         )
         return f"First order misses {pair} of it: not noise."
-    return f"First order agrees with it within {percent(2 * paired / abs(change))}."
+    within = quantile_of(document) * paired / abs(change)
+    return f"First order agrees with it within {percent(within)}."
 
 
 def _trust(document: Document) -> Glance:
@@ -304,7 +403,8 @@ def _what_did_it(document: Document) -> Glance:
             question="What did it?", answer="Nothing", detail="Every part of it is 0."
         )
     own_error = part_error(document, keys[name])
-    if own_error is not None and not is_resolved(value, own_error):
+    quantile = quantile_of(document)
+    if own_error is not None and not is_resolved(value, own_error, quantile):
         largest = name[0].lower() + name[1:]
         return Glance(
             question="What did it?",
@@ -312,7 +412,7 @@ def _what_did_it(document: Document) -> Glance:
             detail=f"The largest part, {largest}, is {with_error(value, own_error)}.",
             tone="doubtful",
         )
-    told = is_resolved(total, error)
+    told = is_resolved(total, error, quantile)
     same_sign = told and all(part * total >= 0 for part in named.values())
     answer = (
         f"{name}, {supported_percent(value / total, error / abs(total))}"

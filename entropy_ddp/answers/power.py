@@ -8,6 +8,7 @@ from entropy_ddp.answers.cells import Row, Table, share, text
 from entropy_ddp.answers.words import (
     FIXED,
     UNITS,
+    interval,
     number,
     percent,
     supported,
@@ -44,13 +45,6 @@ def power(document: Document) -> Table:
         rows=rows,
         caption="\n".join(filter(None, (verdict(document), advice(document)))),
     )
-
-
-def interval(low: float, high: float) -> str:
-    """Both ends, to the second digit of half their distance."""
-    last = (high - low) / 20
-    ends = [supported(end, last, 8, signed=True) for end in (low, high)]
-    return f"{ends[0]} to {ends[1]}"
 
 
 def verdict(document: Document) -> str:

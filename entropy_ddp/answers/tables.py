@@ -14,6 +14,7 @@ from entropy_ddp.answers.cells import (
     entry,
     expression,
     head,
+    interval,
     level,
     number,
     part,
@@ -27,6 +28,8 @@ from entropy_ddp.answers.cells import (
 from entropy_ddp.answers.headline import (
     Document,
     described,
+    doubt_of_entropy,
+    edge,
     is_trusted,
     second_order,
     subject_of,
@@ -44,10 +47,13 @@ from entropy_ddp.answers.words import (
     AXIS_UNITS,
     GIVEN_E,
     UNITS,
+    entropy_error,
+    error_of,
     linear_error,
     missed_error,
     name_of_kind,
     percent,
+    quantile_of,
     relative_error,
     short_name,
     shown_error,
@@ -83,10 +89,11 @@ CENTRAL_AUDITS = (
 def answer(document: Document) -> Table:
     """Truth, prediction and their difference in standard errors, on one row."""
     truth, linear = document["truth"], document["linear"]
+    curvature, known = document.get("curvature", {}), "interval" in truth
     missed = truth["delta_h_true"] - linear["delta_h1"]
     paired = missed_error(document, "linear")
     unit = AXIS_UNITS[truth["normalize"]]
-    before, spread = truth["H_orig"], truth.get("H_orig_se")
+    before, spread = truth["H_orig"], entropy_error(truth)
     entropy = f"{in_words(before, 2)} {unit}"
     if spread is not None:
         pairs = [
@@ -95,52 +102,92 @@ def answer(document: Document) -> Table:
         ]
         entropy = f"{pairs[0]} {unit} = {pairs[1]} bits"
     notes = [
-        f"{entropy}; ± is one standard error.",
+        f"{entropy}; ± is one standard error{', below 95 % intervals' * known}.",
         "The difference has a (paired) error of its own: it is what first order misses.",
         second_order(document),
+        edge(document["curvature"]) if "eta_star_interval" in curvature else "",
+        doubt_of_entropy(document),
     ]
+    row = (
+        level(before, spread),
+        change(truth["delta_h_true"], shown_error(truth)),
+        change(linear["delta_h1"], linear_error(document)),
+        change(missed, paired),
+        number(missed / paired if paired else None, 2, signed=True),
+    )
+    intervals = (
+        interval(entropy_interval(document), signed=False),
+        interval(truth.get("interval")),
+        interval(linear.get("interval")),
+        interval(linear.get("difference_interval")),
+        text(""),
+    )
     subject = subject_of(document["update"])
     return Table(
         title=f"Entropy change of {subject[0].lower()}{subject[1:]}, {unit}",
         columns=(
             "H before", "ΔH true", "ΔH first order", "true - first order", "in SE",
         ),
-        rows=[
-            (
-                level(before, spread),
-                change(truth["delta_h_true"], shown_error(truth)),
-                change(linear["delta_h1"], linear_error(document)),
-                change(missed, paired),
-                number(missed / paired if paired else None, 2, signed=True),
-            )
-        ],
+        rows=[row, intervals] if known else [row],
         caption="\n".join(note for note in notes if note),
     )  # fmt: skip
+
+
+def entropy_interval(document: Document) -> tuple[float, float] | None:
+    """95 % interval of the entropy before the step; None where none was written."""
+    truth = document["truth"]
+    error = entropy_error(truth)
+    if error is None or "interval" not in truth:
+        return None
+    half = quantile_of(document) * error
+    return truth["H_orig"] - half, truth["H_orig"] + half
 
 
 def measured(document: Document) -> Table:
     """The numbers behind it, each by itself."""
     truth, linear = document["truth"], document["linear"]
+    curvature = document.get("curvature", {})
     numbers = {
         "entropy before": truth["H_orig"],
-        "its standard error, of another E": truth.get("H_orig_se"),
+        "its standard error, of another E": entropy_error(truth),
+        "its 95 % interval": entropy_interval(document),
         "entropy after": truth["H_upd"],
-        "its standard error too": truth.get("H_upd_se"),
+        "its standard error too": error_of(truth, "H_upd_se")
+        if "H_upd_se" in truth
+        else None,
         "measured change": truth["delta_h_true"],
-        "its standard error": truth["se"],
+        "standard error of the measured change": error_of(truth),
+        "the same by the delta method": truth["se"] if "interval" in truth else None,
         "rounding in it": truth.get("noise_floor"),
+        "95 % interval of the measured change": truth.get("interval"),
         "first-order change": linear["delta_h1"],
         "its standard error, given the step": linear_error(document),
-        "standard error of their difference": linear["difference_se"],
+        "95 % interval of the first-order change": linear.get("interval"),
+        "standard error of their difference": error_of(linear, "difference_se"),
+        "95 % interval of their difference": linear.get("difference_interval"),
+        "second-order change": curvature.get("delta_h2"),
+        "95 % interval of the second-order change": curvature.get("interval"),
         "effective sample size, responses": truth["ess"],
         "effective sample size over N": truth["ess_fraction"],
+        "groups that tell the error of the change": truth.get(
+            "effective_degrees_of_freedom"
+        ),
+        "largest share of one response in its square": truth.get("largest_share"),
         "responses with a clipped weight, share": truth["clip_fraction"],
     }
     unit = UNITS[truth["normalize"]]
+    rows = [
+        (
+            text(name),
+            interval(value) if isinstance(value, (list, tuple)) else number(value, 5),
+        )
+        for name, value in numbers.items()
+        if value is not None
+    ]
     return Table(
         title="The change as numbers",
         columns=("quantity", "value"),
-        rows=[(text(name), number(value, 5)) for name, value in numbers.items()],
+        rows=rows,
         caption=f"Entropies in {unit}; importance weights: {truth['is_mode']}.",
         folded=True,
     )
@@ -148,19 +195,25 @@ def measured(document: Document) -> Table:
 
 def estimators(document: Document) -> Table:
     """Every estimator of the same two numbers, with its error."""
-    rows: list[Row] = []
-    first = document["truth_all"][0]["se"]
+    rows: list[Row] = [head("ΔH true")]
+    first = error_of(document["truth_all"][0])
+    adjusted_is_configured = document["truth"].get("control_variates", False)
     for row in document["truth_all"]:
-        mark = "*" if row["is_mode"] == document["truth"]["is_mode"] else ""
-        cells = _estimate(row["delta_h_true"], row["se"], first, mark)
+        configured_mode = row["is_mode"] == document["truth"]["is_mode"]
+        marks = [
+            "*" if configured_mode and adjusted == adjusted_is_configured else ""
+            for adjusted in (False, True)
+        ]
+        adjusted_error = row.get("se_jackknife_adjusted", row.get("se_adjusted"))
+        cells = _estimate(row["delta_h_true"], error_of(row), first, marks[0])
         cells += _estimate(
-            row.get("delta_h_true_adjusted"), row.get("se_adjusted"), first
+            row.get("delta_h_true_adjusted"), adjusted_error, first, marks[1]
         )
-        rows.append((text(f"true, {row['is_mode']}"), *cells))
-    rows.append(())
+        rows.append((text(row["is_mode"]), *cells))
+    rows.append(head("ΔH first order"))
     eta, linear = document["update"]["learning_rate_used"], document["linear"]
     configured = (linear["score"], linear["baseline"], linear["control_variates"])
-    first = abs(eta) * document["linear_all"][0]["se"]
+    first = abs(eta) * error_of(document["linear_all"][0])
     by_kind: dict[tuple[str, str], dict[bool, Document]] = {}
     for row in document["linear_all"]:
         kind = (row["score"], row["baseline"])
@@ -171,11 +224,11 @@ def estimators(document: Document) -> Table:
             value = error = None
             if with_variates in found:
                 row = found[with_variates]
-                value, error = eta * row["slope"], abs(eta) * row["se"]
+                value, error = eta * row["slope"], abs(eta) * error_of(row)
             mark = "*" if configured == (score, baseline, with_variates) else ""
             cells += _estimate(value, error, first, mark)
         name = "full" if score == "full" else f"{score}, {baseline}"
-        rows.append((text(f"first order, {name}"), *cells))
+        rows.append((text(name), *cells))
     return Table(
         title="All estimators of this run",
         columns=("estimator", "ΔH", "needed", "with control variates", "needed"),
@@ -218,8 +271,8 @@ def step(document: Document) -> Table:
         head("ΔH first order by term"),
         *((text(name), part(eta * v, error)) for name, v in linear["terms"].items()),
         head("slope and curvature"),
-        (text("slope, nats / eta"), change(linear["slope"], linear["se"])),
-        (text("its error by jackknife"), size(linear["se_jackknife"], 2)),
+        (text("slope, nats / eta"), change(linear["slope"], error_of(linear))),
+        (text("its error, delta method"), size(linear["se"], 2)),
     ]
     curvature = document.get("curvature", {})
     for name, value, its_error in (
@@ -227,8 +280,15 @@ def step(document: Document) -> Table:
         ("ΔH second order", "delta_h2", "delta_h2_se"),
         ("eta*, edge of linearity", "eta_star", "eta_star_se"),
     ):
-        if value in curvature and its_error in curvature:
-            rows.append((text(name), change(curvature[value], curvature[its_error])))
+        ends = curvature.get("eta_star_interval") if value == "eta_star" else None
+        if ends is not None:
+            # An error to first order means nothing where H'' is not resolved.
+            # From 0 on is no bound.
+            bounds = [ends[0] or None, ends[1]]
+            rows.append((text(name), interval(bounds, signed=False)))
+        elif value in curvature and its_error in curvature:
+            error = error_of(curvature, its_error)
+            rows.append((text(name), change(curvature[value], error)))
     moved = update["top_parameters"][0]
     caption = f"moved most: {short_name(moved['name'])}, by {in_words(moved['l2'])}"
     if curvature and curvature["se"] > abs(curvature["second_derivative"]):
@@ -264,7 +324,7 @@ def sweep(document: Document) -> Table:
     rows = [
         (
             size(point["eta"]),
-            change(point["delta_h_true"], math.hypot(point["se"], floor)),
+            change(point["delta_h_true"], math.hypot(error_of(point), floor)),
             change(point["delta_h1"], point["delta_h1_se"]),
             change(point.get("delta_h2"), point.get("delta_h2_se")),
             Cell(

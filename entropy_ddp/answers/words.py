@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from entropy_ddp.estimators.quantiles import two_sided
+
 MINUS = "\N{MINUS SIGN}"
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 FIXED = "\N{NO-BREAK SPACE}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Below this a decimal number is mostly zeros.
 SMALLEST_DECIMAL, LARGEST_DECIMAL = 1e-3, 1e6
-# Changes smaller than this many standard errors are not called falls or rises.
+# What has no interval of its own stands out of its error from this many of it on.
 RESOLVED = 2.0
 # Where there is no number.
 DASH = "–"
@@ -36,9 +38,30 @@ AXIS_UNITS = {
 LOSSES = {"dr_grpo": "Dr. GRPO", "grpo": "GRPO", "dapo": "DAPO", "nll": "NLL"}
 
 
-def is_resolved(change: float, error: float) -> bool:
-    """Whether a change stands out of its standard error."""
-    return change != 0 and abs(change) >= RESOLVED * error
+def is_resolved(change: float, error: float, quantile: float = RESOLVED) -> bool:
+    """Whether a change stands out of its standard error.
+
+    Args:
+        quantile: errors that make its interval, see `quantile_of`.
+    """
+    return change != 0 and abs(change) >= quantile * error
+
+
+def excludes_zero(interval: Sequence[float]) -> bool:
+    """Whether a 95 % interval leaves zero out: the change in it is resolved."""
+    low, high = interval
+    return low > 0 or high < 0
+
+
+def quantile_of(document: Mapping[str, Any]) -> float:
+    """Standard errors that make half of a 95 % interval: Student's t of E's groups.
+
+    Results of versions that wrote no interval have errors by the delta method alone, and
+    are judged by the normal quantile.
+    """
+    if "interval" not in document["truth"]:
+        return RESOLVED
+    return two_sided(document["E"]["num_groups"] - 1)
 
 
 def true_minus(text: str) -> str:
@@ -101,15 +124,38 @@ def with_error(value: float, error: float, *, signed: bool = True) -> str:
     return f"({sign}{true_minus(pair)}){FIXED}×{FIXED}{power}"
 
 
+def error_of(values: Mapping[str, Any], name: str = "se") -> float:
+    """A standard error: by the jackknife where it was written, else by the delta method.
+
+    The jackknife's is the one that intervals are made of.
+    """
+    return float(values.get(f"{name}_jackknife", values[name]))
+
+
 def shown_error(truth: Mapping[str, Any]) -> float:
     """What stands behind a measured change: sampling error and rounding together."""
-    return math.hypot(truth["se"], truth.get("noise_floor") or 0.0)
+    return math.hypot(error_of(truth), truth.get("noise_floor") or 0.0)
 
 
 def missed_error(document: Mapping[str, Any], prediction: str) -> float:
     """The same of a measured change less its prediction, `linear` or `curvature`."""
     noise = document["truth"].get("noise_floor") or 0.0
-    return math.hypot(document[prediction]["difference_se"], noise)
+    return math.hypot(error_of(document[prediction], "difference_se"), noise)
+
+
+def is_missed(document: Mapping[str, Any], prediction: str) -> bool:
+    """Whether what a prediction misses of the measured change stands out of its error."""
+    found = document[prediction]
+    if "difference_interval" in found:
+        return excludes_zero(found["difference_interval"])
+    value = "delta_h1" if prediction == "linear" else "delta_h2"
+    missed = document["truth"]["delta_h_true"] - found[value]
+    return is_resolved(missed, missed_error(document, prediction))
+
+
+def entropy_error(truth: Mapping[str, Any]) -> float | None:
+    """Standard error of the entropy before the step; None where none was written."""
+    return error_of(truth, "H_orig_se") if "H_orig_se" in truth else None
 
 
 # What stands beside parts and shares.
@@ -122,7 +168,7 @@ GIVEN_E = (
 def linear_error(document: Mapping[str, Any]) -> float:
     """Standard error of the first-order change."""
     eta = document["update"]["learning_rate_used"]
-    return abs(eta) * float(document["linear"]["se"])
+    return abs(eta) * error_of(document["linear"])
 
 
 def relative_error(document: Mapping[str, Any]) -> float:
@@ -153,6 +199,37 @@ def without_digits_behind(value: float, error: float, most: int) -> tuple[float,
     last = math.floor(math.log10(error))
     value = round(value, -last) or value
     return value, max(1, min(most, math.floor(math.log10(abs(value))) - last + 1))
+
+
+def interval(low: float, high: float, *, signed: bool = True) -> str:
+    """`low to high`, both to the second digit of half their distance."""
+    half = (high - low) / 2
+    if not half > 0 or not math.isfinite(half):
+        return f"{number(low, signed=signed)} to {number(high, signed=signed)}"
+    last = math.floor(math.log10(float(f"{half:.1e}"))) - 1
+    largest = max(abs(low), abs(high))
+    exponent = 0
+    if not (is_decimal(largest) and last >= -7):
+        exponent = math.floor(math.log10(largest))
+    places = max(0, exponent - last)
+    ends = [
+        _end((round(end, -last) or end) / 10.0**exponent, places, signed=signed)
+        for end in (low, high)
+    ]
+    if not exponent:
+        return " to ".join(ends)
+    power = power_of_ten(exponent)
+    return f"({' to '.join(ends)}){FIXED}×{FIXED}{power}"
+
+
+def _end(value: float, places: int, *, signed: bool) -> str:
+    """An end of an interval; one that is not 0 never reads as 0."""
+    text = f"{value:,.{places}f}"
+    while value and float(text.replace(",", "")) == 0 and places < 12:
+        places += 1
+        text = f"{value:,.{places}f}"
+    sign = "+" if signed and value > 0 else ""
+    return sign + true_minus(text)
 
 
 def percent_with_error(share: float, error: float, *, signed: bool = True) -> str:

@@ -157,6 +157,20 @@ class Estimate:
         """This less a multiple of another estimate on the same E."""
         return self.plus(other, -factor)
 
+    def over(self, other: "Estimate") -> "Estimate":
+        """The ratio of this to another estimate on the same E, which is not 0."""
+        ratio = self.value / other.value
+        responses = None
+        if self.without_response is not None and other.without_response is not None:
+            responses = self.without_response / other.without_response
+        return Estimate(
+            value=ratio,
+            influence=(self.influence - ratio * other.influence) / other.value,
+            without=self.without / other.without,
+            without_response=responses,
+            draws=self.draws,
+        )
+
     def scaled(self, factor: float) -> "Estimate":
         """A multiple of this estimate."""
         responses = self.without_response

@@ -3,11 +3,18 @@
 For AdamW the parameter change is exactly linear in the learning rate, so one direction v
 serves every eta, and theta + eta v is measured without another optimizer step.
 
+Whether truth and first order agree is judged by the truth's own error. A paired test has
+the same verdict at every eta: the difference grows as eta^2 H'' / 2, and so does its
+error, so that a resolved curvature is a rejection however small the step is. What does
+depend on eta is how much is missed, r(eta) = 1 - eta slope / Delta H, in leading order
+eta H'' / (2 slope).
+
 Shape legend: N sequences, p points.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +26,8 @@ from entropy_ddp.estimators.standard_errors import (
 from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
 
 SMALLEST_SHARE = 1e-3
+# Of the truth: up to which step size is first order off by less than this?
+OFF_BY = (0.01, 0.05, 0.2)
 # No step keeps all weights equal: a threshold of 1 is read as this.
 LARGEST_ESS_FRACTION = 0.99
 
@@ -62,22 +71,25 @@ def summarise(
     points: list[SweepPoint],
     noise_floor: float,
     influences: Mapping[float, Tensor],
+    quantile: float,
 ) -> SweepSummary:
-    """Exponent, range of agreement and odd part of a sweep.
+    """Exponent, range of agreement, reach and odd part of a sweep.
 
     Args:
         points: the steps, each with its verdict.
         noise_floor: |Delta H| when nothing moves.
         influences: of each group on delta_h_true, by eta, [n].
+        quantile: of Student's t, by which an error becomes a 95 % interval.
     """
     forward = sorted((p for p in points if p.eta > 0), key=lambda p: p.eta)
     telling = [p for p in forward if abs(p.delta_h_true) > noise_floor]
     trusted = [p for p in telling if p.trusted]
     agreeing: list[float] = []
     for point in telling:
-        error = math.hypot(point.se, noise_floor)
+        own = point.se if point.se_jackknife is None else point.se_jackknife
+        error = math.hypot(own, noise_floor)
         # Rounding adds to the noise of the responses.
-        apart = abs(point.delta_h_true - point.delta_h1) > 2 * error
+        apart = abs(point.delta_h_true - point.delta_h1) > quantile * error
         if (apart and point.trusted) or (agreeing and not point.trusted):
             break
         if point.trusted:
@@ -98,7 +110,68 @@ def summarise(
         agreement=[agreeing[0], agreeing[-1]] if agreeing else None,
         noise_floor=noise_floor,
         odd=odd or None,
+        reach=[
+            {"off_by": share} | _reach(forward, share, noise_floor, quantile)
+            for share in OFF_BY
+        ],
     )
+
+
+def _reach(
+    points: list[SweepPoint], share: float, noise_floor: float, quantile: float
+) -> dict[str, Any]:
+    """Up to which eta first order is off by less than a share of the truth.
+
+    With r the share that is missed and w the half width of its 95 % interval, rounding
+    included, eta is where |r| reaches the share, and the interval runs from where |r| + w
+    does to where |r| - w does: the etas at which "off by this share" is not rejected.
+    Between points |r| and w are interpolated linearly, as both are in leading order.
+
+    Args:
+        points: with positive eta, the smallest first.
+
+    Returns:
+        {eta, interval}, see `SweepSummary.reach`.
+    """
+    places: list[float] = []
+    middles: list[float] = []
+    widths: list[float] = []
+    for point in points:
+        if point.missed is None or point.missed_se is None:
+            continue
+        rounding = 2 * noise_floor / abs(point.delta_h_true)
+        # Below, |r| is of rounding.
+        if rounding > share / 2 and not places:
+            continue
+        if not point.trusted:
+            break
+        places.append(point.eta)
+        middles.append(abs(point.missed))
+        widths.append(math.hypot(quantile * point.missed_se, rounding))
+    if not places:
+        return {"eta": None, "interval": [None, None]}
+    upper = [m + w for m, w in zip(middles, widths)]
+    lower = [m - w for m, w in zip(middles, widths)]
+    eta = _reaches(places, middles, share)
+    low, high = _reaches(places, upper, share), _reaches(places, lower, share)
+    # Beyond the largest and below the smallest step, these are the bounds that are known.
+    if low is None and upper[0] < share:
+        low = places[-1]
+    if high is None and lower[0] >= share:
+        high = places[0]
+    return {"eta": eta, "interval": [low, high]}
+
+
+def _reaches(places: list[float], values: list[float], level: float) -> float | None:
+    """Where values at places, in between linear, first reach a level; None if outside."""
+    for place in range(1, len(places)):
+        before, after = values[place - 1], values[place]
+        if before < level <= after:
+            share = (level - before) / (after - before)
+            return places[place - 1] + share * (places[place] - places[place - 1])
+        if before >= level:
+            return None
+    return None
 
 
 def _weights(points: list[SweepPoint]) -> list[float]:

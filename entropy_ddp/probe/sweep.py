@@ -7,6 +7,7 @@ a sweep that was interrupted goes on where it stopped, also with another grid.
 import torch
 from torch import Tensor
 
+from entropy_ddp.estimators.quantiles import two_sided
 from entropy_ddp.estimators.standard_errors import Estimate
 from entropy_ddp.estimators.step_sizes import choose_grid, summarise
 from entropy_ddp.estimators.sweep_points import SweepPoint, SweepSummary
@@ -25,7 +26,8 @@ def sweep_step_sizes(
     found = [_point(session, measured, eta) for eta in _grid(session, measured)]
     points = [point for point, _ in found]
     influences = {point.eta: influence for point, influence in found}
-    return points, summarise(points, measured.noise_floor, influences)
+    quantile = two_sided(session.draws.num_units - 1)
+    return points, summarise(points, measured.noise_floor, influences, quantile)
 
 
 def _grid(session: Session, measured: Measurements) -> list[float]:
@@ -95,6 +97,7 @@ def _point(
         )
     first = slope.scaled(eta)
     difference = truth.minus(first)
+    missed = difference.over(truth) if truth.value else None
     second = None if curvature is None else curvature.second_order(eta, slope)
     thresholds, noise = session.config.truth, measured.noise_floor
     point = SweepPoint(
@@ -112,6 +115,8 @@ def _point(
         delta_h2_se_jackknife=None if second is None else second.se_jackknife,
         difference_se=difference.se,
         difference_se_jackknife=difference.se_jackknife,
+        missed=None if missed is None else missed.value,
+        missed_se=None if missed is None else missed.se_jackknife,
         trusted=ess_fraction >= max(thresholds.ess_warn, thresholds.ess_abort),
     )
     return point, truth.group_influence

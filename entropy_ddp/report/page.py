@@ -19,8 +19,10 @@ from entropy_ddp.answers.headline import complaints as checks_that_complain
 from entropy_ddp.answers.tables import found
 from entropy_ddp.answers.words import (
     DASH,
+    FIXED,
     around,
     exact,
+    interval,
     is_resolved,
     number,
     one_line,
@@ -206,6 +208,8 @@ def shown(cell: Cell) -> str:
             written = number(value, min(cell.digits, DIGITS), signed=signed)
         case "change" | "level":
             written = with_error(value, error, signed=signed)
+        case "interval":
+            written = bounds(value, signed=signed)
         case "part":
             written = supported(value, error, 3, signed=signed)
         case "share" if error:
@@ -226,12 +230,24 @@ def shown(cell: Cell) -> str:
     return f"{cell.mark} {written}" if cell.mark else written
 
 
+def bounds(ends: tuple[float | None, float | None], *, signed: bool) -> str:
+    """An interval, or the one bound there is."""
+    low, high = ends
+    if low is None or high is None:
+        sign, end = ("≤", high) if low is None else ("≥", low)
+        assert end is not None
+        return f"{sign}{FIXED}{number(end, 2, signed=signed)}"
+    return interval(low, high, signed=signed)
+
+
 def hover(cell: Cell) -> str:
     """What hovering over a cell shows, such as all digits; empty if that is no more."""
     if cell.kind == "verdict" or cell.value is None:
         return ""
     if cell.kind in ("change", "level") or (cell.kind == "share" and cell.error):
         return f"{cell.value!r} ± {cell.error!r}"
+    if cell.kind == "interval":
+        return " to ".join("–" if end is None else repr(end) for end in cell.value)
     whole = exact(cell.value) if cell.is_number else cell.whole
     return whole if whole != shown(cell) else ""
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
+# Fewer effective degrees of freedom of the truth's error, or more of its square in one
+# response: the size of the error is hardly known.
+FEW_DEGREES, LARGE_SHARE = 10, 0.2
 
 Status = Literal["ok", "untrusted", "failed"]
 Verdict = Literal["ok", "warn", "fail"]
@@ -167,8 +170,12 @@ class TruthResult:
 
     @property
     def error(self) -> float:
-        """sqrt(se^2 + noise_floor^2): what is shown behind delta_h_true."""
-        return math.hypot(self.se, self.noise_floor or 0.0)
+        """What is shown behind delta_h_true: its standard error and rounding together.
+
+        The jackknife's, or the delta method's in the results of earlier versions.
+        """
+        own = self.se if self.se_jackknife is None else self.se_jackknife
+        return math.hypot(own, self.noise_floor or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A table in the terminal: every number whole, in any width."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, zip_longest
@@ -16,6 +17,7 @@ from entropy_ddp.answers.cells import Cell, Row, Table, text
 from entropy_ddp.answers.words import (
     DASH,
     in_line,
+    is_decimal,
     is_resolved,
     percent,
     percent_with_error,
@@ -34,6 +36,8 @@ FRAME_OF_COLUMN, FRAME = 3, 1
 LONG = ("context", "excerpt")
 # Cells of a context below which it stands on a line of its own.
 CONTEXT_CELLS = 20
+# Below this an interval is written with powers of ten.
+DECIMAL = 0.01
 # Cells of what a check found, and of what it expects.
 EXPRESSION_CELLS = 22
 LIST_INDENT = 2
@@ -118,6 +122,8 @@ def _number(cell: Cell) -> str:
             return plus_minus(value, cell.error)
         case "level":
             return with_error(value, cell.error, signed=False)
+        case "interval":
+            return bounds(value, "+" if cell.signed else "")
         case "part":
             return supported(value, cell.error)
         case "share" if cell.error:
@@ -140,6 +146,38 @@ def _number(cell: Cell) -> str:
 
 def plus_minus(value: float, error: float) -> str:
     return f"{value:+.4e} ± {error:.1e}"
+
+
+def bounds(ends: tuple[float | None, float | None], sign: str) -> str:
+    """An interval, to the second digit of half of it, or the one bound there is.
+
+    Args:
+        sign: `+` if positive ends have a sign.
+    """
+    low, high = ends
+    if low is None or high is None:
+        return f"<= {high:.1e}" if low is None else f">= {low:.1e}"
+    half = (high - low) / 2
+    largest = max(abs(low), abs(high))
+    if not half > 0:
+        return f"[{low:.4g}, {high:.4g}]"
+    last = math.floor(math.log10(float(f"{half:.1e}"))) - 1
+    places = max(0, -last)
+    decimal = [f"{end:{sign}.{places}f}" if end else "0" for end in ends]
+    # No end reads as 0 that is not: its sign is the verdict.
+    reads_as_zero = any(end and not float(t) for end, t in zip(ends, decimal))
+    if is_decimal(largest) and largest >= DECIMAL and not reads_as_zero:
+        return f"[{', '.join(decimal)}]"
+    return f"[{_short(low, last, sign)}, {_short(high, last, sign)}]"
+
+
+def _short(value: float, last: int, sign: str) -> str:
+    """A number down to this power of ten, its exponent without a leading zero."""
+    if not value:
+        return "0"
+    places = max(0, math.floor(math.log10(abs(value))) - last)
+    mantissa, exponent = f"{value:{sign}.{places}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def supported(value: float, error: float) -> str:

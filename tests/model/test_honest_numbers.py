@@ -232,7 +232,7 @@ def test_without_signal_momentum_and_decay_are_all_there_is(run: TinyRun) -> Non
     """A warning, a gradient of exactly zero, and the step that a plain AdamW takes."""
     silent = replace(run, U=[replace(row, reward=0.25) for row in run.U])
     update = {"max_grad_norm": 0.5, "lr_override": LEARNING_RATE}
-    config = silent.config(update=update)
+    config = silent.config(update=update, linear={"score": "full"})
     found = run_attribution(config, World(), None, lambda *_: None).results
     step = silent.naive_step(
         LossSettings(), max_grad_norm=0.5, learning_rate=LEARNING_RATE

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.estimators.quantiles import two_sided
 from entropy_ddp.results import UNFINISHED, Probed, Results
 
 pytestmark = pytest.mark.usefixtures("models_checked_once")
@@ -113,9 +114,13 @@ def naive_direction(run: TinyRun) -> dict[str, Tensor]:
 
 
 MODES: dict[str, tuple[dict[str, Any], Objective, tuple[str, str]]] = {
-    "snis": ({}, Objective(), ("full", "none")),
+    "snis": (
+        {"truth": {"is_mode": "snis"}, "linear": {"score": "full"}},
+        Objective(),
+        ("full", "none"),
+    ),
     "clip": (
-        {"truth": {"is_mode": "clip", "clip_c": CLIP_C}},
+        {"truth": {"is_mode": "clip", "clip_c": CLIP_C}, "linear": {"score": "full"}},
         Objective(is_mode="clip", clip_c=CLIP_C),
         ("full", "none"),
     ),
@@ -129,7 +134,11 @@ MODES: dict[str, tuple[dict[str, Any], Objective, tuple[str, str]]] = {
         ("to_go", "hk"),
     ),
     "surprisal, sum": (
-        {"objective": {"normalize": "sum", "integrand": "surprisal"}},
+        {
+            "truth": {"is_mode": "snis"},
+            "linear": {"score": "full"},
+            "objective": {"normalize": "sum", "integrand": "surprisal"},
+        },
         Objective(normalize="sum", integrand="surprisal"),
         ("full", "none"),
     ),
@@ -213,13 +222,16 @@ def test_summary(case: Case) -> None:
     rows = points(case.results)
     summary = case.results.to_dict()["sweep_summary"]
     truth = {row["eta"]: row["delta_h_true"] for row in rows}
+    num_groups = case.results.E.num_groups
     etas = sorted(ETAS)
     design = torch.tensor([[math.log(eta), 1.0] for eta in etas], dtype=torch.float64)
     sizes = torch.tensor([[math.log(abs(truth[eta]))] for eta in etas])
     fitted = torch.linalg.lstsq(design, sizes.double()).solution
     assert summary["exponent"] == pytest.approx(float(fitted[0]), rel=1e-6)
     agreeing = [
-        abs(r["delta_h_true"] - r["delta_h1"]) <= 2 * r["se"] for r in rows[::2]
+        abs(r["delta_h_true"] - r["delta_h1"])
+        <= two_sided(num_groups - 1) * r["se_jackknife"]
+        for r in rows[::2]
     ]
     last = agreeing.index(False) if False in agreeing else len(etas)
     assert summary.get("agreement") == ([etas[0], etas[last - 1]] if last else None)
@@ -233,6 +245,44 @@ def test_summary(case: Case) -> None:
     assert summary["exponent_se"] > 0
     assert all(row["trusted"] and row["delta_h2_se"] > 0 for row in rows)
     assert summary["noise_floor"] < 1e-12
+
+
+def test_what_first_order_misses_has_the_error_of_leaving_groups_out(
+    qwen2: TinyRun, tmp_path: Path
+) -> None:
+    """1 - eta slope / Delta H, anew by the reference without each group."""
+    sections, objective, (score, baseline) = MODES["snis"]
+    eta, direction = ETAS[0], naive_direction(qwen2)
+    given = {"etas": [eta]}
+    (row,) = points(sweep(qwen2, tmp_path, sweep=given, **sections))
+    line = Line(qwen2, objective)
+    before, after = line.scores_at(0.0), line.scores_at(eta)
+
+    def missed(kept: list[int]) -> float:
+        rows, old, new = (
+            [values[i] for i in kept] for values in (qwen2.E, before, after)
+        )
+        truth = ref.delta_h_true(rows, old, new, objective).delta_h_true
+        slope = ref.slope(
+            qwen2.saved.model,
+            rows,
+            direction,
+            objective,
+            score=score,
+            baseline=baseline,
+        ).slope
+        return 1 - eta * slope / truth
+
+    groups = [r.group for r in qwen2.E]
+    assert row["missed"] == pytest.approx(missed([*range(len(groups))]), rel=1e-7)
+    without = [
+        missed([i for i, group in enumerate(groups) if group != left])
+        for left in dict.fromkeys(groups)
+    ]
+    count, mean = len(without), math.fsum(without) / len(without)
+    spread = math.fsum((value - mean) ** 2 for value in without)
+    expected = math.sqrt((count - 1) / count * spread)
+    assert row["missed_se"] == pytest.approx(expected, rel=1e-7)
 
 
 # A grid that is chosen
@@ -503,4 +553,5 @@ def test_three_ranks_give_the_sweep_of_one(
         for row, other in zip(document["sweep"], points(expected), strict=True):
             assert row.keys() == other.keys()
             for key, value in other.items():
-                assert abs(row[key] - value) <= RTOL * abs(value), key
+                size = max(map(abs, value)) if isinstance(value, list) else abs(value)
+                assert row[key] == pytest.approx(value, rel=0, abs=RTOL * size), key

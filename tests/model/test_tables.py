@@ -61,6 +61,9 @@ NATS = {
     "second_derivative", "delta_h2", "noise_floor", "odd", "delta_h", "bars_dot",
     "u_cross", "deltaH1", "V_X", "V_Y", "se_deltaH1", "se_paired", "momentum",
     "weight_decay", "gradient", "total", "share", "H_orig_se", "H_upd_se", "delta_h2_se",
+    "interval", "difference_interval", "difference_se_jackknife",
+    "delta_h1_se_jackknife", "delta_h2_se_jackknife", "H_orig_se_jackknife",
+    "H_upd_se_jackknife", "se_jackknife_adjusted", "smallest_change", "change",
 }  # fmt: skip
 
 
@@ -187,10 +190,11 @@ def test_prediction_truth_and_difference_share_a_row(
     """With their errors, of which the difference has its own."""
     truth, linear = measured.truth, measured.linear
     rate = measured.update.learning_rate_used
+    paired = math.hypot(linear.difference_se_jackknife or 0.0, truth.noise_floor or 0.0)
     pairs = (
-        (truth.delta_h_true, truth.se),
-        (linear.delta_h1, rate * linear.se),
-        (truth.delta_h_true - linear.delta_h1, linear.difference_se),
+        (truth.delta_h_true, truth.error),
+        (linear.delta_h1, rate * linear.se_jackknife),
+        (truth.delta_h_true - linear.delta_h1, paired),
     )
     for printer in (
         commands.print_results,
@@ -222,7 +226,7 @@ def test_parts_have_no_digit_that_the_error_of_the_change_does_not_carry(
     rate = abs(measured.update.learning_rate_used)
     for relative in (0.003, 0.07, 3.0):
         error = relative * scale
-        linear = replace(measured.linear, se=error / rate)
+        linear = replace(measured.linear, se_jackknife=error / rate)
         text = shown(print_attribution, replace(measured, linear=linear), 120)
         begin = text.index("ΔH first order by part")
         parts = text[begin : text.index("│ total", begin)]
@@ -266,14 +270,22 @@ def test_terms_and_slope_of_the_step_have_their_error(measured: Results) -> None
     table = text[begin : text.index("moved most", begin)]
     terms = re.findall(rf"  (?:{'|'.join(linear.terms)}) +│ +(\S+)", table)
     assert len(terms) == len(linear.terms)
-    assert_carried(" ".join(terms), abs(measured.update.learning_rate_used) * linear.se)
+    rate = abs(measured.update.learning_rate_used)
+    assert_carried(" ".join(terms), rate * linear.se_jackknife)
     for value, error in (
-        (linear.slope, linear.se),
-        (curvature.second_derivative, curvature.se),
-        (curvature.delta_h2, curvature.delta_h2_se),
-        (curvature.eta_star, curvature.eta_star_se),
+        (linear.slope, linear.se_jackknife),
+        (curvature.second_derivative, curvature.se_jackknife),
+        (curvature.delta_h2, curvature.delta_h2_se_jackknife),
     ):
         assert f"{value:+.4e} ± {error:.1e}" in table
+    assert curvature.eta_star_interval is not None
+    low, high = curvature.eta_star_interval
+    edge = re.search(r"eta\*, edge of linearity +│ +(\S.*?) +│", table)
+    assert edge is not None
+    if high is None:
+        assert edge[1] == (f">= {low:.1e}" if low else "–")
+    else:
+        assert edge[1].startswith("[")
 
 
 def test_no_value_that_is_not_a_number(case: Shown) -> None:
@@ -379,14 +391,18 @@ def test_changes_and_errors_never_read_as_zero(
 
 def collapsed(results: Results) -> Results:
     """A policy that is all but deterministic."""
-    truth = replace(results.truth, H_orig=3e-9, H_orig_se=2e-10)
+    error = 2e-10
+    truth = replace(
+        results.truth, H_orig=3e-9, H_orig_se=error, H_orig_se_jackknife=error
+    )
     return replace(results, truth=truth)
 
 
 def in_agreement(results: Results) -> Results:
     """Truth and prediction apart by a hundredth of a standard error."""
     difference = abs(results.truth.delta_h_true - results.linear.delta_h1)
-    linear = replace(results.linear, difference_se=100 * difference)
+    error = 100 * difference
+    linear = replace(results.linear, difference_se=error, difference_se_jackknife=error)
     return replace(results, linear=linear)
 
 
@@ -399,7 +415,8 @@ def degenerate(results: Results) -> Results:
 def efficient(results: Results) -> Results:
     """An estimator whose error is a thirtieth of the first one's."""
     first, *others = results.linear_all
-    rows = [row | {"se": first["se"] / 30} for row in others]
+    small = {name: first[name] / 30 for name in ("se", "se_jackknife")}
+    rows = [row | small for row in others]
     return replace(results, linear_all=[first, *rows])
 
 

@@ -54,6 +54,23 @@ WRITTEN: dict[str, tuple[Cell, str, str, str]] = {
         cells.share_part(0.86, 1.0, 0.6), "–", "–", "0.86",
     ),
     "share of nothing": (cells.share_part(0.0, 0.0, 0.1), "–", "–", ""),
+    "interval": (
+        cells.interval([-0.0022225, -0.0017775]), "[-2.22e-3, -1.78e-3]",
+        "−0.00222 to −0.00178", "-0.0022225 to -0.0017775",
+    ),
+    "interval of an entropy": (
+        cells.interval((0.2732, 0.2798), signed=False), "[0.2732, 0.2798]",
+        "0.2732 to 0.2798", "0.2732 to 0.2798",
+    ),
+    "interval that is open above": (
+        cells.interval([1.67e-5, None], signed=False), ">= 1.7e-05",
+        "≥ 1.7 × 10⁻⁵", "1.67e-05 to –",
+    ),
+    "interval that is open below": (
+        cells.interval([None, 1.67e-5], signed=False), "<= 1.7e-05",
+        "≤ 1.7 × 10⁻⁵", "– to 1.67e-05",
+    ),
+    "no interval": (cells.interval([None, None]), "–", "–", ""),
     "not known": (cells.change(0.1, None), "–", "–", ""),
 }  # fmt: skip
 

@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_directories import CURVATURE, DOCUMENT, sweep_part
+from run_directories import (
+    CURVATURE,
+    DOCUMENT,
+    INTERVALS,
+    sweep_part,
+    with_intervals,
+)
 
-from entropy_ddp.answers import headline
+from entropy_ddp.answers import headline, tables
 from entropy_ddp.answers.words import (
     differing,
+    interval,
     number,
     percent,
     percent_with_error,
@@ -168,8 +175,8 @@ def test_what_a_sweep_says() -> None:
     """Of trusted points that stand out of their errors, with the error that is left."""
     said = plain(" ".join(headline.sweep_sentences(swept())))
     assert said.startswith(
-        "First order and truth agree within two standard errors of the truth from 1 × "
-        "10⁻⁴ to 0.001, where these are 10 % of it. The measured change grows as the "
+        "First order is within the truth's own 95 % interval from 1 × 10⁻⁴ to 0.001, "
+        "where that is ±10 % of it. The measured change grows as the "
         "learning rate to the power 0.9900 ± 0.0040; 1 is what first order says."
     )
     assert "η*" not in said
@@ -178,6 +185,130 @@ def test_what_a_sweep_says() -> None:
     known = CURVATURE | {"se": 40.0}
     said = " ".join(headline.sweep_sentences(swept() | {"curvature": known}))
     assert "η*, is not resolved" in said and "0.09" not in said
+
+
+REACH = {
+    (0.0039, 0.0027, 0.0059): "up to η = 0.0039 (0.0027 to 0.0059)",
+    (0.0091, 0.0052, None): "up to at least η = 0.0052",
+    (None, 0.01, None): "up to at least η = 0.01",
+    (None, None, 1e-4): "below η = 1 × 10⁻⁴ at most",
+    (None, None, None): "at step sizes that this E does not resolve",
+}
+
+
+@pytest.mark.parametrize(("found", "said"), REACH.items())
+def test_how_far_first_order_reaches(
+    found: tuple[float | None, ...], said: str
+) -> None:
+    """A step size with its interval, or the bound that is known, or that none is."""
+    document = swept()
+    eta, *ends = found
+    row = {"off_by": 0.05, "eta": eta, "interval": ends}
+    document["sweep_summary"] |= {"reach": [row]}
+    told = plain(" ".join(headline.sweep_sentences(document)))
+    assert f"First order is off by less than 5 % {said}. Brackets" in told
+
+
+def test_a_sweep_is_judged_by_student_s_t_where_intervals_are_known() -> None:
+    """Of 16 groups 2.1 standard errors are no change that is told from zero."""
+    found = swept()
+    for point in found["sweep"]:
+        point["se"] = abs(point["delta_h_true"]) / 2.1
+    assert "stands out" not in headline.reach(found)[0]
+    found = with_intervals(found)
+    found["E"] = found["E"] | {"num_groups": 16}
+    assert headline.reach(found)[0].endswith("stands out of its error")
+
+
+# eta* of a policy whose curvature is known, and of one whose curvature may be nothing.
+EDGES = {
+    (0.09, 0.053, 0.41): "η* = 0.09, the edge of the linear regime (95 % interval 0.05 to 0.41).",
+    (2.9e-3, 1.67e-5, None): "η*, where the second order equals the first, is at least 1.7 × 10⁻⁵: ",
+    (2.9e-3, 0.0, None): "η*, is not resolved: the curvature is not.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "said"), EDGES.items())
+def test_the_edge_of_linearity_has_no_digit_that_is_not_known(
+    found: tuple[float, float, float | None], said: str
+) -> None:
+    """H'' = 5.9e2 with an error of 5.3e4 gives a least step size, and no number."""
+    eta_star, *ends = found
+    curvature = INTERVALS["curvature"] | {
+        "eta_star": eta_star, "eta_star_interval": ends,
+    }  # fmt: skip
+    assert said in plain(headline.edge(curvature))
+    if ends[1] is None:
+        assert "0.0029" not in headline.edge(curvature)
+
+
+def test_what_is_resolved_is_judged_by_the_interval() -> None:
+    """Not by two standard errors where an interval is known."""
+    found = with_intervals(document(), interval=[-0.0041, 0.0001])
+    assert not headline.stands_out(found["truth"])
+    assert "too little to tell from zero" in "".join(headline.headline(found))
+    assert headline.sign(found) == ""
+    assert headline.sign(with_intervals(document())) == "cold"
+
+
+def test_the_interval_stands_beside_the_change() -> None:
+    """In the lead of the page, among its answers, and in one sentence for Python."""
+    found = with_intervals(document())
+    said = "95 % interval: −0.00222 to −0.00178 nats per token."
+    assert said in plain(headline.lead(found))
+    assert plain(headline.answer(found)) == (
+        f"One Dr. GRPO step lowers the entropy by 0.00200 ± 0.00011 nats per token. {said}"
+    )
+    assert headline.answer(document()).endswith("nats per token.")
+    sure = headline.glances(found)[1]
+    assert "95 % interval: −0.00222 to −0.00178." in plain(sure.detail)
+
+
+def test_the_error_of_the_entropy_is_doubted_where_few_responses_make_it() -> None:
+    """Below 256 groups, when one response or few groups carry the error."""
+    found = with_intervals(document())
+    assert headline.doubt_of_entropy(found) == ""
+    assert headline.doubt_of_entropy(document()) == ""
+    for few in ({"effective_degrees_of_freedom": 9.9}, {"largest_share": 0.21}):
+        doubted = with_intervals(document(), **few)
+        said = headline.doubt_of_entropy(doubted)
+        assert said.startswith(
+            "The error of H itself is likely too small: E has 40 groups"
+        )
+        assert said in headline.lead(doubted)
+        assert said in tables.answer(doubted).caption
+        doubted["E"] = doubted["E"] | {"num_groups": 256}
+        assert headline.doubt_of_entropy(doubted) == ""
+
+
+def test_the_answer_has_intervals_below_its_errors() -> None:
+    """None of a run that recorded none."""
+    (values, below) = tables.answer(with_intervals(document())).rows
+    assert [cell.error for cell in values[:4]] == pytest.approx(
+        [0.0062, 0.00011, 0.000121, 9e-6], rel=1e-3
+    )
+    assert below[1].value == (-0.0022225, -0.0017775)
+    low, high = below[0].value
+    assert (high - low) / 2 == pytest.approx(2.0226909 * 0.0062, rel=1e-6)
+    assert len(tables.answer(document()).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "shown"),
+    [
+        ((-0.0022225, -0.0017775), "−0.00222 to −0.00178"),
+        ((-0.00041, 0.0101), "−0.0004 to +0.0101"),
+        ((8.18e-5, 1.182e-4), "(+0.82 to +1.18) × 10⁻⁴"),
+        ((-1e-9, 1.0), "−0.000000001 to +1.00"),
+        ((0.0, 0.0), "0 to 0"),
+        ((1234.0, 5678.0), "+1,200 to +5,700"),
+    ],
+)
+def test_an_interval_ends_at_the_second_digit_of_half_of_it(
+    ends: tuple[float, float], shown: str
+) -> None:
+    """And an end that is not zero never reads as zero: its sign is the verdict."""
+    assert plain(interval(*ends)) == shown
 
 
 def test_a_sweep_says_nothing_of_what_is_not_trusted_or_not_seen() -> None:

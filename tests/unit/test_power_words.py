@@ -32,7 +32,7 @@ def test_the_block_of_a_resolved_change() -> None:
         name: str(value).replace("\xa0", " ") for name, value in rows(told).items()
     }
     assert found == {
-        "95 % interval of ΔH": "−0.0022 to −0.0018",
+        "95 % interval of ΔH": "−0.00220 to −0.00180",
         "smallest change seen 4 times in 5": "2.8 × 10⁻⁴ (0.11 % of H)",
         "prompts for ±20 % of this change": "about 340 (E has 400)",
         "variance between prompts, share": "0.52",

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def summary(points: list[SweepPoint], noise_floor: float = 0.0) -> SweepSummary:
     """Of truths that three groups make, with noise that grows as they do."""
     noise = torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64)
     influences = {p.eta: p.delta_h_true * noise / 100 for p in points}
-    return summarise(points, noise_floor, influences)
+    return summarise(points, noise_floor, influences, 2.0)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.0])
@@ -193,13 +194,70 @@ def test_the_error_of_the_exponent_is_of_what_the_points_do_not_share() -> None:
     generator = torch.Generator().manual_seed(3)
     parts = torch.randn(5, 40, generator=generator, dtype=torch.float64) / 1e4
     noise = {p.eta: p.delta_h_true * parts[i] for i, p in enumerate(points)}
-    found = summarise(points, 0.0, noise).exponent_se
+    found = summarise(points, 0.0, noise, 2.0).exponent_se
     # Each group's own exponent: its noise is small enough for a difference.
     design = torch.tensor([[math.log(e), 1.0] for e in ETAS], dtype=torch.float64)
     logs = torch.stack([(7 * e + noise[e]).log() for e in ETAS])
     moved = torch.linalg.lstsq(design, logs).solution[0] - 1
     spread = float((moved - moved.mean()).square().sum())
     assert found == pytest.approx(math.sqrt(40 / 39 * spread), rel=1e-3)
+
+
+def missing(eta: float, curved: float, se: float) -> SweepPoint:
+    """A point whose truth is off by curved times eta of itself, with as much error."""
+    return point(eta, 5 * eta, missed=curved * eta, missed_se=se * eta)
+
+
+def reach(points: list[SweepPoint], noise_floor: float = 0.0) -> dict[float, Any]:
+    """(eta, low, high) by share."""
+    rows = summary(points, noise_floor).reach
+    assert rows is not None
+    return {row["off_by"]: (row["eta"], *row["interval"]) for row in rows}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_reach_is_where_first_order_is_off_by_a_share(sign: int) -> None:
+    """|r| = 10 eta with error eta: r -+ 2 errors reach 5 % at 5/12 % and 5/8 %."""
+    points = [missing(eta, sign * 10.0, 1.0) for eta in ETAS]
+    found = reach(points[::-1])
+    for share in (0.01, 0.05):
+        expected = (share / 10, share / 12, share / 8)
+        assert found[share] == pytest.approx(expected, rel=RTOL)
+    # 20 % are reached at 2 %, beyond the grid: at least the largest step.
+    assert found[0.2] == (None, 1e-2, None)
+
+
+def test_reach_that_is_beyond_the_grid_on_one_side_has_one_bound() -> None:
+    """|r| = 4 eta -+ 2 eta: 5 % at 1.25e-2, rejected nowhere, possible from 8.3e-3."""
+    eta, low, high = reach([missing(eta, 4.0, 1.0) for eta in ETAS])[0.05]
+    assert (eta, high) == (None, None)
+    assert low == pytest.approx(0.05 / 6, rel=RTOL)
+
+
+def test_reach_below_the_grid_is_bounded_from_above() -> None:
+    """|r| = 1000 eta: off by 10 % at the smallest of all."""
+    assert reach([missing(eta, 1e3, 1.0) for eta in ETAS])[0.05] == (None, None, 1e-4)
+
+
+def test_reach_is_not_resolved_where_the_error_is_too_large() -> None:
+    """|r| + 2 errors is above 5 % at every step, and |r| - 2 errors below."""
+    points = [missing(eta, 10.0, 1e4) for eta in ETAS]
+    assert reach(points)[0.05][1:] == (None, None)
+    assert reach([])[0.05] == (None, None, None)
+    assert reach([point(eta, eta) for eta in ETAS])[0.05] == (None, None, None)
+
+
+def test_reach_passes_over_rounding_and_ends_at_what_is_not_trusted() -> None:
+    """At the two smallest steps rounding alone makes 1 % and more of the truth."""
+    points = [missing(eta, 10.0, 1.0) for eta in ETAS]
+    points[0] = replace(points[0], missed=0.9)
+    points[1] = replace(points[1], missed=0.9)
+    eta, low, high = reach(points, noise_floor=2e-5)[0.05]
+    assert eta == pytest.approx(5e-3, rel=RTOL)
+    assert low is not None and high is not None
+    assert low < 5e-3 * 10 / 12 and high > 5e-3 * 10 / 8
+    points[3] = replace(points[3], trusted=False)
+    assert reach(points, noise_floor=2e-5)[0.05] == (None, 1e-3, None)
 
 
 def test_odd_part_has_no_even_orders() -> None:

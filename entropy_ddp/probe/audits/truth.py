@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
+from entropy_ddp.estimators.quantiles import two_sided
+from entropy_ddp.estimators.standard_errors import Estimate
 from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.attribution import largest_term
 from entropy_ddp.probe.audits.primitives import compare, fact, threshold
@@ -12,6 +14,7 @@ from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import AuditRow
+from entropy_ddp.results.schema import FEW_DEGREES, LARGE_SHARE
 
 # Of the term scale: the largest of the sums whose difference is the slope.
 DUALITY_TOLERANCE = {
@@ -86,20 +89,65 @@ def truth_rows(session: Session, measured: Measurements) -> list[AuditRow]:
             "rare among responses is not in E at all; sample more of E",
             fatal=False,
         ),
+        *error_rows(change.change, _line_of_largest(session, change.change)),
         noise_row(
             measured.noise_floor,
             change.value,
-            change.se,
+            change.change.se_jackknife,
             session.config.precision.model,
         ),
         *linearity_rows(
             eta,
-            measured.eta_star,
+            _resolved_eta_star(measured),
             change.value - eta * measured.slope.value,
-            change.se,
+            change.change.se_jackknife,
             measured.noise_floor,
+            two_sided(session.draws.num_units - 1),
         ),
     ]
+
+
+def error_rows(change: Estimate, place: str) -> list[AuditRow]:
+    """Whether enough of E makes the error of the change that its size is known.
+
+    Args:
+        place: file and line of the response with the largest part of it.
+    """
+    degrees, (share, _) = change.effective_degrees_of_freedom, change.largest_share
+    few = (
+        "few groups make the error, which is known as if from so many: the interval may "
+        "be too narrow, that of H more so; sample more of E"
+    )
+    one = (
+        f"{place}: this response alone makes so much of the squared error. Look at it; "
+        "if it is no mistake, responses like it are rare and weigh much: sample more of E"
+    )
+    return [
+        compare(
+            "effective degrees of freedom of the error",
+            degrees,
+            f">= {FEW_DEGREES}",
+            degrees >= FEW_DEGREES,
+            few,
+            fatal=False,
+        ),
+        compare(
+            "largest share of one response in the squared error",
+            share,
+            f"<= {LARGE_SHARE:g}",
+            share <= LARGE_SHARE,
+            one,
+            fatal=False,
+        ),
+    ]
+
+
+def _line_of_largest(session: Session, change: Estimate) -> str:
+    """File and line of the response with the largest part of the squared error."""
+    _, place = change.largest_share
+    line = session.batches["E"].sequences[place].index + 1
+    source = session.config.batches.E.file or "rollouts/E.jsonl"
+    return f"{source}, line {line}"
 
 
 def ess_rows(ess_fraction: float, warn: float, abort: float) -> list[AuditRow]:
@@ -130,15 +178,18 @@ def linearity_rows(
     difference: float,
     error: float,
     noise: float,
+    quantile: float,
 ) -> list[AuditRow]:
     """Whether the step is small enough for a first-order prediction.
 
     Args:
         eta: the step's learning rate.
-        eta_star: the one where the quadratic term equals the linear one; None if unknown.
+        eta_star: the one where the quadratic term equals the linear one; None where the
+            curvature is unknown or not resolved.
         difference: delta_h_true - delta_h1.
         error: standard error of delta_h_true.
         noise: noise floor of delta_h_true; above the error it is what is seen.
+        quantile: errors that make half of the truth's 95 % interval.
     """
     hint = (
         "the step leaves the linear regime: read delta_h2 or the truth, or probe a "
@@ -153,8 +204,8 @@ def linearity_rows(
         compare(
             "|true - first order| / SE of the truth",
             abs(difference) / error if error else 0.0,
-            "<= 2",
-            abs(difference) <= 2 * math.hypot(error, noise),
+            f"<= {quantile:.3g}",
+            abs(difference) <= quantile * math.hypot(error, noise),
             hint,
             fatal=False,
         )
@@ -171,6 +222,15 @@ def linearity_rows(
             )
         )
     return rows
+
+
+def _resolved_eta_star(measured: Measurements) -> float | None:
+    """eta*; None where the curvature is unknown, or its 95 % interval holds zero."""
+    curvature = measured.curvature
+    if curvature is None:
+        return None
+    _, largest = curvature.eta_star_interval(measured.slope.estimate)
+    return measured.eta_star if largest is not None else None
 
 
 def is_rounding(error: float, noise_floor: float) -> bool:

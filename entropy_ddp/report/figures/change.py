@@ -9,12 +9,15 @@ from entropy_ddp.answers.headline import Document, is_trusted, reach
 from entropy_ddp.answers.words import (
     AXIS_UNITS,
     FIXED,
+    error_of,
+    is_missed,
     is_resolved,
     linear_error,
     missed_error,
     number,
     percent,
     percent_with_error,
+    quantile_of,
     shown_error,
     with_error,
 )
@@ -42,16 +45,19 @@ def prediction_against_truth(document: Document) -> Figure:
     """Truth, first and second order on one axis; what first order misses on another."""
     truth, linear = document["truth"]["delta_h_true"], document["linear"]["delta_h1"]
     unit = AXIS_UNITS[document["truth"]["normalize"]]
+    t = quantile_of(document)
     rows = [
-        Estimate("measured", truth, shown_error(document["truth"])),
-        Estimate("first order", linear, linear_error(document), "accent"),
+        Estimate("measured", truth, shown_error(document["truth"]), quantile=t),
+        Estimate("first order", linear, linear_error(document), "accent", quantile=t),
     ]
     if "curvature" in document:
         curvature = document["curvature"]
-        value, error = curvature["delta_h2"], curvature.get("delta_h2_se")
-        rows.append(Estimate("second order", value, error, "accent"))
+        value, error = curvature["delta_h2"], None
+        if "delta_h2_se" in curvature:
+            error = error_of(curvature, "delta_h2_se")
+        rows.append(Estimate("second order", value, error, "accent", quantile=t))
     paired = missed_error(document, "linear")
-    missed = Estimate("measured − first order", truth - linear, paired)
+    missed = Estimate("measured − first order", truth - linear, paired, quantile=t)
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         ratios = [len(rows) + 0.6, 1.3]
@@ -61,9 +67,9 @@ def prediction_against_truth(document: Document) -> Figure:
 
     return Figure(
         name="prediction-against-truth",
-        title=_prediction_title(truth, missed),
+        title=_prediction_title(truth, missed, is_missed(document, "linear")),
         caption=(
-            "Bars are one (thick) and two (thin) standard errors. Measured and predicted "
+            f"Thick: one standard error; thin: the 95{FIXED}% interval. Measured and predicted "
             "come from the same responses and share most of their error; their "
             "difference, below on a scale of its own, has a much smaller one."
             + (" Second order adds the curvature of the step." if len(rows) > 2 else "")
@@ -73,14 +79,15 @@ def prediction_against_truth(document: Document) -> Figure:
     )
 
 
-def _prediction_title(truth: float, missed: Estimate) -> str:
+def _prediction_title(truth: float, missed: Estimate, is_off: bool) -> str:
     if truth == 0:
         return "Nothing changes, as predicted" if missed.value == 0 else "No change"
     share, error = (x / abs(truth) for x in (abs(missed.value), missed.error or 0.0))
-    if is_resolved(share, error):
+    if is_off:
         off = percent_with_error(share, error, signed=False)
         return f"First order is off by {off}, more than its error explains"
-    return f"First order agrees with the change within {percent(2 * error)} of it"
+    within = percent(missed.quantile * error)
+    return f"First order agrees with the change within {within} of it"
 
 
 def all_estimators(document: Document) -> Figure:
@@ -93,7 +100,8 @@ def all_estimators(document: Document) -> Figure:
         caption=(
             "The same change by every estimator that comes from the same passes; large "
             "dots are the configured ones. Violet is predicted by first order, the others "
-            "are measured; bars are one and two standard errors. The smallest of several "
+            f"are measured. Thick: one standard error; thin: the 95{FIXED}% interval. The "
+            "smallest of several "
             "errors is itself too small: choose an estimator before you look."
         ),
         draw=forest(rows, "entropy change", unit),
@@ -103,20 +111,25 @@ def all_estimators(document: Document) -> Figure:
 
 def _estimators(document: Document) -> list[Estimate]:
     """Every estimator of the change, measured ones first; configured ones are strong."""
-    eta, mode = document["update"]["learning_rate_used"], document["truth"]["is_mode"]
+    eta, truth = document["update"]["learning_rate_used"], document["truth"]
+    is_adjusted, t = truth.get("control_variates", False), quantile_of(document)
     rows = []
     for row in document["truth_all"]:
-        name, strong = f"true, {row['is_mode']}", row["is_mode"] == mode
-        rows.append(Estimate(name, row["delta_h_true"], row["se"], strong=strong))
+        name, strong = f"true, {row['is_mode']}", row["is_mode"] == truth["is_mode"]
+        value, error = row["delta_h_true"], error_of(row)
+        plain = strong and not is_adjusted
+        rows.append(Estimate(name, value, error, strong=plain, quantile=t))
         if "se_adjusted" in row:
-            value, error = row["delta_h_true_adjusted"], row["se_adjusted"]
-            rows.append(Estimate(f"{name}, adjusted", value, error, strong=False))
+            value = row["delta_h_true_adjusted"]
+            error = row.get("se_jackknife_adjusted", row["se_adjusted"])
+            adjusted, strong = f"{name}, adjusted", strong and is_adjusted
+            rows.append(Estimate(adjusted, value, error, strong=strong, quantile=t))
     keys = ("score", "baseline", "control_variates")
     configured = [document["linear"][key] for key in keys]
     for row in document["linear_all"]:
-        value, error = eta * row["slope"], abs(eta) * row["se"]
+        value, error = eta * row["slope"], abs(eta) * error_of(row)
         strong = [row[key] for key in keys] == configured
-        rows.append(Estimate(_linear_label(row), value, error, "accent", strong))
+        rows.append(Estimate(_linear_label(row), value, error, "accent", strong, t))
     return rows
 
 
@@ -134,7 +147,13 @@ def gradient_dot(document: Document) -> Figure:
     linear = document["linear"]["delta_h1"]
     rows = [
         Estimate("gradient-dot form", dot["deltaH1"], dot["se_deltaH1"]),
-        Estimate("first order", linear, linear_error(document), "accent"),
+        Estimate(
+            "first order",
+            linear,
+            linear_error(document),
+            "accent",
+            quantile=quantile_of(document),
+        ),
     ]
     errors = [
         Estimate(f"error from {batch}", dot["learning_rate"] * variance**0.5, None)
@@ -147,6 +166,7 @@ def gradient_dot(document: Document) -> Figure:
         draw_forest(below, palette, errors, "standard error due to one batch", unit)
 
     larger, smaller = ("E", "U") if dot["V_X"] >= dot["V_Y"] else ("U", "E")
+    held = " The error from U holds the gain of the step fixed."
     return Figure(
         name="gradient-dot",
         title=f"Most of the gradient-dot form's error comes from {larger}",
@@ -155,6 +175,8 @@ def gradient_dot(document: Document) -> Figure:
             "the entropy: expect its sign and size to agree with first order, not its "
             f"digits. More groups in {larger} reduce its error most; more in {smaller} "
             "hardly matter while that error is the smaller one."
+            + held
+            * (dot["direction"] == "step")
         ),
         draw=draw,
         height=2 * forest_height(2),
@@ -166,10 +188,10 @@ def sweep_change(document: Document) -> Figure:
     points = sorted(document["sweep"], key=lambda point: point["eta"])
     mirrored = any(point["eta"] < 0 for point in points)
     caption = (
-        "Dots are measured, with two standard errors: blue where the entropy falls, "
+        f"Dots are measured, with 95{FIXED}% intervals: blue where the entropy falls, "
         "orange where it rises. The violet line is the first order, the dashed one the "
-        "second. The violet band is where first order and truth agree within two "
-        "standard errors; changes below the noise floor are rounding."
+        "second. The violet band is where first order is within the truth's own "
+        "interval; changes below the noise floor are rounding."
     )
     if mirrored:
         caption += " Hollow dots are steps of the opposite direction."
@@ -183,7 +205,7 @@ def sweep_change(document: Document) -> Figure:
         _draw_reach(axes, palette, document)
         _draw_lines(axes, palette, [point for point in points if point["eta"] > 0])
         for point in points:
-            _draw_point(axes, palette, point)
+            _draw_point(axes, palette, point, quantile_of(document))
         axes.set_xlabel("learning rate (size of the step)")
         unit = AXIS_UNITS[document["truth"]["normalize"]]
         axes.set_ylabel(f"|entropy change| [{unit}]")
@@ -199,8 +221,10 @@ def sweep_change(document: Document) -> Figure:
     )
 
 
-def _draw_point(axes: Axes, palette: Palette, point: dict[str, Any]) -> None:
-    value, error = abs(point["delta_h_true"]), 2 * point["se"]
+def _draw_point(
+    axes: Axes, palette: Palette, point: dict[str, Any], quantile: float
+) -> None:
+    value, error = abs(point["delta_h_true"]), quantile * error_of(point)
     if value == 0:
         return
     colour = sign_colour(palette, point["delta_h_true"])
@@ -234,8 +258,10 @@ def _draw_reach(axes: Axes, palette: Palette, document: Document) -> None:
     largest = max(abs(point["eta"]) for point in document["sweep"])
     smallest = min(abs(point["eta"]) for point in document["sweep"])
     marks = {"this step": document["update"]["learning_rate_used"]}
-    edge = document.get("curvature", {}).get("eta_star")
-    if edge is not None:
+    curvature = document.get("curvature", {})
+    edge = curvature.get("eta_star")
+    # What has no largest value is not a place.
+    if edge is not None and curvature.get("eta_star_interval", [edge, edge])[1]:
         marks["η*"] = edge
     for label, eta in marks.items():
         # A mark far outside would squeeze the points into a corner.
@@ -265,8 +291,9 @@ def sweep_missed(document: Document) -> Figure:
     points.sort(key=lambda point: abs(point["eta"]))
     largest = max(points, key=lambda point: point["eta"])
     distance, error = (abs(x) for x in _missed(largest, "delta_h_true"))
+    quantile = quantile_of(document)
     title = "At the largest step first order is off by no more than the error"
-    if is_resolved(distance, error):
+    if is_resolved(distance, error, quantile):
         off = with_error(distance, error, signed=False)
         title = f"At the largest step first order is off by {off}{FIXED}%"
     mirrored = any(point["eta"] < 0 for point in points)
@@ -282,7 +309,7 @@ def sweep_missed(document: Document) -> Figure:
             etas = [abs(point["eta"]) * (1 if sign > 0 else 1.12) for point in side]
             for point, eta in zip(side, etas, strict=True):
                 value, error = _missed(point, "delta_h_true")
-                ends = value - 2 * error, value + 2 * error
+                ends = value - quantile * error, value + quantile * error
                 axes.plot((eta, eta), ends, color=palette.ink, linewidth=1.6)
                 axes.plot(
                     eta,
@@ -305,7 +332,7 @@ def sweep_missed(document: Document) -> Figure:
         title=title,
         caption=(
             "How far the measured change lies from first order, in percent of it, with "
-            "two standard errors of the difference. The dashed line is the second order: "
+            f"95{FIXED}% intervals of the difference. The dashed line is the second order: "
             "where dots follow it, curvature explains what first order misses."
             + (" Hollow dots are steps of the opposite direction." if mirrored else "")
         ),
@@ -318,7 +345,7 @@ def _missed(point: dict[str, Any], key: str) -> tuple[float, float]:
     """A change's distance from first order and its error, percent of first order."""
     first = point["delta_h1"]
     distance = 100 * (point[key] - first) / abs(first)
-    return distance, 100 * point["difference_se"] / abs(first)
+    return distance, 100 * error_of(point, "difference_se") / abs(first)
 
 
 def sweep_weights(document: Document, warn: float, abort: float) -> Figure:

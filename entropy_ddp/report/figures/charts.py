@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as MatplotlibFigure
 from numpy.typing import ArrayLike
 
+from entropy_ddp.answers.words import RESOLVED
 from entropy_ddp.report.figures.canvas import (
     LARGEST_SCATTER,
     Draw,
@@ -34,6 +35,7 @@ class Estimate(NamedTuple):
         error: its standard error; None if it has none.
         colour: name of its colour in the palette.
         strong: drawn large, as one that the reader should see first.
+        quantile: standard errors that make half of its 95 % interval.
     """
 
     label: str
@@ -41,6 +43,12 @@ class Estimate(NamedTuple):
     error: float | None
     colour: str = "ink"
     strong: bool = True
+    quantile: float = RESOLVED
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval; 0 without an error."""
+        return self.quantile * (self.error or 0.0)
 
 
 def forest(rows: Sequence[Estimate], label: str, unit: str) -> Draw:
@@ -58,7 +66,7 @@ def forest_height(rows: int) -> int:
 def draw_forest(
     axes: Axes, palette: Palette, rows: Sequence[Estimate], label: str, unit: str
 ) -> None:
-    """Values with bars of one (thick) and two (thin) standard errors, and zero."""
+    """Values with their standard errors (thick) and 95 % intervals (thin), and zero."""
     places: list[float] = []
     labelled: dict[float, str] = {}
     for row in rows:
@@ -68,8 +76,11 @@ def draw_forest(
     for place, row in zip(places, rows, strict=True):
         colour = getattr(palette, row.colour)
         if row.error:
-            for errors, width in ((2, 1.2), (1, 3.2 if row.strong else 2.2)):
-                ends = row.value - errors * row.error, row.value + errors * row.error
+            for half, width in (
+                (row.half, 1.2),
+                (row.error, 3.2 if row.strong else 2.2),
+            ):
+                ends = row.value - half, row.value + half
                 axes.plot(
                     ends, (place, place), color=colour, linewidth=width,
                     solid_capstyle="butt",
@@ -82,7 +93,7 @@ def draw_forest(
     axes.tick_params(axis="y", length=0, labelcolor=palette.ink)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
-    furthest = max(abs(row.value) + 2 * (row.error or 0) for row in rows)
+    furthest = max(abs(row.value) + row.half for row in rows)
     exponent = common_exponent([furthest])
     scale_ticks(axes, "x", exponent)
     label_below_names(axes, unit_label(label, unit, exponent))

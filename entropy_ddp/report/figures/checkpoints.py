@@ -15,7 +15,7 @@ from entropy_ddp.answers.checkpoints import (
     Stage,
     told_entropy,
 )
-from entropy_ddp.answers.words import RESOLVED
+from entropy_ddp.answers.words import FIXED
 from entropy_ddp.report.figures.canvas import (
     Draw,
     Figure,
@@ -54,7 +54,7 @@ def entropy_by_step(found: Checkpoints) -> Figure:
         axes = figure.subplots()
         places = [stage.place for stage in found.stages]
         values = [stage.entropy[0] for stage in found.stages]
-        errors = [2 * (stage.entropy[1] or 0.0) for stage in found.stages]
+        errors = [s.quantile * (s.entropy[1] or 0.0) for s in found.stages]
         axes.errorbar(
             places, values, errors, fmt="o-" if found.by_step else "o",
             color=palette.ink, markersize=6, linewidth=1.4,
@@ -70,7 +70,7 @@ def entropy_by_step(found: Checkpoints) -> Figure:
         title=told_entropy(found),
         caption=(
             "Entropy of every checkpoint on its own batch E, before the step that is "
-            "probed, with two standard errors. The axis begins at 0: what is left of the "
+            f"probed, with 95{FIXED}% intervals. The axis begins at 0: what is left of the "
             "entropy is seen."
         ),
         draw=draw,
@@ -98,9 +98,9 @@ def change_by_step(found: Checkpoints) -> Figure:
         title=f"{title}, raises it at {rises}" if rises else title,
         caption=(
             "The change that one optimizer step makes at every checkpoint, measured and "
-            "predicted, with two standard errors. Where both lie together the prediction "
-            "can be read without the measurement. The title counts measured changes of "
-            f"at least {RESOLVED:g} standard errors that no check speaks against; by sign "
+            f"predicted, with 95{FIXED}% intervals. Where both lie together the prediction "
+            "can be read without the measurement. The title counts measured changes whose "
+            "interval leaves zero out and that no check speaks against; by sign "
             f"alone, {lower} lower it."
         ),
         draw=draw,
@@ -199,9 +199,9 @@ def what_if_by_step(found: Checkpoints) -> Figure:
     raised = sum(b[0] < a[0] for b, a in zip(*points.values(), strict=True))
     caption = "The change as it is, and of the same step had these tokens been left out of U: "
     caption += (
-        "both steps really taken and measured, with two standard errors."
+        f"both steps really taken and measured, with 95{FIXED}% intervals."
         if found.verified
-        else "both predicted by first order, with two standard errors."
+        else f"both predicted by first order, with 95{FIXED}% intervals."
     )
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
@@ -250,7 +250,7 @@ def _draw_beside(
     points: dict[str, list[Pair]],
     shift: float,
 ) -> None:
-    """Two changes at every checkpoint, with two standard errors, beside each other.
+    """Two changes at every checkpoint, with 95 % intervals, beside each other.
 
     Args:
         points: of each name, for every checkpoint.
@@ -264,8 +264,8 @@ def _draw_beside(
         values, errors = zip(*pairs)
         axes.errorbar(
             [place + offset for place in places], values,
-            [2 * error for error in errors], fmt="o", color=colour, markersize=6,
-            linewidth=1.4, label=name,
+            [s.quantile * error for s, error in zip(stages, errors, strict=True)],
+            fmt="o", color=colour, markersize=6, linewidth=1.4, label=name,
         )  # fmt: skip
     exponent = common_exponent([v for pairs in points.values() for v, _ in pairs])
     scale_ticks(axes, "y", exponent)
