@@ -64,12 +64,16 @@ class Pieces:
     Args:
         tables: token arrays of all responses, some at a time.
         select: token arrays of the responses with these numbers.
+        used: which of the predictors the fitted baselines are given.
     """
 
     def __init__(
-        self, tables: Iterable[Table], select: Callable[[Tensor], Table]
+        self,
+        tables: Iterable[Table],
+        select: Callable[[Tensor], Table],
+        used: slice = slice(None),
     ) -> None:
-        self._select = select
+        self._select, self._used = select, used
         parts = [_pieces_of(table) for table in tables]
         self._pieces = {
             name: torch.cat([part[name] for part in parts]) for name in parts[0]
@@ -103,7 +107,7 @@ class Pieces:
         original = self.ratio(index, "per_token")
         predicted: dict[Baseline, Tensor] = {}
         if fitted:
-            predicted = predictions(self._select(index), draws, "rb")
+            predicted = predictions(self._select(index), draws, "rb", self._used)
         found = {}
         for estimator in ESTIMATORS if fitted else UNFITTED:
             taken = predicted.get(estimator[1])

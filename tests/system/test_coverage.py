@@ -104,7 +104,7 @@ def unclustered_estimates(case: Case, index: Tensor) -> dict[str, Estimate]:
 
 
 @cache
-def simulated(name: str, count: int = SHORT) -> dict[str, Repeated]:
+def simulated(name: str, count: int) -> dict[str, Repeated]:
     """Every estimate in all batches of a case."""
     case = CASES[name]
     # Whose derivatives are taken, before those of the estimates are ruled out.
@@ -201,5 +201,5 @@ def test_errors_of_sequences_are_wrong_where_groups_share_a_prompt() -> None:
         assert found.error_ratio(found.se) < UNCLUSTERED_RATIO
         expected = exact(case.policy, case.eta, estimate, len(case.draws.groups))
         assert found.coverage(expected) < COVERAGE[0]
-        grouped = simulated("clustered")[estimate]
+        grouped = simulated("clustered", SHORT)[estimate]
         torch.testing.assert_close(grouped.value, found.value)
