@@ -25,6 +25,7 @@ from entropy_ddp.estimators.entropy import (
     prefix_sums,
     reweighted,
 )
+from entropy_ddp.estimators.standard_errors import Draws
 
 RTOL = 1e-12  # the same few sums in another order
 SPREAD_RTOL = 0.1  # three standard deviations of a spread over 400 batches
@@ -94,7 +95,8 @@ def changes(
         sums = prefix_sums(ragged, log_weights, entropy_after, shift)
         per_decision = per_decision_ratio(normalize, sums, shift)
     log_weights = ragged.sum(logp_after) - ragged.sum(logp)
-    return all_entropy_changes(before, after, log_weights, clip_c, per_decision, groups)
+    draws = Draws(groups=groups)
+    return all_entropy_changes(before, after, log_weights, clip_c, per_decision, draws)
 
 
 def changes_by_hand(normalize: str, integrand: str = "rb") -> dict[Any, EntropyChange]:
@@ -106,16 +108,16 @@ def changes_by_hand(normalize: str, integrand: str = "rb") -> dict[Any, EntropyC
 def test_values_by_hand(normalize: str, mode: str) -> None:
     change = changes_by_hand(normalize)[mode]
     assert change.is_mode == mode
-    assert close(change.before, BEFORE_BY_HAND[normalize])
-    assert close(change.after, BY_HAND[normalize, mode])
-    assert change.value == change.after - change.before
+    assert close(change.before.value, BEFORE_BY_HAND[normalize])
+    assert close(change.after.value, BY_HAND[normalize, mode])
+    assert change.value == change.after.value - change.before.value
     assert abs(float(change.contributions.sum()) - change.value) < 1e-15
 
 
 def test_surprisal_by_hand() -> None:
     change = changes_by_hand("per_token", "surprisal")["snis"]
-    assert close(change.before, 3.5 / 3)
-    assert close(change.after, (W0 * 3.3 + W2 * 0.7) / (W0 * 2 + W2))
+    assert close(change.before.value, 3.5 / 3)
+    assert close(change.after.value, (W0 * 3.3 + W2 * 0.7) / (W0 * 2 + W2))
     assert set(changes_by_hand("per_token", "surprisal")) == {"snis", "clip"}
     assert set(changes_by_hand(PER_SEQUENCE_MEAN)) == {"snis", "clip"}
 
@@ -137,11 +139,13 @@ def test_error_by_hand_for_a_sum_and_for_a_ratio() -> None:
     # Two groups: sqrt(2 * 2 * (half the difference)^2).
     assert close(total.se, abs(c0 - c1))
     ratio = changes_by_hand("per_token")["snis"]
-    D, before, after = W0 * 2 + W2, ratio.before, ratio.after
+    D, before, after = W0 * 2 + W2, ratio.before.value, ratio.after.value
     psi0 = W0 * (1.4 - after * 2) / D - (1.2 - before * 2) / 3
     psi1 = W2 * (1.3 - after) / D - (1.1 - before) / 3
     assert abs(psi0 + psi1) < 1e-15
-    assert ratio.influence.tolist() == pytest.approx([psi0, psi1], rel=RTOL)
+    assert ratio.change.group_influence.tolist() == pytest.approx(
+        [psi0, psi1], rel=RTOL
+    )
     assert close(ratio.se, math.sqrt(2 * (psi0**2 + psi1**2)))
 
 
@@ -149,11 +153,17 @@ def test_a_ratio() -> None:
     ratio = Ratio(numerator=double(1, 2, 3), size=double(2, 0, 2))
     assert (ratio.denominator, ratio.value) == (4.0, 1.5)
     assert ratio.contributions.tolist() == [0.25, 0.5, 0.75]
-    influence = ratio.influence(torch.tensor([0, 1, 0]), 2)
-    assert influence.tolist() == [-0.5, 0.5]  # (1 - 3) + (3 - 3), 2 - 0, over 4
+    draws = Draws(groups=torch.tensor([0, 1, 0]))
+    estimate = ratio.estimate(draws)
+    assert estimate.value == 1.5
+    assert estimate.influence.tolist() == [-0.5, 0.5, 0.0]  # A - 1.5 D over 4
+    assert estimate.group_influence.tolist() == [-0.5, 0.5]
+    assert estimate.without[1] == 1.0  # (1 + 3) / (2 + 2)
     plain = Ratio(numerator=double(1, 2, 3), size=None)
     assert (plain.denominator, plain.value) == (1.0, 6.0)
-    assert plain.influence(torch.tensor([0, 1, 0]), 2).tolist() == [4.0, 2.0]
+    summed = plain.estimate(draws)
+    assert summed.group_influence.tolist() == [4.0, 2.0]
+    assert summed.without.tolist() == [4.0, 8.0]  # the other group, twice
 
 
 @pytest.mark.parametrize("shift", [800.0, -800.0])
@@ -188,9 +198,9 @@ def test_without_a_change_nothing_changes() -> None:
 @pytest.mark.parametrize("num_sequences", [0, 1, 2])
 def test_fewer_than_two_groups_raise(num_sequences: int) -> None:
     ratio = Ratio(numerator=torch.ones(num_sequences).double(), size=None)
-    groups = torch.zeros(num_sequences, dtype=torch.int64)
+    draws = Draws(groups=torch.zeros(num_sequences, dtype=torch.int64))
     with pytest.raises(InputError, match="at least 2 groups in E"):
-        entropy_change("snis", ratio, ratio, 1.0, groups)
+        entropy_change("snis", ratio, ratio, 1.0, draws)
 
 
 # Clipped weights, over every response of a policy
@@ -210,7 +220,7 @@ def clipped_change(policy: Policy, eta: float, clip_c: float) -> float:
         table.ragged.sum(table["logp_after"] - table["logp"]),
         clip_c,
         None,
-        torch.arange(len(probability)),
+        Draws(groups=torch.arange(len(probability))),
     )
     return found["clip"].value
 
@@ -270,8 +280,8 @@ def test_made_up_batches(normalize: str, integrand: str, seed: int) -> None:
         scale = max(1.0, abs(expected.H_upd))
         assert abs(change.value - expected.delta_h_true) <= RTOL * scale
         assert abs(change.se - expected.se) <= RTOL * scale
-        assert abs(change.se_before - expected.H_orig_se) <= RTOL * scale
-        assert abs(change.se_after - expected.H_upd_se) <= RTOL * scale
+        assert abs(change.before.se - expected.H_orig_se) <= RTOL * scale
+        assert abs(change.after.se - expected.H_upd_se) <= RTOL * scale
         assert close(change.ess, expected.ess)
         assert change.contributions.tolist() == pytest.approx(
             expected.contributions, rel=RTOL, abs=RTOL * scale

@@ -105,18 +105,22 @@ def test_an_impossible_target_has_log_probability_minus_infinity() -> None:
     assert float(softmax.logp) == -math.inf
 
 
-def test_gradient_is_that_of_autograd(logits: Tensor) -> None:
+@pytest.mark.parametrize("with_means", [False, True])
+def test_gradient_is_that_of_autograd(logits: Tensor, with_means: bool) -> None:
     targets, a, b = (
         likely_targets(logits),
         random(TOKENS, seed=5),
         random(TOKENS, seed=6),
     )
-    gradient = logits_gradient(softmax_of(logits, targets), (a, b), targets)
+    values = random(TOKENS, VOCABULARY, seed=13) if with_means else None
+    gradient = logits_gradient(softmax_of(logits, targets), (a, b), targets, values)
     leaf = logits.clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for i, target in enumerate(targets.tolist()):
         row_logp, row_entropy = statistics_of_row(leaf[i], target)
         total = total + a[i] * row_logp + b[i] * row_entropy
+        if values is not None:
+            total = total + leaf[i].softmax(0) @ values[i]
     (expected,) = torch.autograd.grad(total, leaf)
     assert_close(gradient, expected)
     assert (gradient[logits == -torch.inf] == 0).all()
@@ -170,7 +174,8 @@ def test_features_are_those_of_the_definition(logits: Tensor) -> None:
     targets, tangent = likely_targets(logits), random(TOKENS, VOCABULARY, seed=11)
     softmax, centred = softmax_of(logits, targets), tangent.clone()
     directional_derivatives(softmax, centred, targets)
-    found = distribution_features(softmax, centred, targets)
+    table = random(VOCABULARY, 3, seed=12)
+    found = distribution_features(softmax, centred, targets, table)
     for i, target in enumerate(targets.tolist()):
         allowed = logits[i] > -torch.inf
         p, dz = logits[i][allowed].softmax(0), tangent[i][allowed]
@@ -184,6 +189,8 @@ def test_features_are_those_of_the_definition(logits: Tensor) -> None:
             "log_variance": spread,
             "collision": p.square().sum(),
             "dcollision": (p.square() * d_log_p).sum(),
+            "embedding": table[target],
+            "dembedding": (p * d_log_p) @ table[allowed],
         }
         if ranked[0] != second:  # of equally likely tokens any may be the top one
             expected["dtop"] = p[top] * d_log_p[top]

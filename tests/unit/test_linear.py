@@ -20,6 +20,7 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
+from entropy_ddp.estimators.standard_errors import Draws
 from entropy_ddp.model.response_tokens import DirectionalScores
 
 RTOL = 1e-12  # the same few sums in another order, relative to the largest term
@@ -50,7 +51,8 @@ def compute_slope(
     original = as_ratio(normalize, ragged.sum(values), lengths)
     weights = slope_weights(tokens, ragged, original.value, estimator)
     terms = sequence_terms(tokens, ragged, weights, integrand)
-    return slope_from_terms(terms, original, groups, (score, baseline))
+    draws = Draws(groups=groups)
+    return slope_from_terms(terms, original, draws, (score, baseline))
 
 
 # By hand: two sequences of two tokens and one, each a group
@@ -127,7 +129,7 @@ def test_errors_by_hand_for_a_sum() -> None:
     a, b = -0.4 * 1.2 + 0.5, 0.2 * 1.1 - 0.1
     assert slope.contributions.tolist() == pytest.approx([a, b], rel=RTOL)
     assert slope.se == pytest.approx(abs(a - b), rel=RTOL)
-    assert slope.se_jackknife == pytest.approx(abs(a - b), rel=RTOL)
+    assert slope.estimate.se_jackknife == pytest.approx(abs(a - b), rel=RTOL)
 
 
 # Against the reference on made-up tokens
@@ -183,9 +185,9 @@ def test_made_up_batches(
     error = ref.slope_standard_error(rows, expected.pieces, normalize)
     assert found.se == pytest.approx(error, rel=1e-10)
     jackknife = ref.slope_jackknife(rows, expected.pieces, normalize)
-    assert found.se_jackknife == pytest.approx(jackknife, rel=1e-10)
+    assert found.estimate.se_jackknife == pytest.approx(jackknife, rel=1e-10)
     if normalize != "sum":
-        assert abs(float(found.influence.sum())) <= RTOL * scale * len(rows)
+        assert abs(float(found.estimate.influence.sum())) <= RTOL * scale * len(rows)
 
 
 @pytest.mark.parametrize(("normalize", "score", "baseline"), COMBINATIONS)
@@ -196,7 +198,7 @@ def test_delta_method_and_jackknife_agree_for_many_groups(
     slope = compute_slope(
         *flat(*made_up(7, num_groups=1000)), ("rb", normalize, score, baseline)
     )
-    assert abs(slope.se_jackknife / slope.se - 1) < 0.01
+    assert abs(slope.estimate.se_jackknife / slope.se - 1) < 0.01
 
 
 @pytest.mark.parametrize("normalize", ref.NORMALIZATIONS)
@@ -236,6 +238,6 @@ def test_fewer_than_two_groups_raise(sized: bool, num_sequences: int) -> None:
         slope_from_terms(
             torch.ones(num_sequences, 4, dtype=torch.float64),
             original,
-            torch.zeros(num_sequences, dtype=torch.int64),
+            Draws(groups=torch.zeros(num_sequences, dtype=torch.int64)),
             ("full", "none"),
         )
