@@ -5,22 +5,26 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from enumerable import Policy, predictions, slopes
+from enumerable import Policy, Table, predictions, slopes
 from torch import Tensor
 
-from entropy_ddp.config import Integrand, Normalize
+from entropy_ddp.config import Integrand, Normalize, SlopeBaseline
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.baselines import (
+    ACTION_VALUE_PENALTY,
     NUM_FOLDS,
     RIDGE_PENALTY,
+    action_columns,
+    coefficients_of,
     cross_fitted_coefficients,
+    fitted_part,
     fold_moments,
     folds_of,
     future_targets,
     leave_one_group_out_prediction,
     position_totals,
     predictors,
-    ridge_prediction,
+    token_predictions,
 )
 from entropy_ddp.estimators.entropy import integrand_tokens
 from entropy_ddp.estimators.linear import (
@@ -29,13 +33,15 @@ from entropy_ddp.estimators.linear import (
     slope_weights,
     terms_less_prediction,
 )
+from entropy_ddp.estimators.standard_errors import Draws
 from entropy_ddp.model.response_tokens import DirectionalScores
 
+PENALTY = 0.05
 ATOL = 1e-12  # the same sums of numbers of order 1 in another order
 SOLVE_ATOL = 1e-9  # and a linear system of condition below 1e5 on top
 NUM_SEQUENCES, LONGEST, NUM_PREDICTORS = 60, 6, 5
 NUM_GROUPS = 23  # folds of two groups and of three
-AFTER_HK: tuple[Baseline, ...] = ("hk", "loo", "ridge")
+AFTER_HK: tuple[Baseline, ...] = ("hk", "loo", "ridge", "action_value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +52,14 @@ class Made:
         lengths: T_i, some 0, [N].
         groups: group of each sequence, [N].
         values: integrand, [N, LONGEST].
-        weight: (log p')^2, [N, LONGEST].
+        score: log p', [N, LONGEST].
         known: predictors, the first of them 1, [N, LONGEST, F].
     """
 
     lengths: Tensor
     groups: Tensor
     values: Tensor
-    weight: Tensor
+    score: Tensor
     known: Tensor
 
     @property
@@ -73,16 +79,24 @@ class Made:
         """Group of each token, [t]."""
         return self.ragged.spread(self.groups)
 
+    @property
+    def columns(self) -> Tensor:
+        """log p' times the predictors: the F of the ridge, [t, F]."""
+        return self.tokens(self.known) * self.tokens(self.score)[:, None]
+
     def moments(self) -> Tensor:
-        known, weight = self.tokens(self.known), self.tokens(self.weight)
-        return fold_moments(known, self.target, weight, folds_of(self.group))
+        target = self.target * self.tokens(self.score)[:, None]
+        return fold_moments(self.columns, target, folds_of(self.group))
+
+    def coefficients(self) -> Tensor:
+        return cross_fitted_coefficients(self.moments(), PENALTY)
 
     def ridge(self, coefficients: Tensor | None = None) -> Tensor:
         """Predictions of the ridge, [t, 2]."""
         if coefficients is None:
-            coefficients = cross_fitted_coefficients(self.moments())
+            coefficients = self.coefficients()
         known = self.tokens(self.known)
-        return ridge_prediction(known, coefficients, folds_of(self.group))
+        return fitted_part(known, coefficients, folds_of(self.group))
 
     def totals(self) -> Tensor:
         return position_totals(self.target, self.ragged.position, LONGEST)
@@ -96,7 +110,7 @@ class Made:
 
     def rows(self, keep: Tensor) -> "Made":
         """Some of the sequences, [N] bool."""
-        names = ("lengths", "groups", "values", "weight", "known")
+        names = ("lengths", "groups", "values", "score", "known")
         return Made(**{name: getattr(self, name)[keep] for name in names})
 
 
@@ -115,7 +129,7 @@ def made_up(seed: int = 0) -> Made:
         lengths=torch.randint(LONGEST + 1, (NUM_SEQUENCES,), generator=generator),
         groups=torch.cat([every_group, more]),
         values=normal() + known[..., 1] + known[..., 0],
-        weight=normal().square(),
+        score=normal(),
         known=known,
     )
 
@@ -190,9 +204,9 @@ def test_loo_where_no_other_group_comes_is_zero() -> None:
 def test_ridge_solves_the_normal_equations_of_the_other_folds() -> None:
     """Token by token: sum w x x' + penalty diag, sum w x y'; the constant goes free."""
     batch = made_up()
-    known, weight = batch.tokens(batch.known), batch.tokens(batch.weight)
+    known, weight = batch.tokens(batch.known), batch.tokens(batch.score).square()
     target, group = batch.target, batch.group.tolist()
-    coefficients, predicted = cross_fitted_coefficients(batch.moments()), batch.ridge()
+    coefficients, predicted = batch.coefficients(), batch.ridge()
     for fold in range(NUM_FOLDS):
         gram = torch.zeros(NUM_PREDICTORS, NUM_PREDICTORS, dtype=torch.float64)
         right = torch.zeros(NUM_PREDICTORS, 2, dtype=torch.float64)
@@ -201,7 +215,7 @@ def test_ridge_solves_the_normal_equations_of_the_other_folds() -> None:
                 gram += w * torch.outer(x, x)
                 right += w * torch.outer(x, y)
         for j in range(1, NUM_PREDICTORS):
-            gram[j, j] *= 1 + RIDGE_PENALTY
+            gram[j, j] *= 1 + PENALTY
         expected = torch.linalg.solve(gram, right)
         assert_close(coefficients[fold], expected, SOLVE_ATOL)
         mine = batch.group % NUM_FOLDS == fold
@@ -211,13 +225,13 @@ def test_ridge_solves_the_normal_equations_of_the_other_folds() -> None:
 def test_ridge_minimises_the_weighted_error() -> None:
     """Its residual is orthogonal to the predictors, up to the penalty."""
     batch = made_up()
-    known, weight = batch.tokens(batch.known), batch.tokens(batch.weight)
-    coefficients = cross_fitted_coefficients(batch.moments())
+    known, weight = batch.tokens(batch.known), batch.tokens(batch.score).square()
+    coefficients = batch.coefficients()
     rest = batch.group % NUM_FOLDS != 0
     residual = batch.target - known @ coefficients[0]
     product = (known * weight[:, None])[rest].T @ residual[rest]
     scale = (known * weight[:, None])[rest].abs().T @ batch.target[rest].abs()
-    assert (product.abs() < 2 * RIDGE_PENALTY * scale).all()
+    assert (product.abs() < 2 * PENALTY * scale).all()
     assert_close(product[0], torch.zeros(2).double(), SOLVE_ATOL)
 
 
@@ -225,7 +239,7 @@ def test_ridge_does_not_depend_on_units() -> None:
     """Of the predictors; nor on the scale of the weights."""
     batch = made_up()
     units = torch.tensor([1.0, 1e-3, 7.0, 1e4, 0.2], dtype=torch.float64)
-    other = replace(batch, known=batch.known * units, weight=batch.weight * 1e-6)
+    other = replace(batch, known=batch.known * units, score=batch.score * 1e-3)
     assert_close(other.ridge(), batch.ridge(), SOLVE_ATOL)
 
 
@@ -245,7 +259,7 @@ def test_nothing_to_fit_predicts_nothing() -> None:
     """One fold, no tokens, or a direction that moves nothing."""
     batch = made_up()
     one_fold = batch.rows(batch.groups % NUM_FOLDS == 4)
-    still = replace(batch, weight=torch.zeros_like(batch.weight))
+    still = replace(batch, score=torch.zeros_like(batch.score))
     empty = replace(batch, lengths=torch.zeros_like(batch.lengths))
     for case in (one_fold, still, empty):
         assert not case.ridge().any()
@@ -266,13 +280,13 @@ def test_predictors_that_are_zero_or_repeated_do_no_harm() -> None:
 
 
 def changed(batch: Made, group: int) -> Made:
-    """Other values, weights and lengths of one group; its predictors stay."""
+    """Other values, scores and lengths of one group; its predictors stay."""
     own = batch.groups == group
     other = made_up(seed=1)
     lengths = torch.where(own, (batch.lengths - 1).clamp(min=0), batch.lengths)
     values = torch.where(own[:, None], 5 * other.values, batch.values)
-    weight = torch.where(own[:, None], 9 * other.weight, batch.weight)
-    return replace(batch, lengths=lengths, values=values, weight=weight)
+    score = torch.where(own[:, None], 3 * other.score, batch.score)
+    return replace(batch, lengths=lengths, values=values, score=score)
 
 
 @pytest.mark.parametrize("predict", [Made.ridge, Made.loo])
@@ -311,11 +325,92 @@ def test_sums_over_ranks_give_the_same_predictions() -> None:
     totals = torch.stack([rank.totals() for rank in ranks]).sum(0)
     assert_close(moments, batch.moments())
     assert_close(totals, batch.totals())
-    coefficients = cross_fitted_coefficients(moments)
+    coefficients = cross_fitted_coefficients(moments, PENALTY)
     for rank in ranks:
         here = torch.isin(batch.group, rank.groups)
         assert_close(rank.ridge(coefficients), batch.ridge()[here], SOLVE_ATOL)
         assert_close(rank.loo(totals), batch.loo()[here])
+
+
+# Predictions that know the token
+
+
+def test_action_columns_and_their_mean_by_hand() -> None:
+    """x log p', then for each number of e: x (e(y) log p' - e')."""
+    batch = policy_batch(40)
+    columns = action_columns(batch.known, batch["dlogp"], batch.features)
+    width = batch.known.shape[1]
+    assert columns.shape[1] == 9 * width
+    for token in range(0, len(columns), 7):
+        x, d = batch.known[token], batch["dlogp"][token]
+        e, mean = (batch.features[n][token] for n in ("embedding", "dembedding"))
+        expected = [x * d, *(x * (e[a] * d - mean[a]) for a in range(8))]
+        assert_close(columns[token], torch.cat(expected))
+
+
+def test_every_action_column_has_mean_zero_given_the_prefix() -> None:
+    """Over the tokens that may follow each prefix of a policy that can be listed."""
+    policy = Policy(num_prompts=2, seed=3)
+    table = policy.table()
+    columns = action_columns(table.known, table["dlogp"], table.features)
+    for state in policy.state.unique():
+        here = policy.state == state
+        # Each next token once, with its probability.
+        place = torch.tensor(
+            [int((here & (policy.target == t)).nonzero()[0]) for t in range(5)]
+        )
+        probability = table["logp"][place].exp()
+        assert float(probability.sum()) == pytest.approx(1.0, abs=ATOL)
+        assert_close(
+            probability @ columns[place], torch.zeros(columns.shape[1]).double()
+        )
+        assert float((probability @ columns[place].abs()).max()) > 1e-2
+
+
+def test_both_fits_share_the_moments() -> None:
+    """The ridge is the fit on x log p' alone; what it does not use is zero."""
+    batch, groups = policy_batch(300), torch.arange(300) // 2
+    columns, target, fold = moments_of(batch, groups)
+    found = coefficients_of(fold_moments(columns, target, fold), 150)
+    width = batch.known.shape[1]
+    plain = fold_moments(columns[:, :width], target, fold)
+    ridge = cross_fitted_coefficients(plain, RIDGE_PENALTY / 150)
+    assert_close(found["ridge"][:, :width], ridge, SOLVE_ATOL)
+    assert not found["ridge"][:, width:].any()
+    everything = fold_moments(columns, target, fold)
+    expected = cross_fitted_coefficients(everything, ACTION_VALUE_PENALTY / 150)
+    assert_close(found["action_value"], expected)
+    assert found["action_value"][:, width:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("baseline", ["ridge", "action_value"])
+def test_what_is_taken_of_a_token_is_a_prediction_less_its_mean(
+    baseline: SlopeBaseline,
+) -> None:
+    """F beta = log p' q(x, y) - <e', beta x>, token by token."""
+    batch, groups = policy_batch(300), torch.arange(300) // 2
+    columns, target, fold = moments_of(batch, groups)
+    beta = coefficients_of(fold_moments(columns, target, fold), 150)[baseline]
+    value, of_means = token_predictions(
+        batch.known, batch.features["embedding"], beta, fold
+    )
+    mean = (batch.features["dembedding"][:, :, None] * of_means).sum(1)
+    found = batch["dlogp"][:, None] * value - mean
+    assert_close(found, fitted_part(columns, beta, fold), 1e-10)
+    assert bool(of_means.any()) == (baseline == "action_value")
+
+
+def policy_batch(count: int) -> Table:
+    policy = Policy(seed=1)
+    return policy.table().select(policy.sample(1, count, 1, seed=5)[0])
+
+
+def moments_of(batch: Table, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """F, log p' Y and the fold of each token."""
+    target = future_targets(batch["entropy"], batch.ragged)
+    columns = action_columns(batch.known, batch["dlogp"], batch.features)
+    fold = folds_of(batch.ragged.spread(groups))
+    return columns, batch["dlogp"][:, None] * target, fold
 
 
 # Sums over sequences in place of predictions of tokens
@@ -323,15 +418,18 @@ def test_sums_over_ranks_give_the_same_predictions() -> None:
 
 @pytest.mark.parametrize("normalize", ["per_token", "per_sequence", "sum"])
 @pytest.mark.parametrize("integrand", ["rb", "surprisal"])
-@pytest.mark.parametrize("baseline", ["loo", "ridge"])
 def test_terms_from_sums_are_those_from_tokens(
-    normalize: Normalize, integrand: Integrand, baseline: Baseline
+    normalize: Normalize, integrand: Integrand
 ) -> None:
-    """Of `hk` less log p' times the prediction; of the ridge, less g_i . beta."""
-    policy, groups = Policy(seed=1), torch.arange(300) // 2
-    batch = policy.table().select(policy.sample(1, 300, 1, seed=5)[0])
-    ragged, dlogp = batch.ragged, batch["dlogp"]
-    prediction = predictions(batch, groups, integrand)[baseline]
+    """Of `hk`, less log p' times the prediction of every token."""
+    batch, groups = policy_batch(300), torch.arange(300) // 2
+    ragged = batch.ragged
+    values = integrand_tokens(integrand, batch["logp"], batch["entropy"])
+    target = future_targets(values, ragged)
+    totals = position_totals(target, ragged.position, int(ragged.lengths.max()))
+    prediction = leave_one_group_out_prediction(
+        target, ragged.position, ragged.spread(groups), totals
+    )
     mean_entropy = batch.ratio(normalize, integrand).value
 
     def terms(baseline: Baseline, predicted: Tensor | None = None) -> Tensor:
@@ -339,19 +437,9 @@ def test_terms_from_sums_are_those_from_tokens(
         weights = slope_weights(batch.tokens, ragged, mean_entropy, kind, predicted)
         return sequence_terms(batch.tokens, ragged, weights, integrand)
 
-    expected = terms(baseline, prediction)
-    columns = [ragged.sum(dlogp * predicted) for predicted in prediction.T]
-    if baseline == "ridge":
-        known = torch.cat([batch.predictors, batch.hidden], dim=1)
-        values = integrand_tokens(integrand, batch["logp"], batch["entropy"])
-        target, fold = future_targets(values, ragged), folds_of(groups)
-        moments = fold_moments(known, target, dlogp.square(), ragged.spread(fold))
-        sums = torch.stack([ragged.sum(dlogp * x) for x in known.T], dim=1)
-        beta = cross_fitted_coefficients(moments)
-        columns = list(ridge_prediction(sums, beta, fold).unbind(1))
-    found = terms_less_prediction(
-        terms("hk"), torch.stack(columns, dim=1), mean_entropy, normalize
-    )
+    expected = terms("loo", prediction)
+    sums = predictions(batch, Draws(groups=groups), integrand)["loo"]
+    found = terms_less_prediction(terms("hk"), sums, mean_entropy, normalize)
     assert (expected - terms("hk")).abs().max() > 1e-2
     assert float((found - expected).abs().max()) < 1e-13 * _term_scale(
         batch.tokens, prediction, mean_entropy
@@ -376,11 +464,10 @@ def test_baselines_lower_the_error_of_the_slope(integrand: Integrand) -> None:
     """By a tenth at least for `rb`, on 4,000 sequences of one policy."""
     policy = Policy(seed=0)
     index = policy.sample(1, 4000, 1, seed=3)[0]
-    batch, groups = policy.table().select(index), torch.arange(4000)
-    predicted = predictions(batch, groups, integrand)
-    found = slopes(batch, groups, "per_token", integrand, predicted=predicted)
+    batch, draws = policy.table().select(index), Draws(groups=torch.arange(4000))
+    found = slopes(batch, draws, "per_token", integrand)
     error = {baseline: found["to_go", baseline].se for baseline in ("none", *AFTER_HK)}
     assert max(error.values()) < found["full", "none"].se
-    assert error["ridge"] < error["hk"]
+    assert error["action_value"] < error["ridge"] < error["hk"]
     if integrand == "rb":
         assert error["ridge"] < 0.9 * error["hk"] < 0.9 * 0.9 * error["none"]

@@ -1,5 +1,6 @@
 """Are control variates of mean zero, removed without bias, and of use?"""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -24,13 +25,19 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
-from entropy_ddp.estimators.standard_errors import delta_method_error, jackknife_error
+from entropy_ddp.estimators.standard_errors import (
+    Draws,
+    Estimate,
+    delta_method_error,
+    jackknife_error,
+)
 
 ATOL = 1e-12
 RTOL = 1e-10  # the same sums in another order
 ETA = 0.1
 NUM_GROUPS = 25
 GROUPS = torch.cat([group_numbers(NUM_GROUPS, 2), torch.tensor([3, 3, 20])])
+DRAWS = Draws(groups=GROUPS)
 NORMALIZATIONS: tuple[Normalize, ...] = ("per_token", "per_sequence", "sum")
 UNFITTED: tuple[tuple[Score, Baseline], ...] = (
     ("full", "none"),
@@ -59,7 +66,7 @@ def batch() -> Table:
 
 @cache
 def slope(normalize: Normalize, estimator: tuple[Score, Baseline]) -> Slope:
-    return slopes(batch(), GROUPS, normalize)[estimator]
+    return slopes(batch(), DRAWS, normalize)[estimator]
 
 
 def group_sums(values: Tensor) -> Tensor:
@@ -197,8 +204,9 @@ def test_adjusted_slope_by_hand(
 ) -> None:
     """beta of the own fold times Z is taken from value, shares and influence."""
     plain, zero_mean = slope(normalize, estimator), batch().zero_mean()
-    found = adjusted_slope(plain, zero_mean, GROUPS)
-    beta = cross_fitted_slopes(group_sums(zero_mean), plain.influence)
+    original = batch().ratio(normalize, "rb")
+    found = adjusted_slope(plain, original, zero_mean)
+    beta = cross_fitted_slopes(group_sums(zero_mean), plain.estimate.group_influence)
     correction = (zero_mean * beta[folds_of(GROUPS)]).sum(1)
     assert float(correction.abs().sum()) > 1e-3
     assert found.control_variates and not plain.control_variates
@@ -206,14 +214,19 @@ def test_adjusted_slope_by_hand(
     torch.testing.assert_close(found.contributions, plain.contributions - correction)
     assert float(found.contributions.sum()) == pytest.approx(found.value, rel=RTOL)
     assert sum(found.terms.values()) == pytest.approx(found.value, rel=RTOL)
-    influence = plain.influence - group_sums(correction)
-    torch.testing.assert_close(found.influence, influence)
+    removed = group_sums(correction)
+    if original.size is not None:
+        # What is removed is a ratio of its own, with the same denominator.
+        shares = original.size / original.denominator
+        removed = removed - correction.sum() * group_sums(shares)
+    estimate = found.estimate
+    influence = plain.estimate.group_influence - removed
+    torch.testing.assert_close(estimate.group_influence, influence)
     assert found.se == pytest.approx(delta_method_error(influence), rel=RTOL)
-    assert found.se_jackknife == pytest.approx(jackknife_error(found.without), rel=RTOL)
+    jackknife = jackknife_error(estimate.without)
+    assert estimate.se_jackknife == pytest.approx(jackknife, rel=RTOL)
     if normalize != "sum":
-        # Influences of a ratio sum to zero but for the variates' own mean.
-        rest = float(influence.sum() + correction.sum())
-        assert abs(rest) < ATOL
+        assert abs(float(influence.sum())) < ATOL
 
 
 @pytest.mark.parametrize("estimator", UNFITTED)
@@ -227,43 +240,46 @@ def test_error_is_that_of_leaving_each_group_out(
     divided by the denominator of the groups that stay, as the slope is.
     """
     plain, zero_mean = slope(normalize, estimator), batch().zero_mean()
-    found = adjusted_slope(plain, zero_mean, GROUPS)
-    denominator = batch().ratio(normalize, "rb").denominator
-    beta = cross_fitted_slopes(group_sums(zero_mean), plain.influence) * denominator
+    whole = batch().ratio(normalize, "rb")
+    found = adjusted_slope(plain, whole, zero_mean)
+    influence = plain.estimate.group_influence
+    beta = cross_fitted_slopes(group_sums(zero_mean), influence) * whole.denominator
     expected = []
     for group in range(NUM_GROUPS):
         keep = (group != GROUPS).nonzero().squeeze(1)
-        groups = GROUPS[keep] - (GROUPS[keep] > group).long()
+        draws = Draws(groups=GROUPS[keep] - (GROUPS[keep] > group).long())
         rest = batch().select(keep)
         original = rest.ratio(normalize, "rb")
         kind = ("rb", normalize, *estimator)
         weights = slope_weights(rest.tokens, rest.ragged, original.value, kind)
         terms = sequence_terms(rest.tokens, rest.ragged, weights, "rb")
-        value = slope_from_terms(terms, original, groups, estimator).value
+        value = slope_from_terms(terms, original, draws, estimator).value
         correction = (rest.zero_mean() * beta[folds_of(GROUPS[keep])]).sum()
         scale = NUM_GROUPS / (NUM_GROUPS - 1) if normalize == "sum" else 1.0
         expected.append(scale * (value - float(correction) / original.denominator))
-    assert found.without.tolist() == pytest.approx(expected, rel=RTOL)
+    assert found.estimate.without.tolist() == pytest.approx(expected, rel=RTOL)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_variates_lower_the_error_of_the_slope(normalize: Normalize) -> None:
     """By a twentieth at least, on 2,000 sequences; the jackknife says the same."""
-    groups = torch.arange(2000)
+    draws = Draws(groups=torch.arange(2000))
     large = policy().table(ETA).select(policy().sample(1, 2000, 1, seed=5)[0])
-    zero_mean = large.zero_mean()
-    for plain in slopes(large, groups, normalize).values():
-        found = adjusted_slope(plain, zero_mean, groups)
-        assert found.se < 0.95 * plain.se
-        assert found.se_jackknife == pytest.approx(found.se, rel=0.01)
+    zero_mean, original = large.zero_mean(), large.ratio(normalize, "rb")
+    for (_, baseline), plain in slopes(large, draws, normalize).items():
+        found = adjusted_slope(plain, original, zero_mean)
+        # Action values have taken out what these variates could.
+        assert found.se < (1.01 if baseline == "action_value" else 0.95) * plain.se
+        assert found.estimate.se_jackknife == pytest.approx(found.se, rel=0.01)
 
 
 def test_few_groups_use_few_variates(monkeypatch: pytest.MonkeyPatch) -> None:
     """25 groups at 10 for each variate use the first two columns, and no more."""
     plain, zero_mean = slope("sum", ("full", "none")), batch().zero_mean()
-    expected = adjusted_slope(plain, zero_mean[:, :2], GROUPS)
+    original = batch().ratio("sum", "rb")
+    expected = adjusted_slope(plain, original, zero_mean[:, :2])
     monkeypatch.setattr(control_variates, "GROUPS_PER_VARIATE", 10.0)
-    found = adjusted_slope(plain, zero_mean, GROUPS)
+    found = adjusted_slope(plain, original, zero_mean)
     assert found.value == expected.value != plain.value
     assert found.se == expected.se
 
@@ -271,32 +287,88 @@ def test_few_groups_use_few_variates(monkeypatch: pytest.MonkeyPatch) -> None:
 # The adjusted change
 
 
-def test_adjusted_change_by_hand() -> None:
-    change = changes(batch(), GROUPS, "per_token")["snis"]
-    partner = slope("per_token", ("full", "none"))
-    best = adjusted_slope(
-        slope("per_token", ("to_go", "ridge")), batch().zero_mean(), GROUPS
+def weights_by_hand(change: Estimate, noise: Estimate) -> Tensor:
+    """c of each fold: the least-squares share of eta d in Delta H, over the others."""
+    fold = folds_of(torch.arange(NUM_GROUPS))
+    products, squares = (
+        change.group_influence * noise.group_influence,
+        (noise.group_influence.square()),
     )
-    value, error = adjusted_change(change, partner, best, ETA)
-    difference = ETA * (partner.value - best.value)
-    assert value == pytest.approx(change.value - difference, rel=RTOL)
-    influence = change.influence - ETA * (partner.influence - best.influence)
-    assert error == pytest.approx(delta_method_error(influence), rel=RTOL)
-    same = adjusted_change(change, partner, partner, ETA)
-    assert same == pytest.approx((change.value, change.se), rel=RTOL)
+    found = []
+    for number in range(NUM_FOLDS):
+        others = fold != number
+        share = float(products[others].sum() / squares[others].sum())
+        found.append(min(1.0, max(0.0, share)))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize(
+    ("mode", "pair"), [("snis", ("full", "none")), ("per_decision", ("to_go", "hk"))]
+)
+def test_adjusted_change_by_hand(
+    normalize: Normalize, mode: str, pair: tuple[Score, Baseline]
+) -> None:
+    """Each sequence's part of eta (partner - best), times its fold's c, is removed."""
+    original = batch().ratio(normalize, "rb")
+    change = changes(batch(), DRAWS, normalize)[mode]
+    partner, best = slope(normalize, pair), slope(normalize, ("to_go", "action_value"))
+    fold = folds_of(torch.arange(NUM_GROUPS))
+    found = adjusted_change(change, partner, best, original, ETA, fold)
+    noise = partner.estimate.minus(best.estimate).scaled(ETA)
+    c = weights_by_hand(change.change, noise)
+    assert float(c.max()) > 0
+    parts = ETA * (partner.contributions - best.contributions)
+    assert float(parts.sum()) == pytest.approx(noise.value, rel=RTOL)
+    weight = c[fold[GROUPS]]
+    # The denominator term is shared out by what every sequence has of the entropy.
+    pieces = weight[:, None] * (partner.pieces - best.pieces)
+    count, size = float(pieces[:, 3].sum()), original.denominator
+    expected = pieces[:, 1] + pieces[:, 2] - original.numerator * count / size
+    expected = ETA * expected / size
+    removed = change.value - found.value
+    assert removed == pytest.approx(float(expected.sum()), rel=RTOL)
+    torch.testing.assert_close(found.contributions, change.contributions - expected)
+    assert found.after.value - found.before.value == pytest.approx(
+        found.value, rel=1e-9
+    )
+    assert found.control_weight == pytest.approx(float(c.mean()), rel=RTOL)
+    same = adjusted_change(change, partner, partner, original, ETA, fold)
+    assert same.value == pytest.approx(change.value, rel=RTOL)
+    assert same.se == pytest.approx(change.se, rel=RTOL)
+    assert same.control_weight == 0.0
+
+
+def test_the_share_of_one_s_own_fold_is_fitted_without_it() -> None:
+    """Another noise in one group moves every fold's share but its own."""
+    original = batch().ratio("per_token", "rb")
+    change = changes(batch(), DRAWS, "per_token")["per_decision"]
+    partner, best = (
+        slope("per_token", ("to_go", baseline)) for baseline in ("hk", "action_value")
+    )
+    noise = partner.estimate.minus(best.estimate)
+    weights = weights_by_hand(change.change, noise)
+    moved = noise.influence + (GROUPS == 4) * noise.influence.abs().max()
+    other = weights_by_hand(change.change, replace(noise, influence=moved))
+    own = torch.arange(NUM_FOLDS) == folds_of(torch.tensor([4]))
+    inside = (weights > 0) & (weights < 1) & ~own
+    assert torch.equal(weights[own], other[own])
+    assert bool(inside.any()) and (weights != other)[inside].all()
+    assert original.denominator > 0
 
 
 def test_adjusted_change_has_a_lower_error() -> None:
-    groups = torch.arange(2000)
+    draws = Draws(groups=torch.arange(2000))
     large = policy().table(ETA).select(policy().sample(1, 2000, 1, seed=5)[0])
-    found = slopes(large, groups, "per_token")
-    best = found["to_go", "ridge"]
-    for mode, partner in (
-        ("snis", found["full", "none"]),
-        ("per_decision", found["to_go", "hk"]),
+    found, original = slopes(large, draws, "per_token"), large.ratio("per_token", "rb")
+    best = found["to_go", "action_value"]
+    fold = folds_of(draws.groups)
+    for mode, partner, ratio in (
+        ("snis", found["full", "none"], 0.9),
+        ("per_decision", found["to_go", "hk"], 0.98),
     ):
-        change = changes(large, groups, "per_token")[mode]
-        value, error = adjusted_change(change, partner, best, ETA)
-        print(
-            mode, error / change.se, (value - policy().change(ETA, "per_token")) / error
-        )
+        change = changes(large, draws, "per_token")[mode]
+        adjusted = adjusted_change(change, partner, best, original, ETA, fold)
+        assert adjusted.se < ratio * change.se
+        exact = policy().change(ETA, "per_token")
+        assert abs(adjusted.value - exact) < 4 * adjusted.se
