@@ -87,6 +87,7 @@ class Setting:
             },
             "truth": {"is_mode": self.is_mode, "clip_c": CLIP_C},
             "linear": {"score": self.score, "baseline": self.baseline},
+            "curvature": {"method": "taylor"},
             "update": {
                 "max_grad_norm": MAX_GRAD_NORM,
                 "lr_override": LEARNING_RATE,

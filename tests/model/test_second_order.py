@@ -30,6 +30,9 @@ SECTIONS: dict[str, Any] = {
         "lr_override": LEARNING_RATE,
         "save_delta": True,
     },
+    "truth": {"is_mode": "snis"},
+    "linear": {"score": "full"},
+    "curvature": {"method": "taylor"},
     "compute": {"device": "cpu", "tokens_per_microbatch": 10_000},
 }
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -357,7 +357,11 @@ def sampler_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     rows = []
     for split, scores in _scores_of(measured).items():
         found = _mismatch(session, session.batches[split], scores)
-        if found.count:
+        if split == "E" and session.reweights:
+            # Another policy is what these weights are for.
+            name = "E sampler mismatch, mean |Δ log p|"
+            rows.append(fact(name, found.mean, "any: batches.E.reweight weighs it"))
+        elif found.count:
             temperature = session.config.objective.temperature
             stale = _why_stale(session) if split == "U" else ""
             rows += sampler_checks(split, found, temperature, stale)
@@ -520,6 +524,9 @@ class Surprise:
 
 def on_policy_row(session: Session, measured: Measurements) -> AuditRow:
     """Sum of (-log p - H) over E in standard deviations; a martingale for samples."""
+    if session.reweights:
+        name = "E surprisal against entropy, in SD"
+        return fact(name, "not of this policy", "any: batches.E.reweight weighs it")
     sums = session.world.sum(measured.surprise.clone(), "scalars")
     total, variance = sums.sum(0).tolist()
     before, batch = measured.estimates.before, session.batches["E"]

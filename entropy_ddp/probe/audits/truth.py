@@ -78,7 +78,17 @@ def routing_rows(session: Session, measured: Measurements) -> list[AuditRow]:
 def truth_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     truth, change = session.config.truth, measured.change
     eta = measured.step.learning_rate
+    sampler, count = measured.estimates.sampler_ess, len(session.batches["E"])
+    of_sampler = []
+    if sampler is not None:
+        of_sampler = ess_rows(
+            sampler / count,
+            truth.ess_warn,
+            truth.ess_abort,
+            "ESS / N of the sampler's E",
+        )
     return [
+        *of_sampler,
         *ess_rows(change.ess_fraction, truth.ess_warn, truth.ess_abort),
         compare(
             "ESS, responses",
@@ -150,19 +160,24 @@ def _line_of_largest(session: Session, change: Estimate) -> str:
     return f"{source}, line {line}"
 
 
-def ess_rows(ess_fraction: float, warn: float, abort: float) -> list[AuditRow]:
+def ess_rows(
+    ess_fraction: float, warn: float, abort: float, name: str = "ESS / N"
+) -> list[AuditRow]:
     """The two thresholds of the effective sample size over N."""
     hint = (
         "few sequences carry the weight: the step is too large for importance sampling "
         "from this batch; probe a smaller update.lr_override or sample more of E"
     )
+    if name != "ESS / N":
+        hint = (
+            "few sequences carry the weight: the policy that wrote E is too far from "
+            "this one; sample E from a nearer one"
+        )
     if ess_fraction < abort:
-        return [
-            compare("ESS / N", ess_fraction, f">= {abort:g} to be trusted", False, hint)
-        ]
+        return [compare(name, ess_fraction, f">= {abort:g} to be trusted", False, hint)]
     return [
         compare(
-            "ESS / N",
+            name,
             ess_fraction,
             f">= {warn:g}",
             ess_fraction >= warn,
