@@ -35,9 +35,12 @@ def test_a_minimal_file_has_the_documented_defaults(tmp_path: Path) -> None:
     assert config.update.length_norm == "group_max"
     assert config.update.ratio == "on_policy"
     assert config.update.lr_override is None
-    assert config.truth.is_mode == "snis"
+    assert (config.truth.is_mode, config.truth.control_variates) == ("auto", "auto")
+    assert config.truth_estimator == ("per_decision", True)
     assert (config.truth.ess_warn, config.truth.ess_abort) == (0.5, 0.1)
-    assert (config.linear.score, config.linear.baseline) == ("full", "none")
+    assert (config.linear.score, config.linear.baseline) == ("auto", "auto")
+    assert config.slope_estimator == ("to_go", "action_value")
+    assert config.curvature.method == "midpoint"
     assert config.precision.model == "float32"
     assert config.precision.buffer_dtype_name == "float32"
 
@@ -232,7 +235,18 @@ BAD_COMBINATIONS = [
         "batches.U: give exactly one of `file` and `sample`",
     ),
     (["checkpoint={}"], "checkpoint: give `path`, or `base` and `adapter`"),
-    (["linear.baseline=hk"], "linear: a baseline needs `score: to_go`"),
+    (
+        ["linear.baseline=hk", "linear.score=full"],
+        "linear: a baseline needs `score: to_go`",
+    ),
+    (
+        ["truth.is_mode=clip", "truth.control_variates=true"],
+        "truth: `control_variates`: `clip` is the derivative of no slope",
+    ),
+    (
+        ["batches.U.reweight=sampler"],
+        "batches.U.reweight: the loss weighs U (update.ratio); it is for E only",
+    ),
     (
         ["linear.score=to_go", "objective.normalize=per_sequence_token_mean"],
         "linear.score: `per_sequence_token_mean` has no to-go form; use `full`",
@@ -317,3 +331,37 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     message = f"^{re.escape(str(path))}: cannot be read: No such file"
     with pytest.raises(InputError, match=message):
         load_config(path, ())
+
+
+@pytest.mark.parametrize(
+    ("assignments", "truth", "slope"),
+    [
+        (["truth.is_mode=snis"], ("snis", False), ("to_go", "action_value")),
+        (["truth.is_mode=per_decision"], ("per_decision", False), None),
+        (["truth.control_variates=false"], ("per_decision", False), None),
+        (["linear.score=full"], ("per_decision", True), ("full", "none")),
+        (["linear.baseline=hk"], None, ("to_go", "hk")),
+        (["linear.baseline=none"], None, ("full", "none")),
+        (["linear.score=to_go"], None, ("to_go", "none")),
+        (
+            ["objective.normalize=per_sequence_token_mean"],
+            ("snis", False),
+            ("full", "none"),
+        ),
+        (
+            ["objective.integrand=surprisal"],
+            ("snis", True),
+            ("to_go", "action_value"),
+        ),
+    ],
+)
+def test_the_estimators_that_are_not_named_are_the_best_defined(
+    tmp_path: Path,
+    assignments: list[str],
+    truth: tuple[str, bool] | None,
+    slope: tuple[str, str] | None,
+) -> None:
+    """What is named means what it says, with nothing removed."""
+    config = loaded(tmp_path, "", *assignments)
+    assert truth in (None, config.truth_estimator)
+    assert slope in (None, config.slope_estimator)
