@@ -1,7 +1,8 @@
 """How much of a share is E's luck: the same shares from disjoint blocks of E.
 
 The gradient of the entropy is a sum over the groups of E, and shares are linear in it. E
-is divided into K blocks of whole groups; block b adds x_b to a number x = sum_b x_b (the
+is divided into K blocks of whole independent units (groups; prompts, where they are a
+known set); block b adds x_b to a number x = sum_b x_b (the
 share of a token, a sum of shares, a part of the step), and has the share d_b of the
 entropy's denominator, sum_b d_b = 1. Blocks are independent, so that
 
@@ -29,17 +30,23 @@ from entropy_ddp.estimators.standard_errors import group_totals
 LEAST_BLOCKS = 3
 
 
-def block_of_group(group_order: Tensor, count: int) -> Tensor:
+def block_of_group(group_order: Tensor, unit: Tensor, count: int) -> Tensor:
     """Number of the block that each group of E is in, [n].
 
     It depends on neither the order of the file nor the number of ranks. Blocks have as
-    many groups each, or one more; of fewer groups than blocks each is one.
+    many units each, or one more; of fewer units than blocks each is one.
 
     Args:
         group_order: rank of each group by its key, [n].
+        unit: independent unit of each group, [n].
         count: number of blocks at most.
     """
-    return group_order % min(count, len(group_order))
+    num_units = int(unit.max()) + 1
+    first = torch.full((num_units,), len(unit), dtype=torch.int64)
+    first.scatter_reduce_(0, unit, group_order, "amin")
+    # The rank of each unit by its first group.
+    rank = first.argsort().argsort()
+    return rank[unit] % min(count, num_units)
 
 
 def block_sizes(sizes: Tensor | None, groups: Tensor, block: Tensor) -> Tensor:

@@ -82,8 +82,7 @@ class BlockPasses:
         self._session, self._gradient, self._step = session, gradient, step
         self._original = original
         batch = session.batches["E"]
-        count = session.config.attribution.blocks
-        self._block_of_group = block_of_group(batch.group_order, count)
+        self._block_of_group = _block_of_group(session)
         self._size = block_sizes(original.size, batch.groups, self._block_of_group)
         self._parts: list[tuple[float, float]] = []
         self._scores: list[TokenShares] = []
@@ -450,7 +449,7 @@ class Evaluation:
 def _halves_of_E(session: Session, base: DirectionalScores) -> list[Evaluation]:
     """The even and the odd blocks of E; every sequence stays on its rank."""
     batch = session.batches["E"]
-    half_of_group = _half_of_group(session)
+    half_of_group = _block_of_group(session) % 2
     halves = session.shard("E").divided(half_of_group, 2)
     return [
         Evaluation(
@@ -465,10 +464,12 @@ def _halves_of_E(session: Session, base: DirectionalScores) -> list[Evaluation]:
     ]
 
 
-def _half_of_group(session: Session) -> Tensor:
-    """0 for the groups of E in even blocks, 1 for those in odd ones, [num_groups]."""
-    order, count = session.batches["E"].group_order, session.config.attribution.blocks
-    return block_of_group(order, count) % 2
+def _block_of_group(session: Session) -> Tensor:
+    """Block of each group of E, [num_groups]."""
+    batch = session.batches["E"]
+    unit = batch.groups.new_zeros(batch.num_groups)
+    unit[batch.groups] = session.draws.groups
+    return block_of_group(batch.group_order, unit, session.config.attribution.blocks)
 
 
 def require_halves(session: Session) -> None:
@@ -480,9 +481,10 @@ def require_halves(session: Session) -> None:
     if not session.config.attribution.verify:
         return
     if "E" in session.batches:
-        batch = session.batches["E"]
-        groups = batch.groups[batch.lengths > 0].unique()
-        sizes = torch.bincount(_half_of_group(session)[groups], minlength=2).tolist()
+        batch, units = session.batches["E"], session.draws.groups
+        half = (_block_of_group(session) % 2)[batch.groups]
+        spoken = batch.lengths > 0
+        sizes = [len(units[spoken & (half == n)].unique()) for n in (0, 1)]
     else:
         count = session.planned["E"].num_prompts
         sizes = [(count + 1) // 2, count // 2]

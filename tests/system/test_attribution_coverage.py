@@ -187,7 +187,7 @@ def drawn(found: Scene, rows: Tensor) -> Drawn:
     original = Ratio(numerator=found.entropy[rows], size=found.lengths[rows])
     counts = found.counts[rows]
     terms = found.added[rows] - original.value * counts
-    block = block_of_group(groups, BLOCKS)
+    block = block_of_group(groups, groups, BLOCKS)
     by_block = torch.zeros(BLOCKS, terms.shape[1], dtype=torch.float64)
     by_block.index_add_(0, block, terms / original.denominator)
     blocks = BlockShares(

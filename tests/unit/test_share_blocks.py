@@ -43,9 +43,21 @@ def random_blocks(
 def test_every_group_is_in_one_block() -> None:
     """Of equal numbers of groups, or one more; of few groups each is one."""
     order = torch.randperm(19, generator=torch.Generator().manual_seed(1))
-    block = block_of_group(order, 8)
+    alone = torch.arange(19)
+    block = block_of_group(order, alone, 8)
+    assert torch.equal(block, order % 8)
     assert torch.bincount(block).tolist() == [3, 3, 3, 2, 2, 2, 2, 2]
-    assert block_of_group(torch.tensor([2, 0, 1]), 8).tolist() == [2, 0, 1]
+    few = block_of_group(torch.tensor([2, 0, 1]), alone[:3], 8)
+    assert few.tolist() == [2, 0, 1]
+
+
+def test_groups_of_one_unit_are_in_one_block() -> None:
+    """As two groups of one prompt of a known set are; units in order of their first."""
+    unit = torch.tensor([0, 1, 2, 0, 3, 1])
+    order = torch.tensor([5, 3, 0, 1, 2, 4])
+    # Unit 2 has the first group, then 0 (its second group), 3 and 1.
+    assert block_of_group(order, unit, 8).tolist() == [1, 3, 0, 1, 2, 3]
+    assert block_of_group(order, unit, 2).tolist() == [1, 1, 0, 1, 0, 1]
 
 
 def test_blocks_of_the_denominator() -> None:
