@@ -16,7 +16,6 @@ Shape legend: S prefixes, R responses of the table, N sequences and t tokens of 
 B batches, n groups of G responses, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -43,6 +42,7 @@ from entropy_ddp.estimators.curvature import CurvatureEstimate, curvature
 from entropy_ddp.estimators.entropy import (
     EntropyChange,
     Ratio,
+    Reweighting,
     all_entropy_changes,
     as_ratio,
     integrand_tokens,
@@ -373,17 +373,20 @@ def predictions(
     draws: Draws,
     integrand: Integrand,
     used: slice = slice(None),
+    reweighting: Reweighting | None = None,
 ) -> dict[Baseline, Tensor]:
     """What each baseline that predicts takes from the terms of sequences, [N, 2] each.
 
     Args:
         used: which of the columns of `Table.known` the fitted ones are given.
+        reweighting: of a batch that another policy sampled.
     """
-    ragged = batch.ragged
+    ragged, dlogp = batch.ragged, batch["dlogp"]
     values = integrand_tokens(integrand, batch["logp"], batch["entropy"])
-    target, dlogp = future_targets(values, ragged), batch["dlogp"]
+    target = future_targets(values, ragged, reweighting)
     group = ragged.spread(draws.groups)
-    columns = action_columns(batch.known[:, used], dlogp, batch.features)
+    known = batch.known[:, used]
+    columns = action_columns(known, dlogp, batch.features, reweighting)
     moments = fold_moments(columns, dlogp[:, None] * target, folds_of(group))
     sums = columns.new_zeros(len(ragged.lengths), columns.shape[1])
     sums.index_add_(0, ragged.sequence_of_token, columns)
@@ -391,9 +394,12 @@ def predictions(
     loo = leave_one_group_out_prediction(target, ragged.position, group, totals)
     fitted = {
         baseline: fitted_part(sums, coefficients, folds_of(draws.groups))
-        for baseline, coefficients in coefficients_of(moments, draws.num_units).items()
+        for baseline, coefficients in coefficients_of(
+            moments, len(draws.groups)
+        ).items()
     }
-    taken = [ragged.sum(dlogp * predicted) for predicted in loo.T]
+    score = dlogp if reweighting is None else reweighting.through * dlogp
+    taken = [ragged.sum(score * predicted) for predicted in loo.T]
     return {"loo": torch.stack(taken, dim=1), **fitted}
 
 
@@ -402,19 +408,28 @@ def slopes(
     draws: Draws,
     normalize: Normalize,
     integrand: Integrand = "rb",
-    estimators: Sequence[tuple[Score, Baseline]] | None = None,
     predicted: dict[Baseline, Tensor] | None = None,
+    reweighting: Reweighting | None = None,
 ) -> dict[tuple[Score, Baseline], Slope]:
-    """The slope by every estimator, or by these."""
+    """The slope by every estimator."""
     original = batch.ratio(normalize, integrand)
+    if reweighting is not None:
+        weights = reweighting.before.log()
+        sums = prefix_sums(batch.ragged, weights, batch["entropy"], 0.0)
+        original = per_decision_ratio(normalize, sums, 0.0)
     if predicted is None:
-        predicted = predictions(batch, draws, integrand)
+        predicted = predictions(batch, draws, integrand, reweighting=reweighting)
     found = {}
-    for score, baseline in estimators or applicable_estimators(normalize):
+    for score, baseline in applicable_estimators(normalize, reweighting is not None):
         taken = predicted.get(baseline)
         without = baseline if taken is None else "hk"
-        kind = (integrand, normalize, score, without)
-        weights = slope_weights(batch.tokens, batch.ragged, original.value, kind)
+        weights = slope_weights(
+            batch.tokens,
+            batch.ragged,
+            original.value,
+            (integrand, normalize, score, without),
+            reweighting=reweighting,
+        )
         terms = sequence_terms(batch.tokens, batch.ragged, weights, integrand)
         if taken is not None:
             terms = terms_less_prediction(terms, taken, original.value, normalize)

@@ -25,7 +25,7 @@ beta is the ridge regression of log p'_ik Y_ik on F_ik over the other folds of g
 `ridge`, of whose F the second half is left out, that is the regression of Y on x with
 rows weighted by (log p')^2. It is the fit under which the variance of the slope is
 smallest, sum E[(log p' Y - F beta)^2] with the tokens' terms uncorrelated. The penalty is
-a share of the diagonal of sum F F', a constant over n: what a fit on few groups would
+a share of the diagonal of sum F F', a constant over N: what a fit on few sequences would
 take for signal. Coefficients are never fitted on the group they are used on, and none
 uses T_i, so that with `sum` and `per_sequence` the slope stays exactly unbiased; with
 `per_token`, up to the 1/N of every ratio. The predictions are linear in Y: the same for
@@ -49,7 +49,7 @@ from entropy_ddp.model.response_tokens import NUM_EMBEDDINGS
 # Columns of `predictors`.
 NUM_PREDICTORS = 7
 NUM_FOLDS = 10
-# Times 1/n of the diagonal, for n groups.
+# Times 1/N of the diagonal, for N sequences.
 RIDGE_PENALTY = 32.0
 ACTION_VALUE_PENALTY = 320.0
 
@@ -168,19 +168,19 @@ def cross_fitted_coefficients(moments: Tensor, penalty: float) -> Tensor:
     return torch.linalg.solve(gram + torch.diag_embed(added + floor), right)
 
 
-def coefficients_of(moments: Tensor, num_groups: int) -> dict[SlopeBaseline, Tensor]:
+def coefficients_of(moments: Tensor, num_sequences: int) -> dict[SlopeBaseline, Tensor]:
     """Coefficients of the fitted baselines, [f, M, 2] each; those of x alone are 0.
 
     Args:
         moments: of `fold_moments` for `action_columns`, all ranks', [f, 9 F, 9 F + 2].
-        num_groups: n.
+        num_sequences: N: responses of one prompt are as many draws of its tokens.
     """
     total = moments.shape[1]
     width = total // (1 + NUM_EMBEDDINGS)
     plain = torch.cat([moments[:, :width, :width], moments[:, :width, -2:]], dim=2)
     ridge = moments.new_zeros(len(moments), total, 2)
-    ridge[:, :width] = cross_fitted_coefficients(plain, RIDGE_PENALTY / num_groups)
-    penalty = ACTION_VALUE_PENALTY / num_groups
+    ridge[:, :width] = cross_fitted_coefficients(plain, RIDGE_PENALTY / num_sequences)
+    penalty = ACTION_VALUE_PENALTY / num_sequences
     return {
         "ridge": ridge,
         "action_value": cross_fitted_coefficients(moments, penalty),

@@ -388,7 +388,7 @@ def _predict(
     """
     world, features = session.world, along.features
     fitted = coefficients_of(
-        world.sum(features.moments, "scalars"), session.batches["E"].num_groups
+        world.sum(features.moments, "scalars"), len(session.batches["E"])
     )
     totals = world.sum(features.totals, "scalars")
     sample = session.first_sequences(sample_size)

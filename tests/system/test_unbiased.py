@@ -20,6 +20,7 @@ from enumerable import (
     changes,
     curvature_of,
     draws_of,
+    middle_slope,
     predictions,
     second_order,
     slopes,
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from entropy_ddp.config import Integrand, Normalize
 from entropy_ddp.estimators import control_variates
-from entropy_ddp.estimators.control_variates import adjusted_slope
+from entropy_ddp.estimators.control_variates import adjusted_change, adjusted_slope
 from entropy_ddp.estimators.curvature import curvature
 from entropy_ddp.estimators.entropy import (
     Ratio,
+    Reweighting,
     per_decision_ratio,
     prefix_log_weights,
     prefix_sums,
@@ -45,10 +47,12 @@ from entropy_ddp.estimators.linear import (
     slope_from_terms,
     slope_weights,
 )
+from entropy_ddp.estimators.midpoint import midpoint_columns, midpoint_slope
 from entropy_ddp.estimators.standard_errors import Draws
 
 ATOL = 1e-10  # the contract's bar for expectations in float64
 ETA = 0.3
+SAMPLER = -0.2  # where E of another policy was sampled
 INTEGRANDS: tuple[Integrand, ...] = ("rb", "surprisal")
 NORMALIZATIONS: tuple[Normalize, ...] = (
     "per_token",
@@ -461,6 +465,136 @@ def test_change_per_sequence_per_decision_has_no_bias() -> None:
     exact = p.change(ETA, "per_sequence")
     assert abs(found["per_decision"] - exact) < ATOL
     assert abs(found["snis"] - exact) > 1e-4
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_first_order_noise_has_mean_zero_whatever_share_is_removed(
+    batches: str,
+) -> None:
+    """The share of a group comes from the other groups alone, where no baseline is fitted.
+
+    The coefficients of a fitted one come from all folds but one, and so do the shares: a
+    bias of the order of the ratio's is left, which falls as 1/N.
+    """
+    p = policy(BATCHES[batches][0])
+    fold = torch.arange(BATCHES[batches][1])
+
+    def estimates(batch: Table, draws: Draws) -> dict[object, float]:
+        change = changes(batch, draws, "sum")["snis"]
+        predicted = predictions(batch, draws, "rb", USED)
+        found = slopes(batch, draws, "sum", predicted=predicted)
+        original = batch.ratio("sum", "rb")
+        partner, best = found["full", "none"], found["to_go", "hk"]
+        adjusted = adjusted_change(change, partner, best, original, ETA, fold)
+        assert adjusted.control_weight is not None
+        return {
+            "value": adjusted.value,
+            "weight": adjusted.control_weight,
+            "moved": abs(adjusted.value - change.value),
+        }
+
+    found = expectation(batches, estimates)
+    exact = num_sequences(batches) * p.change(ETA, "sum")
+    assert abs(found["value"] - exact) < ATOL
+    assert 0.1 < found["weight"] < 1 and found["moved"] > 1e-2
+
+
+# The slope in the middle of the step
+
+
+@pytest.mark.parametrize("normalize", ["per_token", "per_sequence", "sum"])
+def test_middle_slope_of_all_responses(normalize: Normalize) -> None:
+    """Each response as often as it is probable: the derivative there, by autograd."""
+    p = policy("large")
+    table = p.table(ETA)
+    log_ratio = table["logp_middle"] - table["logp"]
+    columns = midpoint_columns(table.middle, log_ratio, table.ragged, 0.7)
+    columns = columns * p.probabilities[:, None]
+    if normalize != "per_token":
+        # The number of sequences is not weighted: a mean is a sum of probable ones.
+        normalize = "sum"
+    draws = draws_of(len(p.probabilities), 1)
+    found = midpoint_slope(columns, 0.7, normalize, draws).value
+    assert abs(found - p.derivative(1, normalize, place=ETA / 2)) < ATOL
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_middle_slope_of_batches(batches: str) -> None:
+    """Without a ratio there is no bias."""
+    p = policy(BATCHES[batches][0])
+
+    def estimates(batch: Table, draws: Draws) -> dict[object, float]:
+        return {n: middle_slope(batch, draws, n).value for n in ("sum", "per_sequence")}
+
+    found = expectation(batches, estimates)
+    exact = p.derivative(1, "sum", place=ETA / 2)
+    assert abs(found["sum"] / num_sequences(batches) - exact) < ATOL
+    assert abs(found["per_sequence"] - exact) < ATOL
+
+
+# E of another policy
+
+
+def expectation_elsewhere(
+    batches: str, estimates: Callable[[Table, Tensor, Draws], dict[object, float]]
+) -> dict[object, float]:
+    """Sum over all batches of probability where E was sampled times estimate.
+
+    The estimate is given the sampler's log-probabilities, [t].
+    """
+    name, num_groups, responses = BATCHES[batches]
+    p, draws = policy(name), draws_of(num_groups, responses)
+    sampler = p.table(SAMPLER)
+    index, probability = p.ordered_batches(num_groups, responses)
+    ratio = p.probability(at(SAMPLER)) / p.probabilities
+    pairs = p.table(ETA), sampler
+    total: dict[object, float] = {}
+    with torch.no_grad():
+        for rows, weight in zip(index, probability * ratio[index].prod(1), strict=True):
+            batch, there = (table.select(rows) for table in pairs)
+            found = estimates(batch, there["logp_after"], draws)
+            for key, value in found.items():
+                total[key] = total.get(key, 0.0) + float(weight) * value
+    return total
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_E_of_another_policy_is_weighed_without_bias(batches: str) -> None:
+    """Entropy, change and every slope, with baselines fitted on the same batch."""
+    p = policy(BATCHES[batches][0])
+
+    def estimates(batch: Table, sampled: Tensor, draws: Draws) -> dict[object, float]:
+        ragged = batch.ragged
+        weighting = Reweighting.of(ragged, batch["logp"] - sampled)
+        ratios = {}
+        for suffix in ("", "_after"):
+            weights = prefix_log_weights(ragged, batch["logp" + suffix] - sampled)
+            sums = prefix_sums(ragged, weights, batch["entropy" + suffix], 0.0)
+            ratios[suffix] = per_decision_ratio("sum", sums, 0.0).value
+        found: dict[object, float] = {
+            "before": ratios[""],
+            "change": ratios["_after"] - ratios[""],
+        }
+        predicted = predictions(batch, draws, "rb", USED, weighting)
+        for estimator, slope in slopes(
+            batch, draws, "sum", predicted=predicted, reweighting=weighting
+        ).items():
+            found[estimator] = slope.value
+        unweighted = slopes(batch, draws, "sum", predicted=predicted)
+        found["unweighted"] = unweighted["to_go", "hk"].value
+        return found
+
+    found = expectation_elsewhere(batches, estimates)
+    count = num_sequences(batches)
+    exact = {
+        "before": float(p.entropy(at(0.0), "sum", "rb")),
+        "change": p.change(ETA, "sum"),
+        **dict.fromkeys(applicable_estimators("sum", True), p.derivative(1, "sum")),
+    }
+    for key, value in exact.items():
+        assert abs(found[key] / count - value) < ATOL, key
+    # What is taken for a sample of this policy tells of another one.
+    assert abs(found["unweighted"] / count - p.derivative(1, "sum")) > 1e-2
 
 
 # The second derivative
