@@ -12,6 +12,7 @@ from entropy_ddp.answers.cells import (
     decimal,
     excerpt,
     head,
+    interval,
     number,
     part,
     place,
@@ -22,6 +23,7 @@ from entropy_ddp.answers.words import (
     GIVEN_E,
     count,
     differing,
+    excludes_zero,
     is_resolved,
     tenth,
     with_error,
@@ -54,7 +56,7 @@ def headline(ledger: Ledger) -> tuple[str, str, str]:
     total = ledger.totals.get("truth", ledger.totals["first_order"])
     value, error = total["value"], total["se"]
     steps = count(ledger.steps["probed"], "step")
-    if not is_resolved(value, error):
+    if not is_told(total):
         begin = f"{steps} changed the entropy by "
         after = " nats per token: too little to tell from zero"
         return begin, with_error(value, error), after
@@ -63,10 +65,17 @@ def headline(ledger: Ledger) -> tuple[str, str, str]:
     return f"{steps} {verb} the entropy by ", pair, " nats per token"
 
 
+def is_told(total: dict[str, Any]) -> bool:
+    """Whether a sum stands out of its error."""
+    if "interval" in total:
+        return excludes_zero(total["interval"])
+    return is_resolved(total["value"], total["se"])
+
+
 def sign(ledger: Ledger) -> str:
     """`cold` for a fall, `warm` for a rise, empty for what may be neither."""
     total = ledger.totals.get("truth", ledger.totals["first_order"])
-    if not (is_resolved(total["value"], total["se"]) and ledger.trusted):
+    if not (is_told(total) and ledger.trusted):
         return ""
     return "cold" if total["value"] < 0 else "warm"
 
@@ -74,7 +83,10 @@ def sign(ledger: Ledger) -> str:
 def totals(ledger: Ledger) -> Table:
     """Sums over the run."""
     steps = ledger.steps
+    known = any("interval" in total for total in ledger.totals.values())
     columns = ["quantity", "nats/token", "of the truth"]
+    if known:
+        columns.insert(2, "95 % interval")
     if ledger.scaled is not None:
         columns.append(f"scaled to {steps['total']:,} steps")
     rows = []
@@ -82,6 +94,8 @@ def totals(ledger: Ledger) -> Table:
         if name in ledger.totals:
             total = ledger.totals[name]
             row = [text(label), change(total["value"], total["se"])]
+            if known:
+                row.append(interval(total.get("interval")))
             row.append(_of_truth(ledger, name))
             if ledger.scaled is not None:
                 scaled = ledger.scaled.get(name, {})
@@ -97,7 +111,7 @@ def totals(ledger: Ledger) -> Table:
 def _of_truth(ledger: Ledger, name: str) -> Cell:
     """A sum in percent of the measured one, with the paired error of the two."""
     truth, total = ledger.totals.get("truth"), ledger.totals[name]
-    if truth is None or not is_resolved(truth["value"], truth["se"]):
+    if truth is None or not is_told(truth):
         return share(None)
     if "difference_se" not in total:
         return share(1.0 if name == "truth" else None)

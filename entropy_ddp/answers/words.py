@@ -129,7 +129,8 @@ def error_of(values: Mapping[str, Any], name: str = "se") -> float:
 
     The jackknife's is the one that intervals are made of.
     """
-    return float(values.get(f"{name}_jackknife", values[name]))
+    jackknife = f"{name}_jackknife"
+    return float(values[jackknife if jackknife in values else name])
 
 
 def shown_error(truth: Mapping[str, Any]) -> float:

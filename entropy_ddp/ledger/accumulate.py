@@ -12,6 +12,12 @@ second_order - first_order; the rest is of third order, and what a step that was
 again from a dump of its batch differs from the trainer's. The curve is the entropy on
 fresh responses before each probed step and at the end: nothing of it enters the sums.
 
+Errors are the jackknife's where a line has them. The degrees of freedom of a sum's are
+
+    df = (sum se_s^2)^2 / sum (se_s^4 / (n_s - 1)),     n_s groups in the E of step s
+
+(Satterthwaite 1946), by which it has a 95 % interval.
+
 Sums are of the probed steps. Where those are not all, `scaled` lets each stand for the
 steps since the one before: with N steps of which n were probed, N / n times the sum, of
 error N / sqrt(n) times the standard deviation of the steps' changes. A few steps may be
@@ -23,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_ddp.estimators.quantiles import two_sided
 from entropy_ddp.ledger.lines import RunLog
 
 SERIES = ("truth", "first_order", "second_order")
@@ -45,9 +52,10 @@ class Ledger:
             probed of how many; how many of those are split into parts.
         curve: [{step, value, se}], `step` the number of steps taken before.
         cumulative: [{step, truth, first_order, second_order}], each {value, se}.
-        totals: the last of them by name, and `curve`, the change of the curve. Of the
-            predictions also `difference_se`, the paired error of truth - prediction,
-            where every step has one.
+        totals: the last of them by name, and `curve`, the change of the curve; with its
+            95 % `interval` where every line has jackknife errors. Of the predictions also
+            `difference_se`, the paired error of truth - prediction, where every step has
+            one.
         parts: {momentum, decay, gradient, curvature, rest}; the last two where known.
         part_errors: standard errors of `curvature` and `rest` from their paired errors
             at every step, of `total`, the sum of all parts, and of `first_order`, the
@@ -114,12 +122,16 @@ def accumulate(log: RunLog) -> Ledger:
         "total": last - first + 1,
         "attributed": len(attributed),
     }
-    curve = [{"step": _begin(entry), **entry["entropy"]} for entry in entries]
+    curve = [{"step": _begin(entry), **_pair(entry["entropy"])} for entry in entries]
     if log.end is not None:
-        curve.append({"step": log.end["step"], **log.end["entropy"]})
+        curve.append({"step": log.end["step"], **_pair(log.end["entropy"])})
     series = [s for s in SERIES if all(s in entry for entry in entries)]
     cumulative = _cumulative(entries, series)
     totals = {name: cumulative[-1][name] for name in series} | _change(curve)
+    for name in series:
+        interval = _interval(totals[name], entries, name)
+        if interval is not None:
+            totals[name] = totals[name] | {"interval": interval}
     for name, key in PAIRED.items():
         if name in series and all(key in entry for entry in entries):
             totals[name] = totals[name] | {"difference_se": _error(entries, key)}
@@ -154,13 +166,34 @@ def _begin(entry: Entry) -> int:
     return entry["step"] - _num_steps(entry)
 
 
+def _own_error(found: Entry) -> float:
+    """A standard error of a line: by the jackknife where the version wrote it."""
+    return float(found["se_jackknife" if "se_jackknife" in found else "se"])
+
+
+def _pair(found: Entry) -> Entry:
+    return {"value": found["value"], "se": _own_error(found)}
+
+
+def _interval(total: Entry, entries: list[Entry], name: str) -> list[float] | None:
+    """95 % interval of a sum over steps; None where a line has no jackknife error."""
+    if not all("se_jackknife" in entry[name] for entry in entries):
+        return None
+    squares = [entry[name]["se_jackknife"] ** 2 for entry in entries]
+    groups = [entry["E"]["num_groups"] for entry in entries]
+    fourth = sum(s**2 / (n - 1) for s, n in zip(squares, groups, strict=True))
+    degrees = sum(squares) ** 2 / fourth if fourth else min(groups) - 1
+    half = two_sided(max(1, math.floor(degrees))) * total["se"]
+    return [total["value"] - half, total["value"] + half]
+
+
 def _cumulative(entries: list[Entry], series: list[str]) -> list[Entry]:
     rows, value, square = [], dict.fromkeys(series, 0.0), dict.fromkeys(series, 0.0)
     for entry in entries:
         row: Entry = {"step": entry["step"]}
         for name in series:
             value[name] += entry[name]["value"]
-            square[name] += entry[name]["se"] ** 2
+            square[name] += _own_error(entry[name]) ** 2
             row[name] = {"value": value[name], "se": math.sqrt(square[name])}
         rows.append(row)
     return rows
@@ -216,7 +249,7 @@ def _part_errors(attributed: list[Entry], parts: dict[str, float]) -> dict[str, 
 
 def _error(entries: list[Entry], key: str) -> float:
     """Root of the sum of squares: the responses of every step are its own."""
-    return math.hypot(*(entry[key]["se"] for entry in entries))
+    return math.hypot(*(_own_error(entry[key]) for entry in entries))
 
 
 def _cumulative_parts(attributed: list[Entry]) -> list[Entry]:

@@ -12,10 +12,11 @@ Every line is a JSON object with a `kind`:
   | step | number of the optimizer step, from 1 |
   | learning_rate, grad_norm, clip_coefficient | of the step |
   | E, U | {num_groups, num_sequences, num_tokens} |
-  | entropy | {value, se} at theta on E, fresh responses |
-  | first_order, second_order | predicted change {value, se}; second order at the middle |
-  | truth | {value, se, ess_fraction}: importance-weighted change on the same E |
-  | truth_minus_first, truth_minus_second | differences with their paired se |
+  | entropy | {value, se, se_jackknife, interval} at theta on E, fresh responses; as of
+    what follows, `se` is of the delta method, `interval` [low, high] of 95 % |
+  | first_order, second_order | predicted change, likewise; second order at the middle |
+  | truth | importance-weighted change on the same E, likewise, and ess_fraction |
+  | truth_minus_first, truth_minus_second | differences with their paired errors |
   | second_minus_first | the curvature, likewise |
   | parts | {momentum, decay, gradient} of the first-order change |
   | tokens | {positive, negative, zero, unattributed}: the gradient part by sign of the
@@ -27,7 +28,7 @@ Every line is a JSON object with a `kind`:
   | checks | see below |
   | seconds | wall-clock seconds that the probe took |
 
-- `end`: `step`, `entropy` {value, se} at the weights that the training ended with.
+- `end`: `step`, `entropy` as above at the weights that the training ended with.
 
 A key that was not asked for is absent. Of a run that is read from its checkpoints, `run`
 has `checkpoints` in place of `settings` and `trainer`, and a `step` that is about all

@@ -101,17 +101,21 @@ def sizes_of(batch: Batch) -> dict[str, int]:
     }
 
 
-def entropy_entry(entropy: Ratio, draws: Draws) -> dict[str, float]:
+def entropy_entry(entropy: Ratio, draws: Draws) -> dict[str, Any]:
     """An entropy with its standard errors."""
     return _entry(entropy.estimate(draws))
 
 
-def _entry(estimate: Estimate) -> dict[str, float]:
-    """A value with its standard errors, by the delta method and by the jackknife."""
+def _entry(estimate: Estimate) -> dict[str, Any]:
+    """A value with its standard errors, by the delta method and by the jackknife.
+
+    With its 95 % interval, which is made of the latter.
+    """
     return {
         "value": estimate.value,
         "se": estimate.se,
         "se_jackknife": estimate.se_jackknife,
+        "interval": estimate.interval(),
     }
 
 
@@ -211,6 +215,9 @@ def logged_values(entry: dict[str, Any]) -> dict[str, float]:
         if key in entry:
             values[key] = entry[key]["value"]
             values[f"{key}_se"] = entry[key]["se"]
+            if "interval" in entry[key]:
+                low, high = entry[key]["interval"]
+                values |= {f"{key}_low": low, f"{key}_high": high}
     if "truth" in entry:
         values["ess_fraction"] = entry["truth"]["ess_fraction"]
     values |= entry["parts"]

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 from rich.console import Console
 
+from entropy_ddp.answers.ledger_tables import headline
 from entropy_ddp.cli import main
 from entropy_ddp.errors import InputError
 from entropy_ddp.ledger.accumulate import Ledger, accumulate
@@ -89,6 +90,42 @@ def test_entries_add_up_to_the_truth(tmp_path: Path) -> None:
     assert change == pytest.approx({"value": -0.4, "se": 0.5})
 
 
+def with_jackknife(line: dict[str, Any], factor: float, groups: int) -> dict[str, Any]:
+    """A line as versions write it that know jackknife errors, of so many groups."""
+    known = {
+        key: value | {"se_jackknife": factor * value["se"]}
+        for key, value in line.items()
+        if isinstance(value, dict) and "se" in value
+    }
+    return line | known | {"E": {"num_groups": groups}}
+
+
+def test_sums_have_intervals_by_student_s_t(tmp_path: Path) -> None:
+    """Of jackknife errors; degrees of freedom add up where errors are alike."""
+    lines = [with_jackknife(step_line(step), 1.5, 4) for step in (1, 2, 3)]
+    found = ledger(tmp_path, run_line(), *lines, end_line())
+    total = found.totals["truth"]
+    assert total["se"] == pytest.approx(1.5 * 0.02 * math.sqrt(3))
+    half = 2.2621571628 * total["se"]  # Student's t of 3 (4 - 1) degrees
+    assert total["interval"] == pytest.approx([-0.6 - half, -0.6 + half])
+    assert found.totals["second_order"]["difference_se"] == pytest.approx(
+        1.5 * 0.001 * math.sqrt(3)
+    )
+    old = ledger(tmp_path, run_line(), step_line(1), *lines[1:], end_line())
+    assert "interval" not in old.totals["truth"]
+
+
+def test_a_sum_is_judged_by_its_interval(tmp_path: Path) -> None:
+    """Five errors of two groups are no fall: t of one degree is 12.7."""
+    line = with_jackknife(step_line(1), 2.0, 2)
+    said = "".join(headline(ledger(tmp_path, run_line(steps=1), line)))
+    assert "too little to tell from zero" in said
+    line = with_jackknife(step_line(1), 2.0, 9)
+    assert " lowered the entropy by " in "".join(
+        headline(ledger(tmp_path, run_line(steps=1), line))
+    )
+
+
 def test_parts_have_the_errors_that_their_lines_have(tmp_path: Path) -> None:
     """Curvature and rest by the paired errors; a line without has none, nor a claim."""
     lines = [run_line(), step_line(1), step_line(2, 2.0), step_line(3), end_line()]
@@ -127,8 +164,8 @@ def test_the_headline_states_a_fall_only_beyond_its_error(
     truth = {"value": -0.2, "se": error, "ess_fraction": 0.9}
     steps = [step_line(n, truth=truth) for n in (1, 2, 3)]
     page = ledger_page(ledger(tmp_path, run_line(), *steps, end_line()), "run")
-    headline = "".join(page.headline).replace("\N{NO-BREAK SPACE}", " ")
-    assert headline.startswith(said)
+    told = "".join(page.headline).replace("\N{NO-BREAK SPACE}", " ")
+    assert told.startswith(said)
     assert page.sign == sign
 
 
