@@ -21,6 +21,7 @@ from entropy_ddp.answers.words import (
     is_missed,
     is_resolved,
     linear_error,
+    listed,
     missed_error,
     number,
     percent,
@@ -235,21 +236,29 @@ def sweep_sentences(document: Document) -> list[str]:
 
 def off_by_sentences(document: Document) -> list[str]:
     """Up to which step size first order is off by less than some shares of the truth."""
-    rows = document["sweep_summary"].get("reach", [])
-    told = [
-        f"by less than {number(100 * row['off_by'])}{FIXED}% {_up_to(row)}"
-        for row in rows
-    ]
-    if not told:
-        return []
-    return [f"First order is off {'; '.join(told)}. Brackets: 95{FIXED}% intervals."]
+    known, unknown = [], []
+    for row in document["sweep_summary"].get("reach", []):
+        share = f"{number(100 * row['off_by'])}{FIXED}%"
+        if row["interval"] == [None, None]:
+            unknown.append(share)
+        else:
+            known.append(f"by less than {share} {_up_to(row)}")
+    told = []
+    if known:
+        told.append(
+            f"First order is off {'; '.join(known)}. Brackets: 95{FIXED}% intervals."
+        )
+    if unknown:
+        told.append(
+            f"Where first order is off by less than {listed(unknown)} is not resolved "
+            "with this E."
+        )
+    return told
 
 
 def _up_to(row: dict[str, Any]) -> str:
     """A step size with its interval, or the bound that is known."""
     low, high = row["interval"]
-    if low is None and high is None:
-        return "at step sizes that this E does not resolve"
     if high is None:
         return f"up to at least η = {number(low, 2)}"
     if low is None:

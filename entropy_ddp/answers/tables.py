@@ -294,7 +294,7 @@ def step(document: Document) -> Table:
     if curvature and curvature["se"] > abs(curvature["second_derivative"]):
         caption += (
             "\nthe error of H'' is above H'': --set curvature.enabled=false leaves it "
-            "out, and half of the work on E"
+            "out, and its pass over E"
         )
     return Table(
         title="The step and the terms of ΔH first order",

@@ -192,7 +192,6 @@ REACH = {
     (0.0091, 0.0052, None): "up to at least η = 0.0052",
     (None, 0.01, None): "up to at least η = 0.01",
     (None, None, 1e-4): "below η = 1 × 10⁻⁴ at most",
-    (None, None, None): "at step sizes that this E does not resolve",
 }
 
 
@@ -207,6 +206,10 @@ def test_how_far_first_order_reaches(
     document["sweep_summary"] |= {"reach": [row]}
     told = plain(" ".join(headline.sweep_sentences(document)))
     assert f"First order is off by less than 5 % {said}. Brackets" in told
+    row["interval"] = [None, None]
+    told = plain(" ".join(headline.sweep_sentences(document)))
+    assert "is off by less than 5 % is not resolved with this E." in told
+    assert "Brackets" not in told
 
 
 def test_a_sweep_is_judged_by_student_s_t_where_intervals_are_known() -> None:
