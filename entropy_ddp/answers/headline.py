@@ -135,7 +135,6 @@ def lead(document: Document) -> str:
     sentences += [
         interval_of_change(document),
         f"First order predicts {predicted}.",
-        doubt_of_entropy(document),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -260,12 +259,12 @@ def _up_to(row: dict[str, Any]) -> str:
     """A step size with its interval, or the bound that is known."""
     low, high = row["interval"]
     if high is None:
-        return f"up to at least η = {number(low, 2)}"
+        return f"up to at least η{FIXED}={FIXED}{number(low, 2)}"
     if low is None:
-        return f"below η = {number(high, 2)} at most"
+        return f"below η{FIXED}={FIXED}{number(high, 2)} at most"
     eta = row["eta"] if row["eta"] is not None else (low + high) / 2
     ends = interval(low, high, signed=False)
-    return f"up to η = {number(eta, 2)} ({ends})"
+    return f"up to η{FIXED}={FIXED}{number(eta, 2)} ({ends})"
 
 
 def edge(curvature: dict[str, Any]) -> str:
@@ -279,7 +278,7 @@ def edge(curvature: dict[str, Any]) -> str:
             eta = number(curvature["eta_star"], 2)
             ends = interval(low, high, signed=False)
             return (
-                f"The second order equals the first at η* = {eta}, the edge of the linear "
+                f"The second order equals the first at η*{FIXED}={FIXED}{eta}, the edge of the linear "
                 f"regime (95{FIXED}% interval {ends})."
             )
         if not low:
@@ -292,7 +291,7 @@ def edge(curvature: dict[str, Any]) -> str:
     if not is_resolved(second, error):
         return unresolved
     eta = with_error(curvature["eta_star"], curvature["eta_star_se"], signed=False)
-    return f"The second order equals the first at η* = {eta}, the edge of the linear regime."
+    return f"The second order equals the first at η*{FIXED}={FIXED}{eta}, the edge of the linear regime."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,10 +379,13 @@ def _missed(document: Document) -> str:
 
 
 def _trust(document: Document) -> Glance:
-    rows, ess = document["audit"], document["truth"]["ess_fraction"]
+    rows, truth = document["audit"], document["truth"]
     failed = sum(row["verdict"] == "fail" for row in rows)
     warned = sum(row["verdict"] == "warn" for row in rows)
-    detail = f"Effective sample size {percent(ess, 3)} of E."
+    detail = (
+        f"Effective sample size {percent(truth['ess_fraction'], 3)} of E: "
+        f"{truth['ess']:,.0f} responses."
+    )
     checks = count(len(rows), "check")
     if failed or document["status"] != "ok":
         answer, tone = "No", "bad"

@@ -226,7 +226,7 @@ def test_second_order_is_nearer_to_the_truth_than_the_first(tmp_path: Path) -> N
         first = abs(entry["truth_minus_first"]["value"])
         second = abs(entry["truth_minus_second"]["value"])
         assert second < first / 3
-        bend, error = entry["second_minus_first"].values()
+        bend, error = (entry["second_minus_first"][name] for name in ("value", "se"))
         one, other = entry["second_order"], entry["first_order"]
         assert bend == pytest.approx(one["value"] - other["value"])
         # Two numbers of the same responses.

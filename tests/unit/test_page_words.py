@@ -278,7 +278,7 @@ def test_the_error_of_the_entropy_is_doubted_where_few_responses_make_it() -> No
         assert said.startswith(
             "The error of H itself is likely too small: E has 40 groups"
         )
-        assert said in headline.lead(doubted)
+        assert headline.glances(doubted)[0].detail.endswith(said)
         assert said in tables.answer(doubted).caption
         doubted["E"] = doubted["E"] | {"num_groups": 256}
         assert headline.doubt_of_entropy(doubted) == ""
