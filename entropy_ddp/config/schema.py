@@ -507,7 +507,7 @@ class Attribution(Section):
     top: int = Field(default=20, gt=0, le=MAX_INTEGER)
     fraction: float = Field(default=0.05, gt=0, lt=1)
     verify: bool = False
-    blocks: int = Field(default=8, ge=2, le=MAX_INTEGER)
+    blocks: int = Field(default=8, ge=2, le=16)
 
 
 class Precision(Section):

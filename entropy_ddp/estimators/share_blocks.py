@@ -19,6 +19,7 @@ Shape legend: T tokens of U, K blocks of E, n groups.
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -110,16 +111,30 @@ def standard_error(added: Tensor, size: Tensor) -> float | None:
 
 
 def correlation_of_halves(blocks: BlockShares) -> float | None:
-    """Pearson's correlation of the token shares of the two halves; None if one is constant.
+    """Mean correlation (Pearson's) of the token shares of two halves of the blocks.
 
-    How many groups a half has scales its shares only.
+    Over all ways to halve them, as equally as can be: one way alone is at the mercy of
+    single blocks. Of ways in which a half's shares are constant there is none; None if
+    that is so of all.
     """
-    first, second = (blocks.half(number) for number in (0, 1))
-    if not len(first):
+    centred = blocks.share - blocks.share.mean(0) if len(blocks.share) else blocks.share
+    products = centred.T @ centred
+    # Which blocks are in the one half, [ways, K]: the first of them is, of even numbers.
+    chosen = list(combinations(range(blocks.count), blocks.count // 2))
+    if blocks.count % 2 == 0:
+        chosen = [places for places in chosen if 0 in places]
+    one = torch.zeros(len(chosen), blocks.count, dtype=torch.float64)
+    one.scatter_(1, torch.tensor(chosen), 1.0)
+    other = 1 - one
+    own, its, common = (
+        ((left @ products) * right).sum(1)
+        for left, right in ((one, one), (other, other), (one, other))
+    )
+    varied = (own > 0) & (its > 0)
+    if not bool(varied.any()):
         return None
-    first, second = first - first.mean(), second - second.mean()
-    scale = math.sqrt(float(first @ first)) * math.sqrt(float(second @ second))
-    return max(-1.0, min(1.0, float(first @ second) / scale)) if scale else None
+    found = common[varied] / (own[varied] * its[varied]).sqrt()
+    return float(found.clamp(-1, 1).mean())
 
 
 def reliability(correlation: float) -> float:

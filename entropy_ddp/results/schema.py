@@ -342,8 +342,8 @@ class AttributionResult:
         momentum_se_jackknife, ...: by the jackknife.
         attribution_gap: |total - delta_h1| over the largest term of delta_h1.
         num_blocks: number of disjoint blocks of E that shares were computed from.
-        half_correlation: Pearson's correlation of the token shares of two halves of E;
-            None if the shares of a half are all equal.
+        half_correlation: correlation (Pearson's) of the token shares of two halves of E,
+            the mean over all ways to halve its blocks; None if shares are all equal.
         reliability: what the token shares of another E as large would correlate with, by
             Spearman and Brown; 0 where the halves do not agree; None as above.
         covariance: how well (log p - mean)(A - mean) ranks tokens against their share:

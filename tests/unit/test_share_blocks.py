@@ -91,12 +91,26 @@ def test_halves_are_even_and_odd_blocks() -> None:
     even, odd = blocks.half(0), blocks.half(1)
     torch.testing.assert_close(even, blocks.share[:, [0, 2, 4]].sum(1))
     torch.testing.assert_close(odd, blocks.share[:, [1, 3]].sum(1))
-    expected = torch.corrcoef(torch.stack([even, odd]))[0, 1]
-    found = correlation_of_halves(blocks)
-    assert found == pytest.approx(float(expected), rel=1e-12)
     torch.testing.assert_close(
         blocks.total, blocks.momentum + blocks.decay + blocks.share.sum(0)
     )
+
+
+@pytest.mark.parametrize(("count", "ways"), [(2, 1), (4, 3), (5, 10), (8, 35)])
+def test_correlation_is_the_mean_over_all_halvings(count: int, ways: int) -> None:
+    blocks = random_blocks(4, count=count)
+    found = []
+    for mask in range(2**count):
+        chosen = [block for block in range(count) if mask >> block & 1]
+        rest = [block for block in range(count) if block not in chosen]
+        # Of an even number every halving is met twice.
+        if len(chosen) != count // 2 or (count % 2 == 0 and 0 not in chosen):
+            continue
+        halves = [blocks.share[:, places].sum(1) for places in (chosen, rest)]
+        found.append(float(torch.corrcoef(torch.stack(halves))[0, 1]))
+    assert len(found) == ways
+    expected = sum(found) / ways
+    assert correlation_of_halves(blocks) == pytest.approx(expected, rel=1e-12)
 
 
 def test_shares_that_are_all_equal_have_no_correlation() -> None:
