@@ -17,6 +17,7 @@ from entropy_ddp.answers.words import (
     entropy_error,
     error_of,
     excludes_zero,
+    independent_units,
     interval,
     is_missed,
     is_resolved,
@@ -344,7 +345,7 @@ def _how_much(document: Document) -> Glance:
 def _how_sure(document: Document) -> Glance:
     truth = document["truth"]
     change, error = truth["delta_h_true"], shown_error(truth)
-    groups = count(document["E"]["num_groups"], "prompt draw")
+    groups = count(independent_units(document["E"]), "prompt draw")
     detail = f"± is one standard error over {groups} of E."
     if "interval" in truth:
         detail += f" 95{FIXED}% interval: {interval(*truth['interval'])}."

@@ -8,6 +8,7 @@ from entropy_ddp.answers.cells import Row, Table, share, text
 from entropy_ddp.answers.words import (
     FIXED,
     UNITS,
+    independent_units,
     interval,
     number,
     percent,
@@ -76,13 +77,6 @@ def _smallest(document: Document) -> str:
     return f"{shown} ({supported_percent(part, relative * part)} of H)"
 
 
-def _prompts_in(facts: Mapping[str, Any]) -> int:
-    """Prompts of E: of a set, a prompt that comes in several passes counts once."""
-    if facts.get("with_replacement") is False:
-        return min(facts["num_groups"], facts["num_prompts_total"])
-    return int(facts["num_groups"])
-
-
 def _size(document: Document) -> str:
     """How many prompts, with no more digits than are known of it."""
     found, facts = document["power"], document["E"]
@@ -93,7 +87,7 @@ def _size(document: Document) -> str:
     if "groups_for_20_percent" not in found:
         return "no number is enough"
     groups, error = found["groups_for_20_percent"], found["groups_for_20_percent_se"]
-    about = f"about {supported(float(groups), error, 2)} (E has {_prompts_in(facts):,})"
+    about = f"about {supported(float(groups), error, 2)} (E has {independent_units(facts):,})"
     if total is not None and facts["with_replacement"] is False and groups > total:
         about += f", of {total:,} that there are"
     return about
@@ -121,7 +115,7 @@ def advice(document: Document) -> str:
         told.append(_of_set(facts))
     if found["between_prompts_se"] > KNOWN:
         told.append("How much lies between prompts is hardly known with this E.")
-    elif not is_set or _prompts_in(facts) < total:
+    elif not is_set or independent_units(facts) < total:
         left = between**0.5
         if left > LITTLE:
             told.append("More prompts help; more responses to each hardly do.")
@@ -144,7 +138,7 @@ def advice(document: Document) -> str:
 
 
 def _of_set(facts: Mapping[str, Any]) -> str:
-    total, prompts = facts["num_prompts_total"], _prompts_in(facts)
+    total, prompts = facts["num_prompts_total"], independent_units(facts)
     if prompts >= total:
         return (
             f"E has all {total:,} prompts: only their responses are left to chance, and "

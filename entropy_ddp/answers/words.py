@@ -61,7 +61,14 @@ def quantile_of(document: Mapping[str, Any]) -> float:
     """
     if "interval" not in document["truth"]:
         return RESOLVED
-    return two_sided(document["E"]["num_groups"] - 1)
+    return two_sided(independent_units(document["E"]) - 1)
+
+
+def independent_units(facts: Mapping[str, Any]) -> int:
+    """Prompt draws of a batch; of a set in balanced passes, a prompt counts once."""
+    if facts.get("with_replacement") is False:
+        return min(facts["num_groups"], facts["num_prompts_total"])
+    return int(facts["num_groups"])
 
 
 def true_minus(text: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.answers.words import independent_units
 from entropy_ddp.config import Config, Sample
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.power import Precision
@@ -148,11 +149,8 @@ def _precision(pilot: StoredRun) -> Precision:
             "writes, found none; run the probe again"
         )
     total, between = facts.get("num_prompts_total"), power.get("between_prompts")
-    units = facts["num_groups"]
+    units = independent_units(facts)
     is_drawn_once = facts.get("with_replacement") is False
-    if is_drawn_once:
-        # Balanced passes: a prompt is a unit, however many groups it has.
-        units = min(units, total)
     return Precision(
         se=math.hypot(truth["se_jackknife"], truth.get("noise_floor") or 0.0),
         num_units=units,

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from entropy_ddp.answers.power import advice, power
+from entropy_ddp.answers.words import quantile_of
+from entropy_ddp.estimators.quantiles import two_sided
 
 TRUTH = {
     "normalize": "per_token", "H_orig": 0.25, "delta_h_true": -2e-3,
@@ -125,6 +127,17 @@ def test_what_would_help(
 ) -> None:
     said = advice(document(facts, **found)).replace("\xa0", " ")
     assert sentence in said
+
+
+def test_a_prompt_in_several_passes_counts_once() -> None:
+    passes = SET | {"num_prompts_total": 200}
+    told = document(passes, **SHARES)
+    assert rows(told)["prompts for ±20 % of this change"].startswith(
+        "about 340 (E has 200), of 200"
+    )
+    assert advice(told).startswith("E has all 200 prompts")
+    assert quantile_of(told) == two_sided(199)
+    assert quantile_of(document(SET)) == two_sided(399)
 
 
 @pytest.mark.parametrize(
