@@ -446,6 +446,9 @@ def _of_sample(along: AlongStep, sample: Shard, coefficients: Tensor) -> Predict
     after = torch.zeros(count, 2, dtype=torch.float64)
     of_means = torch.zeros(count, NUM_EMBEDDINGS, 2, dtype=torch.float64)
     for block in sample.blocks():
+        # Of a rank without a token of the sample there are no features.
+        if not len(block.tokens):
+            continue
         scores = along.scores.at(block.tokens)
         kept = along.features.sample.items()
         scores.features = {name: values[block.tokens] for name, values in kept}

@@ -222,7 +222,8 @@ def _block_terms(
     after = None if predictions is None else predictions.after_token[block.tokens]
     weights = slope_weights(tokens, ragged, mean_entropy, kind, after, weighting)
     terms = sequence_terms(tokens, ragged, weights, integrand)
-    if predictions is None or predictions.of_means is None:
+    # A block without a token has no features.
+    if predictions is None or predictions.of_means is None or not ragged.num_tokens:
         return weights, terms
     of_means = predictions.of_means[block.tokens]
     values, steps = (

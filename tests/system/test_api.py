@@ -74,14 +74,15 @@ def test_jobs_leave_the_policy_as_it_was(opened: Run) -> None:
 
 def test_a_job_may_set_keys_for_itself(opened: Run) -> None:
     chosen = {"score": "to_go", "baseline": "hk"}
+    best = ("to_go", "action_value")
     slopes = {
         (row["score"], row["baseline"]): row["slope"]
         for row in opened.probe().results.linear_all
         if not row["control_variates"]
     }
     found = opened.probe(linear=chosen).results.linear
-    assert found.slope == slopes["to_go", "hk"] != slopes["full", "none"]
-    assert opened.probe().results.linear.slope == slopes["full", "none"]
+    assert found.slope == slopes["to_go", "hk"] != slopes[best]
+    assert opened.probe().results.linear.slope == slopes[best]
 
 
 @pytest.mark.parametrize(

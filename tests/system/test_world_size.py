@@ -24,6 +24,7 @@ from reference import Row, drawn_from, random_rows, with_sampling_logprobs
 
 from entropy_ddp.config import load_config
 from entropy_ddp.distributed import World
+from entropy_ddp.estimators.quantiles import two_sided
 from entropy_ddp.results import write_results
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
@@ -266,40 +267,61 @@ def term_scale(place: str, results: Mapping[str, Any], rows: list[Any]) -> float
     entropy = abs(results["truth"]["H_orig"])
     slope = max(map(abs, results["linear"]["terms"].values()))
     rate = results["update"]["learning_rate_used"]
-    last = place.rsplit(".", 1)[-1]
+    names = [name for name in place.split(".") if not name.isdigit()]
+    # A jackknife error is of the same terms.
+    last = names[-1].replace("_jackknife", "")
+    quantile = two_sided(results["E"]["num_groups"] - 1)
+    # What the ends of an interval have of an error.
+    ends = quantile if last.endswith("interval") else 1.0
     if "log_weight" in place:
         return max(abs(row["logp"]) for row in rows)
+    if last in ("effective_degrees_of_freedom", "largest_share"):
+        # Powers of influences, which are differences of such terms.
+        return 4 * results["truth"][last] * entropy / results["truth"]["se"]
+    if last == "control_weight":
+        return entropy / (rate * slope)
     if place.startswith((".truth", ".contribution_true")):
-        return entropy
+        return ends * entropy
     if place.startswith(".curvature"):
-        curvature = results["curvature"]
-        size = max(abs(curvature["second_derivative"]), curvature["se"])
-        if results["run"]["dtype"] == "float32":
-            # A difference of two slopes: their rounding over the distance between them.
-            size = max(size, 0.1 * slope / curvature["step"])
-        relative = (
-            size
-            * slope
-            / abs(curvature["second_derivative"] * results["linear"]["slope"])
-        )
-        return {
-            "second_derivative": size,
-            "se": size,
-            "delta_h2": rate * slope + rate**2 * size,
-            "delta_h2_se": rate * slope + rate**2 * size,
-            "difference_se": entropy + rate * slope + rate**2 * size,
-            "eta_star": curvature["eta_star"] * relative,
-            # A product of eta* and of errors over H'' and over the slope.
-            "eta_star_se": (curvature["eta_star"] + 3 * (curvature["eta_star_se"] or 0))
-            * relative,
-            "step": curvature["step"],
-        }[last]
+        return ends * curvature_scale(last, results, quantile)
     if last in ("bars_dot", "u_cross", "deltaH1"):
         dot = results["gradient_dot"]
         return dot["x_norm"] * dot["y_norm"] * dot["learning_rate"]
-    if last in ("delta_h1", "difference_se", "contribution_linear"):
-        return rate * slope + (entropy if last == "difference_se" else 0.0)
+    if last in ("delta_h1", "interval", "contribution_linear"):
+        return ends * rate * slope
+    if last in ("difference_se", "difference_interval"):
+        return ends * (rate * slope + entropy)
     return slope if place.startswith(".linear") else 0.0
+
+
+def curvature_scale(last: str, results: Mapping[str, Any], quantile: float) -> float:
+    """The same of a part of `curvature`."""
+    entropy = abs(results["truth"]["H_orig"])
+    slope = max(map(abs, results["linear"]["terms"].values()))
+    rate = results["update"]["learning_rate_used"]
+    curvature = results["curvature"]
+    # A difference of two slopes: their rounding over the distance between them.
+    size = max(abs(curvature["second_derivative"]), slope / curvature["step"])
+    second = abs(curvature["second_derivative"])
+    relative = size * slope / (second * abs(results["linear"]["slope"]))
+    edge = curvature["eta_star"]
+    # How near H'' is to the limit of being resolved, where the interval has its pole.
+    resolved = abs(second**2 - (quantile * curvature["se"]) ** 2)
+    highest = max(filter(None, curvature["eta_star_interval"]), default=edge)
+    return {
+        "second_derivative": size,
+        "se": size,
+        "delta_h2": rate * slope + rate**2 * size,
+        "delta_h2_se": rate * slope + rate**2 * size,
+        "interval": rate * slope + rate**2 * size,
+        "difference_se": entropy + rate * slope + rate**2 * size,
+        "difference_interval": entropy + rate * slope + rate**2 * size,
+        "eta_star": edge * relative,
+        # A product of eta* and of errors over H'' and over the slope.
+        "eta_star_se": (edge + 3 * (curvature["eta_star_se"] or 0)) * relative,
+        "eta_star_interval": highest * size * (second + curvature["se"]) / resolved,
+        "step": curvature["step"],
+    }[last]
 
 
 def require_equal(found: Probed, expected: Probed) -> None:
