@@ -7,7 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_ddp.answers.shares import is_reliable, not_reliable, part_error
+from entropy_ddp.answers.shares import (
+    is_reliable,
+    not_reliable,
+    part_error,
+    part_is_resolved,
+)
 from entropy_ddp.answers.words import (
     FIXED,
     LOSSES,
@@ -415,8 +420,7 @@ def _what_did_it(document: Document) -> Glance:
             question="What did it?", answer="Nothing", detail="Every part of it is 0."
         )
     own_error = part_error(document, keys[name])
-    quantile = quantile_of(document)
-    if own_error is not None and not is_resolved(value, own_error, quantile):
+    if own_error is not None and not part_is_resolved(document, keys[name]):
         largest = name[0].lower() + name[1:]
         return Glance(
             question="What did it?",
@@ -424,7 +428,7 @@ def _what_did_it(document: Document) -> Glance:
             detail=f"The largest part, {largest}, is {with_error(value, own_error)}.",
             tone="doubtful",
         )
-    told = is_resolved(total, error, quantile)
+    told = is_resolved(total, error, quantile_of(document))
     same_sign = told and all(part * total >= 0 for part in named.values())
     answer = (
         f"{name}, {supported_percent(value / total, error / abs(total))}"
@@ -439,7 +443,7 @@ def _what_did_it(document: Document) -> Glance:
     if same_sign:
         own = supported_percent(gradient / total, error / abs(total))
     spread = part_error(document, "gradient")
-    if spread is not None and not is_resolved(gradient, spread):
+    if spread is not None and not part_is_resolved(document, "gradient"):
         own = f"{with_error(gradient, spread)}, too little to tell from zero"
     detail = f"U's own gradient makes {own}" if name != "The gradient of U" else ""
     half = f"half of all its movement is in {percent(found['concentration'])} of tokens"

@@ -19,6 +19,7 @@ from entropy_ddp.answers.cells import (
 from entropy_ddp.answers.words import (
     FIXED,
     GIVEN_E,
+    excludes_zero,
     is_resolved,
     percent,
     supported,
@@ -131,6 +132,12 @@ def part_error(document: Mapping[str, Any], part: str) -> float | None:
     """Standard error of a part of the step, by its key; old runs have none."""
     found: float | None = document["attribution"].get(f"{part}_se")
     return found
+
+
+def part_is_resolved(document: Mapping[str, Any], part: str) -> bool:
+    """Whether 0 is outside the 95 % interval of a part; of old runs nobody knows."""
+    ends = document["attribution"].get(f"{part}_interval")
+    return ends is None or excludes_zero(ends)
 
 
 def errors_of_kinds(document: Mapping[str, Any]) -> dict[str, float]:

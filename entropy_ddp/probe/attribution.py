@@ -85,7 +85,8 @@ class BlockPasses:
         self._block_of_group = _block_of_group(session)
         self._size = block_sizes(original.size, batch.groups, self._block_of_group)
         self._parts: list[tuple[float, float]] = []
-        self._scores: list[TokenShares] = []
+        self._shares: list[Tensor] = []
+        self._first: TokenShares | None = None
 
     def gradient_of(self, shard: Shard, weights: TokenWeights) -> Tensor:
         """Gradient of sum(a log p + b H) over all of E, flat, [P]; keeps the shares.
@@ -110,18 +111,20 @@ class BlockPasses:
         of_block /= self._original.denominator
         split = split_step(session, self._gradient, self._step, of_block)
         self._parts.append((split.momentum, split.decay))
-        shares = token_shares(
+        found = token_shares(
             session,
             update_weights(session),
             split.direction,
             kept_as=f"shares: U along the gradient, {name}",
         )
-        self._scores.append(shares)
+        self._shares.append(found.share)
+        # Log p and H are the same of every pass.
+        self._first = self._first or found
 
     def _pull_back(self, block: Block, weights: TokenWeights, name: str) -> Tensor:
         session = self._session
 
-        def weights_of_block(token: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        def weights_of_block(token: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             return weights(block.tokens[token.cpu()], *values)
 
         def pull_back() -> PassResult:
@@ -138,9 +141,10 @@ class BlockPasses:
 
     def table(self) -> tuple[TokenTable, BlockShares]:
         """Every token of U with its share, and what each block adds to it."""
-        shares = torch.stack([found.share for found in self._scores], dim=1)
-        first = self._scores[0]
-        table, by_block = gather_tokens(self._session, replace(first, share=shares))
+        assert self._first is not None
+        shares = torch.stack(self._shares, dim=1)
+        found = replace(self._first, share=shares)
+        table, by_block = gather_tokens(self._session, found)
         momentum, decay = torch.tensor(self._parts, dtype=torch.float64).unbind(1)
         blocks = BlockShares(
             share=by_block, momentum=momentum, decay=decay, size=self._size
@@ -208,10 +212,11 @@ def attribute(session: Session, measured: Measurements) -> None:
     assert measured.token_table is not None and measured.block_shares is not None
     assert measured.parts is not None
     step, slope = measured.step, measured.slope
-    errors = {
-        name: (estimate.se, estimate.se_jackknife)
-        for name, estimate in measured.parts.items()
-    }
+    errors: dict[str, Any] = {}
+    for name, estimate in measured.parts.items():
+        errors[f"{name}_se"] = estimate.se
+        errors[f"{name}_se_jackknife"] = estimate.se_jackknife
+        errors[f"{name}_interval"] = estimate.interval()
     table, blocks = measured.token_table, measured.block_shares
     momentum, decay = float(blocks.momentum.sum()), float(blocks.decay.sum())
     gradient = float(table.share.sum())
@@ -224,12 +229,7 @@ def attribute(session: Session, measured: Measurements) -> None:
         weight_decay=decay,
         gradient=gradient,
         total=total,
-        momentum_se=errors["momentum"][0],
-        weight_decay_se=errors["weight_decay"][0],
-        gradient_se=errors["gradient"][0],
-        momentum_se_jackknife=errors["momentum"][1],
-        weight_decay_se_jackknife=errors["weight_decay"][1],
-        gradient_se_jackknife=errors["gradient"][1],
+        **errors,
         attribution_gap=relative_difference(
             total, step.learning_rate * slope.value, largest_term(measured)
         ),

@@ -340,6 +340,7 @@ class AttributionResult:
         momentum_se, weight_decay_se, gradient_se: delta-method standard errors of the
             parts, over the prompts of E; 0 of a part that the step does not have.
         momentum_se_jackknife, ...: by the jackknife.
+        momentum_interval, ...: 95 % intervals [low, high].
         attribution_gap: |total - delta_h1| over the largest term of delta_h1.
         num_blocks: number of disjoint blocks of E that shares were computed from.
         half_correlation: correlation (Pearson's) of the token shares of two halves of E,
@@ -370,6 +371,9 @@ class AttributionResult:
     momentum_se_jackknife: float
     weight_decay_se_jackknife: float
     gradient_se_jackknife: float
+    momentum_interval: list[float]
+    weight_decay_interval: list[float]
+    gradient_interval: list[float]
     attribution_gap: float
     num_blocks: int
     covariance: dict[str, Any]

@@ -51,6 +51,7 @@ VERIFIED_RTOL = 1e-9  # a difference of two entropies
 DIFFERENCE_STEP = 0.01  # along a direction of norm 1
 LEARNING_RATE = 0.02
 FRACTION = 0.2
+QUANTILE = 2.5705818  # Student's t at .975, of the 6 groups of E
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-lora": ("gpt2", {}),
     "qwen2-lora": ("qwen2", {}),
@@ -875,6 +876,9 @@ def test_errors_of_the_parts_by_brute_force(named_run: RunMaker, name: str) -> N
         # Groups without tokens leave nothing out.
         assert found == pytest.approx(expected, rel=1e-8)
         assert getattr(result, part) == pytest.approx(slope.slope, rel=1e-7)
+        half = QUANTILE * expected
+        ends = (slope.slope - half, slope.slope + half)
+        assert getattr(result, f"{part}_interval") == pytest.approx(ends, rel=1e-6)
 
 
 @pytest.mark.parametrize("linear", LINEAR)
@@ -911,6 +915,26 @@ def test_a_part_that_the_step_has_not_costs_no_pass(tmp_path: Path) -> None:
     assert result.attribution.weight_decay == result.attribution.weight_decay_se == 0
     phases = [name for name in result.run.seconds if name.startswith("errors of")]
     assert phases == ["errors of parts: E along the momentum"]
+
+
+def test_an_E_of_another_policy_is_attributed_with_its_weights(
+    named_run: RunMaker,
+) -> None:
+    """Parts and shares add up, and the masked steps are measured on halves of it."""
+    run = named_run("gpt2-lora")
+    rows = ref.with_sampling_logprobs(run.saved.model, run.E, 5, noise=0.3)
+    asked = {"verify": True, "fraction": FRACTION}
+    other = replace(run, E=rows)
+    batches = other.config().batches.model_dump(mode="json")
+    batches["E"] |= {"reweight": "sampler"}
+    config = other.config(attribution=asked, batches=batches)
+    result = run_attribution(config, World(), None, quiet).results
+    found = result.attribution
+    assert found is not None
+    assert found.attribution_gap <= GAP["float64"]
+    assert found.total != attribute(run).results.linear.delta_h1
+    for row in found.what_if:
+        assert math.isfinite(row["delta_h_true"]) and row["delta_h_true_se"] > 0
 
 
 # Optimizers with another rule

@@ -330,6 +330,9 @@ def with_errors(step: int) -> dict[str, Any]:
         "attribution.momentum_se": 3e-5,
         "attribution.weight_decay_se": 0.0,
         "attribution.gradient_se": 4e-5,
+        "attribution.momentum_interval": [-2.1e-3, -1.9e-3],
+        "attribution.weight_decay_interval": [0.0, 0.0],
+        "attribution.gradient_interval": [-3e-4, -1e-4],
         "attribution.num_blocks": 8,
         "attribution.summaries": summaries,
         "attribution.what_if": what_if,
@@ -392,12 +395,18 @@ def test_a_comparison_adds_up_the_values_of_the_other_half(tmp_path: Path) -> No
 
 def test_a_part_within_its_error_is_not_the_cause(tmp_path: Path) -> None:
     """On a model of 135 million parameters momentum was −.0160 and +.0048 by two E."""
-    wide = with_errors(20) | {"attribution.momentum_se": 5e-3}
+    wide = with_errors(20) | {
+        "attribution.momentum_se": 5e-3,
+        "attribution.momentum_interval": [-1.2e-2, 8e-3],
+    }
     page = run_page(group_runs([read_run(make_run(tmp_path, 20, wide))])[0])
     (glance,) = (g for g in page.glances if g.question == "What did it?")
     assert glance.answer == "Too few responses in E to tell"
     assert "−0.0020 ± 0.0050" in glance.detail.replace(FIXED, " ")
-    narrow = with_errors(30) | {"attribution.gradient_se": 5e-4}
+    narrow = with_errors(30) | {
+        "attribution.gradient_se": 5e-4,
+        "attribution.gradient_interval": [-1.2e-3, 8e-4],
+    }
     page = run_page(group_runs([read_run(make_run(tmp_path, 30, narrow))])[0])
     (glance,) = (g for g in page.glances if g.question == "What did it?")
     assert glance.answer.startswith("Momentum of earlier batches")

@@ -12,6 +12,7 @@ from entropy_ddp.answers.shares import (
     left_at_first_order,
     left_in_truth,
     part_error,
+    part_is_resolved,
 )
 from entropy_ddp.answers.words import (
     AXIS_UNITS,
@@ -56,14 +57,15 @@ def parts(document: Document) -> Figure:
     bars: list[Bar] = [
         (name, found[key], part_error(document, key)) for key, name in names.items()
     ]
-    name, value, error = max(bars, key=lambda bar: abs(bar[1]))
+    largest = max(names, key=lambda key: abs(found[key]))
+    name, value = names[largest], found[largest]
     whole = linear_error(document)
     bars.append(("together", found["total"], whole))
     title = "No part of the step changes the entropy"
     if value:
         title = f"The {name} is the largest part, on this E"
         resolved = is_resolved(found["total"], whole)
-        if resolved and (error is None or is_resolved(value, error)):
+        if resolved and part_is_resolved(document, largest):
             verb = "lowers" if value < 0 else "raises"
             title = f"The {name} {verb} the entropy most"
     return Figure(
