@@ -247,3 +247,44 @@ def test_sequence_of_single_places() -> None:
     every = torch.arange(ragged.num_tokens)
     assert torch.equal(ragged.sequence_at(every), ragged.sequence_of_token)
     assert ragged.sequence_at(torch.tensor([5, 0, 2])).tolist() == [5, 1, 4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shard_is_divided_by_its_groups(seed: int) -> None:
+    """Every sequence and token once, in order; parts may be empty."""
+    batch = make_random_batch(seed)
+    part_of_group = torch.tensor([0, 2, 0, 3, 3, 2, 0])
+    for rank in range(3):
+        shard = batch.shard(rank, 3)
+        parts = shard.divided(part_of_group, 4)
+        assert len(parts) == 4 and len(parts[1].sequences) == 0
+        for number, part in enumerate(parts):
+            expected = [
+                place
+                for place, group in enumerate(shard.groups.tolist())
+                if part_of_group[group] == number
+            ]
+            assert part.sequences.tolist() == expected
+            assert part.shard.positions.tolist() == shard.positions[expected].tolist()
+            tokens = [
+                token
+                for place in expected
+                for token in range(shard.ragged.starts[place], shard.ragged.ends[place])
+            ]
+            assert part.tokens.tolist() == tokens
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_part_of_a_batch_stays_where_it_is(world_size: int) -> None:
+    """The same sequences on every rank, their groups numbered anew."""
+    batch = make_random_batch(4)
+    chosen = torch.tensor([True, False, True, True, False, False, True])
+    part = batch.part(chosen, world_size)
+    assert part.num_groups == 4
+    assert sorted(set(part.groups.tolist())) == [0, 1, 2, 3]
+    numbers = dict(zip([0, 2, 3, 6], range(4), strict=True))
+    for rank in range(world_size):
+        whole, own = batch.shard(rank, world_size), part.shard(rank, world_size)
+        kept = [s for s in whole.sequences if bool(chosen[s.group])]
+        assert [s.index for s in own.sequences] == [s.index for s in kept]
+        assert own.groups.tolist() == [numbers[s.group] for s in kept]
