@@ -40,7 +40,9 @@ def test_every_part_of_real_runs_has_its_section(runs: dict[str, Path]) -> None:
     written = write_report([runs["sweep"], runs["probe"], runs["attribute"]], None)
     html = written.page.read_text()
     sections = re.findall(r'<section id="([^"]+)">', html)
-    assert sections == ["prediction", "sweep", "responses", "attribution", "run"]
+    assert sections == [
+        "prediction", "power", "sweep", "responses", "attribution", "run",
+    ]  # fmt: skip
     assert written.page.parent == runs["sweep"]
     for command, folder in runs.items():
         document = json.loads((folder / "results.json").read_text())
