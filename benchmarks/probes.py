@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.checkpoint import write_run
 from benchmarks.comparison import Comparison, Setting, time_in_turns
 from benchmarks.models import TINY, Lengths, Shape, make_direction
-from benchmarks.passes import difference_step
 from benchmarks.processes import run_module
 from benchmarks.worker import UNDIVIDED_PHASES
 from entropy_ddp.config import Config
@@ -49,8 +48,10 @@ def saved_run(setting: Setting, evaluation: int) -> Iterator[dict[str, Any]]:
 
 
 def probe_row(setting: Setting) -> Iterator[Comparison]:
-    """A default probe / the passes that it cannot do without."""
-    return (_probe(order, setting) for order in (1, 2))
+    """A probe / the passes that it cannot do without, and its two second orders."""
+    yield _probe(1, setting)
+    yield _probe(2, setting)
+    yield _second_orders(setting)
 
 
 def _probe(order: int, setting: Setting) -> Comparison:
@@ -67,8 +68,8 @@ def _probe(order: int, setting: Setting) -> Comparison:
     probed, scores = timings.results
     entropy = float(scores.entropy.mean())
     return timings.comparison(
-        f"probe {'without' if order == 1 else 'with'} curvature, |E| = {sequences}",
-        f"probe / pull_back U, order 0, 1{', 2' if order == 2 else ''} of E",
+        f"probe {'without' if order == 1 else 'with'} second order, |E| = {sequences}",
+        f"probe / pull_back U, order 0, 1{', 1' if order == 2 else ''} of E",
         target=1.10,
         difference=abs(probed.results.truth.H_orig - entropy) / entropy,
         details={
@@ -83,16 +84,38 @@ def _passes_alone(session: Session, order: int) -> Callable[[], TokenScores]:
     passes = session.passes
     shard = session.shard("E")
     direction = make_direction(passes)
-    step = difference_step(passes, shard)
 
     def run() -> TokenScores:
         loss_gradient(session)
-        passes.score(shard, direction)
-        if order == 2:
-            passes.score_twice(shard, direction, step)
+        for _ in range(order):
+            passes.score(shard, direction)
         return passes.score(shard)
 
     return run
+
+
+def _second_orders(setting: Setting) -> Comparison:
+    """A probe with the slope in the middle of the step / with second derivatives."""
+    sequences = setting.pick(6, 2048, 4096)
+    with saved_run(setting, sequences) as document:
+        first, second = (
+            Config.model_validate(document | {"curvature": {"method": method}})
+            for method in ("midpoint", "taylor")
+        )
+        timings = time_in_turns(
+            lambda: run("probe", first, World(), None, no_progress),
+            lambda: run("probe", second, World(), None, no_progress),
+            setting,
+        )
+    middle, taylor = (probed.results for probed in timings.results)
+    entropy = taylor.truth.H_orig
+    return timings.comparison(
+        f"second order, |E| = {sequences}",
+        "probe with midpoint / with taylor",
+        target=0.8,
+        difference=abs(middle.truth.H_orig - entropy) / entropy,
+        details={"phases": [r.run.seconds for r in (middle, taylor)]},
+    )
 
 
 def ranks_row(setting: Setting) -> Iterator[Comparison]:
