@@ -94,6 +94,10 @@ class Reweighting:
     before: Tensor
     through: Tensor
 
+    def at(self, tokens: slice) -> "Reweighting":
+        """The weights of some of the tokens."""
+        return Reweighting(before=self.before[tokens], through=self.through[tokens])
+
     @classmethod
     def of(cls, ragged: Ragged, log_ratio: Tensor) -> "Reweighting":
         """From log p_ik - log p_s,ik, [t]."""

@@ -46,6 +46,7 @@ from entropy_ddp.model.response_tokens import (
     DirectionalScores,
 )
 
+_ACTION_TOKENS = 1 << 13
 SAMPLE_FEATURES = (
     "top_probability",
     "margin",
@@ -126,11 +127,20 @@ class FeatureSums:
         fold = folds_of(batch.group_order[ragged.spread(block.shard.groups)])
         values = integrand_tokens(integrand, scores.logp, scores.entropy)
         target = future_targets(values, ragged, reweighting)
-        columns = action_columns(known, scores.dlogp, scores.features, reweighting)
-        self.moments += fold_moments(columns, target * scores.dlogp[:, None], fold)
-        self.columns[block.sequences] = columns.new_zeros(
-            len(ragged.lengths), columns.shape[1]
-        ).index_add_(0, ragged.sequence_of_token, columns)
+        wanted = target * scores.dlogp[:, None]
+        # Some of the tokens at a time: the columns are 2.8 kB of each.
+        for first in range(0, len(known), _ACTION_TOKENS):
+            here = slice(first, first + _ACTION_TOKENS)
+            columns = action_columns(
+                known[here],
+                scores.dlogp[here],
+                {n: scores.features[n][here] for n in ("embedding", "dembedding")},
+                None if reweighting is None else reweighting.at(here),
+            )
+            self.moments += fold_moments(columns, wanted[here], fold[here])
+            token = torch.arange(first, first + len(columns))
+            place = block.sequences[ragged.sequence_at(token)]
+            self.columns.index_add_(0, place, columns)
         self.totals += position_totals(target, ragged.position, len(self.totals))
         usable = self.zero_mean.shape[1] // VARIATES_PER_PREDICTOR
         self.zero_mean[block.sequences] = zero_mean_sums(

@@ -33,7 +33,9 @@ from entropy_ddp.probe.reverse_mode import Audited, audit_sample, other_budget
 from entropy_ddp.probe.session import Session
 
 # Of every token of E on its rank, of every token of a block, of every sequence.
-_TOKEN_BYTES, _BLOCK_BYTES, _SEQUENCE_BYTES = 64, 1500, 6000
+_TOKEN_BYTES, _BLOCK_BYTES, _SEQUENCE_BYTES = 64, 1800, 9000
+# Of every token of E, where all of them are reversed and the baseline is a fitted one.
+_FITTED_BYTES = 500
 # Of every token of U, for each block of E that it has a share from: as this rank has it,
 # and as all have it.
 _SHARE_BYTES = 16
@@ -253,6 +255,9 @@ def _tokens(session: Session, audited: Audited) -> int:
         tokens = session.shard(batch.split).ragged.num_tokens
         total += _TOKEN_BYTES * tokens + _BLOCK_BYTES * min(tokens, BLOCK_TOKENS)
         total += _SEQUENCE_BYTES * len(batch)
+        fitted = session.config.slope_estimator[1] in ("ridge", "action_value")
+        if batch.split == "E" and audited != "sample" and fitted:
+            total += _FITTED_BYTES * tokens
         if batch.split == "U" and audited == "gradient":
             blocks = session.config.attribution.blocks
             total += _SHARE_BYTES * blocks * batch.num_tokens
