@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from enumerable import END, Policy, Table, at
+from enumerable import Policy, Table, at
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -30,6 +30,7 @@ IMPOSSIBLE = (
     -1e4
 )  # logit of a token that never follows: finite, so that 0 times it is 0
 NOWHERE = -1  # successor of a move that ends the response
+Rows = tuple[tuple[float, ...], ...]
 CHUNK = 2000  # responses whose token arrays exist at once
 
 
@@ -178,9 +179,9 @@ class Responses:
             yield self.select(torch.arange(first, last)).table(moves)
 
 
-# How long responses are: plain ones stop after some 30 tokens, and 3 in 100 ramble. The
-# tokens are the end, four that stay (two pairs of one meaning each), and one that goes up
-# to longer responses or down to shorter ones.
+# Three kinds of plain responses stop after some 30 tokens, and 3 in 100 ramble. The tokens
+# are the end, four that stay (two pairs of one meaning each), and one that goes up to
+# longer responses or down to shorter ones.
 _PROBABILITIES = (
     (0.0333, 0.0518, 0.5240, 0.3493, 0.0345, 0.0050, 0.0021),
     (0.0278, 0.0924, 0.4850, 0.3233, 0.0616, 0.0050, 0.0049),
@@ -193,26 +194,70 @@ _DIRECTION = (
     (-0.016, -1.430, +0.043, -0.072, +2.222, +0.057, -0.042),
     (+0.023, +0.493, -0.200, -0.176, +0.036, -0.111, -0.110),
 )
-_UP, _DOWN = 5, 6
-# Of 100 prompts, how many begin in each state.
-_STARTS = (34, 23, 40, 3)
+_SUCCESSOR = (
+    (NOWHERE, 0, 0, 0, 0, 1, 0),
+    (NOWHERE, 1, 1, 1, 1, 2, 0),
+    (NOWHERE, 2, 2, 2, 2, 3, 1),
+    (NOWHERE, 3, 3, 3, 3, 3, 2),
+)
 LONGEST = 1200
 
 
 def heavy_tailed() -> StatePolicy:
-    """A policy whose lengths have a median of 28 and a 99 % quantile of 310."""
-    logits = torch.tensor(_PROBABILITIES, dtype=torch.float64).log()
-    tangent = torch.tensor(_DIRECTION, dtype=torch.float64)
-    states = torch.arange(len(logits))
-    successor = states[:, None].repeat(1, logits.shape[1])
-    successor[:, END] = NOWHERE
-    successor[:, _UP] = (states + 1).clamp(max=len(states) - 1)
-    successor[:, _DOWN] = (states - 1).clamp(min=0)
+    """A policy whose lengths have a median of 27 and a 99 % quantile of 310."""
+    return _chain(_PROBABILITIES, _DIRECTION, _SUCCESSOR, starts=(34, 23, 40, 3))
+
+
+# Rambling responses have a fifth of the entropy, and every token leads to another state.
+_OTHER_PROBABILITIES = (
+    (0.030, 0.600, 0.200, 0.125, 0.040, 0.005),
+    (0.045, 0.250, 0.300, 0.250, 0.150, 0.005),
+    (0.025, 0.100, 0.150, 0.300, 0.415, 0.010),
+    (0.006, 0.003, 0.003, 0.008, 0.050, 0.930),
+)
+_OTHER_DIRECTION = (
+    (-0.22, +0.15, +0.67, -0.51, -1.59, -0.75),
+    (+0.65, +0.91, +1.08, +0.34, +0.72, +0.83),
+    (+0.51, -1.53, -1.90, +0.25, +0.03, +0.24),
+    (+0.78, -1.00, +1.19, +0.41, +0.18, -0.15),
+)
+_OTHER_SUCCESSOR = (
+    (NOWHERE, 0, 1, 0, 2, 3),
+    (NOWHERE, 0, 1, 1, 2, 3),
+    (NOWHERE, 0, 1, 2, 2, 3),
+    (NOWHERE, 0, 1, 3, 3, 3),
+)
+
+
+def one_sided() -> StatePolicy:
+    """One whose long responses move the entropy, all in one direction."""
+    return _chain(
+        _OTHER_PROBABILITIES, _OTHER_DIRECTION, _OTHER_SUCCESSOR, starts=(60, 30, 10, 0)
+    )
+
+
+def _chain(
+    probabilities: Rows, direction: Rows, successor: Rows, starts: tuple[int, ...]
+) -> StatePolicy:
+    """A policy of four states.
+
+    Args:
+        probabilities: of each token in each state.
+        direction: derivative of the logits.
+        successor: the state that each leads to.
+        starts: of 100 prompts, how many begin in each state.
+    """
+    logits = torch.tensor(probabilities, dtype=torch.float64).log()
+    states, tokens = (torch.arange(count) for count in logits.shape)
     return StatePolicy(
-        places={0.0: Place(logits=logits, tangent=tangent)},
-        successor=successor,
-        start=torch.repeat_interleave(states, torch.tensor(_STARTS)),
+        places={
+            0.0: Place(
+                logits=logits, tangent=torch.tensor(direction, dtype=torch.float64)
+            )
+        },
+        successor=torch.tensor(successor),
+        start=torch.repeat_interleave(states, torch.tensor(starts)),
         longest=LONGEST,
         hidden=one_hot(states).double()[:, 1:],
-        embedding=one_hot(torch.arange(logits.shape[1]), NUM_EMBEDDINGS).double(),
+        embedding=one_hot(tokens, NUM_EMBEDDINGS).double(),
     )

@@ -3,7 +3,10 @@
 The delta method with a normal quantile does not tell what it should there: it misses the
 change of the entropy up to four times as often as it says. The jackknife with Student's t
 does; but for the entropy itself, which hangs on responses that a small batch has not
-seen. The policies' exact values are sums over their states.
+seen. Where the change hangs on them, too, all of them moving it in one direction, no
+interval of a small batch holds what it says, and the warnings of a run must tell.
+
+The policies' exact values are sums over their states.
 """
 
 import math
@@ -13,9 +16,11 @@ import pytest
 import torch
 from enumerable import at, draws_of
 from simulated import Pieces, Repeated, exact, per_token_estimates, repeated
-from state_policies import StatePolicy, heavy_tailed
+from state_policies import StatePolicy, heavy_tailed, one_sided
 
-ETA = 0.01
+from entropy_ddp.results.schema import FEW_DEGREES, LARGE_SHARE
+
+ETA, ONE_SIDED_ETA = 0.01, 0.05
 SHORT, LONG = 600, 4000  # batches
 POOL = 24_000  # responses that batches are drawn from
 # Of the predictors of fitted baselines every third: as many fits in a fraction of the
@@ -53,9 +58,20 @@ def policy() -> StatePolicy:
 @cache
 def pieces() -> Pieces:
     """Sums over a large sample of its responses."""
+    return sampled(policy(), ETA)
+
+
+@cache
+def one_sided_pieces() -> Pieces:
+    """The same of the policy whose long responses move the entropy."""
+    return sampled(one_sided(), ONE_SIDED_ETA)
+
+
+def sampled(policy: StatePolicy, eta: float) -> Pieces:
+    """Sums over a large sample of a policy's responses."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(policy().num_prompts, (POOL,), generator=generator)
-    sample, moves = policy().responses(prompts, generator), policy().table(ETA)
+    prompts = torch.randint(policy.num_prompts, (POOL,), generator=generator)
+    sample, moves = policy.responses(prompts, generator), policy.table(eta)
     return Pieces(
         sample.tables(moves), lambda index: sample.select(index).table(moves), USED
     )
@@ -137,3 +153,20 @@ def test_squared_errors_are_the_variance(size: int, count: int) -> None:
     }
     low, high = ERROR_RATIO
     assert {n: r for n, r in ratios.items() if not low < r < high} == {}
+
+
+@pytest.mark.parametrize(("size", "at_most"), [(16, 0.86), (32, 0.93)])
+def test_where_intervals_do_not_hold_a_run_warns(size: int, at_most: float) -> None:
+    """Few effective degrees of freedom, or one response with a fifth of the error."""
+    expected, draws = one_sided().change(ONE_SIDED_ETA, "per_token"), draws_of(size, 1)
+    generator = torch.Generator().manual_seed(size)
+    covered, warned = [], []
+    for _ in range(SHORT):
+        index = torch.randint(POOL, (size,), generator=generator)
+        _, found = one_sided_pieces().changes(index, draws, "per_token")
+        low, high = found.change.interval()
+        covered.append(low <= expected <= high)
+        few = found.change.effective_degrees_of_freedom < FEW_DEGREES
+        warned.append(few or found.change.largest_share[0] > LARGE_SHARE)
+    assert sum(covered) / SHORT < at_most
+    assert sum(warned) / SHORT > 0.9
