@@ -23,7 +23,13 @@ ERROR_RATIO = (0.9, 1.1)
 COVERAGE = (0.915, 0.985)
 # Four standard deviations of the mean of 400 values, in units of their spread.
 BIAS = 4 / NUM_BATCHES**0.5
-CASES = [(64, 2), (250, 2), (250, 4), (500, 2), (500, 4)]
+CASES = [
+    (64, 2),
+    (250, 2),
+    (500, 4),
+    pytest.param(250, 4, marks=pytest.mark.long),
+    pytest.param(500, 2, marks=pytest.mark.long),
+]
 # What independent draws would say of all 500 prompts with four responses each.
 FAR_TOO_LARGE = 1.5
 
