@@ -178,9 +178,10 @@ def adjusted_changes(
     best = slopes.get((*BEST, False))
     if best is None:
         return {}
+    folds = session.folds
     return {
         mode: adjusted_change(
-            change, slopes[*PARTNERS[mode], False], best, original, eta, session.folds
+            change, slopes[*PARTNERS[mode], False], best, original, eta, folds
         )
         for mode, change in changes.items()
         if mode in PARTNERS
@@ -325,14 +326,13 @@ def _slopes(
     *pieces, zero_mean = rows.split(
         [piece.shape[1] for piece in (*terms.values(), zero_mean)], dim=1
     )
+    draws, folds = session.draws, session.folds
     slopes = {}
     for estimator, piece in zip(terms, pieces):
-        slope = slope_from_terms(piece, original, session.draws, estimator)
+        slope = slope_from_terms(piece, original, draws, estimator)
         slopes[*estimator, False] = slope
         if not session.reweights:
-            slopes[*estimator, True] = adjusted_slope(
-                slope, original, zero_mean, session.folds
-            )
+            slopes[*estimator, True] = adjusted_slope(slope, original, zero_mean, folds)
     return slopes
 
 

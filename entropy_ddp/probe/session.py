@@ -117,7 +117,7 @@ class Session:
 
     @property
     def folds(self) -> Tensor:
-        """Fold of each independent unit of E, [n]: of its first group."""
+        """Fold of each independent unit of E, [n]: the first of its groups' folds."""
         draws, batch = self.draws, self.batches["E"]
         of_sequence = folds_of(batch.group_order)[batch.groups]
         folds = of_sequence.new_full((draws.num_units,), NUM_FOLDS)
