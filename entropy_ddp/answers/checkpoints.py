@@ -31,6 +31,7 @@ from entropy_ddp.answers.words import (
     is_resolved,
     linear_error,
     listed,
+    missed,
     percent,
     percent_with_error,
     quantile_of,
@@ -109,8 +110,8 @@ class Stage:
     @property
     def is_predicted(self) -> bool:
         """Whether first order is right within a tenth, or within its error."""
-        missed = abs(self.truth[0] - self.linear[0])
-        within = missed <= 0.1 * abs(self.truth[0])
+        missed_by, _ = missed(self.document, "linear")
+        within = abs(missed_by) <= 0.1 * abs(self.truth[0])
         return within or not is_missed(self.document, "linear")
 
     def part(self, name: str) -> float:

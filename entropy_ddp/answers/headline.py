@@ -28,7 +28,7 @@ from entropy_ddp.answers.words import (
     is_resolved,
     linear_error,
     listed,
-    missed_error,
+    missed,
     number,
     percent,
     percent_with_error,
@@ -155,15 +155,14 @@ def _entropy(truth: dict[str, Any]) -> str:
 
 def second_order(document: Document) -> str:
     """What the curvature adds, and whether it leaves something to explain."""
-    truth, curvature = document["truth"], document.get("curvature", {})
+    curvature = document.get("curvature", {})
     if "difference_se" not in curvature:
         return ""
     second = with_error(curvature["delta_h2"], error_of(curvature, "delta_h2_se"))
-    missed = truth["delta_h_true"] - curvature["delta_h2"]
-    error = missed_error(document, "curvature")
+    missed_by, error = missed(document, "curvature")
     begin = f"With the curvature of the step the prediction is {second}, and it misses"
     if is_missed(document, "curvature"):
-        return f"{begin} the truth by {with_error(missed, error)}."
+        return f"{begin} the truth by {with_error(missed_by, error)}."
     return f"{begin} nothing beyond the error of the difference, {number(error, 2)}."
 
 
@@ -371,13 +370,11 @@ def _how_sure(document: Document) -> Glance:
 
 def _missed(document: Document) -> str:
     """What first order misses of the change, by the paired error of the two."""
-    truth, linear = document["truth"], document["linear"]
-    change = truth["delta_h_true"]
-    missed = change - linear["delta_h1"]
-    paired = missed_error(document, "linear")
-    if missed and is_missed(document, "linear"):
+    change = document["truth"]["delta_h_true"]
+    missed_by, paired = missed(document, "linear")
+    if missed_by and is_missed(document, "linear"):
         pair = percent_with_error(
-            abs(missed / change), paired / abs(change), signed=False
+            abs(missed_by / change), paired / abs(change), signed=False
         )
         return f"First order misses {pair} of it: not noise."
     within = quantile_of(document) * paired / abs(change)

@@ -50,7 +50,8 @@ from entropy_ddp.answers.words import (
     entropy_error,
     error_of,
     linear_error,
-    missed_error,
+    missed,
+    missed_interval,
     name_of_kind,
     percent,
     quantile_of,
@@ -90,8 +91,7 @@ def answer(document: Document) -> Table:
     """Truth, prediction and their difference in standard errors, on one row."""
     truth, linear = document["truth"], document["linear"]
     curvature, known = document.get("curvature", {}), "interval" in truth
-    missed = truth["delta_h_true"] - linear["delta_h1"]
-    paired = missed_error(document, "linear")
+    missed_by, paired = missed(document, "linear")
     unit = AXIS_UNITS[truth["normalize"]]
     before, spread = truth["H_orig"], entropy_error(truth)
     entropy = f"{in_words(before, 2)} {unit}"
@@ -103,7 +103,12 @@ def answer(document: Document) -> Table:
         entropy = f"{pairs[0]} {unit} = {pairs[1]} bits"
     notes = [
         f"{entropy}; ± is one standard error{', below 95 % intervals' * known}.",
-        "The difference has a (paired) error of its own: it is what first order misses.",
+        "The difference has a (paired) error of its own: it is what first order misses"
+        + (
+            ",\nestimated by a truth and a slope that share all their noise."
+            if "matched_difference" in linear
+            else "."
+        ),
         second_order(document),
         edge(document["curvature"]) if "eta_star_interval" in curvature else "",
         doubt_of_entropy(document),
@@ -112,14 +117,14 @@ def answer(document: Document) -> Table:
         level(before, spread),
         change(truth["delta_h_true"], shown_error(truth)),
         change(linear["delta_h1"], linear_error(document)),
-        change(missed, paired),
-        number(missed / paired if paired else None, 2, signed=True),
+        change(missed_by, paired),
+        number(missed_by / paired if paired else None, 2, signed=True),
     )
     intervals = (
         interval(entropy_interval(document), signed=False),
         interval(truth.get("interval")),
         interval(linear.get("interval")),
-        interval(linear.get("difference_interval")),
+        interval(missed_interval(document, "linear")),
         text(""),
     )
     subject = subject_of(document["update"])
@@ -147,6 +152,7 @@ def measured(document: Document) -> Table:
     """The numbers behind it, each by itself."""
     truth, linear = document["truth"], document["linear"]
     curvature = document.get("curvature", {})
+    matched = linear.get("matched_difference", {})
     numbers = {
         "entropy before": truth["H_orig"],
         "its standard error, of another E": entropy_error(truth),
@@ -165,6 +171,9 @@ def measured(document: Document) -> Table:
         "95 % interval of the first-order change": linear.get("interval"),
         "standard error of their difference": error_of(linear, "difference_se"),
         "95 % interval of their difference": linear.get("difference_interval"),
+        "the difference by the matched pair": matched.get("value"),
+        "its standard error, matched": error_of(matched) if matched else None,
+        "its 95 % interval, matched": matched.get("interval"),
         "second-order change": curvature.get("delta_h2"),
         "95 % interval of the second-order change": curvature.get("interval"),
         "effective sample size, responses": truth["ess"],

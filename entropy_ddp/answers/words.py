@@ -145,20 +145,37 @@ def shown_error(truth: Mapping[str, Any]) -> float:
     return math.hypot(error_of(truth), truth.get("noise_floor") or 0.0)
 
 
-def missed_error(document: Mapping[str, Any], prediction: str) -> float:
-    """The same of a measured change less its prediction, `linear` or `curvature`."""
+def missed(document: Mapping[str, Any], prediction: str) -> tuple[float, float]:
+    """What a prediction, `linear` or `curvature`, misses of the change, and its error.
+
+    By the matched pair of truth and slope where the run has it: its noise is smaller
+    than that of the difference of the two numbers shown, and its expectation the same.
+    """
     noise = document["truth"].get("noise_floor") or 0.0
-    return math.hypot(error_of(document[prediction], "difference_se"), noise)
+    found = document[prediction]
+    matched = found.get("matched_difference")
+    if matched is not None:
+        return matched["value"], math.hypot(error_of(matched), noise)
+    predicted = found["delta_h1" if prediction == "linear" else "delta_h2"]
+    error = math.hypot(error_of(found, "difference_se"), noise)
+    return document["truth"]["delta_h_true"] - predicted, error
+
+
+def missed_interval(
+    document: Mapping[str, Any], prediction: str
+) -> tuple[float, float] | None:
+    """Its 95 % interval; None where none was written."""
+    found = document[prediction]
+    matched = found.get("matched_difference", {})
+    return matched.get("interval", found.get("difference_interval"))
 
 
 def is_missed(document: Mapping[str, Any], prediction: str) -> bool:
     """Whether what a prediction misses of the measured change stands out of its error."""
-    found = document[prediction]
-    if "difference_interval" in found:
-        return excludes_zero(found["difference_interval"])
-    value = "delta_h1" if prediction == "linear" else "delta_h2"
-    missed = document["truth"]["delta_h_true"] - found[value]
-    return is_resolved(missed, missed_error(document, prediction))
+    interval = missed_interval(document, prediction)
+    if interval is not None:
+        return excludes_zero(interval)
+    return is_resolved(*missed(document, prediction))
 
 
 def entropy_error(truth: Mapping[str, Any]) -> float | None:

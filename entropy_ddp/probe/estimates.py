@@ -48,7 +48,7 @@ from entropy_ddp.estimators.midpoint import (
     midpoint_slope,
     snis_slope,
 )
-from entropy_ddp.estimators.standard_errors import effective_sample_size
+from entropy_ddp.estimators.standard_errors import Estimate, effective_sample_size
 from entropy_ddp.model.response_tokens import (
     NUM_EMBEDDINGS,
     DirectionalScores,
@@ -96,6 +96,14 @@ class EntropyEstimates:
         """Delta H by mode, with first-order noise removed or not."""
         mode, removed = estimator
         return (self.adjusted if removed else self.changes)[mode]
+
+    def matched_pair(self, mode: ImportanceMode) -> tuple[Estimate, Estimate]:
+        """Delta H by mode, and the slope that is exactly its derivative.
+
+        Raises:
+            KeyError: `clip`, which is the derivative of no slope.
+        """
+        return self.changes[mode].change, self.slopes[*PARTNERS[mode], False].estimate
 
 
 @dataclass(frozen=True, kw_only=True)

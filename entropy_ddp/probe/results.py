@@ -14,6 +14,7 @@ from entropy_ddp import __version__
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.draws import responses_per_prompt
 from entropy_ddp.data.files import decode_prompt, decode_response
+from entropy_ddp.estimators.curvature import CurvatureEstimate
 from entropy_ddp.estimators.power import Precision, best_responses, between_prompts
 from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.model.counting import PassCount
@@ -21,7 +22,7 @@ from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.attribution import sequence_shares, token_rows
 from entropy_ddp.probe.audits.primitives import worst_verdict
 from entropy_ddp.probe.audits.step import memory_rows
-from entropy_ddp.probe.estimates import SequenceSums
+from entropy_ddp.probe.estimates import BEST, SequenceSums
 from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import (
@@ -59,7 +60,7 @@ def make_results(
         power=_power_result(session, measured),
         linear=_linear_result(session, measured),
         linear_all=_linear_all(measured),
-        curvature=_curvature_result(measured),
+        curvature=_curvature_result(session, measured),
         gradient_dot=measured.gradient_dot,
         sweep=measured.points,
         sweep_summary=measured.sweep_summary,
@@ -279,10 +280,35 @@ def _linear_result(session: Session, measured: Measurements) -> LinearResult:
         difference_se=difference.se,
         difference_se_jackknife=difference.se_jackknife,
         difference_interval=difference.interval(measured.noise_floor),
+        matched_difference=_matched_difference(session, measured, None),
     )
 
 
-def _curvature_result(measured: Measurements) -> CurvatureResult | None:
+def _matched_difference(
+    session: Session, measured: Measurements, curvature: CurvatureEstimate | None
+) -> dict[str, Any] | None:
+    """What a prediction misses, where the numbers shown do not share all their noise."""
+    config, weight = session.config, measured.change.control_weight
+    if weight is None or (weight == 1 and config.slope_estimator == BEST):
+        return None
+    mode, _ = config.truth_estimator
+    change, slope = measured.estimates.matched_pair(mode)
+    eta = measured.step.learning_rate
+    predicted = slope.scaled(eta)
+    if curvature is not None:
+        predicted = curvature.second_order(eta, slope)
+    difference = change.minus(predicted)
+    return {
+        "value": difference.value,
+        "se": difference.se,
+        "se_jackknife": difference.se_jackknife,
+        "interval": difference.interval(measured.noise_floor),
+    }
+
+
+def _curvature_result(
+    session: Session, measured: Measurements
+) -> CurvatureResult | None:
     curvature = measured.curvature
     if curvature is None:
         return None
@@ -303,6 +329,7 @@ def _curvature_result(measured: Measurements) -> CurvatureResult | None:
         difference_se=difference.se,
         difference_se_jackknife=difference.se_jackknife,
         difference_interval=difference.interval(measured.noise_floor),
+        matched_difference=_matched_difference(session, measured, curvature),
         eta_star_se=curvature.eta_star_error(slope),
         eta_star_interval=list(curvature.eta_star_interval(slope)),
     )

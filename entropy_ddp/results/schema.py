@@ -231,6 +231,9 @@ class LinearResult:
             influences of each group on both.
         difference_se_jackknife: the same by leaving one group out.
         difference_interval: 95 % interval of delta_h_true - delta_h1, [low, high].
+        matched_difference: the same difference {value, se, se_jackknife, interval} by
+            a truth and the slope that is exactly its derivative, so that all noise of
+            first order cancels; where control variates leave some of it in the other.
     """
 
     normalize: str
@@ -247,6 +250,7 @@ class LinearResult:
     interval: list[float] | None = None
     difference_se_jackknife: float | None = None
     difference_interval: list[float] | None = None
+    matched_difference: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +270,7 @@ class CurvatureResult:
         difference_se, difference_se_jackknife: standard errors of delta_h_true -
             delta_h2, from the paired influences of each group on both.
         difference_interval: 95 % interval of that difference, [low, high].
+        matched_difference: as of `LinearResult`, less the second order too.
         eta_star_se: standard error of eta_star, to first order: it means something
             where H'' is several of its own errors.
         eta_star_interval: 95 % interval of eta_star, [low, high]; high is null where H''
@@ -285,6 +290,7 @@ class CurvatureResult:
     difference_se: float | None = None
     difference_se_jackknife: float | None = None
     difference_interval: list[float] | None = None
+    matched_difference: dict[str, Any] | None = None
     eta_star_se: float | None = None
     eta_star_interval: list[float | None] | None = None
 

@@ -4,6 +4,7 @@ GPT-2 has layer norm, through which nested forward mode is wrong; Qwen2 has RMS 
 rotary embeddings.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -166,6 +167,39 @@ def test_second_order_is_closer_to_the_truth(make_named_run: RunMaker) -> None:
     assert abs(second) < abs(first) and abs(second_small) < abs(first_small)
     assert first / first_small == pytest.approx(1e2, rel=0.2)
     assert second / second_small == pytest.approx(1e3, rel=0.2)
+
+
+def test_the_matched_difference_has_no_noise_of_first_order(
+    make_named_run: RunMaker,
+) -> None:
+    """By default truth and slope keep some: what they differ by falls as eta only."""
+    run = make_named_run("gpt2")
+    found: dict[str, list[float]] = defaultdict(list)
+    for rate in (3e-3, 3e-4):
+        update = SECTIONS["update"] | {"lr_override": rate}
+        results = run.probe(update=update).results
+        truth, linear, curvature = results.truth, results.linear, results.curvature
+        assert curvature is not None
+        matched = linear.matched_difference, curvature.matched_difference
+        assert matched[0] is not None and matched[1] is not None
+        shown = truth.delta_h_true - linear.delta_h1
+        plain = {
+            **{row["is_mode"]: row["delta_h_true"] for row in results.truth_all},
+            **{row["baseline"]: row["slope"] for row in results.linear_all},
+        }
+        expected = plain["per_decision"] - rate * plain["hk"]
+        assert matched[0]["value"] == pytest.approx(expected, abs=1e-15)
+        assert matched[0]["se_jackknife"] < linear.difference_se_jackknife
+        low, high = matched[0]["interval"]
+        assert low < matched[0]["value"] < high
+        found["shown"].append(shown)
+        found["first order"].append(matched[0]["value"])
+        found["second order"].append(matched[1]["value"])
+    ratios = {name: large / small for name, (large, small) in found.items()}
+    assert ratios["first order"] == pytest.approx(1e2, rel=0.2)
+    # As eta^3 or faster.
+    assert ratios["second order"] > 900
+    assert ratios["shown"] < 50
 
 
 @pytest.mark.parametrize("name", RUNS)

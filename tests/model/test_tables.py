@@ -61,7 +61,7 @@ NATS = {
     "second_derivative", "delta_h2", "noise_floor", "odd", "delta_h", "bars_dot",
     "u_cross", "deltaH1", "V_X", "V_Y", "se_deltaH1", "se_paired", "momentum",
     "weight_decay", "gradient", "total", "share", "H_orig_se", "H_upd_se", "delta_h2_se",
-    "interval", "difference_interval", "difference_se_jackknife",
+    "interval", "difference_interval", "matched_difference", "difference_se_jackknife",
     "delta_h1_se_jackknife", "delta_h2_se_jackknife", "H_orig_se_jackknife",
     "H_upd_se_jackknife", "se_jackknife_adjusted", "smallest_change", "change",
 }  # fmt: skip

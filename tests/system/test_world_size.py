@@ -273,6 +273,8 @@ def term_scale(place: str, results: Mapping[str, Any], rows: list[Any]) -> float
     quantile = two_sided(results["E"]["num_groups"] - 1)
     # What the ends of an interval have of an error.
     ends = quantile if last.endswith("interval") else 1.0
+    if place.startswith(".linear.matched_difference"):
+        return ends * (rate * slope + entropy)
     if "log_weight" in place:
         return max(abs(row["logp"]) for row in rows)
     if last in ("effective_degrees_of_freedom", "largest_share"):
@@ -283,6 +285,8 @@ def term_scale(place: str, results: Mapping[str, Any], rows: list[Any]) -> float
     if place.startswith((".truth", ".contribution_true")):
         return ends * entropy
     if place.startswith(".curvature"):
+        if "matched_difference" in names:
+            last = "difference_interval"
         return ends * curvature_scale(last, results, quantile)
     if last in ("bars_dot", "u_cross", "deltaH1"):
         dot = results["gradient_dot"]

@@ -13,7 +13,7 @@ from entropy_ddp.answers.words import (
     is_missed,
     is_resolved,
     linear_error,
-    missed_error,
+    missed,
     number,
     percent,
     percent_with_error,
@@ -56,18 +56,17 @@ def prediction_against_truth(document: Document) -> Figure:
         if "delta_h2_se" in curvature:
             error = error_of(curvature, "delta_h2_se")
         rows.append(Estimate("second order", value, error, "accent", quantile=t))
-    paired = missed_error(document, "linear")
-    missed = Estimate("measured − first order", truth - linear, paired, quantile=t)
+    off_by = Estimate("measured − first order", *missed(document, "linear"), quantile=t)
 
     def draw(figure: MatplotlibFigure, palette: Palette) -> None:
         ratios = [len(rows) + 0.6, 1.3]
         above, below = figure.subplots(2, height_ratios=ratios)
         draw_forest(above, palette, rows, "entropy change", unit)
-        draw_forest(below, palette, [missed], "what first order misses", unit)
+        draw_forest(below, palette, [off_by], "what first order misses", unit)
 
     return Figure(
         name="prediction-against-truth",
-        title=_prediction_title(truth, missed, is_missed(document, "linear")),
+        title=_prediction_title(truth, off_by, is_missed(document, "linear")),
         caption=(
             f"Thick: one standard error; thin: the 95{FIXED}% interval. Measured and predicted "
             "come from the same responses and share most of their error; their "
@@ -79,14 +78,14 @@ def prediction_against_truth(document: Document) -> Figure:
     )
 
 
-def _prediction_title(truth: float, missed: Estimate, is_off: bool) -> str:
+def _prediction_title(truth: float, off_by: Estimate, is_off: bool) -> str:
     if truth == 0:
-        return "Nothing changes, as predicted" if missed.value == 0 else "No change"
-    share, error = (x / abs(truth) for x in (abs(missed.value), missed.error or 0.0))
+        return "Nothing changes, as predicted" if off_by.value == 0 else "No change"
+    share, error = (x / abs(truth) for x in (abs(off_by.value), off_by.error or 0.0))
     if is_off:
         off = percent_with_error(share, error, signed=False)
         return f"First order is off by {off}, more than its error explains"
-    within = percent(missed.quantile * error)
+    within = percent(off_by.quantile * error)
     return f"First order agrees with the change within {within} of it"
 
 
