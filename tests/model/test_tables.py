@@ -190,11 +190,14 @@ def test_prediction_truth_and_difference_share_a_row(
     """With their errors, of which the difference has its own."""
     truth, linear = measured.truth, measured.linear
     rate = measured.update.learning_rate_used
-    paired = math.hypot(linear.difference_se_jackknife or 0.0, truth.noise_floor or 0.0)
+    # Of few groups, so that the difference is told by the matched pair.
+    matched = linear.matched_difference
+    assert matched is not None
+    paired = math.hypot(matched["se_jackknife"], truth.noise_floor or 0.0)
     pairs = (
         (truth.delta_h_true, truth.error),
         (linear.delta_h1, rate * linear.se_jackknife),
-        (truth.delta_h_true - linear.delta_h1, paired),
+        (matched["value"], paired),
     )
     for printer in (
         commands.print_results,
