@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropy_ddp.checkpoint.stored import Part, StoredTensor, in_memory
 from entropy_ddp.checkpoint.weights import load_plain
 from entropy_ddp.data import jsonlines
 from entropy_ddp.errors import InputError
@@ -39,6 +40,7 @@ NO_DECAY_PATTERNS = [
     r"(?:^|\.)norm(?:$|\.)",
     r"_norm(?:$|\.)",
 ]
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
 # What Adam and AdamW groups may hold beside these; NAdam, say, has a `momentum_decay`.
 OTHER_GROUP_KEYS = {
@@ -72,27 +74,39 @@ _WRAPPERS = re.compile(
 
 
 def load_optimizer(
-    path: Path, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+    path: Path,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Part] | None = None,
 ) -> torch.optim.Adam:
     """AdamW over these parameters, in the saved state.
 
     Args:
         path: optimizer.pt (Trainer) or optimizer.bin (accelerate).
         model: the model, for the Trainer's rule of which parameters decay.
+        parts: what of each parameter of the checkpoint `parameters` has, where a rank
+            holds a part only; of the moments, that part is read. None: all is held.
 
     Raises:
         InputError: the file is not an AdamW state of exactly these parameters.
     """
+    parts = Part.all_of(parameters) if parts is None else parts
     saved = _read_state(path)
     groups = saved["param_groups"]
     names = _names_by_group(path, groups, model, parameters)
-    _verify_state(path, saved["state"], groups, names, parameters)
+    _verify_state(path, saved["state"], groups, names, parts)
     decoupled = {group.get("decoupled_weight_decay", True) for group in groups}
     kind = torch.optim.AdamW if decoupled == {True} else torch.optim.Adam
     optimizer = kind(
         [{"params": [parameters[n] for n in group]} for group in names], lr=1.0
     )
-    optimizer.load_state_dict(saved)
+    numbers = [number for group in groups for number in group["params"]]
+    flat_names = [name for group in names for name in group]
+    entries = {
+        number: _read_entry(path, name, saved["state"][number], parts[name])
+        for number, name in zip(numbers, flat_names, strict=True)
+    }
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
     for group in optimizer.param_groups:
         # One kernel on every device and dtype: the step must not depend on them.
         group.update(fused=None, foreach=False, capturable=False, differentiable=False)
@@ -100,6 +114,19 @@ def load_optimizer(
         group["lr"] = float(group["lr"])
         group["decoupled_weight_decay"] = kind is torch.optim.AdamW
     return optimizer
+
+
+def _read_entry(
+    path: Path, name: str, entry: Mapping[str, Any], part: Part
+) -> dict[str, Any]:
+    """The state of one parameter, or of a part of it, in memory of its own."""
+    found = {}
+    for key, value in entry.items():
+        if isinstance(value, StoredTensor):
+            value = value.read(part.region)
+            _require_moment_values(path, name, key, value)
+        found[key] = value.clone() if isinstance(value, Tensor) else value
+    return found
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -123,7 +150,17 @@ def _read_state(path: Path) -> dict[str, Any]:
     decoupled = {g.get("decoupled_weight_decay", True) for g in saved["param_groups"]}
     if len(decoupled) > 1:
         raise InputError(f"{path}: its param groups mix Adam and AdamW")
+    saved["state"] = {
+        number: {key: _stored(key, value) for key, value in entry.items()}
+        for number, entry in saved["state"].items()
+    }
     return _numbered(path, saved)
+
+
+def _stored(key: str, value: Any) -> Any:
+    """A moment as a tensor that is read when asked for; anything else as it is."""
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return in_memory(value) if is_dense and key in MOMENTS else value
 
 
 def _refuse_other_optimizers(path: Path, saved: dict[str, Any]) -> None:
@@ -226,7 +263,7 @@ def _verify_state(
     state: dict[int, dict[str, Any]],
     groups: list[dict[str, Any]],
     names: list[list[str]],
-    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Part],
 ) -> None:
     """Every parameter has both moments, of its shape, and a step count; no others."""
     ids = [(number, group) for group in groups for number in group["params"]]
@@ -241,8 +278,7 @@ def _verify_state(
                 f"{path}: no state for {name}; was the checkpoint saved before the "
                 "first step?"
             )
-        moments = ["exp_avg", "exp_avg_sq"]
-        moments += ["max_exp_avg_sq"] if group["amsgrad"] else []
+        moments = MOMENTS if group["amsgrad"] else MOMENTS[:2]
         for key in ("step", *moments):
             if key not in entry:
                 raise InputError(
@@ -251,7 +287,7 @@ def _verify_state(
                 )
         _require_step_count(path, name, entry["step"])
         for key in moments:
-            _require_moment(path, name, key, entry[key], parameters[name].shape)
+            _require_moment(path, name, key, entry[key], parts[name].shape)
 
 
 # The values of a state: types and ranges
@@ -375,7 +411,7 @@ def _require_step_count(path: Path, name: str, step: Any) -> None:
 def _require_moment(
     path: Path, name: str, key: str, moment: Any, shape: torch.Size
 ) -> None:
-    """A moment is finite and of its parameter's shape; a second one is not negative."""
+    """A moment has its parameter's shape, and floating-point numbers."""
     found = getattr(moment, "shape", None)
     if found != shape:
         shown = type(moment).__name__ if found is None else tuple(found)
@@ -383,11 +419,15 @@ def _require_moment(
             f"{path}: {key} of {name} should be {tuple(shape)}, found {shown}; it is "
             "the state of other parameters"
         )
-    if not moment.is_floating_point() or moment.layout != torch.strided:
+    if not (isinstance(moment, StoredTensor) and moment.dtype.is_floating_point):
         raise InputError(
             f"{path}: expected floating-point numbers in {key} of {name}, found "
             f"{moment.dtype}; is the file damaged?"
         )
+
+
+def _require_moment_values(path: Path, name: str, key: str, moment: Tensor) -> None:
+    """What is read of a moment is finite; of a second one, not negative."""
     if not bool(moment.isfinite().all()):
         raise InputError(
             f"{path}: {key} of {name} has NaN or infinite values; take the state of an "

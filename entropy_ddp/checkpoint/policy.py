@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from entropy_ddp.checkpoint.find import CheckpointFiles, refuse_sharded_weights
+from entropy_ddp.checkpoint.stored import StoredTensor
 from entropy_ddp.checkpoint.weights import (
     SAFE_FILES,
     read_adapter,
     read_adapter_config,
-    read_tensors,
     stored_dtypes,
+    stored_tensors,
     weight_file,
 )
 from entropy_ddp.config import Compute, Precision
@@ -359,7 +360,7 @@ def require_same_adapter_names(
 def require_same_tensors(
     source: str,
     place: str,
-    stored: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor] | Mapping[str, StoredTensor],
     expected: Mapping[str, Tensor],
 ) -> None:
     """Check names and shapes of stored tensors.
@@ -421,7 +422,7 @@ def load_state(model: nn.Module, folder: Path) -> None:
     Raises:
         InputError: names or shapes are not the model's.
     """
-    stored = {n.removeprefix("module."): t for n, t in read_tensors(folder).items()}
+    stored = {n.removeprefix("module."): t for n, t in stored_tensors(folder).items()}
     expected = model.state_dict()
     # Of tensors that share their memory, a safetensors file has one name only.
     present = {t.data_ptr() for n, t in expected.items() if n in stored}
@@ -431,7 +432,9 @@ def load_state(model: nn.Module, folder: Path) -> None:
     required = {n: t for n, t in expected.items() if n not in tied}
     place = str(weight_file(folder))
     require_same_tensors(str(folder), place, stored, required)
-    model.load_state_dict(stored, strict=False)
+    with torch.no_grad():
+        for name, tensor in required.items():
+            tensor.copy_(stored[name].read())
 
 
 def require_reference(policy: Policy) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+import zipfile
 from collections import Counter
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -13,6 +14,8 @@ from entropy_ddp.files import fault_of_file, require_regular_file
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from entropy_ddp.checkpoint.stored import StoredTensor
 
 SAFE_FILES = ("model.safetensors", "model.safetensors.index.json")
 # Read with torch.load(weights_only=True), where there is no safetensors file.
@@ -35,19 +38,19 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
 
 
-def read_tensors(folder: Path) -> "dict[str, Tensor]":
-    """The whole weights of a folder, on the CPU, by their names in the file.
+def stored_tensors(folder: Path) -> "dict[str, StoredTensor]":
+    """The whole weights of a folder, by their names in its file; none is read yet.
 
     Raises:
         InputError: the file cannot be read, or not as tensors only.
     """
-    from safetensors.torch import load_file
     from torch import Tensor
+
+    from entropy_ddp.checkpoint.stored import in_memory
 
     path = _one_file(folder)
     if path.name in SAFE_FILES:
-        with _unreadable(path):
-            return load_file(path)
+        return _safe_tensors(path)
     stored = load_plain(path, "file of weights")
     if not isinstance(stored, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor)
@@ -57,7 +60,35 @@ def read_tensors(folder: Path) -> "dict[str, Tensor]":
             f"{path}: expected tensors by name, found {type(stored).__name__}; save the "
             "weights as safetensors"
         )
-    return stored
+    return {name: in_memory(tensor) for name, tensor in stored.items()}
+
+
+def _safe_tensors(path: Path) -> "dict[str, StoredTensor]":
+    """The tensors of a safetensors file; each is read from it when asked for."""
+    import torch
+    from safetensors import safe_open
+
+    from entropy_ddp.checkpoint.stored import Region, StoredTensor
+
+    def stored(name: str) -> StoredTensor:
+        view = file.get_slice(name)
+        shape = torch.Size(view.get_shape())
+
+        def fetch(region: Region) -> "Tensor":
+            with _unreadable(path):
+                # A view of no dimension cannot be sliced.
+                found = view[region] if region else file.get_tensor(name)
+                return found.clone()
+
+        dtype = getattr(torch, _NAMES.get(view.get_dtype(), ""), None)
+        if dtype is None:
+            # Not a dtype of weights: read to learn it.
+            dtype = file.get_tensor(name).dtype
+        return StoredTensor(shape, dtype, fetch)
+
+    with _unreadable(path):
+        file = safe_open(path, framework="pt")
+        return {name: stored(name) for name in file.offset_keys()}
 
 
 def tensor_names(folder: Path) -> list[str]:
@@ -66,13 +97,7 @@ def tensor_names(folder: Path) -> list[str]:
     Raises:
         InputError: the file cannot be read, or not as tensors only.
     """
-    from safetensors import safe_open
-
-    path = _one_file(folder)
-    if path.name not in SAFE_FILES:
-        return list(read_tensors(folder))
-    with _unreadable(path), safe_open(path, framework="pt") as file:
-        return list(file.keys())
+    return list(stored_tensors(folder))
 
 
 def _one_file(folder: Path) -> Path:
@@ -100,7 +125,8 @@ def load_plain(path: Path, what: str) -> Any:
     """What a file of torch.save holds, if it is tensors and plain values only.
 
     Args:
-        path: the file; nothing that its pickle names is imported or run.
+        path: the file; nothing that its pickle names is imported or run. Its tensors
+            are mapped into memory: their bytes are read when they are used.
 
     Raises:
         InputError: it cannot be read, or holds something else.
@@ -118,7 +144,9 @@ def load_plain(path: Path, what: str) -> Any:
     with fault_of_file(str(path), describe), warnings.catch_warnings():
         # About pickles of another make, which are refused or read like any.
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Files of the time before archives cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _pickle_reason(reason: str) -> str:
