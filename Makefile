@@ -33,7 +33,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo probe sweep attribute report ledger real bench test test-unit test-system test-long test-real lint clean
+.PHONY: help install demo probe shard sweep attribute report ledger real bench test test-unit test-system test-long test-real lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' \
@@ -94,6 +94,11 @@ demo: $(DEMO_COMPLETE) ## train the demo checkpoint, unless it is there
 probe: $(RUN_STAMP) $(DEMO_COMPLETE) ## probe the demo checkpoint with NPROC processes
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
 	    -m entropy_ddp probe --config $(CONFIG) --out $(OUT) --overwrite
+
+shard: $(RUN_STAMP) $(DEMO_COMPLETE) ## probe the demo with its base model divided among NPROC processes
+	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
+	    -m entropy_ddp probe --config $(CONFIG) --set compute.shard=base \
+	    --out $(OUT)-shard --overwrite
 
 sweep: $(RUN_STAMP) $(DEMO_COMPLETE) ## measure the change over a grid of step sizes
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \

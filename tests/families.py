@@ -77,7 +77,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 def plain_model(family: str, **changes: Any) -> nn.Module:
     kind, shape = FAMILIES[family]
-    config = getattr(transformers, f"{kind}Config")(**shape, **changes)
+    config = getattr(transformers, f"{kind}Config")(**(shape | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)

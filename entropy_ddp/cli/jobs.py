@@ -96,6 +96,7 @@ def _run_job(command: "Command", options: Options) -> None:
         run_ranks(
             lambda world: _job(command, config, world, out, options),
             config.compute.rank_timeout_seconds,
+            gathers_layers=config.compute.shard != "none",
         )
     )
 

@@ -38,6 +38,7 @@ def sample(options: Options) -> None:
         run_ranks(
             lambda world: _sample(config, world, out, options),
             config.compute.rank_timeout_seconds,
+            gathers_layers=config.compute.shard != "none",
         )
     )
 
@@ -90,6 +91,7 @@ def check(options: Options) -> None:
         run_ranks(
             lambda world: _check(config, world, options),
             config.compute.rank_timeout_seconds,
+            gathers_layers=config.compute.shard != "none",
         )
     )
 

@@ -24,7 +24,10 @@ EXIT_FAILED, EXIT_INPUT, EXIT_UNTRUSTED = 1, 2, 3
 
 
 def run_ranks(
-    body: Callable[["World"], int], rank_timeout_seconds: float | None = None
+    body: Callable[["World"], int],
+    rank_timeout_seconds: float | None = None,
+    *,
+    gathers_layers: bool = False,
 ) -> int:
     """Run a command's body on this rank and turn failures into one message.
 
@@ -33,6 +36,8 @@ def run_ranks(
     Args:
         body: the command, from the ranks to an exit code.
         rank_timeout_seconds: `compute.rank_timeout_seconds`; None: its default.
+        gathers_layers: whether its passes wait for other ranks in C++ (`compute.shard`):
+            it is then run in a thread, so that signals are seen meanwhile.
 
     Returns:
         The exit code.
@@ -51,6 +56,9 @@ def run_ranks(
             signals_raise(lambda interrupted: _fail(interrupted, world)),
             distributed.process_group(timeout, tell=print_error) as world,
         ):
+            if gathers_layers:
+                opened = world
+                return distributed.interruptibly(lambda: body(opened))
             return body(world)
     except (Exception, Interrupted) as error:  # noqa: BLE001
         # Whatever it is: the first rank to fail says so, and all end.

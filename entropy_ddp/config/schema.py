@@ -542,6 +542,10 @@ class Compute(Section):
         snapshot_device: where the copy of the parameters is kept during the step.
         attention: Hugging Face attention implementation.
         rank_timeout_seconds: a rank that gives no sign of life for so long ends the run.
+        shard: `none`: every rank holds the whole model; `base`: with an adapter, the
+            ranks divide the frozen matrices of the layers among them.
+        shard_group: which ranks divide the model among them: `all`, those of a `node`,
+            or groups of so many.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -551,6 +555,8 @@ class Compute(Section):
     snapshot_device: Literal["cpu", "device"] = "cpu"
     attention: Literal["sdpa", "eager"] = "sdpa"
     rank_timeout_seconds: float = Field(default=300.0, gt=0)
+    shard: Literal["none", "base"] = "none"
+    shard_group: Literal["all", "node"] | Annotated[int, Field(gt=0)] = "all"
 
 
 class Config(Section):

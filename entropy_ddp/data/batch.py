@@ -386,6 +386,11 @@ class Shard:
         for places, part in self._cut:
             yield self._block(part, places)
 
+    def empty_block(self) -> "Block":
+        """A block without sequences."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return self._block(self._part(nothing), nothing)
+
     @cached_property
     def _cut(self) -> list[tuple[Tensor, "Shard"]]:
         """Places of each block's sequences, ascending, and the block's shard."""

@@ -13,12 +13,13 @@ from entropy_ddp.distributed.group import (
     process_group,
     single_process_warning,
 )
-from entropy_ddp.distributed.world import World
+from entropy_ddp.distributed.world import World, interruptibly
 
 __all__ = [
     "LAUNCHER_VARIABLES",
     "RANK_TIMEOUT_SECONDS",
     "World",
+    "interruptibly",
     "is_launched",
     "joined_world",
     "process_group",

@@ -3,8 +3,9 @@
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -172,12 +173,21 @@ class World:
             dist.destroy_process_group(self.group)
             self.group = None
 
-    def _join(self, collective: Callable[[], T]) -> T:
+    def come_to_collective(self) -> None:
+        """Let the watch know that this rank has come to one collective more."""
         if self.watch is not None:
             self.watch.collectives += 1
+
+    @contextmanager
+    def late_ranks_named(self) -> Iterator[None]:
+        """Within the context, a collective that timed out names the ranks it waited for.
+
+        Raises:
+            RunError: they are behind this one.
+        """
         begin = time.monotonic()
         try:
-            return interruptibly(collective)
+            yield
         except RuntimeError as error:
             waited = time.monotonic() - begin
             late = self.watch.behind() if self.watch is not None else []
@@ -188,6 +198,11 @@ class World:
                 f"the ranks have waited {waited:.0f} s for rank {names}, which "
                 "computes longer than that, or hangs"
             ) from error
+
+    def _join(self, collective: Callable[[], T]) -> T:
+        self.come_to_collective()
+        with self.late_ranks_named():
+            return interruptibly(collective)
 
     def _count(self, purpose: str, tensor: Tensor | None) -> None:
         number, size = self.collectives.get(purpose, (0, 0))

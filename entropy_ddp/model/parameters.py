@@ -7,7 +7,7 @@ are read through `ParameterLayout.views`, a dictionary of tensors by parameter n
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,20 +70,28 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+def frozen_fingerprint(
+    model: nn.Module, gathered: Callable[[NamedTensors], NamedTensors] = lambda named: named
+) -> str:
     """A cheap fingerprint of the frozen parameters: names, dtypes, shapes, mixed bits.
 
     It sees every change of a bit, and elements that have changed places. The bits are
     added as integers where they lie, on a GPU too: in any order the sum is the same, and
     so is the fingerprint on any number of threads.
+
+    Args:
+        gathered: makes of parameters those that are whole.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            shape = tuple(parameter.shape)
-            digest.update(f"{name} {parameter.dtype} {shape};".encode())
-            for total in _mixed_sums(parameter.detach().reshape(-1)):
-                digest.update(total.to_bytes(8, "little", signed=True))
+    frozen = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+    for name, parameter in gathered(frozen):
+        shape = tuple(parameter.shape)
+        digest.update(f"{name} {parameter.dtype} {shape};".encode())
+        for total in _mixed_sums(parameter.detach().reshape(-1)):
+            digest.update(total.to_bytes(8, "little", signed=True))
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.data.batch import Shard
+from entropy_ddp.data.batch import Batch, Block, Sequence, Shard
 from entropy_ddp.data.microbatch import (
     Microbatch,
     PromptSharing,
@@ -34,6 +34,7 @@ from entropy_ddp.data.microbatch import (
     make_microbatch,
     plan_microbatches,
 )
+from entropy_ddp.distributed.sharding import WholeLayers
 from entropy_ddp.errors import RunError
 from entropy_ddp.memory import Allowance, unless_out_of_memory
 from entropy_ddp.model.counting import PassCount, counted
@@ -86,6 +87,9 @@ class Passes:
         dtype, device: the model's.
         advance: called with the number of tokens after every microbatch.
         count_operations: whether floating-point operations are counted.
+        layers: whether the model's layers are on every rank whole, or in parts. In parts
+            every pass is a collective: all ranks make the same passes in the same order,
+            over shards of any size.
         runs_hooks: whether backward passes run hooks on the parameters: not a trainer's.
         allowance: how many tokens of a microbatch fit into memory, as far as is known.
         saved_per_position: bytes that a backward pass keeps of each position of a
@@ -100,6 +104,7 @@ class Passes:
     device: torch.device
     advance: Callable[[int], None] = lambda count: None
     count_operations: bool = False
+    layers: WholeLayers = field(default_factory=WholeLayers)
     runs_hooks: bool = True
     allowance: Allowance = field(default_factory=Allowance)
     saved_per_position: float = 0.0
@@ -172,7 +177,7 @@ class Passes:
         ):
             for sign in (1, -1):
                 with shifted(self.parameters, direction, sign * step, snapshot_device):
-                    for block in shard.blocks():
+                    for block in self.blocks(shard):
                         scores = self._score(block.shard, direction, False, count)
                         assert isinstance(scores, DirectionalScores)
                         for sums, values in zip(
@@ -193,6 +198,17 @@ class Passes:
         length = math.sqrt(sum(inner_product(v, v) for v in direction.values()))
         return CURVATURE_NATS[self.dtype] / max(typical, LEAST_SLOPE * length)
 
+    def blocks(self, shard: Shard) -> Iterator[Block]:
+        """The blocks of a shard; where a pass is a collective, as many on every rank.
+
+        A rank that has fewer than another gets empty ones.
+        """
+        blocks = list(shard.blocks())
+        missing = self.layers.most(len(blocks)) - len(blocks)
+        yield from blocks
+        for _ in range(missing):
+            yield shard.empty_block()
+
     def _score(
         self,
         shard: Shard,
@@ -208,9 +224,10 @@ class Passes:
             duals = dual_parameters(self.tokens, self.parameters, direction)
         with torch.no_grad(), duals as tangent_rules:
 
-            def attempt(microbatch: Microbatch) -> None:
+            def attempt(microbatch: Microbatch, is_spare: bool = False) -> None:
+                into = type(scores).empty(1) if is_spare else scores
                 with precision_context(self.dtype), tangent_rules:
-                    self._score_microbatch(microbatch, scores)
+                    self._score_microbatch(microbatch, into)
 
             for microbatch in self._microbatches(shard, scores, attempt):
                 self._performed_one(microbatch, scores, count)
@@ -244,13 +261,14 @@ class Passes:
         no_sync = getattr(self.wrapped, "no_sync", nullcontext)
         backward, tokens_done = False, 0
 
-        def attempt(microbatch: Microbatch) -> None:
+        def attempt(microbatch: Microbatch, is_spare: bool = False) -> None:
             nonlocal backward
             backward = False
             with precision_context(self.dtype):
-                settings = self.tokens.settings
-                total, logp, entropy = self.wrapped(microbatch, weights, settings)
-                scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
+                settings, used = self.tokens.settings, _nothing if is_spare else weights
+                total, logp, entropy = self.wrapped(microbatch, used, settings)
+                if not is_spare:
+                    scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
                 backward = True
                 add_gradients(total, self.parameters.values(), self.runs_hooks)
 
@@ -270,7 +288,9 @@ class Passes:
             self._counted("pull_back", shard) as count,
             no_sync(),
         ):
-            for microbatch in self._microbatches(shard, scores, attempt, undo):
+            for microbatch in self._microbatches(
+                shard, scores, attempt, undo, backward=True
+            ):
                 if collect is not None:
                     collect()
                 self._performed_one(microbatch, scores, count)
@@ -351,6 +371,12 @@ class Passes:
         if all(bool(block.isfinite().all()) for block in flat.split(_BLOCK)):
             return
         place = f"the gradient of batch {shard.batch.split}"
+        if self.layers.is_sharded:
+            # No pass over one sequence on one rank: each is a collective.
+            raise RunError(
+                f"{place} is NaN or infinite on this rank; are the advantages and the "
+                "sampling log-probabilities right? compute.shard: none names the token"
+            )
         spans = zip(shard.ragged.starts.tolist(), shard.ragged.ends.tolist())
         for number, (begin, end) in enumerate(spans):
             here = shard.positions[number : number + 1]
@@ -410,8 +436,10 @@ class Passes:
         self,
         shard: Shard,
         scores: TokenScores,
-        attempt: Callable[[Microbatch], None],
+        attempt: Callable[..., None],
         undo: Callable[[], bool] = lambda: False,
+        *,
+        backward: bool = False,
     ) -> Iterator[Microbatch]:
         """Each microbatch of a shard once the attempt at it has succeeded.
 
@@ -421,10 +449,12 @@ class Passes:
             shard: this rank's sequences.
             scores: told how many microbatches more it is than the configured budget
                 would have made.
-            attempt: runs the model; what it leaves of a failure is overwritten by the
-                next attempt, or undone.
+            attempt: runs the model over a microbatch; what it leaves of a failure is
+                overwritten by the next attempt, or undone. Told of a spare one, it
+                leaves nothing.
             undo: called after an attempt that failed; says whether it had to undo the
                 earlier ones too, which are then made again.
+            backward: whether an attempt passes backward too.
 
         Raises:
             RunError: memory runs out with a single sequence.
@@ -435,16 +465,22 @@ class Passes:
             return plan_microbatches(shard, budget, self.sharing, left, self.fill)
 
         def attempted() -> Microbatch:
-            microbatch = make_microbatch(shard, waiting[0]).to(self.device)
-            attempt(microbatch)
-            return microbatch
+            def run() -> Microbatch:
+                microbatch = make_microbatch(shard, waiting[0]).to(self.device)
+                attempt(microbatch)
+                return microbatch
+
+            return self.layers.together(run, backward)
 
         done: list[list[Row]] = []
         waiting = deque(plan(self.allowance.of(configured)))
         planned = len(waiting)
         if self.allowance.limit is not None:
             planned = len(plan(configured))
-        while waiting:
+        while self.layers.is_work_left(bool(waiting)):
+            if not waiting:
+                self.layers.together(lambda: attempt(self._spare(), True), backward)
+                continue
             microbatch, shortage = unless_out_of_memory(attempted)
             if microbatch is not None:
                 done.append(waiting.popleft())
@@ -452,6 +488,7 @@ class Passes:
                 yield microbatch
                 continue
             self._allow_less(shard, waiting[0], shortage)
+            self.layers.recover()
             if undo():
                 waiting.extend(done)
                 done = []
@@ -459,6 +496,16 @@ class Passes:
                 place for rows in waiting for row in rows for place in row.sequences
             ]
             waiting = deque(plan(self.allowance.of(configured), sorted(left)))
+
+    def _spare(self) -> Microbatch:
+        """A microbatch of one token, for a rank that has no other in a round."""
+        one = torch.zeros(1, dtype=torch.int64)
+        sequence = Sequence(
+            index=0, group=0, group_key=0, prompt_ids=one, response_ids=one
+        )
+        shard = Batch(split="spare", sequences=(sequence,)).shard(0, 1)
+        (rows,) = plan_microbatches(shard, 2)
+        return make_microbatch(shard, rows).to(self.device)
 
     def _allow_less(self, shard: Shard, rows: list[Row], shortage: str | None) -> None:
         """Allow half of what did not fit, or of the budget if that is smaller."""
@@ -523,6 +570,13 @@ class Passes:
         count.add_microbatch(microbatch)
         scores.num_microbatches += 1
         self.advance(len(microbatch.token))
+
+
+def _nothing(
+    token: Tensor, logp: Tensor, entropy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weights of tokens that count for nothing."""
+    return torch.zeros_like(logp), torch.zeros_like(entropy)
 
 
 def _require_finite(scores: TokenScores, shard: Shard) -> None:

@@ -429,14 +429,17 @@ def unit_gradients(session: Session, units: Units) -> Iterator[tuple[int, Tensor
     Yields:
         Number of the unit, ascending, and its gradient, flat, [P].
     """
-    for unit, alone in units.one_by_one():
-        flat, _ = session.passes.gradient(
-            alone.shard,
-            alone.weights,
-            session.buffer_dtype,
-            as_trained=units.as_trained,
-        )
+    passes, dtype = session.passes, session.buffer_dtype
+    alone = list(units.one_by_one())
+    missing = passes.layers.most(len(alone)) - len(alone)
+    trained = units.as_trained
+    for unit, one in alone:
+        flat, _ = passes.gradient(one.shard, one.weights, dtype, as_trained=trained)
         yield unit, flat.mul_(units.count)
+    nothing = units.shard.empty_block().shard
+    for _ in range(missing):
+        # Another rank's pass over its unit.
+        passes.gradient(nothing, units.weights, dtype, as_trained=trained)
 
 
 def directional_derivatives(

@@ -184,7 +184,7 @@ def _forward(session: Session) -> int:
             block = min(heads * seen * positions, ATTENTION_BLOCK_ELEMENTS)
             elements = _WIDTHS * positions * passes.tokens.widest
             needs.append(item * (elements + _ATTENTION_ARRAYS * block))
-    return max(needs) + _logits(session, backward=False)
+    return max(needs) + _logits(session, backward=False) + passes.layers.gathered_bytes
 
 
 def _backward(session: Session, microbatches: Iterable[list[Row]]) -> int:
@@ -193,7 +193,7 @@ def _backward(session: Session, microbatches: Iterable[list[Row]]) -> int:
     positions = max(map(_positions, microbatches), default=0)
     heap = _HEAP if passes.device.type == "cpu" else 1.0
     kept = int(heap * positions * passes.saved_per_position)
-    return kept + _logits(session, backward=True)
+    return kept + _logits(session, backward=True) + passes.layers.gathered_bytes
 
 
 def _of_update(session: Session) -> Iterable[list[Row]]:

@@ -20,6 +20,7 @@ from entropy_ddp.checkpoint.policy import (
     require_reference,
     resolve_device,
 )
+from entropy_ddp.checkpoint.shards import shard_policy
 from entropy_ddp.checkpoint.trainer_settings import (
     require_masked,
     with_training_arguments,
@@ -31,6 +32,7 @@ from entropy_ddp.data.draws import units
 from entropy_ddp.data.files import make_batch, read_batch, require_rewards
 from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.distributed import World
+from entropy_ddp.distributed.sharding import WholeLayers
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import differentiate_padding_tokens
 from entropy_ddp.model.precision import precision_context
@@ -169,11 +171,12 @@ def open_policy(
     differentiate_padding_tokens(policy.model)
     if config.update.kl_coefficient:
         require_reference(policy)
+    layers = shard_policy(policy, config.compute, world)
     return Session(
         config=config,
         world=world,
         policy=policy,
-        passes=make_passes(policy, config, world),
+        passes=make_passes(policy, config, world, layers),
         progress=progress,
         seconds={"open checkpoint": time.perf_counter() - begin},
     )
@@ -190,7 +193,9 @@ def require_optimizer(files: CheckpointFiles) -> Path:
     return files.optimizer
 
 
-def make_passes(policy: Policy, config: Config, world: World) -> Passes:
+def make_passes(
+    policy: Policy, config: Config, world: World, layers: WholeLayers
+) -> Passes:
     """Both passes over an opened policy."""
     settings = ScoringSettings(
         temperature=config.objective.temperature,
@@ -201,11 +206,12 @@ def make_passes(policy: Policy, config: Config, world: World) -> Passes:
     tokens = ResponseTokens(policy.model, settings)
     return Passes(
         tokens=tokens,
-        wrapped=world.wrap(tokens),
+        wrapped=tokens if layers.is_sharded else world.wrap(tokens),
         parameters=policy.parameters,
         dtype=policy.dtype,
         device=policy.device,
         count_operations=config.compute.count_operations,
+        layers=layers,
     )
 
 
@@ -273,9 +279,11 @@ def keep_unfinished(session: Session, out: Path | None, command: str) -> None:
     if out is None:
         return
 
+    layers = session.passes.layers
+
     def identity() -> dict[str, Any]:
         checkpoint = identity_of_checkpoint(
-            session.policy, session.optimizer, session.change
+            session.policy, session.optimizer, session.change, layers
         )
         batches = {
             f"batch {split}": identity_of_batch(batch)
@@ -285,7 +293,11 @@ def keep_unfinished(session: Session, out: Path | None, command: str) -> None:
         return settings | checkpoint | batches
 
     with session.phase("fingerprints"):
-        session.unfinished = open_unfinished(out / UNFINISHED, session.world, identity)
+        # Of parts, every rank has to give its own.
+        made = identity() if layers.is_sharded else None
+        session.unfinished = open_unfinished(
+            out / UNFINISHED, session.world, lambda: made or identity()
+        )
 
 
 def sampled_rows(session: Session, split: str) -> list[dict[str, Any]]:
@@ -317,6 +329,7 @@ def sample_batch(session: Session, split: str) -> list[dict[str, Any]]:
             lambda done, total, tokens: session.progress(
                 name, done, total, "responses", tokens
             ),
+            session.passes.layers,
         )
         shares = session.world.gather_objects(share)
     session.num_redraws[split] = sum(redraws for _, redraws in shares)

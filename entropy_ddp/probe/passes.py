@@ -199,7 +199,7 @@ def score_along_step(session: Session, step: Step, sample_size: int = 0) -> Alon
 
     def score_blocks() -> PassResult:
         direction = step.direction(passes.parameters)
-        for block in shard.blocks():
+        for block in passes.blocks(shard):
             piece = passes.score(block.shard, direction, with_features=True)
             scores.put(block.tokens, piece)
             weighting = reweighting(session, block, piece.logp)

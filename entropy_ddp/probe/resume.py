@@ -36,6 +36,7 @@ from entropy_ddp.config import Config
 from entropy_ddp.data.batch import Batch, Ragged, Shard
 from entropy_ddp.data.jsonlines import read_rows, write_jsonl
 from entropy_ddp.distributed import World
+from entropy_ddp.distributed.sharding import WholeLayers
 from entropy_ddp.errors import InputError, raise_if_out_of_memory
 from entropy_ddp.files import write_tensors, written_whole
 from entropy_ddp.model.parameters import fingerprint, frozen_fingerprint
@@ -379,6 +380,8 @@ _LEFT_OUT = (
     "compute.tokens_per_microbatch",
     "compute.snapshot_device",
     "compute.rank_timeout_seconds",
+    "compute.shard",
+    "compute.shard_group",
     "batches.E.sample.sequences_per_call",
     "batches.U.sample.sequences_per_call",
 )
@@ -416,12 +419,19 @@ def identity_of_checkpoint(
     policy: Policy,
     optimizer: torch.optim.Optimizer | None,
     change: torch.Tensor | None,
+    layers: WholeLayers,
 ) -> dict[str, Any]:
-    """Content of the trained and frozen weights, and of what the step is made of."""
+    """Content of the trained and frozen weights, and of what the step is made of.
+
+    Args:
+        layers: gathers those of which this rank has a part.
+    """
     identity = {
         "device": policy.device.type,
         "trained weights": fingerprint(policy.parameters.items())[:_HASH_DIGITS],
-        "other weights": frozen_fingerprint(policy.model)[:_HASH_DIGITS],
+        "other weights": frozen_fingerprint(policy.model, layers.gathered)[
+            :_HASH_DIGITS
+        ],
     }
     if optimizer is not None:
         state = fingerprint(optimizer_tensors(optimizer))

@@ -260,7 +260,7 @@ def slope_along(
 
     def score_blocks() -> PassResult:
         terms = torch.zeros(len(shard.positions), 4, dtype=torch.float64)
-        for block in shard.blocks():
+        for block in passes.blocks(shard):
             tokens = passes.score(block.shard, direction, with_features=knows_token)
             _, terms[block.sequences] = _block_terms(
                 session, block, tokens, original.value, predictions

@@ -19,6 +19,7 @@ no independent draws.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from entropy_ddp.data.batch import Sequence
 from entropy_ddp.data.files import decode_prompt, decode_response, sequence_to_row
 from entropy_ddp.data.jsonlines import make_problem
 from entropy_ddp.data.rows import TokenLimits
+from entropy_ddp.distributed.sharding import WholeLayers
 from entropy_ddp.errors import RunError
 from entropy_ddp.memory import Allowance, unless_out_of_memory
 from entropy_ddp.sampling.generation import (
@@ -218,6 +220,7 @@ def sample_rollouts(
     rank: int,
     world_size: int,
     on_progress: Callable[[int, int, int], None],
+    layers: WholeLayers | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Sample this rank's share of a batch: prompt draws rank, rank + world_size, ...
 
@@ -231,6 +234,8 @@ def sample_rollouts(
         on_progress: called after every token of every call with the number of
             responses that this rank has sampled, the number known to be needed, to
             which redraws add, and the number of their tokens.
+        layers: the model's, of which this rank may have a part only: all ranks then
+            sample together. None: it has them whole.
 
     Returns:
         This rank's rows of the rollout file, in order of prompt draw and response
@@ -243,13 +248,16 @@ def sample_rollouts(
             response does not fit into memory.
     """
     sample, draws = plan.sample, plan.draws[rank::world_size]
+    layers = layers or WholeLayers()
     groups: dict[int, list[dict[str, Any]]] = {}
     num_done = num_tokens = num_redraws = total = 0
 
     def on_token(done: int, tokens: int) -> None:
         on_progress(num_done + done, total, num_tokens + tokens)
 
-    with sampling_mode(model, plan.generation):
+    transformer = _transformer(model)
+    spare = partial(_pass_over_one_token, transformer)
+    with sampling_mode(model, plan.generation), layers.serving(transformer, spare):
         for attempt in range(1 + sample.redraw_zero_advantage):
             jobs = _responses_to_sample(draws, sample.responses_per_prompt)
             total = num_done + len(jobs)
@@ -260,6 +268,7 @@ def sample_rollouts(
                 batch = jobs[start : start + size]
                 responses = _generate(model, plan, attempt, batch, allowance, on_token)
                 if responses is None:
+                    layers.recover()
                     continue
                 start += len(batch)
                 for (draw, number), response in zip(batch, responses, strict=True):
@@ -274,6 +283,18 @@ def sample_rollouts(
             draws = [draw for draw in draws if _has_equal_rewards(groups[draw.number])]
     ordered = chain.from_iterable(groups[number] for number in sorted(groups))
     return list(ordered), num_redraws
+
+
+def _transformer(model: Any) -> Any:
+    """The model below its output layer, adapters inside."""
+    held = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return held.base_model
+
+
+@torch.no_grad()
+def _pass_over_one_token(transformer: Any) -> None:
+    device = next(transformer.parameters()).device
+    transformer(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
 def merge_rows(rows_of_ranks: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -1,0 +1,315 @@
+"""What the ranks of a sharded model do in tests: several checks in one group of processes.
+
+    python sharded_ranks.py CHECK FOLDER
+
+Every check is run on all ranks; a failed assertion ends them all.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import reference as ref
+import torch
+from families import plain_model
+from jobs import run_attribution, run_audit, run_probe, run_sweep
+from tiny_runs import as_batch
+from torch import Tensor, nn
+
+from entropy_ddp.cli.ranks import run_ranks
+from entropy_ddp.config import Config, load_config
+from entropy_ddp.data import batch as batches
+from entropy_ddp.data.batch import Shard
+from entropy_ddp.distributed import World
+from entropy_ddp.distributed.sharding import shard_base
+from entropy_ddp.errors import RunError
+from entropy_ddp.model.parameters import trainable_parameters
+from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.model.scoring import Passes
+
+CPU = torch.device("cpu")
+JOBS = {
+    "probe": run_probe,
+    "sweep": run_sweep,
+    "attribute": run_attribution,
+    "audit": run_audit,
+}
+VOCABULARY = 23
+BUDGET = 40
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Families, and which projections have an adapter. The last two layers' only: there is no
+# gradient below them, and no gather for one.
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2, tied, all": ("qwen2", {"target_modules": ALL}),
+    "llama, some": ("llama", {"target_modules": ["v_proj", "up_proj"]}),
+    "gemma2, some": ("gemma2", {"target_modules": ["q_proj", "v_proj"]}),
+    "qwen3-moe, some": ("qwen3-moe", {"target_modules": ["q_proj", "v_proj"]}),
+    "llama, upper layers": (
+        "llama",
+        {"target_modules": ["v_proj"], "layers_to_transform": [2, 3]},
+    ),
+    "llama, biases": ("llama", {"target_modules": ["v_proj"], "bias": "all"}),
+}
+ROWS = ref.random_rows(
+    3, groups=5, responses=[4, 1, 3, 1, 2], max_response=9, vocabulary=VOCABULARY,
+    with_empty=True,
+)  # fmt: skip
+
+
+def model_of(case: str) -> nn.Module:
+    family, options = ADAPTERS[case]
+    changes = {"tie_word_embeddings": True} if "tied" in case else {}
+    if "layers" in case:
+        changes["num_hidden_layers"] = 4
+    model = plain_model(family, **changes)
+    targets = options["target_modules"]
+    rest = {k: v for k, v in options.items() if k != "target_modules"}
+    return ref.with_lora(model, 12, targets, **rest).double().eval()
+
+
+def make(model: nn.Module, **settings: Any) -> Passes:
+    tokens = ResponseTokens(
+        model, ScoringSettings(tokens_per_microbatch=BUDGET, share_prompts=False)
+    )
+    return Passes(
+        tokens=tokens,
+        wrapped=tokens,
+        parameters=trainable_parameters(model),
+        dtype=torch.float64,
+        device=CPU,
+        **settings,
+    )
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    return list(model.get_base_model().model.layers)
+
+
+def sharded(model: nn.Module, world: World, group: int | None = None) -> Passes:
+    size = group or world.world_size
+    return make(model, layers=shard_base(layers_of(model), world, CPU, size))
+
+
+def direction(passes: Passes) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in passes.parameters.items()
+    }
+
+
+def tokens_of(shard: Shard) -> Tensor:
+    """Places of a shard's tokens in the token arrays of the whole batch."""
+    starts = shard.batch.ragged.starts[shard.positions]
+    return shard.ragged.spread(starts) + shard.ragged.position
+
+
+def weights_of(shard: Shard) -> Any:
+    whole = torch.linspace(-1, 1, 2 * shard.batch.num_tokens, dtype=torch.float64)
+    mine = whole.view(2, -1)[:, tokens_of(shard)]
+    return lambda token, *_: (mine[0][token.cpu()], mine[1][token.cpu()])
+
+
+def uneven(world: World) -> Shard:
+    """A shard of another size on every rank: the first has most, the last none."""
+    batch = as_batch(ROWS, VOCABULARY)
+    place = torch.arange(len(batch))
+    of_rank = (place // 4) % max(1, world.world_size - 1)
+    of_rank[place % 4 > 0] = 0
+    return Shard(batch=batch, positions=(of_rank == world.rank).nonzero()[:, 0])
+
+
+def everything(passes: Passes, shard: Shard) -> dict[str, Tensor]:
+    """What every kind of pass gives of a shard."""
+    along = direction(passes)
+    scores = passes.score(shard, along, with_features=True)
+    found = {n: scores.array(n) for n in ("logp", "entropy", "dlogp", "dentropy")}
+    found |= {name: values for name, values in scores.features.items()}
+    found["plain logp"] = passes.score(shard).logp
+    twice = passes.score_twice(shard, along, 1e-3)
+    found["logp twice"], found["entropy twice"] = twice
+    found["gradient"], _ = passes.gradient(shard, weights_of(shard), torch.float64)
+    return found
+
+
+OF_SEQUENCES = ("logp twice", "entropy twice")
+
+
+def at_shard(whole: dict[str, Tensor], shard: Shard) -> dict[str, Tensor]:
+    """Of what was found of the whole batch, that of a shard."""
+    tokens = tokens_of(shard)
+    return {
+        name: values[shard.positions if name in OF_SEQUENCES else tokens]
+        for name, values in whole.items()
+        if name != "gradient"
+    }
+
+
+def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), name
+
+
+def require_close(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12
+) -> None:
+    for name, values in expected.items():
+        scale = float(values.abs().max()) if values.numel() else 0.0
+        torch.testing.assert_close(
+            found[name], values, rtol=0, atol=tolerance * scale, msg=name
+        )
+
+
+def check_base(world: World, folder: Path) -> None:
+    """Bits as of the whole model; and shares of any size give what it gives of them."""
+    batches.BLOCK_TOKENS = 30
+    for case in ADAPTERS:
+        model = model_of(case)
+        whole = make(copy.deepcopy(model))
+        batch = as_batch(ROWS, VOCABULARY)
+        expected = everything(whole, batch.shard(0, 1))
+        passes = sharded(model, world)
+        require_equal(everything(passes, batch.shard(0, 1)), expected)
+        held = sum(
+            p.to_local().numel() if hasattr(p, "to_local") else 0
+            for p in model.parameters()
+        )
+        cut = sum(p.numel() for p in model.parameters() if hasattr(p, "to_local"))
+        assert cut and held <= cut / world.world_size + 100 * 23, case
+        shard = uneven(world)
+        found = everything(passes, shard)
+        gradient = world.sum(found.pop("gradient"), "test")
+        require_close(found, at_shard(expected, shard))
+        require_close({"": gradient}, {"": expected["gradient"]})
+
+
+@contextmanager
+def memory_runs_out(model: Any, layer: int, when: str, at: int) -> Iterator[list[int]]:
+    """Once, at the layer's call of this number; of what was done so far."""
+    calls = [0]
+
+    def fail(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == at:
+            raise MemoryError("planted")
+
+    def watch(_module: Any, _inputs: Any, output: Any) -> None:
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    attention = layers_of(model)[layer].self_attn.o_proj
+    handle = (
+        attention.register_forward_hook(watch)
+        if when == "backward"
+        else attention.register_forward_pre_hook(fail)
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def check_shortage(world: World, folder: Path) -> None:
+    """Memory runs out on one rank, in a forward and in a backward pass: all go on."""
+    model = model_of("llama, upper layers")
+    batch = as_batch(ROWS, VOCABULARY)
+    expected = everything(make(copy.deepcopy(model)), batch.shard(0, 1))
+    passes = sharded(model, world)
+    weights, shard = weights_of(batch.shard(0, 1)), uneven(world)
+    # The first passes find out which gathers they make, as the self-check does.
+    passes.gradient(batch.shard(0, 1), weights, torch.float64)
+    passes.score(batch.shard(0, 1))
+    for when, layer, at in (
+        ("forward", 0, 1),
+        ("forward", 3, 2),
+        ("backward", 3, 2),
+        ("backward", 2, 1),
+    ):
+        again = replace(passes, allowance=type(passes.allowance)())
+        fails = world.rank == 0
+        with memory_runs_out(model, layer, when, at if fails else -1) as calls:
+            if when == "forward":
+                scores = again.score(shard, direction(passes))
+                found = {n: scores.array(n) for n in ("logp", "entropy", "dlogp")}
+                require_close(found, {n: at_shard(expected, shard)[n] for n in found})
+            flat, _ = again.gradient(shard, weights_of(shard), torch.float64)
+        assert (again.allowance.num_retries > 0) == fails, (when, layer, calls)
+        gradient = world.sum(flat, "test")
+        require_close({"": gradient}, {"": expected["gradient"]})
+
+
+def check_order(world: World, folder: Path) -> None:
+    """A model whose layers run in another order than before is refused by name."""
+    model: Any = model_of("llama, upper layers")
+    batch = as_batch(ROWS, VOCABULARY)
+    passes = sharded(model, world)
+    passes.score(batch.shard(0, 1))
+    inner = model.get_base_model().model
+    inner.layers = nn.ModuleList([inner.layers[i] for i in (1, 0, 2, 3)])
+    try:
+        passes.score(batch.shard(0, 1))
+    except RunError as error:
+        assert "layer 1 forward, found layer 2 forward" in str(error), error
+    else:
+        raise AssertionError("another order of layers was not found")
+
+
+def check_groups(world: World, folder: Path) -> None:
+    """Four ranks in two groups, each of which holds the model in two parts."""
+    model = model_of("qwen2, tied, all")
+    batch = as_batch(ROWS, VOCABULARY)
+    expected = everything(make(copy.deepcopy(model)), batch.shard(0, 1))
+    passes = sharded(model, world, group=2)
+    require_equal(everything(passes, batch.shard(0, 1)), expected)
+    cut = [p for p in model.parameters() if hasattr(p, "to_local")]
+    assert sum(p.to_local().numel() for p in cut) * 2 <= sum(
+        p.numel() + 2 * p[0].numel() for p in cut
+    )
+
+
+def check_jobs(world: World, folder: Path) -> None:
+    """Every configuration of the folder, by the job that its name begins with."""
+    for path in sorted(folder.glob("*.yaml")):
+        config, job = load_config(path, ()), JOBS[path.stem.partition(" ")[0]]
+        run_job(world, folder, path.stem, job, config)
+
+
+def run_job(world: World, folder: Path, name: str, job: Any, config: Config) -> None:
+    alone = replace(world, collectives={})
+    out = folder / name
+    if world.is_main:
+        out.mkdir()
+    world.gather_objects(None)
+    probed = job(config, alone, None, lambda *progress: None)
+    if world.is_main:
+        document = json.loads(json.dumps(probed.results.to_dict(), allow_nan=False))
+        (out / "results.json").write_text(json.dumps(document))
+
+
+CHECKS = {
+    "base": check_base,
+    "shortage": check_shortage,
+    "order": check_order,
+    "groups": check_groups,
+    "jobs": check_jobs,
+}
+
+
+def main() -> int:
+    names, folder = sys.argv[1].split(","), Path(sys.argv[2])
+
+    def body(world: World) -> int:
+        for name in names:
+            CHECKS[name](world, folder)
+        return 0
+
+    return run_ranks(body, 60.0, gathers_layers=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""A model in parts on several ranks gives what it gives whole: bits, sums, whole runs.
+
+Real processes with gloo on the CPU. What the ranks do is in tests/sharded_ranks.py: the
+checks of a group of processes are made one after another, as starting it takes the time.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import sharded_ranks
+import yaml
+from checkpoints import run_config, save_checkpoint, write_rows, write_sampling_run
+from families import plain_model
+from reference import Row, random_rows
+from shortages import close
+
+from entropy_ddp.config import Config
+from entropy_ddp.distributed import World
+
+RANKS = launching.REPOSITORY / "tests" / "sharded_ranks.py"
+TOLERANCE = 1e-10
+SECTIONS = (
+    "E", "U", "update", "truth", "truth_all", "linear", "linear_all", "curvature",
+    "gradient_dot", "attribution", "sweep",
+)  # fmt: skip
+ALL = sharded_ranks.ALL
+# Family, and the projections with an adapter.
+ADAPTERS: dict[str, tuple[str, list[str]]] = {
+    "qwen2, tied": ("qwen2", ["v_proj", "down_proj"]),
+    "llama": ("llama", ALL),
+    "gemma2": ("gemma2", ["q_proj", "v_proj"]),
+    "qwen3-moe": ("qwen3-moe", ["q_proj", "v_proj"]),
+}
+# The audits need all sequences of E; attributions and paired batches passes of their own.
+SAME_ROLLOUTS = {"gradient_dot": {"enabled": True}}
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "probe 1": ("qwen2, tied", {"linear": {"baseline": "action_value"}}),
+    "probe 2": ("llama", {"gradient_dot": {"variance_method": "backward"}}),
+    "probe 3": ("gemma2", {"curvature": {"enabled": True, "method": "taylor"}}),
+    "probe 4": ("qwen3-moe", {}),
+    "probe same": ("llama", SAME_ROLLOUTS),
+    "probe kl": ("llama", {"update": {"kl_coefficient": 0.1, "max_grad_norm": 0.5}}),
+    "sweep": ("llama", {"sweep": {"etas": [1e-4, 1e-3]}}),
+    "attribute": ("qwen2, tied", {"attribution": {"verify": True, "blocks": 2}}),
+    "audit": ("llama", {}),
+}
+def ranks(size: int, checks: str, folder: Path) -> None:
+    command = launching.python(RANKS, checks, folder)
+    finished = launching.run_ranks(size, command, launching.HELPERS, 300.0)
+    for one in finished:
+        assert one.returncode == 0, "\n".join(f.stderr for f in finished)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_layers_in_parts_change_no_bit(size: int, tmp_path: Path) -> None:
+    """And ranks with more work, less and none end together; as they do when memory runs
+    out on one of them, forward or backward."""
+    ranks(size, "base,order" if size == 1 else "base,shortage", tmp_path)
+
+
+def test_groups_of_ranks_each_hold_a_model(tmp_path: Path) -> None:
+    ranks(4, "groups", tmp_path)
+
+
+def rows(seed: int, responses: list[int]) -> list[Row]:
+    return random_rows(
+        seed, groups=len(responses), responses=responses, max_response=7,
+        vocabulary=sharded_ranks.VOCABULARY, with_empty=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Configuration and results of every job, by one process with the whole model."""
+    root = tmp_path_factory.mktemp("whole")
+    evaluation, update = rows(1, [3, 2, 2, 3, 2, 4, 2, 2]), rows(2, [4, 2, 3])
+    saved = {}
+    for case, (family, targets) in ADAPTERS.items():
+        changes = {"tie_word_embeddings": True} if "tied" in case else {}
+        model = plain_model(family, **changes)
+        (root / case).mkdir()
+        saved[case] = save_checkpoint(root / case, "", model=model, targets=targets)
+    found: dict[str, Any] = {}
+    for name, (case, sections) in JOBS.items():
+        e, u = (evaluation, update)
+        if sections is SAME_ROLLOUTS:
+            u = e
+        files = [
+            write_rows(root / f"{name}-{split}.jsonl", of)
+            for split, of in (("E", e), ("U", u))
+        ]
+        document = run_config(saved[case], *files) | sections
+        job = sharded_ranks.JOBS[name.partition(" ")[0]]
+        probed = job(Config.model_validate(document), World(), None, lambda *_: None)
+        found[name] = document, json.loads(json.dumps(probed.results.to_dict()))
+    return found
+
+
+def require_same_runs(
+    size: int, folder: Path, whole: dict[str, Any], names: Iterable[str], shard: str
+) -> None:
+    """These jobs, of a sharded model on so many ranks, against the whole model's."""
+    for name in names:
+        document, _ = whole[name]
+        compute = document["compute"] | {"shard": shard}
+        text = yaml.safe_dump(document | {"compute": compute})
+        (folder / f"{name}.yaml").write_text(text)
+    ranks(size, "jobs", folder)
+    for name in names:
+        found = json.loads((folder / name / "results.json").read_text())
+        expected = whole[name][1]
+        assert found["status"] == expected["status"], name
+        for section in SECTIONS:
+            where = f"{name} {section}"
+            close(found.get(section), expected.get(section), where, TOLERANCE)
+
+
+def test_runs_of_a_divided_base_are_those_of_the_whole_model(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    require_same_runs(2, tmp_path, whole, JOBS, "base")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_runs_of_a_divided_base_on_any_number_of_ranks(
+    size: int, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    require_same_runs(size, tmp_path, whole, JOBS, "base")
+
+
+def test_a_divided_base_samples_what_the_whole_model_samples(tmp_path: Path) -> None:
+    """With three ranks, two of which sample longer than the third."""
+    run = write_sampling_run(tmp_path)
+    out = {shard: tmp_path / shard for shard in ("none", "base")}
+    for shard, folder in out.items():
+        options = ("--config", run, "--out", folder, "--set", f"compute.shard={shard}")
+        command = launching.python(*launching.PACKAGE, "sample", *options)
+        helpers = {"PYTHONPATH": str(tmp_path)}
+        for one in launching.run_ranks(3, command, helpers):
+            one.require_success()
+    for split in ("E", "U"):
+        texts = [(folder / f"{split}.jsonl").read_text() for folder in out.values()]
+        assert texts[0] == texts[1], split
