@@ -150,9 +150,7 @@ class ShardedLayers(WholeLayers):
                 layer.reshard()
 
     @contextmanager
-    def serving(
-        self, model: nn.Module, spare: Callable[[], object]
-    ) -> Iterator[None]:
+    def serving(self, model: nn.Module, spare: Callable[[], object]) -> Iterator[None]:
         """A context in which every call of the model is a round, on any rank.
 
         At its end a rank takes part in the others' rounds until all are there.
@@ -303,9 +301,7 @@ def _mesh(world: World, device: torch.device, group: int) -> "DeviceMesh":
     if group == world.world_size:
         return init_device_mesh(device.type, (group,))
     shape = (world.world_size // group, group)
-    return init_device_mesh(
-        device.type, shape, mesh_dim_names=("repeated", "sharded")
-    )
+    return init_device_mesh(device.type, shape, mesh_dim_names=("repeated", "sharded"))
 
 
 def group_size(asked: str | int, world: World, ranks_here: int) -> int:

@@ -74,7 +74,8 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def frozen_fingerprint(
-    model: nn.Module, gathered: Callable[[NamedTensors], NamedTensors] = lambda named: named
+    model: nn.Module,
+    gathered: Callable[[NamedTensors], NamedTensors] = lambda named: named,
 ) -> str:
     """A cheap fingerprint of the frozen parameters: names, dtypes, shapes, mixed bits.
 

@@ -572,9 +572,7 @@ class Passes:
         self.advance(len(microbatch.token))
 
 
-def _nothing(
-    token: Tensor, logp: Tensor, entropy: Tensor
-) -> tuple[Tensor, Tensor]:
+def _nothing(token: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
     """The weights of tokens that count for nothing."""
     return torch.zeros_like(logp), torch.zeros_like(entropy)
 

@@ -27,6 +27,7 @@ from entropy_ddp.data.batch import Batch
 from entropy_ddp.data.files import make_batch
 from entropy_ddp.data.jsonlines import write_jsonl
 from entropy_ddp.distributed import World
+from entropy_ddp.distributed.sharding import WholeLayers
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import trainable_parameters
 from entropy_ddp.probe.opening import (
@@ -180,7 +181,9 @@ def open_live_session(trainer: Any, settings: ProbeSettings, world: World) -> Se
         world=world,
         policy=policy,
         # No hooks: those on the parameters reduce the trainer's gradients.
-        passes=replace(make_passes(policy, config, world), runs_hooks=False),
+        passes=replace(
+            make_passes(policy, config, world, WholeLayers()), runs_hooks=False
+        ),
         progress=lambda *_: None,
     )
     with untouched(model):

@@ -27,7 +27,10 @@ def shard(root: Path, world: World, shard: str = "base", **options: Any) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"full": True}, "expected an adapter, whose base model is divided, found full"),
+        (
+            {"full": True},
+            "expected an adapter, whose base model is divided, found full",
+        ),
         ({"use_dora": True}, "found a DoRA adapter"),
         ({"modules_to_save": ["lm_head"]}, r"trains whole modules \(lm_head\)"),
     ],

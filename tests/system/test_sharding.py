@@ -48,6 +48,8 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "attribute": ("qwen2, tied", {"attribution": {"verify": True, "blocks": 2}}),
     "audit": ("llama", {}),
 }
+
+
 def ranks(size: int, checks: str, folder: Path) -> None:
     command = launching.python(RANKS, checks, folder)
     finished = launching.run_ranks(size, command, launching.HELPERS, 300.0)

@@ -139,9 +139,7 @@ def state_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     before, after_step, restored = measured.hashes
     model = session.policy.model
     frozen = frozen_fingerprint(model, session.passes.layers.gathered)
-    all_hashes = session.world.gather_objects(
-        (before, after_step, restored, frozen)
-    )
+    all_hashes = session.world.gather_objects((before, after_step, restored, frozen))
     equal = [len(set(hashes)) == 1 for hashes in zip(*all_hashes)]
     rows = [
         compare(
