@@ -26,7 +26,7 @@ BIAS = 4 / NUM_BATCHES**0.5
 CASES = [
     (64, 2),
     (250, 2),
-    (500, 4),
+    pytest.param(500, 4, marks=pytest.mark.long),
     pytest.param(250, 4, marks=pytest.mark.long),
     pytest.param(500, 2, marks=pytest.mark.long),
 ]
