@@ -36,6 +36,7 @@ class Records(TrainerCallback):
         self.steps: list[dict[str, str]] = []
         self.logs: list[dict[str, Any]] = []
         self.seen: list[dict[str, Any]] = []
+        self.floor: Any = None
 
     def on_step_end(
         self,
@@ -77,7 +78,7 @@ class Records(TrainerCallback):
             {
                 name: value
                 for name, value in logs.items()
-                if not name.startswith("entropy_ddp/")
+                if not name.startswith(("entropy_ddp/", "entropy_floor/"))
                 and not any(time in name for time in TIMES)
             }
         )
@@ -164,14 +165,20 @@ def train(
     folder: str | Path,
     *,
     probe: Mapping[str, Any] | None = None,
+    floor: Mapping[str, Any] | None = None,
     record: bool = False,
+    dump: bool = False,
     **settings: Any,
 ) -> Records:
-    """Train, with the callback if it has settings, and with the recorder.
+    """Train, with the callbacks that have settings, and with the recorder.
 
     The ledger is in `folder`, the recorded batches in `folder / "trainer/rollouts"`.
     """
-    from entropy_ddp.training import EntropyProbeCallback, RolloutRecorder
+    from entropy_ddp.training import (
+        EntropyFloor,
+        EntropyProbeCallback,
+        RolloutRecorder,
+    )
 
     folder, records = Path(folder), Records()
     trainer = make_trainer(folder / "trainer", callbacks=[records], **settings)
@@ -179,8 +186,78 @@ def train(
         RolloutRecorder(out=folder / "trainer" / "rollouts").attach(trainer)
     if probe is not None:
         EntropyProbeCallback(out=folder, **PROBE | dict(probe)).attach(trainer)
+    # After the probe: it finds its place before it.
+    if floor is not None:
+        records.floor = EntropyFloor(**floor)
+        records.floor.attach(trainer)
+    if dump:
+        Dump(folder, trainer, records.floor)
     trainer.train()
     return records
+
+
+class Dump(TrainerCallback):
+    """Every step of a rank as it is about to be taken, in `folder / "dump-RANK.pt"`.
+
+    The batch as it went into the loss, the model and the optimizer's state before the
+    step, the gradient that it is taken with, and what the floor says of it.
+    """
+
+    def __init__(self, folder: Path, trainer: Any, floor: Any) -> None:
+        rank = trainer.accelerator.process_index
+        self.file = folder / f"dump-{rank}.pt"
+        self.steps: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.model, self.floor = trainer.accelerator.unwrap_model(trainer.model), floor
+        original = trainer._compute_loss
+
+        def compute_loss(model: Any, inputs: Any) -> Any:
+            self.rows += rows_of(inputs)
+            return original(model, inputs)
+
+        trainer._compute_loss = compute_loss
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, optimizer: Any, **_: Any
+    ) -> None:
+        """Keep the step."""
+        names = {p: n for n, p in self.model.named_parameters() if p.requires_grad}
+        moments = {
+            names[p]: {key: torch.as_tensor(x).clone() for key, x in state.items()}
+            for p, state in optimizer.optimizer.state.items()
+        }
+        groups = [
+            {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            | {"names": [names[p] for p in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        step = {
+            "rows": self.rows,
+            "model": {n: p.clone() for n, p in self.model.state_dict().items()},
+            "gradient": {n: p.grad.clone() for p, n in names.items()},
+            "moments": moments,
+            "groups": groups,
+            "floor": None if self.floor is None else vars(self.floor.last),
+        }
+        self.steps.append(step)
+        self.rows = []
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self.steps, self.file)
+
+
+def rows_of(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sequences that TRL's loss is given: ids and advantage."""
+    rows = []
+    for index, advantage in enumerate(inputs["advantages"].tolist()):
+        prompt, response = (
+            inputs[f"{part}_ids"][index][inputs[f"{part}_mask"][index].bool()].tolist()
+            for part in ("prompt", "completion")
+        )
+        rows.append(
+            {"prompt_ids": prompt, "response_ids": response, "advantage": advantage}
+        )
+    return rows
 
 
 def ledger_of(folder: str | Path) -> list[dict[str, Any]]:

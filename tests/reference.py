@@ -1003,3 +1003,86 @@ def adamw_step_naive(
             step = lr * (m / (1 - beta1**t)) / denominator
             new_parameters[name] = decayed - step
     return new_parameters, new_state
+
+
+# A floor of the entropy
+
+
+def entropy_gradient(
+    model: nn.Module, rows: Sequence[Row], temperature: float
+) -> tuple[float, dict[str, Tensor]]:
+    """H = sum H_t / T of the rows, and 1/T sum (c_t grad log p_t + grad H_t), by name.
+
+    c_t = (sum of H_j - H over the later tokens) - b_t, with b_t the mean of that sum at
+    the same position over the sequences of other groups that reach it, 0 where none does.
+    """
+    for module in model.modules():
+        # A lookup of this token has a derivative too.
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    with torch.no_grad():
+        entropies = [token_scores(model, row, temperature)[1] for row in rows]
+    count = sum(len(row.response_ids) for row in rows)
+    mean = float(sum(values.sum() for values in entropies)) / count
+    after = [
+        [float((values[k + 1 :] - mean).sum()) for k in range(len(values))]
+        for values in entropies
+    ]
+    parameters = trainable(model)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row, own in zip(rows, after):
+        weights = []
+        for k, value in enumerate(own):
+            others = [
+                other[k]
+                for there, other in zip(rows, after)
+                if there.group != row.group and len(other) > k
+            ]
+            weights.append(value - (sum(others) / len(others) if others else 0.0))
+        logp, entropy = token_scores(model, row, temperature)
+        each = torch.tensor(weights, dtype=torch.float64)
+        objective = ((each * logp).sum() + entropy.sum()) / count
+        _add_gradient(total, objective, parameters)
+    return mean, total
+
+
+def policy_gradient(
+    model: nn.Module,
+    rows: Sequence[Row],
+    length: int,
+    temperature: float,
+    factor: Callable[[float, float], float],
+) -> dict[str, Tensor]:
+    """Gradient of -1 / (N L) sum_i A_i sum_t f_t log p_t, by name.
+
+    Args:
+        length: L, the dr_grpo loss's.
+        factor: f of (log p_t, A_i), held fixed.
+    """
+    parameters = trainable(model)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row in rows:
+        assert row.advantage is not None
+        logp, _ = token_scores(model, row, temperature)
+        factors = [factor(float(value), row.advantage) for value in logp.detach()]
+        each = torch.tensor(factors, dtype=torch.float64)
+        _add_gradient(
+            total,
+            -row.advantage * (each * logp).sum() / (len(rows) * length),
+            parameters,
+        )
+    return total
+
+
+def _add_gradient(
+    total: dict[str, Tensor], value: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, found, strict=True):
+        if gradient is not None:
+            total[name] += gradient
+
+
+def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Inner product of two vectors over parameters."""
+    return math.fsum(float((left[name] * right[name]).sum()) for name in left)

@@ -40,7 +40,7 @@ from entropy_ddp.config import Integrand, Normalize, SlopeBaseline, SlopeScore
 from entropy_ddp.data.batch import Ragged
 from entropy_ddp.estimators.entropy import Ratio, Reweighting, integrand_tokens
 from entropy_ddp.estimators.standard_errors import Draws, Estimate
-from entropy_ddp.model.response_tokens import DirectionalScores
+from entropy_ddp.model.response_tokens import DirectionalScores, TokenScores
 
 Score = SlopeScore
 Baseline = SlopeBaseline
@@ -66,7 +66,7 @@ class SlopeWeights:
 
 
 def slope_weights(
-    tokens: DirectionalScores,
+    tokens: TokenScores,
     ragged: Ragged,
     mean_entropy: float,
     estimator: tuple[Integrand, Normalize, Score, Baseline],
@@ -76,7 +76,7 @@ def slope_weights(
     """The weights c of section "First order" for one rank's tokens.
 
     Args:
-        tokens: values at theta; the derivatives are not used.
+        tokens: values at theta.
         mean_entropy: Hbar over the whole batch.
         estimator: integrand, normalisation, score and baseline.
         prediction: of the integrand and the number of steps after each token, [t, 2];

@@ -25,6 +25,9 @@ Every line is a JSON object with a `kind`:
   | covariance | mean over U's tokens of (log p - mean)(A - mean) |
   | top_tokens | the tokens with the largest shares, in their context |
   | by_token, by_prompt | sums of shares by token id and by prompt, the largest |
+  | floor | what an `EntropyFloor` did, if there is one: {floor, measured (H of the batch),
+    parameter, saturated}; of first order also {wanted, predicted_plain, predicted}, and
+    `change`, what its weights changed of the gradient part, where they changed a token's |
   | checks | see below |
   | seconds | wall-clock seconds that the probe took |
 

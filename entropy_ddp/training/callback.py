@@ -16,8 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 import entropy_ddp
@@ -26,27 +24,25 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.ledger.lines import append_line, require_new
 from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.session import Session
-from entropy_ddp.training.capture import (
-    SAMPLING,
-    BatchCapture,
-    TrainedBatch,
-    listen,
-    sampling_order,
-)
+from entropy_ddp.training.capture import BatchCapture, TrainedBatch, follow
+from entropy_ddp.training.floor import EntropyFloor, FloorStep
 from entropy_ddp.training.live_session import (
     ProbeSettings,
     open_live_session,
+    probe_config,
     require_probable,
     torch_optimizer,
 )
 from entropy_ddp.training.step_line import (
     PREFIX,
     entropy_entry,
+    floor_entry,
     logged_values,
     step_entry,
 )
 from entropy_ddp.training.step_probe import (
     StepProbe,
+    flat_gradient,
     measured_entropy,
     probe_after,
     probe_before,
@@ -80,6 +76,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._capture: BatchCapture | None = None
         self._probe: StepProbe | None = None
         self._world = World()
+        self._held: FloorStep | None = None
         self._seconds = 0.0
         self._grad_norm: float | None = None
         self._unlogged: dict[str, Any] | None = None
@@ -87,12 +84,13 @@ class EntropyProbeCallback(TrainerCallback):
         self._listening = ExitStack()
 
     def attach(self, trainer: Any) -> None:
-        """Make this the first of a trainer's callbacks, before its reporters."""
+        """Put this before a trainer's reporters, and after a floor."""
         self._trainer = trainer
-        handler = trainer.callback_handler
-        if self in handler.callbacks:
-            handler.callbacks.remove(self)
-        handler.callbacks.insert(0, self)
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        floor = _floor_of(trainer)
+        callbacks.insert(0 if floor is None else callbacks.index(floor) + 1, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse what cannot be probed; verify the model.
@@ -110,13 +108,16 @@ class EntropyProbeCallback(TrainerCallback):
         if state.global_step == 0:
             require_new(self.folder)
         self._world = joined_world()
-        self._session = open_live_session(trainer, self.settings, self._world)
+        config = probe_config(trainer, self.settings, self._world)
+        self._session = open_live_session(trainer, config, self._world)
         self._capture = BatchCapture(
             model=trainer.model,
             num_ranks=self._world.world_size,
             draw_size=getattr(trainer, "num_generations", 1),
         )
-        self._watch(trainer)
+        # What an earlier training left when it failed.
+        self._listening.close()
+        self._listening = follow(trainer, self._capture, self._clipped)
         self._write(self._run_entry(args, state))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -148,8 +149,12 @@ class EntropyProbeCallback(TrainerCallback):
             return
         begin = time.perf_counter()
         capture.disarm()
-        gradient = _gradient(session)
+        gradient = flat_gradient(session)
         norm = global_norm(gradient) if self._grad_norm is None else self._grad_norm
+        floor = _floor_of(self._trainer)
+        held = None if floor is None else floor.last
+        if held is not None and held.grad_norm is not None:
+            norm = held.grad_norm
         trained = self._gathered(capture)
         # Within `untouched` there are no gradients, and no padding.
         adam, padding = AdamState.of(torch_optimizer(optimizer)), padding_rows(model)
@@ -163,7 +168,9 @@ class EntropyProbeCallback(TrainerCallback):
                 grad_norm=norm,
                 clip_coefficient=clip_coefficient(args.max_grad_norm, norm),
                 padding=padding,
+                floor_weights=None if held is None else held.weights,
             )
+        self._held = held
         self._seconds = time.perf_counter() - begin
 
     def on_optimizer_step(
@@ -185,6 +192,8 @@ class EntropyProbeCallback(TrainerCallback):
                 session, probe, truth=truth, second_order=self.settings.second_order
             )
         entry = step_entry(session, probe, truth=truth, top=self.settings.top)
+        if self._held is not None:
+            entry["floor"] = floor_entry(self._held, probe)
         entry["seconds"] = self._seconds + time.perf_counter() - begin
         self._probe = None
         self._check(entry)
@@ -215,27 +224,8 @@ class EntropyProbeCallback(TrainerCallback):
         self._world.close()
         self._session = None
 
-    def _watch(self, trainer: Any) -> None:
-        """See what the loss is called with, and the norm before clipping."""
-        # What an earlier training left when it failed.
-        self._listening.close()
-        capture = self._capture
-        assert capture is not None
-
-        def before_loss(model: Any, inputs: Any, *_: Any, **__: Any) -> None:
-            capture.inputs = dict(inputs)
-
-        def after_loss(_: Any) -> None:
-            capture.inputs = {}
-
-        def after_clipping(norm: Any) -> None:
-            self._grad_norm = float(norm)
-
-        hear = self._listening.callback
-        hear(listen(trainer, "compute_loss", before=before_loss, after=after_loss))
-        hear(listen(trainer.accelerator, "clip_grad_norm_", after=after_clipping))
-        if hasattr(trainer, SAMPLING):
-            hear(listen(trainer, SAMPLING, after=sampling_order(trainer)))
+    def _clipped(self, norm: float) -> None:
+        self._grad_norm = norm
 
     def _gathered(self, capture: BatchCapture) -> TrainedBatch:
         """The batch of all ranks, on every rank."""
@@ -296,15 +286,10 @@ class EntropyProbeCallback(TrainerCallback):
             logger.warning("entropy probe: %s (said once)", message)
 
 
-def _gradient(session: Session) -> Tensor:
-    """The gradients as one flat CPU buffer, zero where there is none, [P]."""
-    layout = session.passes.layout
-    flat = torch.zeros(layout.numel, dtype=session.buffer_dtype)
-    for name, view in layout.views(flat).items():
-        gradient = session.passes.parameters[name].grad
-        if gradient is not None:
-            view.copy_(gradient)
-    return flat
+def _floor_of(trainer: Any) -> EntropyFloor | None:
+    """What holds the entropy of this training, if anything does."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((found for found in callbacks if isinstance(found, EntropyFloor)), None)
 
 
 def _log_table(entry: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ last of them; so two callbacks may listen to one method and end in any order.
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,10 @@ ORDER = "entropy_ddp_order"
 SAMPLING = "_generate_and_score_completions"
 # Part of the gradient by the logits that may be rounding, relative to its norm.
 LOGITS_RESIDUAL = 1e-2
+NO_ENTROPY = (
+    "entropy floor: expected the entropy of every token from the trainer's forward pass, "
+    "found none; train with a release of TRL that computes it, or without the callback"
+)
 # Positions whose softmax is computed at a time.
 CHUNK_POSITIONS = 256
 
@@ -48,8 +53,8 @@ class TrainedRow:
         response_ids: those from there to the last token of the loss.
         on_logp, on_entropy: a_t and b_t of each response token; 0 where the loss does
             not depend on it.
-        logp: log p of each response token as the trainer computed it; NaN where it did
-            not.
+        logp, entropy: log p and H of each response token as the trainer computed them;
+            NaN where it did not.
         advantage: its advantage; 1 where there are none.
         draw: number of the draw of its prompt; None where the trainer does not sample.
     """
@@ -59,6 +64,7 @@ class TrainedRow:
     on_logp: list[float]
     on_entropy: list[float]
     logp: list[float]
+    entropy: list[float]
     advantage: float
     draw: int | None
 
@@ -71,7 +77,7 @@ class _ForwardPass:
         input_ids, attended: [B, L].
         counted: whether the loss may depend on the token, [B, L - 1].
         advantages, draws: [B]; None if there are none.
-        logp, on_logp, on_entropy: [B, L - 1]; None until known.
+        logp, entropy, on_logp, on_entropy: [B, L - 1]; None until known.
         residual: share of the logits' gradient that is not of log p.
     """
 
@@ -81,6 +87,7 @@ class _ForwardPass:
     advantages: Tensor | None
     draws: Tensor | None
     logp: Tensor | None = None
+    entropy: Tensor | None = None
     on_logp: Tensor | None = None
     on_entropy: Tensor | None = None
     residual: float = 0.0
@@ -119,16 +126,26 @@ class BatchCapture:
         model: the trained model, not wrapped.
         num_ranks: number of ranks, over which gradients are averaged.
         draw_size: how many responses in the order of sampling are of one draw.
+        reweigh: gives a weight for each token from log p [B, L - 1] and advantage [B, 1],
+            by which the gradient of the loss through its log p is multiplied; None
+            leaves it as it is.
 
     Attributes:
         inputs: what the loss was last called with.
     """
 
-    def __init__(self, model: nn.Module, num_ranks: int, draw_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        num_ranks: int,
+        draw_size: int = 1,
+        reweigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         self.inputs: dict[str, Any] = {}
         self._model = model
         self._num_ranks = num_ranks
         self._draw_size = draw_size
+        self._reweigh = reweigh
         self._microbatches: list[_ForwardPass] = []
         self._handles: list[Any] = []
         self._is_seen = False
@@ -176,16 +193,40 @@ class BatchCapture:
         logp = getattr(output, "log_probs", None)
         if logp is not None and logp.requires_grad:
             batch.logp = logp.detach()
+            if self._reweigh is not None:
+                # Before the keeper: what it keeps is what the optimizer steps on.
+                logp.register_hook(_multiplier(self._weights_of(batch)))
             logp.register_hook(_keeper(batch, "on_logp"))
             entropy = getattr(output, "entropy", None)
-            if entropy is not None and entropy.requires_grad:
-                entropy.register_hook(_keeper(batch, "on_entropy"))
+            if entropy is not None:
+                batch.entropy = entropy.detach()
+                if entropy.requires_grad:
+                    entropy.register_hook(_keeper(batch, "on_entropy"))
         elif getattr(output, "logits", None) is not None:
             logits = output.logits
             # Not the graph: it may be freed when the hook runs.
             values = logits.detach()
             logits.register_hook(lambda slope: _read_off(batch, values, slope))
         self._microbatches.append(batch)
+
+    def entropy_sums(self) -> Tensor:
+        """Sum of H over this rank's tokens of the batch, and their number; float64, [2]."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self._microbatches:
+            if batch.entropy is None:
+                raise InputError(NO_ENTROPY)
+            values = batch.entropy.double().cpu()[batch.counted.cpu()]
+            sums += torch.stack([values.sum(), torch.tensor(float(len(values)))])
+        return sums
+
+    def _weights_of(self, batch: _ForwardPass) -> Tensor:
+        assert self._reweigh is not None and batch.logp is not None
+        if batch.advantages is None:
+            raise InputError(
+                "entropy floor: expected an advantage for each sequence of the loss, "
+                "found none; train without the callback"
+            )
+        return self._reweigh(batch.logp, batch.advantages[:, None])
 
     def _microbatch(self, args: Any, kwargs: dict[str, Any]) -> _ForwardPass:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -230,6 +271,7 @@ class BatchCapture:
                 _or_constant(batch.on_logp, batch.counted, 0.0) / self._num_ranks,
                 _or_constant(batch.on_entropy, batch.counted, 0.0) / self._num_ranks,
                 _or_constant(batch.logp, batch.counted, torch.nan),
+                _or_constant(batch.entropy, batch.counted, torch.nan),
             ]
         ).cpu()
         advantages, draws, rows = batch.advantages, batch.draws, []
@@ -244,13 +286,15 @@ class BatchCapture:
             is_prompt[places[0] :] = False
             is_response[: places[0]] = False
             is_response[places[-1] + 1 :] = False
-            on_logp, on_entropy, logp = columns[:, number, is_response[1:]].tolist()
+            values = columns[:, number, is_response[1:]].tolist()
+            on_logp, on_entropy, logp, entropy = values
             row = TrainedRow(
                 prompt_ids=ids[is_prompt].tolist(),
                 response_ids=ids[is_response].tolist(),
                 on_logp=on_logp,
                 on_entropy=on_entropy,
                 logp=logp,
+                entropy=entropy,
                 advantage=1.0 if advantages is None else float(advantages[number]),
                 draw=None if draws is None else int(draws[number]),
             )
@@ -278,6 +322,10 @@ def _keeper(batch: _ForwardPass, name: str) -> Callable[[Tensor | None], None]:
             setattr(batch, name, slope.detach().double())
 
     return keep
+
+
+def _multiplier(weights: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda slope: slope * weights.to(slope)
 
 
 def _read_off(batch: _ForwardPass, logits: Tensor, slope: Tensor | None) -> None:
@@ -436,3 +484,33 @@ def listen(
             announced.withdraw(owner, name)
 
     return end
+
+
+def follow(
+    trainer: Any, capture: BatchCapture, on_norm: Callable[[float], None]
+) -> ExitStack:
+    """Tell a capture what the loss is called with, until the stack is closed.
+
+    Args:
+        on_norm: told the norm of every gradient before it is clipped.
+    """
+
+    def before_loss(model: Any, inputs: Any, *_: Any, **__: Any) -> None:
+        capture.inputs = dict(inputs)
+
+    def after_loss(_: Any) -> None:
+        capture.inputs = {}
+
+    listening = ExitStack()
+    hear = listening.callback
+    hear(listen(trainer, "compute_loss", before=before_loss, after=after_loss))
+    hear(
+        listen(
+            trainer.accelerator,
+            "clip_grad_norm_",
+            after=lambda norm: on_norm(float(norm)),
+        )
+    )
+    if hasattr(trainer, SAMPLING):
+        hear(listen(trainer, SAMPLING, after=sampling_order(trainer)))
+    return listening

@@ -1,7 +1,8 @@
 """A probe's session whose model, optimizer and ranks are a trainer's.
 
 `ProbeSettings` is what the probe is asked for; `require_probable` refuses, before the
-first step, every training that cannot be probed; `open_live_session` opens the rest.
+first step, every training that cannot be probed; `open_live_session` opens the rest, for
+`probe_config` with an E to sample, or for `batch_config` with the trainer's batch alone.
 """
 
 import json
@@ -95,15 +96,18 @@ class ProbeSettings:
                 )
 
 
-def require_probable(trainer: Any) -> None:
+def require_probable(trainer: Any, callback: str = "entropy probe") -> None:
     """Check that gradients, weights and batch of this training can be read.
+
+    Args:
+        callback: who needs them.
 
     Raises:
         InputError: one sentence that names what is in the way.
     """
     found = _obstacle(trainer)
     if found is not None:
-        raise InputError(f"entropy probe: {found}; train without the callback")
+        raise InputError(f"{callback}: {found}; train without the callback")
 
 
 def _obstacle(trainer: Any) -> str | None:
@@ -159,15 +163,14 @@ def torch_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def open_live_session(trainer: Any, settings: ProbeSettings, world: World) -> Session:
+def open_live_session(trainer: Any, config: Config, world: World) -> Session:
     """A session on the trainer's model, verified as that of any checkpoint.
 
     Raises:
-        InputError: the model cannot be measured, or there are no prompts.
+        InputError: the model cannot be measured.
     """
     model = trainer.model
     parameters = trainable_parameters(model)
-    config = _config(trainer, settings, world)
     policy = Policy(
         model=model,
         tokenizer=trainer.processing_class,
@@ -209,7 +212,12 @@ def seeded(config: Config, step: int) -> Config:
     return config.model_copy(update={"seed": int.from_bytes(drawn, "big")})
 
 
-def _config(trainer: Any, settings: ProbeSettings, world: World) -> Config:
+def probe_config(trainer: Any, settings: ProbeSettings, world: World) -> Config:
+    """The configuration of a probe's session.
+
+    Raises:
+        InputError: there are no prompts, or responses have no greatest length.
+    """
     args = trainer.args
     longest = settings.max_new_tokens or getattr(args, "max_completion_length", None)
     if longest is None:
@@ -217,7 +225,6 @@ def _config(trainer: Any, settings: ProbeSettings, world: World) -> Config:
             "max_new_tokens: expected a number, found none, and the trainer has no "
             "max_completion_length; give it to the callback"
         )
-    rewarded = hasattr(args, "num_generations")
     sample = Sample(
         prompts=_prompts(trainer, settings, world),
         num_prompts=settings.num_prompts,
@@ -225,11 +232,25 @@ def _config(trainer: Any, settings: ProbeSettings, world: World) -> Config:
         with_replacement=True,
         max_new_tokens=longest,
     )
+    budget = settings.tokens_per_microbatch
+    config = _config(trainer, BatchSource(sample=sample), budget)
+    return config.model_copy(update={"seed": settings.seed})
+
+
+def batch_config(trainer: Any, tokens_per_microbatch: int) -> Config:
+    """The configuration of a session on the trainer's batch alone."""
+    source = BatchSource(file="the trainer's batch")
+    return _config(trainer, source, tokens_per_microbatch)
+
+
+def _config(
+    trainer: Any, evaluation: BatchSource, tokens_per_microbatch: int
+) -> Config:
+    args = trainer.args
+    rewarded = hasattr(args, "num_generations")
     return Config(
         checkpoint=Checkpoint(base=str(trainer.model.config.name_or_path or "trainer")),
-        batches=Batches(
-            E=BatchSource(sample=sample), U=BatchSource(file="the trainer's batch")
-        ),
+        batches=Batches(E=evaluation, U=BatchSource(file="the trainer's batch")),
         objective=Objective(temperature=getattr(args, "temperature", None) or 1.0),
         # The gradients are clipped already.
         update=Update(loss="dr_grpo" if rewarded else "nll", max_grad_norm=0.0),
@@ -238,10 +259,8 @@ def _config(trainer: Any, settings: ProbeSettings, world: World) -> Config:
         # Of the weights that are not trained, or else of all.
         precision=Precision(model=str(trainer.model.dtype).removeprefix("torch.")),
         compute=Compute(
-            tokens_per_microbatch=settings.tokens_per_microbatch,
-            snapshot_device="device",
+            tokens_per_microbatch=tokens_per_microbatch, snapshot_device="device"
         ),
-        seed=settings.seed,
     )
 
 

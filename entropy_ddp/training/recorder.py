@@ -99,10 +99,7 @@ class RolloutRecorder(TrainerCallback):
         Raises:
             InputError: it is another trainer.
         """
-        classes = type(trainer).__mro__
-        if not any(
-            c.__name__ == TRAINER and c.__module__[:3] == "trl" for c in classes
-        ):
+        if not is_grpo_trainer(trainer):
             raise InputError(
                 f"RolloutRecorder: expected TRL's {TRAINER}, found "
                 f"{type(trainer).__name__}; write its rollouts in the format of "
@@ -228,6 +225,12 @@ class RolloutRecorder(TrainerCallback):
                 rewards = batch[REWARDS][number].double()
                 rows[place] = row | _scored(rewards, trainer) | {"step": step}
         return rows
+
+
+def is_grpo_trainer(trainer: Any) -> bool:
+    """Whether it is TRL's trainer, or derived from it."""
+    classes = type(trainer).__mro__
+    return any(c.__name__ == TRAINER and c.__module__[:3] == "trl" for c in classes)
 
 
 def _require_text(inputs: dict[str, Any]) -> None:

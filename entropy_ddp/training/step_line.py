@@ -23,6 +23,7 @@ from entropy_ddp.estimators.standard_errors import Draws, Estimate
 from entropy_ddp.probe.attribution import top_tokens
 from entropy_ddp.probe.estimates import EntropyEstimates
 from entropy_ddp.probe.session import Session
+from entropy_ddp.training.floor import FloorStep
 from entropy_ddp.training.step_probe import StepProbe
 
 PREFIX = "entropy_ddp/"
@@ -57,6 +58,26 @@ def step_entry(
         "logp_gap": probe.logp_gap,
     }
     return entry
+
+
+def floor_entry(held: FloorStep, probe: StepProbe) -> dict[str, Any]:
+    """What a floor did at a probed step."""
+    entry = {
+        name: getattr(held, name)
+        for name in (
+            "floor",
+            "measured",
+            "wanted",
+            "predicted_plain",
+            "predicted",
+            "parameter",
+            "saturated",
+        )
+    }
+    changed = probe.floor_change
+    clipped = None if changed is None else probe.clip_coefficient * changed
+    found = entry | {"change": clipped}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def change_entry(

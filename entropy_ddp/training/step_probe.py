@@ -11,7 +11,7 @@ and held against theta' - theta afterwards.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class StepProbe:
         duality_gap: forward against reverse mode on all of E.
         parts: {momentum, decay, gradient} of the first-order change, nats.
         table: every token of U with its share in the gradient part, before clipping.
+        floor_change: what the weights of a floor changed of the gradient's part, before
+            clipping, nats; None where there were none.
         logp_gap: largest difference of log p on U from the trainer's.
         before: theta, by parameter name.
         estimates: truth and prediction on E.
@@ -70,6 +72,7 @@ class StepProbe:
     duality_gap: float
     parts: dict[str, float]
     table: TokenTable
+    floor_change: float | None
     logp_gap: float
     before: dict[str, Tensor] = field(repr=False)
     estimates: EntropyEstimates | None = None
@@ -87,6 +90,7 @@ def probe_before(
     grad_norm: float,
     clip_coefficient: float,
     padding: dict[nn.Embedding, int],
+    floor_weights: Tensor | None = None,
 ) -> StepProbe:
     """The first half: the parameters are at theta.
 
@@ -98,6 +102,8 @@ def probe_before(
         grad_norm: norm of the gradient before clipping.
         clip_coefficient: what clipping multiplied it by.
         padding: rows of embeddings that the trainer's gradient leaves out.
+        floor_weights: by what a floor has multiplied the term of each token of U in the
+            gradient since the trainer's backward pass, [T]; None for nothing.
 
     Raises:
         InputError: E has no two groups with tokens.
@@ -105,7 +111,7 @@ def probe_before(
     """
     # Read for its groups and its state only.
     session.optimizer = optimizer  # type: ignore[assignment]
-    step = _coming_step(session, optimizer, gradient, grad_norm)
+    step = coming_step(session, optimizer, gradient, grad_norm)
     evaluation = sample_evaluation(session, number)
     session.batches = {"E": evaluation, "U": trained.batch}
     along = score_along_step(session, step)
@@ -116,6 +122,11 @@ def probe_before(
     slope = duality.gradient / entropy.denominator
     parts, direction = split_by_part(session, gradient, step, slope)
     table, logp_gap = _shares(session, trained, padding, direction)
+    floor_change = None
+    if floor_weights is not None:
+        weighted = floor_weights * table.share
+        floor_change = float((weighted - table.share).sum())
+        table = replace(table, share=weighted)
     return StepProbe(
         number=number,
         step=step,
@@ -125,9 +136,21 @@ def probe_before(
         duality_gap=duality.gap,
         parts=parts,
         table=table,
+        floor_change=floor_change,
         logp_gap=logp_gap,
         before={n: p.detach().clone() for n, p in session.passes.parameters.items()},
     )
+
+
+def flat_gradient(session: Session) -> Tensor:
+    """The gradients as one flat CPU buffer, zero where there is none, [P]."""
+    layout = session.passes.layout
+    flat = torch.zeros(layout.numel, dtype=session.buffer_dtype)
+    for name, view in layout.views(flat).items():
+        gradient = session.passes.parameters[name].grad
+        if gradient is not None:
+            view.copy_(gradient)
+    return flat
 
 
 def split_by_part(
@@ -187,7 +210,7 @@ def _entropy(session: Session, scores: TokenScores) -> Ratio:
     return as_ratio("per_token", sums, evaluation.lengths)
 
 
-def _coming_step(
+def coming_step(
     session: Session, optimizer: AdamState, gradient: Tensor, grad_norm: float
 ) -> Step:
     """The step by the parts of AdamW; the gradient is clipped already."""

@@ -9,7 +9,8 @@ One thing must be as the trainer has it: torch leaves the row of an embedding's
 `padding_idx` out of the gradient of the lookup, also where the token stands inside a
 response and is no padding; the tied output layer still adds to that row. So the trainer's
 step is along another vector than the derivative of its loss, and attribution to tokens
-must follow it: within `lookups_cut`, the lookup of that token has no tangent.
+must follow it: within `lookups_cut`, the lookup of that token has no tangent, and within
+`lookups_padded` no gradient.
 """
 
 import random
@@ -132,3 +133,16 @@ def lookups_cut(rows: Mapping[nn.Embedding, int]) -> Iterator[None]:
         for module in rows:
             hooks.enter_context(module.register_forward_hook(cut))
         yield
+
+
+@contextmanager
+def lookups_padded(rows: Mapping[nn.Embedding, int]) -> Iterator[None]:
+    """Within the context, looking these rows up leaves no gradient in reverse mode."""
+    before = {module: module.padding_idx for module in rows}
+    for module, index in rows.items():
+        module.padding_idx = index
+    try:
+        yield
+    finally:
+        for module, found in before.items():
+            module.padding_idx = found
