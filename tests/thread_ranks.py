@@ -69,6 +69,13 @@ class ThreadWorld(World):
         self._count("objects", None)
         return list(self.meeting.exchange(self.rank, value))
 
+    def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """What every rank has for this one."""
+        self._count("objects", torch.cat(parts))
+        found = [theirs[self.rank] for theirs in self.meeting.exchange(self.rank, parts)]
+        assert [len(part) for part in found] == sizes
+        return found
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module itself: gradients are summed by `sum`."""
         return module

@@ -11,9 +11,10 @@ rank's share.
 import hashlib
 import heapq
 from collections.abc import Iterator
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ DENSE_ELEMENTS = 1 << 22
 # Response tokens of one block of a shard: what is made for every token of a block is
 # reduced before the next block is begun.
 BLOCK_TOKENS = 100_000
+# Of a digest; two of a million others are equal with a probability of 1e-27.
+DIGEST_BYTES = 16
+# The columns in which two rows with the same prompt and response are equal.
+RESPONSE = ("prompt_digest", "response_digest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,91 @@ class Sequence:
     def num_tokens(self) -> int:
         """Response length T_i, the end-of-sequence token included."""
         return len(self.response_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt length P."""
+        return len(self.prompt_ids)
+
+    @property
+    def last_id(self) -> int:
+        """The response's last token id; -1 if it has none."""
+        return int(self.response_ids[-1]) if len(self.response_ids) else -1
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the sampler's log-probabilities are there."""
+        return self.sampling_logprobs is not None
+
+    @property
+    def prompt_digest(self) -> bytes:
+        """Stands for the prompt's token ids."""
+        return _digest(self.prompt_ids)
+
+    @property
+    def named_prompt_digest(self) -> bytes:
+        """Stands for the prompt's token ids and its place in the source, if it is known.
+
+        Rows of a source with equal text are two prompts: what was sampled says by
+        `prompt_index` which one it is.
+        """
+        name = repr(self.extra.get("prompt_index")).encode()
+        return _digest(self.prompt_ids, name)
+
+    @property
+    def response_digest(self) -> bytes:
+        """Stands for the response's token ids."""
+        return _digest(self.response_ids)
+
+    @property
+    def logprobs_digest(self) -> bytes:
+        """Stands for the sampler's log-probabilities, and for there being none."""
+        if self.sampling_logprobs is None:
+            return bytes(DIGEST_BYTES)
+        return _digest(self.sampling_logprobs)
+
+
+def _digest(values: Tensor, name: bytes = b"") -> bytes:
+    digest = hashlib.blake2b(name, digest_size=DIGEST_BYTES)
+    digest.update(values.contiguous().numpy())
+    return digest.digest()
+
+
+class Rows(Protocol):
+    """The sequences of a batch as a table: its columns, and parts of it."""
+
+    def column(self, name: str) -> list[Any]:
+        """One attribute of every sequence."""
+
+    def chosen(self, places: Tensor) -> AbstractSequence[Sequence]:
+        """Some of the sequences, in the order of the places."""
+
+    def with_groups(self, groups: Tensor) -> AbstractSequence[Sequence]:
+        """The same sequences in groups of other numbers, [n]."""
+
+    def with_advantages(self, advantages: Tensor) -> AbstractSequence[Sequence]:
+        """The same sequences with these advantages [n]."""
+
+
+@dataclass(frozen=True)
+class _WholeRows:
+    """Sequences that are all held here."""
+
+    sequences: tuple[Sequence, ...]
+
+    def column(self, name: str) -> list[Any]:
+        return [getattr(sequence, name) for sequence in self.sequences]
+
+    def chosen(self, places: Tensor) -> tuple[Sequence, ...]:
+        return tuple(self.sequences[place] for place in places.tolist())
+
+    def with_groups(self, groups: Tensor) -> tuple[Sequence, ...]:
+        pairs = zip(self.sequences, groups.tolist(), strict=True)
+        return tuple(replace(sequence, group=group) for sequence, group in pairs)
+
+    def with_advantages(self, advantages: Tensor) -> tuple[Sequence, ...]:
+        pairs = zip(self.sequences, advantages.tolist(), strict=True)
+        return tuple(replace(s, advantage=advantage) for s, advantage in pairs)
 
 
 @dataclass(frozen=True)
@@ -158,18 +248,28 @@ class Ragged:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A whole batch file, in file order, the same on every rank.
+    """A whole batch file, in file order, the same on every rank but for tokens.
 
     Attributes:
         split: "E" or "U".
-        sequences: the sequences in file order, N of them.
+        sequences: the sequences in file order, N of them. Of E read by several ranks a
+            rank holds the tokens of its own (`shared_rows`).
     """
 
     split: str
-    sequences: tuple[Sequence, ...]
+    sequences: AbstractSequence[Sequence]
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @cached_property
+    def _rows(self) -> Rows:
+        rows = self.sequences
+        return _WholeRows(rows) if isinstance(rows, tuple) else rows  # type: ignore[return-value]
+
+    def column(self, name: str) -> list[Any]:
+        """One attribute of every sequence (of the tokens, their digests), [N]."""
+        return self._rows.column(name)
 
     @property
     def num_prompts_total(self) -> int | None:
@@ -184,12 +284,12 @@ class Batch:
     @cached_property
     def num_groups(self) -> int:
         """Number of groups (prompt draws)."""
-        return len({sequence.group for sequence in self.sequences})
+        return len(self.groups.unique())
 
     @cached_property
     def lengths(self) -> Tensor:
         """Response lengths T_i, int64, [N]."""
-        return torch.tensor([s.num_tokens for s in self.sequences], dtype=torch.int64)
+        return torch.tensor(self.column("num_tokens"), dtype=torch.int64)
 
     @cached_property
     def ragged(self) -> Ragged:
@@ -199,13 +299,12 @@ class Batch:
     @cached_property
     def prompt_lengths(self) -> Tensor:
         """Prompt lengths P, int64, [N]."""
-        lengths = [len(s.prompt_ids) for s in self.sequences]
-        return torch.tensor(lengths, dtype=torch.int64)
+        return torch.tensor(self.column("num_prompt_tokens"), dtype=torch.int64)
 
     @cached_property
     def groups(self) -> Tensor:
         """Group number of each sequence, int64, [N]."""
-        return torch.tensor([s.group for s in self.sequences], dtype=torch.int64)
+        return torch.tensor(self.column("group"), dtype=torch.int64)
 
     @cached_property
     def group_sizes(self) -> Tensor:
@@ -216,15 +315,14 @@ class Batch:
     def prompts(self) -> Tensor:
         """Number of each group's prompt, by first appearance, int64, [num_groups].
 
-        Rows of a source with equal text are two prompts: what was sampled says by
-        `prompt_index` which one it is.
+        Rows of a source with equal text are two prompts
+        (`Sequence.named_prompt_digest`).
         """
-        numbers: dict[tuple[str, bytes], int] = {}
+        names = dict(zip(self.column("group"), self.column("named_prompt_digest")))
+        numbers: dict[bytes, int] = {}
         prompt = torch.empty(self.num_groups, dtype=torch.int64)
-        for group, sequence in {s.group: s for s in self.sequences}.items():
-            ids = sequence.prompt_ids.numpy().tobytes()
-            key = (repr(sequence.extra.get("prompt_index")), ids)
-            prompt[group] = numbers.setdefault(key, len(numbers))
+        for group, name in names.items():
+            prompt[group] = numbers.setdefault(name, len(numbers))
         return prompt
 
     @cached_property
@@ -233,7 +331,7 @@ class Batch:
 
         A number for each group that does not depend on where in the file it stands.
         """
-        keys = {s.group: s.group_key for s in self.sequences}
+        keys = dict(zip(self.column("group"), self.column("group_key")))
         digests = {
             group: hashlib.sha256(repr(key).encode()).digest()
             for group, key in keys.items()
@@ -251,19 +349,17 @@ class Batch:
     @cached_property
     def advantages(self) -> Tensor:
         """Advantage A_i of each sequence, float64, [N]."""
-        values = [sequence.advantage for sequence in self.sequences]
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.tensor(self.column("advantage"), dtype=torch.float64)
 
     def with_advantages(self, advantages: Tensor) -> "Batch":
         """The same batch with these advantages [N]."""
-        pairs = zip(self.sequences, advantages.tolist(), strict=True)
-        return replace(self, sequences=tuple(replace(s, advantage=a) for s, a in pairs))
+        return replace(self, sequences=self._rows.with_advantages(advantages))
 
     def first(self, count: int) -> "Batch":
         """The first `count` sequences in file order; this batch if it has no more."""
         if count >= len(self):
             return self
-        return replace(self, sequences=self.sequences[:count])
+        return replace(self, sequences=self._rows.chosen(torch.arange(count)))
 
     def part(self, chosen: Tensor, world_size: int) -> "Batch":
         """Some of the groups, numbered anew, each on the rank that holds it here.
@@ -272,17 +368,13 @@ class Batch:
             chosen: whether each group is in it, [num_groups].
             world_size: number of ranks.
         """
-        number = (chosen.cumsum(0) - 1).tolist()
-        kept = chosen[self.groups].tolist()
+        number = chosen.cumsum(0) - 1
+        places = chosen[self.groups].nonzero().squeeze(1)
+        kept = replace(self, sequences=self._rows.chosen(places))
         found = replace(
-            self,
-            sequences=tuple(
-                replace(sequence, group=number[sequence.group])
-                for sequence, here in zip(self.sequences, kept)
-                if here
-            ),
+            kept, sequences=kept._rows.with_groups(number[self.groups[places]])
         )
-        found._owners_of[world_size] = self._owners(world_size)[chosen]
+        found._owners_of[world_size] = self.owners(world_size)[chosen]
         return found
 
     def shard(self, rank: int, world_size: int) -> "Shard":
@@ -293,7 +385,7 @@ class Batch:
         rank may get none. Made once for each rank.
         """
         if (rank, world_size) not in self._shards:
-            owner = self._owners(world_size)[self.groups]
+            owner = self.owners(world_size)[self.groups]
             mine = (owner == rank).nonzero().squeeze(1)
             self._shards[rank, world_size] = Shard(batch=self, positions=mine)
         return self._shards[rank, world_size]
@@ -306,7 +398,7 @@ class Batch:
     def _owners_of(self) -> dict[int, Tensor]:
         return {}
 
-    def _owners(self, world_size: int) -> Tensor:
+    def owners(self, world_size: int) -> Tensor:
         """The rank that holds each group, int64, by group number."""
         if world_size not in self._owners_of:
             count = int(self.groups.max()) + 1 if len(self) else 0
@@ -338,7 +430,16 @@ class Shard:
     @cached_property
     def sequences(self) -> list[Sequence]:
         """This rank's sequences, in file order."""
-        return [self.batch.sequences[i] for i in self.positions.tolist()]
+        return list(self._own.sequences)
+
+    @cached_property
+    def prompt_digests(self) -> list[bytes]:
+        """Stands for each sequence's prompt; known also of another rank's share, [n]."""
+        return self._own.column("prompt_digest")
+
+    @property
+    def _own(self) -> Batch:
+        return replace(self.batch, sequences=self.batch._rows.chosen(self.positions))
 
     @cached_property
     def ragged(self) -> Ragged:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.jsonlines import make_problem
+from entropy_ddp.errors import InputError
 
 # A smaller unit has no spread of its own.
 RESPONSES_OF_A_UNIT = 2
@@ -34,8 +35,7 @@ def check_draws(batch: Batch, source: str) -> None:
             replacement a prompt comes twice, and not every prompt of the set equally
             often.
     """
-    for sequence in batch.sequences:
-        _check_row(sequence, batch.sequences[0], f"{source}:{sequence.index + 1}")
+    _check_rows(batch, source)
     if batch.num_prompts_total is None:
         return
     prompts = batch.prompts.tolist()
@@ -56,7 +56,8 @@ def check_draws(batch: Batch, source: str) -> None:
         twice = next(
             p for p, number in enumerate(prompts) if p != prompts.index(number)
         )
-        line = next(s.index for s in batch.sequences if s.group == twice) + 1
+        lines = zip(batch.column("index"), batch.column("group"))
+        line = next(index for index, group in lines if group == twice) + 1
         raise make_problem(
             f"{source}:{line}",
             "a prompt that no other group has, as `with_replacement` is false (or "
@@ -68,23 +69,31 @@ def check_draws(batch: Batch, source: str) -> None:
         )
 
 
-def _check_row(sequence: Sequence, first: Sequence, where: str) -> None:
+def _check_rows(batch: Batch, source: str) -> None:
+    said = list(zip(*map(batch.column, ("num_prompts_total", "with_replacement"))))
+    for place, (total, again) in enumerate(said):
+        if (total is None) != (again is None) or (total, again) != said[0]:
+            sequence = batch.sequences[place]
+            where = f"{source}:{sequence.index + 1}"
+            raise _other_draws(sequence, batch.sequences[0], where)
+
+
+def _other_draws(sequence: Sequence, first: Sequence, where: str) -> InputError:
     total, again = sequence.num_prompts_total, sequence.with_replacement
     if (total is None) != (again is None):
         given = "with_replacement" if total is None else "num_prompts_total"
-        raise make_problem(
+        return make_problem(
             where,
             "`num_prompts_total` and `with_replacement`, or neither",
             f"only `{given}`",
             "say both: the size of the set, and whether a prompt could be drawn twice",
         )
-    if (total, again) != (first.num_prompts_total, first.with_replacement):
-        raise make_problem(
-            where,
-            f"the draws of line {first.index + 1}, {_described(first)}",
-            _described(sequence),
-            "give all rows of a batch the same values",
-        )
+    return make_problem(
+        where,
+        f"the draws of line {first.index + 1}, {_described(first)}",
+        _described(sequence),
+        "give all rows of a batch the same values",
+    )
 
 
 def _described(sequence: Sequence) -> str:

@@ -1,8 +1,8 @@
 """How a batch is read from a rollout file.
 
 A rollout file holds one JSON object a line, `.jsonl` or `.jsonl.gz`; one line is one
-sequence (see `rows` for what a row may hold). What concerns more than one row is checked
-here:
+sequence (see `rows` for what a row may hold). Every rank parses its share of the lines,
+so that none parses the whole file. What concerns more than one row is checked here:
 
 - Rows of equal `group` may stand anywhere in the file, and must have equal prompts.
 - `1` and `"1"` in one file are an error: which group was meant cannot be known.
@@ -16,11 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from entropy_ddp.data.batch import Batch, Sequence
 from entropy_ddp.data.draws import check_draws
-from entropy_ddp.data.jsonlines import make_problem, read_rows, show
+from entropy_ddp.data.jsonlines import (
+    FileShare,
+    Lines,
+    make_problem,
+    no_rows,
+    parse_line,
+    show,
+)
 from entropy_ddp.data.rows import TokenLimits, make_sequence
+from entropy_ddp.data.shared_rows import Facts, SharedRows
+from entropy_ddp.distributed import World
+from entropy_ddp.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,38 +42,95 @@ def read_batch(
     split: str,
     limits: TokenLimits,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    world: World | None = None,
 ) -> Batch:
-    """Read and check a rollout file.
+    """Read and check a rollout file, every rank its share of the lines.
+
+    The ranks tell each other what concerns more than one row; then the tokens of E's
+    rows go to the rank that holds them, those of U's rows to all.
 
     Args:
         tokenizer: the checkpoint's tokenizer, for rows without token ids; None allows
             rows with ids only.
+        world: the ranks, all of which must call it; None for this process alone.
 
     Returns:
         The batch in file order; groups are numbered by first appearance.
 
     Raises:
-        InputError: if anything is wrong with the file, naming `path:line`.
+        InputError: if anything is wrong with the file, naming `path:line`; of several
+            mistakes the first in the file, the same on every rank.
     """
-    return make_batch(read_rows(path), str(path), split, limits, tokenizer)
+    world = world or World()
+    share = _share(path, world)
+    lines, problem = Lines(path, share), None
+    mine: list[Sequence] = []
+    try:
+        for index, line in lines:
+            where = f"{path}:{index + 1}"
+            row = parse_line(line, where)
+            mine.append(make_sequence(row, index, where, limits, tokenizer))
+    except InputError as error:
+        problem = (lines.index, str(error))
+    found = world.gather_objects((Facts.of(mine), problem))
+    facts = Facts.joined([facts for facts, _ in found])
+    problems = [problem for _, problem in found if problem is not None]
+    rows = _checked_groups(facts, str(path), min(problems, default=None))
+    if not len(rows):
+        raise no_rows(path)
+    batch = Batch(split=split, sequences=rows)
+    check_draws(batch, str(path))
+    reader = torch.repeat_interleave(
+        torch.arange(world.world_size),
+        torch.tensor([len(facts.index) for facts, _ in found]),
+    )
+    read = torch.cat([facts.index for facts, _ in found]).argsort()
+    _give_tokens(batch, rows, mine, reader[read], world)
+    return batch
 
 
-def make_batch(
-    rows: Iterable[dict[str, Any]],
-    source: str,
-    split: str,
-    limits: TokenLimits,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-) -> Batch:
-    """The same of the rows of a file of this name; errors as of `read_batch`."""
+def _share(path: Path, world: World) -> FileShare:
+    """This rank's share of a file, with the number of the lines before it."""
+    rank, count = world.rank, world.world_size
+    shares = world.from_all_ranks(lambda: FileShare.of(path, rank, count))
+    sizes = [share.size for share in shares]
+    if len(set(sizes)) > 1:
+        raise make_problem(
+            str(path),
+            "the same file on every rank",
+            f"{min(sizes)} bytes on rank {sizes.index(min(sizes))} and {max(sizes)} on "
+            f"rank {sizes.index(max(sizes))}",
+            "copy it again, or wait until it is written",
+        )
+    before = sum(share.num_lines for share in shares[:rank])
+    return replace(shares[rank], first=before)
+
+
+def _checked_groups(
+    facts: Facts, source: str, problem: tuple[int, str] | None
+) -> SharedRows:
+    """The rows with their groups numbered by first appearance; no tokens yet.
+
+    Args:
+        problem: line and text of the first row that is wrong in itself.
+
+    Raises:
+        InputError: that one, or what is wrong between rows before it.
+    """
     group_of_key: dict[int | str, int] = {}
     key_of_name: dict[str, int | str] = {}
-    first_of_group: list[Sequence] = []
-    sequences: list[Sequence] = []
-    for index, row in enumerate(rows):
+    first_of_group: list[tuple[int, bytes, bool]] = []
+    groups: list[int] = []
+    rows = zip(
+        facts.index.tolist(),
+        facts.group_key,
+        facts.column("prompt_digest"),
+        facts.advantage.isnan().tolist(),
+    )
+    for index, key, prompt, is_without in rows:
+        if problem is not None and index > problem[0]:
+            break
         where = f"{source}:{index + 1}"
-        sequence = make_sequence(row, index, where, limits, tokenizer)
-        key = sequence.group_key
         same_name = key_of_name.setdefault(str(key), key)
         if type(same_name) is not type(key):
             raise make_problem(
@@ -73,33 +141,126 @@ def make_batch(
             )
         group = group_of_key.setdefault(key, len(group_of_key))
         if group == len(first_of_group):
-            first_of_group.append(sequence)
-        first = first_of_group[group]
-        _check_same_group(sequence, first, where)
-        # The responses of a group share one copy of its prompt.
-        sequences.append(replace(sequence, group=group, prompt_ids=first.prompt_ids))
-    batch = Batch(split=split, sequences=tuple(sequences))
+            first_of_group.append((index, prompt, is_without))
+        first, same_prompt, first_without = first_of_group[group]
+        if prompt != same_prompt:
+            raise make_problem(
+                where,
+                f"the prompt of group {show(key)}, as in line {first + 1}",
+                "another prompt",
+                "give every prompt draw a group of its own",
+            )
+        if is_without != first_without:
+            raise make_problem(
+                where,
+                f"`advantage` for all responses of group {show(key)} or none",
+                f"{'none' if is_without else 'one'} here, unlike in line {first + 1}",
+                "give it for all, or leave it out and give `reward`",
+            )
+        groups.append(group)
+    if problem is not None:
+        raise InputError(problem[1])
+    numbers = torch.tensor(groups, dtype=torch.int64)
+    return SharedRows(facts=facts, groups=numbers, held={})
+
+
+def _give_tokens(
+    batch: Batch, rows: SharedRows, mine: list[Sequence], reader: Tensor, world: World
+) -> None:
+    """Bring every row's tokens to the rank that holds it.
+
+    Args:
+        rows: the batch's, whose `held` is filled.
+        mine: the sequences that this rank has read; emptied.
+        reader: the rank that has read each row, [N].
+    """
+    count, rank = world.world_size, world.rank
+    everywhere = batch.split != "E"
+    owner = batch.owners(count)[batch.groups]
+    # Places among this rank's for each rank, and in the batch from each rank.
+    own = owner[reader == rank]
+    to = [
+        list(range(len(mine))) if everywhere else (own == r).nonzero()[:, 0].tolist()
+        for r in range(count)
+    ]
+    is_kept = torch.ones_like(owner, dtype=torch.bool) if everywhere else owner == rank
+    places = torch.cat(
+        [(is_kept & (reader == r)).nonzero()[:, 0] for r in range(count)]
+    )
+    readers = reader[places]
+
+    def exchanged(pieces: list[Tensor], lengths: Tensor, empty: Tensor) -> list[Tensor]:
+        parts = [torch.cat([empty, *(pieces[i] for i in here)]) for here in to]
+        sizes = [int(lengths[readers == r].sum()) for r in range(count)]
+        received = torch.cat(world.exchange(parts, sizes))
+        return list(received.split(lengths.tolist()))
+
+    ids = torch.empty(0, dtype=torch.int64)
+    prompts = [s.prompt_ids for s in mine]
+    responses = [s.response_ids for s in mine]
+    nothing = torch.empty(0, dtype=torch.float64)
+    logprobs = [nothing if (x := s.sampling_logprobs) is None else x for s in mine]
+    # Nothing is kept twice for longer than it is on its way.
+    mine.clear()
+    lengths = batch.lengths[places]
+    received = exchanged(prompts, batch.prompt_lengths[places], ids)
+    prompts.clear()
+    # The responses of a group share one copy of its prompt.
+    shared: dict[int, Tensor] = {}
+    groups = batch.groups[places].tolist()
+    for group, prompt in zip(groups, received):
+        if group not in shared:
+            shared[group] = prompt.clone()
+    del received
+    own_responses = exchanged(responses, lengths, ids)
+    responses.clear()
+    has_logprobs = rows.facts.has_logprobs
+    own_logprobs: list[Tensor] = [nothing] * len(places)
+    if bool(has_logprobs.any()):
+        recorded = torch.where(has_logprobs[places], lengths, 0)
+        own_logprobs = exchanged(logprobs, recorded, nothing)
+    found = zip(
+        rows.facts.index[places].tolist(),
+        groups,
+        own_responses,
+        own_logprobs,
+        has_logprobs[places].tolist(),
+    )
+    for line, group, response, values, is_recorded in found:
+        rows.held[line] = (shared[group], response, values if is_recorded else None)
+
+
+def make_batch(
+    rows: Iterable[dict[str, Any]],
+    source: str,
+    split: str,
+    limits: TokenLimits,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Batch:
+    """A batch of rows that every rank has, whole; errors as of `read_batch`.
+
+    Args:
+        source: name of the file that the rows stand for.
+    """
+    sequences: list[Sequence] = []
+    problem = None
+    for index, row in enumerate(rows):
+        try:
+            where = f"{source}:{index + 1}"
+            sequences.append(make_sequence(row, index, where, limits, tokenizer))
+        except InputError as error:
+            problem = (index, str(error))
+            break
+    facts = _checked_groups(Facts.of(sequences), source, problem)
+    first: dict[int, Tensor] = {}
+    # The responses of a group share one copy of its prompt.
+    whole = tuple(
+        replace(s, group=g, prompt_ids=first.setdefault(g, s.prompt_ids))
+        for s, g in zip(sequences, facts.groups.tolist())
+    )
+    batch = Batch(split=split, sequences=whole)
     check_draws(batch, source)
     return batch
-
-
-def _check_same_group(sequence: Sequence, first: Sequence, where: str) -> None:
-    if not torch.equal(sequence.prompt_ids, first.prompt_ids):
-        raise make_problem(
-            where,
-            f"the prompt of group {show(first.group_key)}, as in line "
-            f"{first.index + 1}",
-            "another prompt",
-            "give every prompt draw a group of its own",
-        )
-    if (sequence.advantage is None) != (first.advantage is None):
-        raise make_problem(
-            where,
-            f"`advantage` for all responses of group {show(first.group_key)} or none",
-            f"{'none' if sequence.advantage is None else 'one'} here, unlike in line "
-            f"{first.index + 1}",
-            "give it for all, or leave it out and give `reward`",
-        )
 
 
 def require_rewards(batch: Batch, path: Path) -> None:
@@ -108,10 +269,11 @@ def require_rewards(batch: Batch, path: Path) -> None:
     Raises:
         InputError: if one has neither, naming the first such line.
     """
-    for sequence in batch.sequences:
-        if sequence.reward is None and sequence.advantage is None:
+    columns = (batch.column(name) for name in ("index", "reward", "advantage"))
+    for index, reward, advantage in zip(*columns):
+        if reward is None and advantage is None:
             raise make_problem(
-                f"{path}:{sequence.index + 1}",
+                f"{path}:{index + 1}",
                 f"`reward` or `advantage`, which batch {batch.split} needs",
                 "neither",
                 "score the response and add its `reward`",

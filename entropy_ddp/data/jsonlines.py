@@ -11,7 +11,9 @@ import json
 import math
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,8 @@ from entropy_ddp.files import require_regular_file, written_whole
 MAX_DEPTH = 100
 # Of one row; a few kilobytes of gzip data can hold a row that no memory can.
 MAX_LINE_BYTES = 1 << 28
+# Of a file whose lines are counted, at once.
+_BLOCK_BYTES = 1 << 24
 # As fast and as short for any list of lists as for a small one.
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 30
@@ -50,23 +54,161 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         InputError: if the file cannot be read, is empty, or a line is not one JSON
             object with unique keys and finite numbers.
     """
-    count = 0
-    require_regular_file(path)
-    try:
-        with _open(path) as stream:
+    lines = Lines(path)
+    for index, line in lines:
+        yield parse_line(line, f"{path}:{index + 1}")
+    if not lines.index:
+        raise no_rows(path)
+
+
+def no_rows(path: Path) -> InputError:
+    """The error for a file without a line, to be raised by the caller."""
+    return make_problem(
+        f"{path}:1", "at least one row", "an empty file", "write the rows to it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileShare:
+    """The lines of a file that one of several readers parses.
+
+    Of a plain file those that begin in a run of bytes. No place of gzip data can be
+    found without what is before it: of these every `count`-th line.
+
+    Attributes:
+        number, count: which reader it is, from 0, of how many.
+        size: of the file, in bytes.
+        begin, end: the run of bytes, of a plain file.
+        num_lines: number of lines that begin in it; 0 of gzip data.
+        first: number of the file's lines that begin before it, once that is known.
+    """
+
+    number: int = 0
+    count: int = 1
+    size: int
+    begin: int
+    end: int
+    num_lines: int = 0
+    first: int = 0
+
+    @classmethod
+    def of(cls, path: Path, number: int, count: int) -> "FileShare":
+        """The share of one reader of so many, with its lines counted but not parsed.
+
+        Raises:
+            InputError: the file cannot be read, or is not one of JSON lines by its name.
+        """
+        require_regular_file(path)
+        with _told(path, lambda: 0), _open(path) as stream:
+            size = path.stat().st_size
+            share = cls(
+                number=number,
+                count=count,
+                size=size,
+                begin=size * number // count,
+                end=size * (number + 1) // count,
+            )
+            if isinstance(stream, gzip.GzipFile) or count == 1:
+                return share
+            return replace(share, num_lines=_lines_begun(stream, share))
+
+
+def _lines_begun(stream: IO[bytes], share: FileShare) -> int:
+    """Number of lines that begin in a run of bytes: at its places behind a newline."""
+    place = max(share.begin - 1, 0)
+    begun = int(share.begin == 0 < share.end)
+    stream.seek(place)
+    # A newline at the run's last byte begins a line beyond it.
+    last = share.end - 1
+    while place < last and (block := stream.read(min(_BLOCK_BYTES, last - place))):
+        begun += block.count(b"\n")
+        place += len(block)
+    return begun
+
+
+class Lines:
+    """The lines of a share of a file (the whole, if none is given), with their numbers.
+
+    Attributes:
+        index: 0-based number in the file of the line that is being read, or was last
+            asked for: the place of what is wrong.
+    """
+
+    def __init__(self, path: Path, share: FileShare | None = None) -> None:
+        self.path = path
+        self.share = share
+        self.index = 0
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Each line when it is asked for.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        share = self.share or FileShare.of(self.path, 0, 1)
+        require_regular_file(self.path)
+        with _told(self.path, lambda: self.index), _open(self.path) as stream:
+            if isinstance(stream, gzip.GzipFile):
+                yield from self._every(stream, share.number, share.count)
+            else:
+                yield from self._run(stream, share)
+
+    def _every(
+        self, stream: gzip.GzipFile, number: int, count: int
+    ) -> Iterator[tuple[int, bytes]]:
+        while line := stream.readline(MAX_LINE_BYTES):
+            self._require_end(line)
+            if self.index % count == number:
+                yield self.index, line
+            self.index += 1
+
+    def _run(self, stream: IO[bytes], share: FileShare) -> Iterator[tuple[int, bytes]]:
+        place, self.index = share.begin, share.first
+        if share.begin:
+            # The rest of a line that began before; empty but for its newline if none did.
+            stream.seek(share.begin - 1)
+            place -= 1
             while line := stream.readline(MAX_LINE_BYTES):
-                if len(line) == MAX_LINE_BYTES:
-                    raise make_problem(
-                        f"{path}:{count + 1}",
-                        f"a row of less than {MAX_LINE_BYTES} bytes",
-                        "more",
-                        "is it a file of JSON lines?",
-                    )
-                yield _parse_line(line, f"{path}:{count + 1}")
-                count += 1
+                place += len(line)
+                if line.endswith(b"\n"):
+                    break
+        while place < share.end and (line := stream.readline(MAX_LINE_BYTES)):
+            self._require_end(line)
+            yield self.index, line
+            place += len(line)
+            self.index += 1
+        found = self.index - share.first
+        if share.count > 1 and found != share.num_lines:
+            raise make_problem(
+                str(self.path),
+                f"{share.num_lines} lines that begin between its bytes {share.begin} and "
+                f"{share.end}, as a moment ago",
+                str(found),
+                "read it once it is written",
+            )
+
+    def _require_end(self, line: bytes) -> None:
+        if len(line) == MAX_LINE_BYTES:
+            raise make_problem(
+                f"{self.path}:{self.index + 1}",
+                f"a row of less than {MAX_LINE_BYTES} bytes",
+                "more",
+                "is it a file of JSON lines?",
+            )
+
+
+@contextmanager
+def _told(path: Path, index: Callable[[], int]) -> Iterator[None]:
+    """What the system cannot read, as an error of the file.
+
+    Args:
+        index: gives the 0-based number of the line at which it was.
+    """
+    try:
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise make_problem(
-            f"{path}:{count + 1}",
+            f"{path}:{index() + 1}",
             "gzip data",
             f"a damaged or cut file ({error})",
             "write or copy the file again",
@@ -78,10 +220,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             error.strerror or str(error),
             "check the path and its permissions",
         ) from error
-    if not count:
-        raise make_problem(
-            f"{path}:1", "at least one row", "an empty file", "write the rows to it"
-        )
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
@@ -97,7 +235,12 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     )
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of one line.
+
+    Raises:
+        InputError: it is none, has a key twice, or a number that is not finite.
+    """
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -140,7 +140,7 @@ def plan_microbatches(
             than the budget; a single row, also one of many responses, may have more.
     """
     full_at = min(tokens_per_microbatch, fill or tokens_per_microbatch)
-    flat = _flat_rows(shard, range(len(shard.sequences)) if places is None else places)
+    flat = _flat_rows(shard, range(len(shard.positions)) if places is None else places)
     rows = _make_rows(shard, flat, tokens_per_microbatch, sharing)
     microbatches: list[list[Row]] = []
     for kind in (True, False):
@@ -188,13 +188,12 @@ def _flat_rows(shard: Shard, places: Iterable[int]) -> list[Row]:
 def _make_rows(
     shard: Shard, flat: list[Row], budget: int, sharing: PromptSharing | None
 ) -> list[Row]:
-    sequences = shard.sequences
     if sharing is None:
         return flat
+    prompts = shard.prompt_digests
     by_prompt: dict[bytes, list[Row]] = defaultdict(list)
     for row in flat:
-        prompt = sequences[row.sequences[0]].prompt_ids
-        by_prompt[prompt.numpy().tobytes()].append(row)
+        by_prompt[prompts[row.sequences[0]]].append(row)
     return [
         row for rows in by_prompt.values() for row in _shared(rows, budget, sharing)
     ]

@@ -117,6 +117,29 @@ class World:
         self._join(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
+    def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """A CPU tensor of one dimension for every rank, against theirs for this one.
+
+        Args:
+            parts: for each rank what this one has for it, of one dtype.
+            sizes: how many elements each rank has for this one.
+
+        Returns:
+            What each rank had for this one, in rank order.
+        """
+        sent = torch.cat(parts)
+        self._count("objects", sent)
+        if not self.is_grouped:
+            return [sent]
+        received = sent.new_empty(sum(sizes))
+        lengths = [len(part) for part in parts]
+        self._join(
+            lambda: dist.all_to_all_single(
+                received, sent, sizes, lengths, group=self.group
+            )
+        )
+        return list(received.split(sizes))
+
     def from_all_ranks(self, collect: Callable[[], T]) -> list[T]:
         """What a call returns on every rank, in their order; what one refuses, all refuse.
 

@@ -231,7 +231,7 @@ def _read_batches(session: Session) -> dict[str, Any]:
         if source.file is None:
             found[split] = plan_sample(session, split)
             continue
-        batch = read_batch(Path(source.file), split, limits, tokenizer)
+        batch = read_batch(Path(source.file), split, limits, tokenizer, session.world)
         batches[split] = batch
         found[split] = {
             "file": source.file,

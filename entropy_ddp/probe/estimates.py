@@ -207,8 +207,9 @@ def changes_at(
 
 def _sampled_logp(session: Session) -> Tensor:
     """l_i under the policy that E was sampled by, [N]."""
-    batch = session.batches["E"]
-    return batch.ragged.sum(batch.shard(0, 1).sampling_logprobs)
+    shard = session.shard("E")
+    (sums,) = gather_sums(session.world, shard, shard.sampling_logprobs)
+    return sums
 
 
 def _sums_of_both(

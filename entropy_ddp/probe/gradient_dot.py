@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from entropy_ddp.config import GradientDot, Sample, gradient_dot_obstacle
-from entropy_ddp.data.batch import Batch, Block, Shard
+from entropy_ddp.data.batch import RESPONSE, Batch, Block, Shard
 from entropy_ddp.errors import InputError
 from entropy_ddp.estimators.gradient_dot import (
     Weighting,
@@ -78,15 +78,16 @@ def obstacle(batches: dict[str, Batch], planned: dict[str, Sample]) -> str | Non
     reason = gradient_dot_obstacle(planned)
     if reason is not None or "E" in planned:
         return reason
-    sizes = batches["E"].group_sizes.tolist()
-    for sequence in batches["E"].sequences:
-        if sizes[sequence.group] < 2:
-            return (
-                "needs at least 2 responses in every group of E, found 1 in group "
-                f"{sequence.group_key!r} (line {sequence.index + 1}); sample E with "
-                "responses_per_prompt of 2 or more"
-            )
-    return None
+    batch = batches["E"]
+    alone = (batch.group_sizes[batch.groups] < 2).nonzero()
+    if not len(alone):
+        return None
+    sequence = batch.sequences[int(alone[0])]
+    return (
+        f"needs at least 2 responses in every group of E, found 1 in group "
+        f"{sequence.group_key!r} (line {sequence.index + 1}); sample E with "
+        "responses_per_prompt of 2 or more"
+    )
 
 
 def is_wanted(
@@ -114,11 +115,7 @@ def same_rollouts(left: Batch, right: Batch) -> bool:
     return (
         len(left) == len(right)
         and torch.equal(left.groups, right.groups)
-        and all(
-            torch.equal(a.prompt_ids, b.prompt_ids)
-            and torch.equal(a.response_ids, b.response_ids)
-            for a, b in zip(left.sequences, right.sequences)
-        )
+        and all(left.column(name) == right.column(name) for name in RESPONSE)
     )
 
 

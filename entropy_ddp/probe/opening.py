@@ -88,7 +88,7 @@ def open_session(
     for split, source in sources.items():
         if source.file is not None:
             path = Path(source.file)
-            session.batches[split] = read_batch(path, split, limits, tokenizer)
+            session.batches[split] = read_batch(path, split, limits, tokenizer, world)
     check_batches(session.batches, config)
     check_masked(session)
     for split in session.planned:

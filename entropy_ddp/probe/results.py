@@ -4,6 +4,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -364,7 +365,7 @@ def _sequence_rows(
 
 
 def _columns(
-    sequences: tuple[Sequence, ...], **columns: Tensor
+    sequences: AbstractSequence[Sequence], **columns: Tensor
 ) -> Iterator[tuple[Sequence, dict[str, float]]]:
     """Each sequence with its values of per-sequence arrays [N]."""
     for first in range(0, len(sequences), _ROWS_AT_ONCE):

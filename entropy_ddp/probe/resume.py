@@ -449,14 +449,10 @@ def identity_of_checkpoint(
 def identity_of_batch(batch: Batch) -> str:
     """Content of a batch: everything but the keys that are carried to the output."""
     digest = hashlib.sha256()
-    for s in batch.sequences:
-        numbers = (s.group_key, s.reward, s.advantage, s.finished)
-        digest.update(repr(numbers).encode())
-        for values in (s.prompt_ids, s.response_ids, s.sampling_logprobs):
-            size = None if values is None else len(values)
-            digest.update(f"{size};".encode())
-            if values is not None:
-                digest.update(values.contiguous().numpy().tobytes())
+    numbers = ("group_key", "reward", "advantage", "finished")
+    tokens = ("prompt_digest", "response_digest", "has_logprobs", "logprobs_digest")
+    for row in zip(*map(batch.column, (*numbers, *tokens))):
+        digest.update(repr(row).encode())
     return digest.hexdigest()[:_HASH_DIGITS]
 
 

@@ -121,9 +121,10 @@ def require_sampling_logprobs(batch: Batch, key: str) -> None:
     Raises:
         InputError: one has none, naming its line.
     """
-    for sequence in batch.sequences:
-        if sequence.sampling_logprobs is None:
+    pairs = zip(batch.column("index"), batch.column("has_logprobs"))
+    for index, is_recorded in pairs:
+        if not is_recorded:
             raise InputError(
                 f"{key} needs sampling_logprobs in every row of {batch.split}; "
-                f"line {sequence.index + 1} has none"
+                f"line {index + 1} has none"
             )

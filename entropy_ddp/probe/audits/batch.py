@@ -3,14 +3,13 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
-from hashlib import blake2b
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from entropy_ddp.checkpoint.trainer_settings import trained_limit
-from entropy_ddp.data.batch import Batch, Ragged, Sequence
+from entropy_ddp.data.batch import RESPONSE, Batch, Ragged
 from entropy_ddp.data.rows import DOUBTS, END_RESTORED, LOG_DIFFERS, listed_lines
 from entropy_ddp.model.response_tokens import TokenScores
 from entropy_ddp.probe.audits.primitives import compare, fact
@@ -87,7 +86,7 @@ def own_rollouts_rows(session: Session) -> list[AuditRow]:
     if "U" not in session.batches:
         return []
     evaluation, update = (
-        Counter(map(_fingerprint, session.batches[split].sequences)) for split in "EU"
+        Counter(zip(*map(session.batches[split].column, RESPONSE))) for split in "EU"
     )
     distinct = not (update <= evaluation or evaluation <= update)
     return [
@@ -106,17 +105,11 @@ def own_rollouts_rows(session: Session) -> list[AuditRow]:
     ]
 
 
-def _fingerprint(sequence: Sequence) -> bytes:
-    """Of prompt and response, whatever the row says beside them."""
-    ids = (sequence.prompt_ids.tolist(), sequence.response_ids.tolist())
-    return blake2b(repr(ids).encode(), digest_size=16).digest()
-
-
 def batch_rows(session: Session) -> list[AuditRow]:
     """Lengths, truncated and empty responses, and redraws of both batches."""
     rows = []
     for split, batch in session.batches.items():
-        truncated = sum(sequence.finished is False for sequence in batch.sequences)
+        truncated = sum(finished is False for finished in batch.column("finished"))
         empty = int((batch.lengths == 0).sum())
         rows += [
             fact(f"{split} mean response length", batch.num_tokens / len(batch)),
@@ -146,7 +139,8 @@ def batch_rows(session: Session) -> list[AuditRow]:
 
 def _truncation_hint(session: Session, batch: Batch) -> str:
     """What a limit that cuts most responses off means, and whose it is."""
-    cut = [s.num_tokens for s in batch.sequences if s.finished is False]
+    pairs = zip(batch.lengths.tolist(), batch.column("finished"))
+    cut = [length for length, finished in pairs if finished is False]
     if not cut:
         return ""
     told = f"most responses were cut off, the longest after {max(cut)} tokens"
@@ -168,19 +162,17 @@ def _truncation_hint(session: Session, batch: Batch) -> str:
 
 def _prompt_lengths(batch: Batch) -> str:
     """Shortest and longest prompt: rows are prompt + response, never padded left."""
-    lengths = [len(sequence.prompt_ids) for sequence in batch.sequences]
-    return f"{min(lengths)} to {max(lengths)}"
+    return f"{int(batch.prompt_lengths.min())} to {int(batch.prompt_lengths.max())}"
 
 
 def _ending_rows(session: Session, batch: Batch) -> list[AuditRow]:
     """Whether finished responses still have the token that ended them."""
     end_ids = session.policy.end_ids
-    lengths = batch.lengths.tolist()
-    pairs = zip(batch.sequences, lengths)
-    finished = [s for s, length in pairs if s.finished and length]
+    columns = map(batch.column, ("finished", "num_tokens", "last_id"))
+    finished = [last for is_whole, length, last in zip(*columns) if is_whole and length]
     if not finished or not end_ids:
         return []
-    ended = sum(int(s.response_ids[-1]) in end_ids for s in finished)
+    ended = sum(last in end_ids for last in finished)
     return [
         compare(
             f"{batch.split} finished responses that end in an end token",
@@ -199,8 +191,8 @@ def text_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     rows = []
     for split, scores in _scores_of(measured).items():
         batch = session.batches[split]
-        marks_of = {s.index: s.ids_from_text for s in batch.sequences}
-        from_text = {i: marks for i, marks in marks_of.items() if marks is not None}
+        marks_of = zip(batch.column("index"), batch.column("ids_from_text"))
+        from_text = {i: marks for i, marks in marks_of if marks is not None}
         if not from_text:
             continue
         doubts = {i + 1: set(marks) & set(DOUBTS) for i, marks in from_text.items()}
@@ -241,14 +233,14 @@ def _restored_end_row(session: Session, batch: Batch, scores: TokenScores) -> Au
         ends |= shares
     limit = least_end_logp(batch.num_tokens)
     improbable = sorted(index for index, logp in ends.items() if logp < limit)
-    by_index = {sequence.index: sequence for sequence in batch.sequences}
+    advantage = dict(zip(batch.column("index"), batch.column("advantage")))
     return restored_end_check(
         batch.split,
         min(ends.values()),
         batch.num_tokens,
         [index + 1 for index in improbable],
         # Without advantage a response of U moves nothing.
-        any(by_index[index].advantage != 0 for index in improbable),
+        any(advantage[index] != 0 for index in improbable),
     )
 
 

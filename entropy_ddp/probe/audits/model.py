@@ -226,7 +226,7 @@ def _sharing_rows(session: Session) -> list[AuditRow]:
     if sharing is None:
         return []
     repeated = any(
-        len({s.prompt_ids.numpy().tobytes() for s in batch.sequences}) < len(batch)
+        len(set(batch.column("prompt_digest"))) < len(batch)
         for batch in session.batches.values()
     )
     return [
