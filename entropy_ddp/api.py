@@ -138,7 +138,8 @@ class Run:
 
     Attributes:
         config: the resolved configuration.
-        E: the evaluation batch.
+        E: the evaluation batch; with several ranks the token ids of sequences that
+            another one holds have no values (they are on torch's device `meta`).
         U: the update batch; None if a change is given in place of a step.
     """
 
