@@ -72,7 +72,9 @@ class ThreadWorld(World):
     def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """What every rank has for this one."""
         self._count("objects", torch.cat(parts))
-        found = [theirs[self.rank] for theirs in self.meeting.exchange(self.rank, parts)]
+        found = [
+            theirs[self.rank] for theirs in self.meeting.exchange(self.rank, parts)
+        ]
         assert [len(part) for part in found] == sizes
         return found
 
