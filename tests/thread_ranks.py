@@ -69,14 +69,13 @@ class ThreadWorld(World):
         self._count("objects", None)
         return list(self.meeting.exchange(self.rank, value))
 
-    def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    def exchange(self, sent: Tensor, to: list[int], sizes: list[int]) -> Tensor:
         """What every rank has for this one."""
-        self._count("objects", torch.cat(parts))
-        found = [
-            theirs[self.rank] for theirs in self.meeting.exchange(self.rank, parts)
-        ]
+        self._count("objects", sent)
+        parts = self.meeting.exchange(self.rank, sent.split(to))
+        found = [theirs[self.rank] for theirs in parts]
         assert [len(part) for part in found] == sizes
-        return found
+        return torch.cat(found)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module itself: gradients are summed by `sum`."""

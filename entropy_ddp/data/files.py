@@ -190,9 +190,13 @@ def _give_tokens(
     readers = reader[places]
 
     def exchanged(pieces: list[Tensor], lengths: Tensor, empty: Tensor) -> list[Tensor]:
-        parts = [torch.cat([empty, *(pieces[i] for i in here)]) for here in to]
+        if count == 1:
+            return pieces
+        sent = torch.cat([empty, *(pieces[i] for here in to for i in here)])
+        sent_sizes = [sum(len(pieces[i]) for i in here) for here in to]
         sizes = [int(lengths[readers == r].sum()) for r in range(count)]
-        received = torch.cat(world.exchange(parts, sizes))
+        pieces.clear()
+        received = world.exchange(sent, sent_sizes, sizes)
         return list(received.split(lengths.tolist()))
 
     ids = torch.empty(0, dtype=torch.int64)
@@ -204,16 +208,15 @@ def _give_tokens(
     mine.clear()
     lengths = batch.lengths[places]
     received = exchanged(prompts, batch.prompt_lengths[places], ids)
-    prompts.clear()
     # The responses of a group share one copy of its prompt.
     shared: dict[int, Tensor] = {}
     groups = batch.groups[places].tolist()
     for group, prompt in zip(groups, received):
         if group not in shared:
+            # Not a view of all that were received.
             shared[group] = prompt.clone()
-    del received
+    del received, prompts
     own_responses = exchanged(responses, lengths, ids)
-    responses.clear()
     has_logprobs = rows.facts.has_logprobs
     own_logprobs: list[Tensor] = [nothing] * len(places)
     if bool(has_logprobs.any()):

@@ -293,6 +293,8 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_values(row: dict[str, Any], where: str) -> None:
     """Refuse numbers that are not finite, and values nested without end."""
     for key, top in row.items():
+        if isinstance(top, list) and _is_flat_and_finite(top):
+            continue
         level = [top]
         for _ in range(MAX_DEPTH):
             if any(isinstance(v, float) and not math.isfinite(v) for v in level):
@@ -312,6 +314,12 @@ def _check_values(row: dict[str, Any], where: str) -> None:
                 "more",
                 "leave the key out",
             )
+
+
+def _is_flat_and_finite(values: list[Any]) -> bool:
+    """Whether a list is of integers, or of finite floats, only: what most tokens are in."""
+    kinds = set(map(type, values))
+    return kinds <= {int} or (kinds == {float} and all(map(math.isfinite, values)))
 
 
 def _inner_values(value: object) -> Iterable[Any]:

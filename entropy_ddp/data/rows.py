@@ -15,11 +15,13 @@ Rules where a row could be read in two ways:
 - Keys that are not in `KNOWN_KEYS` are kept in `Sequence.extra`.
 """
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from entropy_ddp.data.batch import Sequence
 from entropy_ddp.data.jsonlines import make_problem, show
@@ -64,12 +66,15 @@ def is_number(value: object) -> bool:
 
 
 def _is_list_of_numbers(value: object) -> bool:
+    # What most lists are, told at once.
+    if isinstance(value, list) and set(map(type, value)) == {float}:
+        return True
     return isinstance(value, list) and all(map(is_number, value))
 
 
 def _is_list_of_integers(value: object) -> bool:
     # type() and not isinstance(): JSON's true is a bool, which is an int to Python.
-    return isinstance(value, list) and all(type(element) is int for element in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _is_list_of_marks(value: object) -> bool:
@@ -253,14 +258,22 @@ def _check_sampling_logprobs(row: dict[str, Any], num_tokens: int, where: str) -
             str(len(values)),
             "write one for each token, or leave the key out",
         )
-    for place, value in enumerate(values):
-        if value > LOGPROB_ROUNDING_NATS:
-            raise make_problem(
-                where,
-                "`sampling_logprobs` that are at most 0 (nats)",
-                f"{value!r} at place {place}",
-                "write log-probabilities, not probabilities or their negative logs",
-            )
+    if max(values, default=0.0) > LOGPROB_ROUNDING_NATS:
+        place = next(i for i, v in enumerate(values) if v > LOGPROB_ROUNDING_NATS)
+        raise make_problem(
+            where,
+            "`sampling_logprobs` that are at most 0 (nats)",
+            f"{values[place]!r} at place {place}",
+            "write log-probabilities, not probabilities or their negative logs",
+        )
+
+
+def _numbers(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+    """A tensor of int64 or float64, several times faster than `torch.tensor`."""
+    if not values:
+        return torch.empty(0, dtype=dtype)
+    code = "q" if dtype == torch.int64 else "d"
+    return torch.frombuffer(array(code, values), dtype=dtype)
 
 
 def make_sequence(
@@ -294,12 +307,12 @@ def make_sequence(
         index=index,
         group=-1,
         group_key=row["group"],
-        prompt_ids=torch.tensor(prompt_ids, dtype=torch.int64),
-        response_ids=torch.tensor(response_ids, dtype=torch.int64),
+        prompt_ids=_numbers(prompt_ids, torch.int64),
+        response_ids=_numbers(response_ids, torch.int64),
         reward=None if reward is None else float(reward),
         advantage=None if advantage is None else float(advantage),
         sampling_logprobs=(
-            None if logprobs is None else torch.tensor(logprobs, dtype=torch.float64)
+            None if logprobs is None else _numbers(logprobs, torch.float64)
         ),
         finished=row.get("finished"),
         ids_from_text=marks,

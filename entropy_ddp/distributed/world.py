@@ -117,28 +117,25 @@ class World:
         self._join(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
-    def exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
-        """A CPU tensor of one dimension for every rank, against theirs for this one.
+    def exchange(self, sent: Tensor, to: list[int], sizes: list[int]) -> Tensor:
+        """Elements for every rank, against those that they have for this one.
 
         Args:
-            parts: for each rank what this one has for it, of one dtype.
+            sent: what this rank has for each, one after the other, [sum of `to`].
+            to: how many elements are for each rank.
             sizes: how many elements each rank has for this one.
 
         Returns:
-            What each rank had for this one, in rank order.
+            What each rank had for this one, in rank order, [sum of `sizes`].
         """
-        sent = torch.cat(parts)
         self._count("objects", sent)
         if not self.is_grouped:
-            return [sent]
+            return sent
         received = sent.new_empty(sum(sizes))
-        lengths = [len(part) for part in parts]
         self._join(
-            lambda: dist.all_to_all_single(
-                received, sent, sizes, lengths, group=self.group
-            )
+            lambda: dist.all_to_all_single(received, sent, sizes, to, group=self.group)
         )
-        return list(received.split(sizes))
+        return received
 
     def from_all_ranks(self, collect: Callable[[], T]) -> list[T]:
         """What a call returns on every rank, in their order; what one refuses, all refuse.

@@ -40,10 +40,11 @@ with process_group() as world:
             rows.reshape(-1, 2), torch.tensor(mine, dtype=torch.int64), 7
         ).tolist(),
         "objects": world.gather_objects({"rank": world.rank, "share": mine}),
-        "exchanged": [part.tolist() for part in world.exchange(
-            [torch.full((to,), 10 * world.rank + to) for to in range(3)],
+        "exchanged": world.exchange(
+            torch.tensor([10 * world.rank + to for to in (1, 2, 2)]),
+            [0, 1, 2],
             [world.rank] * 3,
-        )],
+        ).tolist(),
         "collectives": world.collectives,
     }
     linear = torch.nn.Linear(2, 1)
@@ -73,8 +74,7 @@ def test_without_a_launcher_every_function_works_on_the_local_value(
         gathered = world.gather_rows(rows, torch.tensor([2, 0, 1]), 3)
         assert gathered.tolist() == [[2.0, 3.0], [4.0, 5.0], [0.0, 1.0]]
         assert world.gather_objects("mine") == ["mine"]
-        (own,) = world.exchange([torch.arange(2)], [2])
-        assert own.tolist() == [0, 1]
+        assert world.exchange(torch.arange(2), [2], [2]).tolist() == [0, 1]
         assert world.wrap(module) is module
         assert world.collectives == {
             "parameter buffers": (1, 16),
@@ -110,7 +110,9 @@ def test_sums_and_gathers_are_the_same_on_every_rank(
             {"rank": i, "share": share} for i, share in enumerate(SHARES)
         ]
         # Of each what it has for this one: none, one or two elements.
-        assert own["exchanged"] == [[10 * i + rank] * rank for i in range(3)]
+        assert own["exchanged"] == [
+            10 * i + rank for i in range(3) for _ in range(rank)
+        ]
 
 
 def test_collectives_and_their_bytes_are_counted(ranks: list[dict[str, Any]]) -> None:
