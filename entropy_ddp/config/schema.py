@@ -498,9 +498,11 @@ class Attribution(Section):
         top: number of tokens shown.
         fraction: share of U's tokens that the what-if rules choose which rank tokens.
         verify: take every masked step for real: a pass over U and one over E for each
-            rule.
+            rule; and the steps that would have held the entropy.
         blocks: into how many disjoint blocks E is divided, whose spread gives the errors
             of shares; at most one for each group. With 2 there are halves and no errors.
+        hold: the entropy change for which it is said what would have left it, in nats
+            per token.
     """
 
     enabled: bool = False
@@ -508,6 +510,7 @@ class Attribution(Section):
     fraction: float = Field(default=0.05, gt=0, lt=1)
     verify: bool = False
     blocks: int = Field(default=8, ge=2, le=16)
+    hold: float = Field(default=0.0, allow_inf_nan=False)
 
 
 class Precision(Section):

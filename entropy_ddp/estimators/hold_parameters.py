@@ -208,6 +208,27 @@ def weights_left_out(share: Tensor, missing: float, count: float) -> Tensor:
     return weights
 
 
+def between_blocks(square: float, own: Tensor) -> float | None:
+    """<g, P g> of the mean of what blocks' sum g estimates, without their own luck.
+
+    A gradient is no judge of itself: <g_b, P g_b> holds the square of the block's noise.
+    The products of two different blocks have none,
+
+        K / (K - 1) (<g, P g> - sum_b <g_b, P g_b>)
+
+    Args:
+        square: <g, P g> of the sum over blocks g.
+        own: <g_b, P g_b>, [K].
+
+    Returns:
+        An unbiased estimate for blocks of one size; None of fewer than two.
+    """
+    count = len(own)
+    if count < 2:
+        return None
+    return count / (count - 1) * (square - float(own.sum()))
+
+
 def fraction_changed(weights: Tensor) -> float:
     """Share of the tokens whose weight is another than 1, by more than 1 %."""
     if not len(weights):

@@ -7,7 +7,8 @@ sum to those of all of E, and their spread says how much of a share is E's luck.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -48,8 +49,9 @@ from entropy_ddp.model.response_tokens import (
     TokenWeights,
 )
 from entropy_ddp.probe.estimates import Predictions, changes_at
-from entropy_ddp.probe.measurements import Measurements
+from entropy_ddp.probe.measurements import HoldSums, Measurements
 from entropy_ddp.probe.passes import (
+    policy_weights,
     score_along,
     step_taken,
     summed_gradient,
@@ -84,33 +86,44 @@ class BlockPasses:
         batch = session.batches["E"]
         self._block_of_group = _block_of_group(session)
         self._size = block_sizes(original.size, batch.groups, self._block_of_group)
-        self._parts: list[tuple[float, float]] = []
+        self._parts: list[tuple[float, float, float]] = []
         self._shares: list[Tensor] = []
+        self._bonus: list[Tensor] = []
+        self._even: Tensor | None = None
         self._first: TokenShares | None = None
 
     def gradient_of(self, shard: Shard, weights: TokenWeights) -> Tensor:
         """Gradient of sum(a log p + b H) over all of E, flat, [P]; keeps the shares.
 
-        Beside it there is one more buffer at any time: that of the block at work.
+        Beside it there is one more buffer at any time: that of the block at work. With
+        `verify` there is that of the even blocks too.
         """
         session = self._session
         total = torch.zeros(session.passes.layout.numel, dtype=session.buffer_dtype)
+        if session.config.attribution.verify:
+            self._even = torch.zeros_like(total)
         blocks = shard.divided(self._block_of_group, len(self._size))
         for number, block in enumerate(blocks, start=1):
-            self._add_block(total, block, weights, f"block {number}")
+            sums = (
+                [total]
+                if number % 2 == 0 or self._even is None
+                else [total, self._even]
+            )
+            self._add_block(sums, block, weights, f"block {number}")
         return total
 
     def _add_block(
-        self, total: Tensor, block: Block, weights: TokenWeights, name: str
+        self, sums: list[Tensor], block: Block, weights: TokenWeights, name: str
     ) -> None:
-        """Add a block's gradient to the total, and score U along it."""
+        """Add a block's gradient to the sums, and score U along it."""
         session = self._session
         of_block = self._pull_back(block, weights, name)
-        total += of_block
+        for total in sums:
+            total += of_block
         # The block's part of grad H: it is divided by the denominator of all of E.
         of_block /= self._original.denominator
-        split = split_step(session, self._gradient, self._step, of_block)
-        self._parts.append((split.momentum, split.decay))
+        split = split_step(session, self._gradient, self._step, of_block, with_own=True)
+        self._parts.append((split.momentum, split.decay, split.own))
         found = token_shares(
             session,
             update_weights(session),
@@ -118,6 +131,7 @@ class BlockPasses:
             kept_as=f"shares: U along the gradient, {name}",
         )
         self._shares.append(found.share)
+        self._bonus.append(session.shard("U").ragged.sum(found.dentropy))
         # Log p and H are the same of every pass.
         self._first = self._first or found
 
@@ -145,11 +159,28 @@ class BlockPasses:
         shares = torch.stack(self._shares, dim=1)
         found = replace(self._first, share=shares)
         table, by_block = gather_tokens(self._session, found)
-        momentum, decay = torch.tensor(self._parts, dtype=torch.float64).unbind(1)
+        momentum, decay, _ = torch.tensor(self._parts, dtype=torch.float64).unbind(1)
         blocks = BlockShares(
             share=by_block, momentum=momentum, decay=decay, size=self._size
         )
         return table, blocks
+
+    def hold_sums(self) -> HoldSums:
+        """What else is needed to say what would have held the entropy; collective."""
+        assert self._first is not None
+        session = self._session
+        batch, shard = session.batches["U"], session.shard("U")
+        # Of every sequence, so that any number of ranks adds up the same.
+        by_sequence = session.world.gather_rows(
+            torch.stack(self._bonus, dim=1), shard.positions, len(batch)
+        )
+        *_, own = torch.tensor(self._parts, dtype=torch.float64).unbind(1)
+        return HoldSums(
+            bonus=by_sequence.sum(0) / max(batch.num_tokens, 1),
+            own=own,
+            policy_part=_policy_part(session, self._first),
+            even=self._even,
+        )
 
 
 def part_estimates(
@@ -266,15 +297,22 @@ class SplitStep:
         decay: <grad H, weight-decay part>, nats.
         direction: z = gain * grad H by parameter name: the share of a gradient g_i in
             the change is -<z, g_i>.
+        own: <grad H, z>, if it was asked for.
     """
 
     momentum: float
     decay: float
     direction: dict[str, Tensor]
+    own: float = 0.0
 
 
 def split_step(
-    session: Session, gradient: Tensor, step: Step, slope: Tensor
+    session: Session,
+    gradient: Tensor,
+    step: Step,
+    slope: Tensor,
+    *,
+    with_own: bool = False,
 ) -> SplitStep:
     """Momentum and decay parts of delta_h1, and the direction z of the gradient part.
 
@@ -282,19 +320,22 @@ def split_step(
         gradient: gradient of the loss, summed over ranks, flat, [P].
         step: the step that was taken with it.
         slope: grad H, gradient of the entropy estimator, flat, [P]; z takes its place.
+        with_own: give <grad H, z> too.
     """
     assert session.optimizer is not None
     passes = session.passes
     direction = passes.layout.views(slope)
-    momentum = decay = 0.0
+    momentum = decay = own = 0.0
     for name, parts in step_parts(
         session.optimizer, passes.parameters, gradient, step, session.config.update
     ):
         view = direction[name]
         momentum += inner_product(view, parts.momentum.cpu())
         decay += inner_product(view, parts.decay.cpu())
+        if with_own:
+            own += inner_product(view, view * parts.gain.to(view))
         view *= parts.gain.to(view)
-    return SplitStep(momentum=momentum, decay=decay, direction=direction)
+    return SplitStep(momentum=momentum, decay=decay, direction=direction, own=own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,11 +346,13 @@ class TokenShares:
         share: share of each token, nats; of several passes, [t, K].
         logp: log-probability.
         entropy: entropy of the distribution it was drawn from.
+        dentropy: D_z H, nats.
     """
 
     share: Tensor
     logp: Tensor
     entropy: Tensor
+    dentropy: Tensor
 
 
 def token_shares(
@@ -335,6 +378,7 @@ def token_shares(
         share=-(on_logp * scores.dlogp + on_entropy * scores.dentropy),
         logp=scores.logp,
         entropy=scores.entropy,
+        dentropy=scores.dentropy,
     )
 
 
@@ -386,6 +430,25 @@ def token_places(batch: Batch, shard: Shard) -> Tensor:
     return shard.ragged.spread(starts) + shard.ragged.position
 
 
+def _policy_part(session: Session, found: TokenShares) -> Tensor:
+    """Which part of every token's weight in the loss its advantage makes, [T].
+
+    The rest is the KL term's: what weighs advantages leaves it as it is. Collective.
+    """
+    batch, shard = session.batches["U"], session.shard("U")
+    if not session.config.update.kl_coefficient:
+        return torch.ones(batch.num_tokens, dtype=torch.float64)
+    tokens = torch.arange(shard.ragged.num_tokens)
+    whole, own = (
+        weights(tokens, found.logp, found.entropy)[0]
+        for weights in (update_weights(session), policy_weights(session))
+    )
+    part = torch.where(whole == 0, 0.0, own / whole)
+    return session.world.gather_rows(
+        part[:, None], token_places(batch, shard), batch.num_tokens
+    )[:, 0]
+
+
 def _advantages(session: Session) -> Tensor:
     """A_i of U, [N]; 1 for the loss that has none."""
     batch = session.batches["U"]
@@ -404,7 +467,7 @@ def _what_if(
     # A rule that looks at shares chooses with one half, and is judged by the other.
     by_half = [rules_by_share(blocks.half(n), settings.fraction) for n in (0, 1)]
     whole = Evaluation(session=session, base=measured.base)
-    halves = _halves_of_E(session, measured.base) if settings.verify else []
+    halves = halves_of_E(session, measured.base) if settings.verify else []
     rows = []
     chosen = rules(table, settings.fraction)
     for number, (rule, mask) in enumerate(chosen.items(), start=1):
@@ -446,7 +509,7 @@ class Evaluation:
     base: TokenScores
 
 
-def _halves_of_E(session: Session, base: DirectionalScores) -> list[Evaluation]:
+def halves_of_E(session: Session, base: DirectionalScores) -> list[Evaluation]:
     """The even and the odd blocks of E; every sequence stays on its rank."""
     batch = session.batches["E"]
     half_of_group = _block_of_group(session) % 2
@@ -524,21 +587,54 @@ def _cross_fitted_truth(
 def _masked_truth(evaluation: Evaluation, keep: Tensor, name: str) -> EntropyChange:
     """Take the step on the kept tokens only, score E, undo; keep [T] of all of U."""
     session = evaluation.session
-    passes, update, shard = session.passes, session.shard("U"), session.shard("E")
+    update = session.shard("U")
     places = token_places(session.batches["U"], update)
     weights = _masked(update_weights(session), keep[places])
 
-    def score_after_masked_step() -> PassResult:
-        gradient, _ = summed_gradient(session, passes, update, weights, as_trained=True)
-        with step_taken(session, gradient):
-            return PassResult(tokens=passes.score(shard).arrays())
+    def masked_step() -> AbstractContextManager[Step]:
+        gradient, _ = summed_gradient(
+            session, session.passes, update, weights, as_trained=True
+        )
+        return step_taken(session, gradient)
+
+    return truth_after(
+        evaluation,
+        masked_step,
+        "what if: masked step",
+        kept_as=name,
+        beside=update.ragged.num_tokens,
+    )
+
+
+def truth_after(
+    evaluation: Evaluation,
+    take: Callable[[], AbstractContextManager[Step]],
+    phase: str,
+    *,
+    kept_as: str,
+    beside: int = 0,
+) -> EntropyChange:
+    """The change of the entropy by another step: taken, E scored, undone.
+
+    Args:
+        take: within what it gives the parameters are those after the step.
+        phase: name of the pass, as it is shown.
+        kept_as: name of its result.
+        beside: tokens that `take` passes over on this rank.
+    """
+    session = evaluation.session
+    shard = session.shard("E")
+
+    def score_after_step() -> PassResult:
+        with take():
+            return PassResult(tokens=session.passes.score(shard).arrays())
 
     found = session.pass_over(
         shard,
-        "what if: masked step",
-        score_after_masked_step,
-        tokens=update.ragged.num_tokens + shard.ragged.num_tokens,
-        kept_as=name,
+        phase,
+        score_after_step,
+        tokens=beside + shard.ragged.num_tokens,
+        kept_as=kept_as,
     )
     changes = changes_at(session, evaluation.base, TokenScores(**found.tokens))
     mode, _ = session.config.truth_estimator

@@ -18,6 +18,26 @@ from entropy_ddp.results import AttributionResult, GradientDotResult
 from entropy_ddp.update.step import Step
 
 
+@dataclass(frozen=True, kw_only=True)
+class HoldSums:
+    """What beside the shares tells what would have held the entropy.
+
+    Attributes:
+        bonus: what each block of E adds to the first-order change by a unit of the
+            gradient of U's mean entropy of a token, [K].
+        own: <grad H, gain * grad H> of each block, [K].
+        policy_part: the part of each token's weight in the loss that its advantage
+            makes, [T]: 1 but for a KL term.
+        even: gradient of the entropy of the even blocks, times the denominator of all of
+            E, flat, [P]; with `verify` only.
+    """
+
+    bonus: Tensor
+    own: Tensor
+    policy_part: Tensor
+    even: Tensor | None
+
+
 @dataclass(kw_only=True)
 class Measurements:
     """What a run measured; None where its plan has no such part.
@@ -48,6 +68,7 @@ class Measurements:
         token_table: every token of U with its share.
         parts: momentum, weight decay and gradient as parts of the prediction.
         block_shares: what each block of E adds to the parts and shares.
+        hold_sums: what else tells what would have held the entropy.
         attribution: what the shares say.
         rate_ratios: norm of the change, and the prediction, at lr over those at lr / 10.
         signal: norm of the gradient of mean log p of U.
@@ -75,6 +96,7 @@ class Measurements:
     token_table: TokenTable | None = None
     parts: dict[str, Estimate] | None = None
     block_shares: BlockShares | None = None
+    hold_sums: HoldSums | None = None
     attribution: AttributionResult | None = None
     rate_ratios: tuple[float, float] | None = None
     signal: float | None = None

@@ -67,6 +67,12 @@ def update_weights(session: Session) -> TokenWeights:
     return loss_weights(session.shard("U"), config, session.reference_logp)
 
 
+def policy_weights(session: Session) -> TokenWeights:
+    """The same of the loss without its KL term."""
+    plain = session.config.update.model_copy(update={"kl_coefficient": 0.0})
+    return loss_weights(session.shard("U"), plain)
+
+
 def summed_gradient(
     session: Session,
     passes: Passes,

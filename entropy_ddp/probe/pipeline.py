@@ -49,6 +49,7 @@ from entropy_ddp.probe.gradient_dot import (
     is_wanted,
     proxy_gradient_norm,
 )
+from entropy_ddp.probe.holding import would_hold
 from entropy_ddp.probe.measurements import Measurements
 from entropy_ddp.probe.memory import announce_memory
 from entropy_ddp.probe.opening import open_session
@@ -153,6 +154,7 @@ def _run(command: Command, plan: Plan, session: Session) -> Probed:
     if plan.attribution:
         # What the shares of U's tokens say; with `verify`, also the masked steps.
         attribute(session, measured)
+        would_hold(session, measured)
         rows.append(attribution_gap(session, measured))
     return make_results(session, measured, rows, command)
 
@@ -246,6 +248,7 @@ def measure(session: Session, plan: Plan) -> Measurements:
     )
     if by_block is not None:
         measured.token_table, measured.block_shares = by_block.table()
+        measured.hold_sums = by_block.hold_sums()
         measured.parts = parts
     if plan.sweep:
         measured.points, measured.sweep_summary = sweep_step_sizes(session, measured)

@@ -390,6 +390,7 @@ class AttributionResult:
     top_tokens: list[dict[str, Any]]
     half_correlation: float | None = None
     reliability: float | None = None
+    would_hold: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
