@@ -61,13 +61,22 @@ def sweep(options: Options) -> None:
 @with_resolve
 @configured
 @click.option("--verify", is_flag=True, help="Take every what-if step for real.")
-def attribute(options: Options, verify: bool) -> None:
+@click.option(
+    "--hold",
+    type=float,
+    metavar="VALUE",
+    help="Say what would have left this change of the entropy, nats per token; else 0.",
+)
+def attribute(options: Options, verify: bool, hold: float | None) -> None:
     """Which sequences and tokens of U cause the change.
 
-    Every token's exact share, and what the change had been without some of them.
+    Every token's exact share, what the change had been without some of them, and what
+    would have held the entropy.
     """
-    assignment = ("attribution.verify=true",) if verify else ()
-    assignments = (*options.assignments, *assignment)
+    asked = ["attribution.verify=true"] if verify else []
+    if hold is not None:
+        asked.append(f"attribution.hold={hold!r}")
+    assignments = (*options.assignments, *asked)
     _run_job("attribute", replace(options, assignments=assignments))
 
 

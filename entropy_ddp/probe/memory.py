@@ -114,8 +114,9 @@ def _phases(session: Session, audited: Audited) -> Iterator[tuple[int, int, int]
     on_device, on_host = _while_stepped(session)
     yield on_device, on_host, forward
     # Gradients are summed in `.grad`: beside nothing; beside gradient and change; where
-    # they come block by block, beside their sum too.
-    together = 4 if audited == "gradient" else 3
+    # they come block by block, beside their sum too, and that of the even blocks.
+    verify = session.config.attribution.verify
+    together = 4 + verify if audited == "gradient" else 3
     for buffers, kept in ((1, 0 if given else own), (together, reverse)):
         yield (*_with_gradients(session, buffers), kept)
     if _has_gradient_dot(session):
@@ -123,9 +124,12 @@ def _phases(session: Session, audited: Audited) -> Iterator[tuple[int, int, int]
         whole = _backward(session, _of_evaluation(session, "gradient"))
         vectors = _with_gradients(session, 6 if preconditioned else 5)
         yield (*vectors, max(own, whole))
-    if session.config.attribution.verify:
+    if verify and audited == "gradient":
         # The masked step's, beside those of the step before.
-        yield on_device, on_host + 3 * buffer, max(forward, own)
+        yield on_device, on_host + 4 * buffer, max(forward, own)
+        # The four of the run, and of what would hold the entropy a slope, a gradient with
+        # its step, and the best ones.
+        yield (*_with_gradients(session, 9), own)
 
 
 def _buffer_bytes(session: Session) -> int:

@@ -12,7 +12,8 @@ has. In forwards over the batch, one pass costs
     noise floor                 1           on a sample of E
     sweep                       1           for each step size
     shares of U's tokens        2.2         forward mode over U, for each of the 8 blocks of E;
-                                            a what-if costs 3 of U, 1 of E
+                                            a what-if costs 3 of U, 1 of E, and what
+                                            would hold the entropy 6 to 54 of U, 6 of E
     errors of parts             2.2         forward mode over E along the momentum; along the
                                             weight decay, if there is any
     gradient-dot form           up to 10    see `gradient_dot`

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from entropy_ddp.answers import checkpoints as answers
-from entropy_ddp.answers import shares
+from entropy_ddp.answers import holding, shares
 from entropy_ddp.answers.cells import Table, number, text
 from entropy_ddp.answers.checkpoints import Checkpoints, Stage
 from entropy_ddp.answers.headline import subject_of
@@ -149,16 +149,36 @@ def _causes(found: Checkpoints) -> list[PageSection]:
             answers.parts_by_step(found),
         ),
     )
-    if not found.rules:
-        return [moved]
-    what_if = PageSection(
+    sections = [moved]
+    if found.rules:
+        sections.append(_what_if(found))
+    curves = holding.curves([(s.label, s.document) for s in found.moved])
+    if curves:
+        target = holding.target_of(found.moved[0].document)
+        # The learning rate holds the entropy by not training, and a curve of it says so.
+        drawn = [
+            c for c in curves if c.family not in ("learning_rate", "tokens_left_out")
+        ]
+        held = PageSection(
+            id="held",
+            title=holding.title(target, found.unit),
+            lead=holding.sentence(curves, target, found.unit),
+            figures=(figures.held_by_step(found, drawn),),
+            tables=(holding.table_by_step(curves),),
+        )
+        sections.append(held)
+    return sections
+
+
+def _what_if(found: Checkpoints) -> PageSection:
+    """The change without the tokens of each rule."""
+    return PageSection(
         id="what-if",
         title="What if some tokens were left out",
         lead=answers.what_if_sentence(found),
         figures=(figures.what_if_by_step(found), figures.rules_in_all(found)),
         tables=(answers.rules(found), answers.rules_by_step(found)),
     )
-    return [moved, what_if]
 
 
 def _complaints(found: Checkpoints) -> list[dict[str, str]]:

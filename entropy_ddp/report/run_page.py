@@ -1,6 +1,6 @@
 """The page of one checkpoint: the answer, whether to trust it, and what it rests on."""
 
-from entropy_ddp.answers import headline, shares, tables
+from entropy_ddp.answers import headline, holding, shares, tables
 from entropy_ddp.answers.headline import Document
 from entropy_ddp.answers.power import power
 from entropy_ddp.answers.words import (
@@ -190,6 +190,7 @@ def _attribution(subject: Subject) -> PageSection:
             tables.parts(document),
             tables.kinds_of_tokens(document),
             tables.what_if(document),
+            *holding.tables(document),
         ),
         later_figures=later if moved else (),
     )

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from entropy_ddp.answers import ledger_tables, tables
+from entropy_ddp.answers import holding, ledger_tables, tables
 from entropy_ddp.answers.cells import Row, Table, head, text
 from entropy_ddp.answers.headline import (
     Document,
@@ -82,6 +82,7 @@ def print_shares(console: Console, results: Results) -> None:
         tables.what_if,
     ):  # fmt: skip
         _print(console, table(document))
+    _print(console, *holding.tables(document))
 
 
 def print_ledger(console: Console, ledger: Ledger, out: str) -> None:

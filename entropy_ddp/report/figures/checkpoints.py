@@ -15,6 +15,7 @@ from entropy_ddp.answers.checkpoints import (
     Stage,
     told_entropy,
 )
+from entropy_ddp.answers.holding import FAMILIES, NEUTRAL, Curve, target_of, title
 from entropy_ddp.answers.words import FIXED
 from entropy_ddp.report.figures.canvas import (
     Draw,
@@ -29,6 +30,8 @@ from entropy_ddp.report.figures.charts import Estimate, forest, forest_height
 
 MOST_TICKS = 10
 HEIGHT = 320
+# Of a panel, and around all of them.
+PANEL, PANEL_FRAME = 100, 50
 # Of the distance between two checkpoints that are nearest.
 BAR_WIDTH = 0.62
 # Colour and strength of the bars.
@@ -239,6 +242,42 @@ def rules_in_all(found: Checkpoints) -> Figure:
         caption=caption,
         draw=forest(rows, "entropy change", found.axis_unit),
         height=forest_height(1 + len(found.rules)),
+    )
+
+
+def held_by_step(found: Checkpoints, curves: Sequence[Curve]) -> Figure:
+    """What would have held the entropy at every checkpoint, a panel for each family."""
+    stages, target = found.moved, target_of(found.moved[0].document)
+    places = [stage.place for stage in stages]
+
+    def draw(figure: MatplotlibFigure, palette: Palette) -> None:
+        panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, curve in zip(panels, curves, strict=True):
+            for place, stage, (value, error, saturated) in zip(
+                places, stages, curve.values, strict=True
+            ):
+                axes.errorbar(
+                    place, value, stage.quantile * (error or 0.0) or None, fmt="o",
+                    color=palette.accent, markersize=5, linewidth=1.4,
+                    markerfacecolor=palette.paper if saturated else palette.accent,
+                )  # fmt: skip
+            axes.axhline(
+                NEUTRAL.get(curve.family, 0.0), color=palette.muted, linewidth=1
+            )
+            axes.set_title(FAMILIES[curve.family], loc="left", color=palette.ink)
+            axes.margins(y=0.2)
+        _label_stages(panels[-1], stages, found.by_step)
+
+    return Figure(
+        name="held-by-step",
+        title=title(target, found.unit),
+        caption=(
+            "The parameter of each family that makes the first-order change of the step "
+            f"what is wanted, with 95{FIXED}% intervals. Open: saturated, no member reaches "
+            "it and the nearest is shown. Line: the plain loss."
+        ),
+        draw=draw,
+        height=PANEL_FRAME + PANEL * len(curves),
     )
 
 
