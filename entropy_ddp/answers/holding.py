@@ -7,16 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from entropy_ddp.answers.cells import Cell, Row, Table, change, part, share, text
-from entropy_ddp.answers.words import UNITS, count, linear_error, listed
+from entropy_ddp.answers.words import (
+    UNITS,
+    count,
+    is_missed,
+    linear_error,
+    listed,
+    missed,
+    with_error,
+)
 from entropy_ddp.answers.words import number as in_words
 
 FAMILIES = {
     "repo": "REPO-R weights, ζ",
-    "improbable_failures": "improbable failures ×",
+    "improbable_failures": "improbable failures",
     "tokens_left_out": "tokens left out",
     "entropy_coefficient": "entropy_coef of TRL",
     "projection": "projection",
-    "learning_rate": "learning rate ×",
+    "learning_rate": "learning rate",
 }
 # Those that a training can be given as they are, and how a sentence names them.
 SETTINGS = {
@@ -75,8 +83,7 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
     unit = UNITS[document["linear"]["normalize"]]
     shown = [_from_shares(found, target_of(document), unit, linear_error(document))]
     if any(is_taken(row) for row in found):
-        floor = document["truth"].get("noise_floor") or 0.0
-        shown.append(_taken(found, unit, linear_error(document), floor))
+        shown.append(_taken(found, unit, document))
     return shown
 
 
@@ -100,17 +107,25 @@ def _from_shares(
         columns=("change", "parameter", "tokens", "ΔH first order"),
         rows=rows,
         caption=(
-            f"In {unit}, with the Adam denominator of the whole update. Improbable failures: "
-            "A < 0 and p < 0.5. Tokens: how many get another weight, by more than 1 %. ΔH: found with one half of E and "
-            "evaluated on the other, swapped and averaged. Projection: the shortest change "
-            f"of the step, its length over the step's.{SATURATION * saturated}"
+            f"In {unit}, with the Adam denominator of the whole update. Parameter: ζ, weight "
+            "of improbable failures (A < 0, p < 0.5), number of tokens, coefficient, length of "
+            "the shortest change over the step's, factor. Tokens: how many get another weight, by more than 1 %. ΔH: found with one half of E and "
+            f"evaluated on the other, swapped and averaged.{SATURATION * saturated}"
         ),
     )
 
 
 def _taken(
-    found: Sequence[Mapping[str, Any]], unit: str, error: float, floor: float
+    found: Sequence[Mapping[str, Any]], unit: str, document: Mapping[str, Any]
 ) -> Table:
+    error, truth_found = linear_error(document), document["truth"]
+    floor = truth_found.get("noise_floor") or 0.0
+    stays = ""
+    if is_missed(document, "linear"):
+        shown = with_error(*missed(document, "linear"))
+        stays = (
+            f" What first order misses of the plain step, {shown}, stays in the truth."
+        )
     rows = []
     for row in found:
         if not is_taken(row):
@@ -135,7 +150,7 @@ def _taken(
             f"In {unit}, with AdamW's denominator and clipping of the changed gradient. "
             "Gradient: by how much of its norm it is changed; cosine: of the step with the "
             "plain one. Found with one half of E and measured on the other, swapped and "
-            f"averaged.{SATURATION * saturated}"
+            f"averaged.{stays}{SATURATION * saturated}"
         ),
     )
 

@@ -4,7 +4,6 @@ The demo is trained with a checkpoint every tenth step. The batch of the next st
 responses that measure it are sampled from each, and every family's step is taken.
 """
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = demo._grpo_config
 
     def every_tenth(*arguments: Any, **more: Any) -> Any:
-        return replace(settings(*arguments, **more), save_steps=STEPS[0])
+        found = settings(*arguments, **more)
+        found.save_steps = STEPS[0]
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_grpo_config", every_tenth)
