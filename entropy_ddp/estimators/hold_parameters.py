@@ -127,7 +127,7 @@ def _on_one_side(
     """The same with 0 <= x <= limit."""
     # Where weights become 0, in order; each takes its part of the slope away.
     falling = coefficient < -1 / limit if limit else torch.zeros_like(share).bool()
-    places, order = (-1 / coefficient[falling]).sort()
+    places, order = (-1 / coefficient[falling]).sort(stable=True)
     lost = (coefficient * share)[falling][order]
     slope = float((coefficient * share).sum())
     slopes = slope - torch.cat([lost.new_zeros(1), lost.cumsum(0)])
@@ -269,7 +269,9 @@ class TokenFamily:
 
     def added(self, places: Tensor, wanted: float, distance: float) -> Tensor:
         """What every block adds to F of that member, [K]."""
-        return self.rest + self.weights(places, wanted, distance) @ self.share
+        weights = self.weights(places, wanted, distance)
+        # No product of BLAS: its bits depend on where arrays lie in memory.
+        return self.rest + (weights[:, None] * self.share).sum(0)
 
 
 @dataclass(frozen=True, kw_only=True)

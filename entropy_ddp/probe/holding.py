@@ -440,16 +440,15 @@ class _Verification:
         """
         plain, exact = self.measured.gradient, name in SUMS_OF_TWO
         assert plain is not None
-        # The best of those that were asked: how far off, its gradient, its change.
-        best = (abs(self._plain[half] - self._target), plain, self.measured.step.delta)
+        # The best of those that were asked: how far off, and its gradient.
+        best = (abs(self._plain[half] - self._target), plain)
 
         def value_at(distance: float) -> float:
             nonlocal best
             gradient = gradient_at(distance)
-            change = self._step_of(gradient)
-            value = self._first_orders(change)[half]
+            value = self._first_orders(self._step_of(gradient))[half]
             if abs(value - self._target) < best[0]:
-                best = (abs(value - self._target), gradient, change)
+                best = (abs(value - self._target), gradient)
             return value
 
         distance, _, reached = corrected(
@@ -461,12 +460,12 @@ class _Verification:
             tolerance=FINE_TOLERANCE if exact else TOLERANCE,
             most=MOST_SUMS if exact else MOST_GRADIENTS,
         )
-        _, gradient, change = best
+        _, gradient = best
         norm = global_norm(plain)
         return _Member(
             parameter=NEUTRAL[name] + distance,
             reached=reached,
-            change=change,
+            change=self._step_of(gradient),
             gradient_change=global_norm(gradient - plain) / norm if norm else None,
         )
 

@@ -127,9 +127,9 @@ def _phases(session: Session, audited: Audited) -> Iterator[tuple[int, int, int]
     if verify and audited == "gradient":
         # The masked step's, beside those of the step before.
         yield on_device, on_host + 4 * buffer, max(forward, own)
-        # The four of the run, and of what would hold the entropy a slope, a gradient with
-        # its step, and the best ones.
-        yield (*_with_gradients(session, 9), own)
+        # The four of the run; of what would hold the entropy a half's step, the best
+        # gradient, and another one with its step, or a slope.
+        yield (*_with_gradients(session, 8), own)
 
 
 def _buffer_bytes(session: Session) -> int:

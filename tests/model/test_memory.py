@@ -103,7 +103,7 @@ def test_vectors_of_each_phase(run: TinyRun) -> None:
             {"gradient_dot": {"enabled": True, "direction": "preconditioned"}},
             6 * 8 + 8,
         ),
-        ({"attribution": {"enabled": True, "verify": True}}, 5 * 8 + 3 * 8),
+        ({"attribution": {"enabled": True, "verify": True}}, 6 * 8 + 3 * 8),
     ]
     for given, size in sections:
         # An attribution has the sum of its blocks beside the block at work.
