@@ -112,7 +112,6 @@ def test_the_first_order_zero_is_confirmed_by_the_truth(
             family
         )
         if row["saturated_taken"]:
-            assert row["saturated"] or share
             continue
         reached.add(family)
         assert abs(row["delta_h1_taken"] - target) <= error, family
