@@ -219,7 +219,7 @@ class _Projection:
     def solve(self, number: int, target: float) -> float | None:
         """mu by all blocks (0), by the even (1) or the odd ones (2).
 
-        None where they do not tell which way is up.
+        None where they do not tell which way is up, or there is no step to change.
         """
         places = slice(None) if number == 0 else slice(number - 1, None, 2)
         part = float(self.size[places].sum())
@@ -227,7 +227,9 @@ class _Projection:
         if not missing:
             return 0.0
         slope = between_blocks(self.squares[number], self.own[places])
-        return missing * part**2 / slope if slope is not None and slope > 0 else None
+        if slope is None or slope <= 0 or not self.step:
+            return None
+        return missing * part**2 / slope
 
     def length(self, number: int, mu: float | None) -> float:
         """The change over the step."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -594,6 +595,28 @@ def test_without_a_gradient_the_weights_hold_nothing(small: TinyRun) -> None:
     row = rows["learning_rate"]
     assert row["parameter"] == row["delta_h_true"] == 0
     assert "cosine" not in row
+
+
+def test_no_step_has_no_change_to_project(tmp_path: Path) -> None:
+    """Before the first step, without decay and with equal rewards: only a bonus acts."""
+    run = make_run(tmp_path, "gpt2")
+    optimizer = run.saved.optimizer
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for entry in optimizer.state.values():
+        entry["exp_avg"].zero_()
+    torch.save(optimizer.state_dict(), run.saved.folder / "optimizer.pt")
+    still = replace(run, U=[replace(row, reward=0.1) for row in run.U])
+    rows = rows_of(attribute(still, hold=1e-4))
+    for family in ("repo", "improbable_failures", "tokens_left_out", "learning_rate"):
+        assert rows[family]["saturated"]
+    assert rows["projection"] == {
+        "family": "projection",
+        "parameter": 0.0,
+        "saturated": True,
+        "delta_h1": 0.0,
+    }
+    assert rows["entropy_coefficient"]["parameter"] != 0
 
 
 def test_what_the_step_does_needs_no_change(small: TinyRun) -> None:
