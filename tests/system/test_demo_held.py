@@ -29,9 +29,8 @@ FAMILIES = {
     "entropy_coefficient",
     "projection",
 }
-# Standard errors of the truth within which first order is right: the largest of some
-# thirty comparisons, the curvature of the step beside.
-WITHIN = 3.0
+# Standard errors of the truth within which first order is right; found: .95 at most.
+WITHIN = 2.0
 
 
 def quiet(*told: Any) -> None:
