@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import reference as ref
 import torch
 from families import plain_model
@@ -21,16 +23,18 @@ from jobs import run_attribution, run_audit, run_probe, run_sweep
 from tiny_runs import as_batch
 from torch import Tensor, nn
 
+from entropy_ddp.checkpoint import shards
 from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import Config, load_config
 from entropy_ddp.data import batch as batches
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.distributed import World
 from entropy_ddp.distributed.sharding import shard_base
-from entropy_ddp.errors import RunError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.model.parameters import trainable_parameters
 from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
 from entropy_ddp.model.scoring import Passes
+from entropy_ddp.model.selfcheck import check_model
 
 CPU = torch.device("cpu")
 JOBS = {
@@ -87,7 +91,8 @@ def make(model: nn.Module, **settings: Any) -> Passes:
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    return list(model.get_base_model().model.layers)
+    held = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(held.model.layers)
 
 
 def sharded(model: nn.Module, world: World, group: int | None = None) -> Passes:
@@ -124,9 +129,11 @@ def uneven(world: World) -> Shard:
     return Shard(batch=batch, positions=(of_rank == world.rank).nonzero()[:, 0])
 
 
-def everything(passes: Passes, shard: Shard) -> dict[str, Tensor]:
+def everything(
+    passes: Passes, shard: Shard, along: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """What every kind of pass gives of a shard."""
-    along = direction(passes)
+    along = along or direction(passes)
     scores = passes.score(shard, along, with_features=True)
     found = {n: scores.array(n) for n in ("logp", "entropy", "dlogp", "dentropy")}
     found |= {name: values for name, values in scores.features.items()}
@@ -214,6 +221,61 @@ def memory_runs_out(model: Any, layer: int, when: str, at: int) -> Iterator[list
         handle.remove()
 
 
+WHOLE_WEIGHTS = {
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "llama": ("llama", {}),
+    "gemma2": ("gemma2", {}),
+    "qwen3-moe": ("qwen3-moe", {}),
+}
+
+
+def divided(model: Any, world: World, group: int | None = None) -> Passes:
+    """Passes over a model of which every rank has a part, at any world size."""
+    passes = make(model)
+    policy: Any = SimpleNamespace(device=CPU, dtype=torch.float64, parameters={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "replace", lambda policy, parameters: parameters)
+        parts, layers = shards.divided(
+            policy, passes.tokens, list(model.model.layers), world,
+            group or world.world_size,
+        )  # fmt: skip
+    return replace(passes, parameters=parts, layers=layers)
+
+
+def part_of(passes: Passes, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of vectors by parameter name."""
+    layers: Any = passes.layers
+    return {name: whole[name][layers.region(name)[1]] for name in passes.parameters}
+
+
+def all_of(passes: Passes, flat: Tensor) -> dict[str, Tensor]:
+    """The whole of a vector of which every rank has a part, by parameter name."""
+    views = passes.layout.views(flat)
+    return {name: passes.layers.whole(name, view) for name, view in views.items()}
+
+
+def check_full(world: World, folder: Path) -> None:
+    """Scores, derivatives and sums of gradients as of the whole model."""
+    batches.BLOCK_TOKENS = 30
+    for family, changes in WHOLE_WEIGHTS.values():
+        model = plain_model(family, **changes)
+        whole = make(copy.deepcopy(model))
+        batch = as_batch(ROWS, VOCABULARY)
+        along = direction(whole)
+        expected = everything(whole, batch.shard(0, 1), along)
+        views = whole.layout.views(expected.pop("gradient"))
+        passes = divided(model, world)
+        own = part_of(passes, along)
+        assert passes.num_parameters == whole.num_parameters
+        vector = passes.layout.flatten(own, torch.float64)
+        norm = whole.norm(whole.layout.flatten(along, torch.float64))
+        assert abs(passes.norm(vector) / norm - 1) < 1e-12
+        shard = uneven(world)
+        found = everything(passes, shard, own)
+        require_close(all_of(passes, found.pop("gradient")), views)
+        require_close(found, at_shard(expected, shard))
+
+
 def check_shortage(world: World, folder: Path) -> None:
     """Memory runs out on one rank, in a forward and in a backward pass: all go on."""
     model = model_of("llama, upper layers")
@@ -243,6 +305,82 @@ def check_shortage(world: World, folder: Path) -> None:
         require_close({"": gradient}, {"": expected["gradient"]})
 
 
+def check_full_shortage(world: World, folder: Path) -> None:
+    """Of a model in parts: forward all go on, backward all end and are told how."""
+    model = plain_model("llama")
+    batch = as_batch(ROWS, VOCABULARY)
+    whole = make(copy.deepcopy(model))
+    along = direction(whole)
+    expected = everything(whole, batch.shard(0, 1), along)
+    passes = divided(model, world)
+    own, shard = part_of(passes, along), uneven(world)
+    passes.gradient(shard, weights_of(shard), torch.float64)
+    fails = world.rank == 0
+    for layer in (0, 1):
+        again = replace(passes, allowance=type(passes.allowance)())
+        with memory_runs_out(model, layer, "forward", 1 if fails else -1):
+            scores = again.score(shard, own)
+        found = {n: scores.array(n) for n in ("logp", "entropy", "dlogp")}
+        require_close(found, {n: at_shard(expected, shard)[n] for n in found})
+        assert (again.allowance.num_retries > 0) == fails
+    if world.world_size > 1:
+        # One rank alone would end the others, which wait for it.
+        return
+    for when in ("forward", "backward"):
+        again = replace(passes, allowance=type(passes.allowance)())
+        with (
+            memory_runs_out(model, 1, when, 1),
+            pytest.raises(
+                RunError, match="lower compute.tokens_per_microbatch.*--resu"
+            ),
+        ):
+            again.gradient(shard, weights_of(shard), torch.float64)
+
+
+def _forgets_outer_tangents(layers: Any) -> None:
+    own, last = layers._gathered_one, len(layers._layers) - 1
+    layers._gathered_one = lambda number, step: (
+        None if number == last else own(number, step)
+    )
+
+
+def _keeps_outer_parameters(layers: Any) -> None:
+    layers._root.set_reshard_after_forward(False, recurse=False)
+    layers._root.reshard = lambda: None
+
+
+def _takes_means(layers: Any) -> None:
+    for layer in layers._layers:
+        layer.set_gradient_divide_factor(2.0)
+
+
+def _steps_copies(layers: Any) -> None:
+    for name, part in layers._parts.items():
+        layers._parts[name] = nn.Parameter(part.detach().clone())
+
+
+# What gives wrong numbers without a word, and who finds it.
+PLANTED = {
+    "self-check `duality`": [
+        _forgets_outer_tangents,
+        _takes_means,
+        _keeps_outer_parameters,
+    ],
+    "torch has moved it": [_steps_copies],
+}
+
+
+def check_planted(world: World, folder: Path) -> None:
+    """Every silent mistake of a model in parts is found before the first pass."""
+    check_model(divided(plain_model("llama"), world), VOCABULARY)
+    for message, plants in PLANTED.items():
+        for plant in plants:
+            passes = divided(plain_model("llama"), world)
+            plant(passes.layers)
+            with pytest.raises((InputError, RunError), match=message):
+                check_model(passes, VOCABULARY)
+
+
 def check_order(world: World, folder: Path) -> None:
     """A model whose layers run in another order than before is refused by name."""
     model: Any = model_of("llama, upper layers")
@@ -270,6 +408,19 @@ def check_groups(world: World, folder: Path) -> None:
     assert sum(p.to_local().numel() for p in cut) * 2 <= sum(
         p.numel() + 2 * p[0].numel() for p in cut
     )
+    full = plain_model("llama")
+    whole = make(copy.deepcopy(full))
+    along = direction(whole)
+    expected = everything(whole, batch.shard(0, 1), along)
+    views = whole.layout.views(expected.pop("gradient"))
+    passes = divided(full, world, group=2)
+    own, shard = part_of(passes, along), uneven(world)
+    found = everything(passes, shard, own)
+    require_close(all_of(passes, found.pop("gradient")), views)
+    require_close(found, at_shard(expected, shard))
+    flat = whole.layout.flatten(along, torch.float64)
+    norm = passes.norm(passes.layout.flatten(own, torch.float64))
+    assert abs(norm / whole.norm(flat) - 1) < 1e-12
 
 
 def check_jobs(world: World, folder: Path) -> None:
@@ -285,7 +436,9 @@ def run_job(world: World, folder: Path, name: str, job: Any, config: Config) -> 
     if world.is_main:
         out.mkdir()
     world.gather_objects(None)
-    probed = job(config, alone, None, lambda *progress: None)
+    # What passes leave is kept there, for another number of ranks to go on with.
+    kept = None if config.out is None else Path(config.out)
+    probed = job(config, alone, kept, lambda *progress: None)
     if world.is_main:
         document = json.loads(json.dumps(probed.results.to_dict(), allow_nan=False))
         (out / "results.json").write_text(json.dumps(document))
@@ -293,7 +446,10 @@ def run_job(world: World, folder: Path, name: str, job: Any, config: Config) -> 
 
 CHECKS = {
     "base": check_base,
+    "full": check_full,
     "shortage": check_shortage,
+    "full shortage": check_full_shortage,
+    "planted": check_planted,
     "order": check_order,
     "groups": check_groups,
     "jobs": check_jobs,

@@ -3,32 +3,83 @@
 `base`: of a policy with an adapter the frozen matrices of every layer are held in parts.
 Embedding, output layer, norms, biases and the adapter stay whole on every rank, so that
 the step, its buffers and their sums are those of a policy that is not divided.
+
+`full`: of a policy whose weights are all trained, every rank has a part of every
+parameter. The step is taken on the parts; buffers, optimizer state and the way back are
+of the parts, too.
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from entropy_ddp.checkpoint.policy import Policy
+from entropy_ddp.checkpoint.stored import Part
 from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
-from entropy_ddp.distributed.sharding import WholeLayers, group_size, shard_base
+from entropy_ddp.distributed.sharding import (
+    ShardedParameters,
+    WholeLayers,
+    group_size,
+    shard_base,
+    shard_full,
+)
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.forward_mode import weight_norms
+from entropy_ddp.model.normalisation import normalisations
+from entropy_ddp.model.precision import precision_context
+from entropy_ddp.model.response_tokens import ResponseTokens
 
 
-def shard_policy(policy: Policy, compute: Compute, world: World) -> WholeLayers:
+def shard_policy(
+    policy: Policy, tokens: ResponseTokens, compute: Compute, world: World
+) -> tuple[Policy, WholeLayers]:
     """Divide the policy's layers among the ranks; the model is changed in place.
+
+    Args:
+        tokens: the policy's model as a function of response tokens.
+
+    Returns:
+        The policy with the parameters that this rank has, and how layers are gathered.
 
     Raises:
         InputError: there is no group of ranks, or this policy cannot be divided so.
     """
     if compute.shard == "none":
-        return WholeLayers()
+        return policy, WholeLayers()
     size = _group_size(compute, world)
-    _require_adapter(policy)
-    return shard_base(_layers(policy), world, policy.device, size)
+    if compute.shard == "base":
+        _require_adapter(policy)
+        return policy, shard_base(_layers(policy), world, policy.device, size)
+    _require_full_weights(policy)
+    return divided(policy, tokens, _layers(policy), world, size)
+
+
+def divided(
+    policy: Policy,
+    tokens: ResponseTokens,
+    layers: list[nn.Module],
+    world: World,
+    group: int,
+) -> tuple[Policy, ShardedParameters]:
+    """The policy with a part of every parameter on each of so many ranks."""
+    sharded = shard_full(layers, tokens, world, policy.device, group)
+    for modules in sharded.unsharded():
+        sharded.normalisations |= normalisations(modules)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=policy.device)
+    with precision_context(policy.dtype):
+        parts = sharded.find_parts(lambda: tokens.transformer(input_ids=ids))
+    return replace(policy, parameters=parts), sharded
+
+
+def parts_of(layers: WholeLayers, policy: Policy) -> dict[str, Part] | None:
+    """What this rank has of each parameter of the checkpoint; None for all of it."""
+    if not isinstance(layers, ShardedParameters):
+        return None
+    return {name: Part(*layers.region(name)) for name in policy.parameters}
 
 
 def _group_size(compute: Compute, world: World) -> int:
@@ -47,7 +98,7 @@ def _require_adapter(policy: Policy) -> None:
     if files.adapter is None:
         raise InputError(
             f"compute.shard: base: expected an adapter, whose base model is divided, "
-            f"found full weights in {files.base}; set compute.shard: none"
+            f"found full weights in {files.base}; set compute.shard: full"
         )
     settings: Any = policy.model
     config = settings.peft_config[files.adapter_name]
@@ -56,6 +107,14 @@ def _require_adapter(policy: Policy) -> None:
     if config.modules_to_save:
         names = ", ".join(config.modules_to_save)
         raise _unsupported(f"an adapter that trains whole modules ({names})")
+
+
+def _require_full_weights(policy: Policy) -> None:
+    if policy.files.adapter is not None:
+        raise InputError(
+            "compute.shard: full: expected weights that are all trained, found the "
+            f"adapter {policy.files.adapter}; set compute.shard: base"
+        )
 
 
 def _unsupported(found: str) -> InputError:
@@ -72,7 +131,8 @@ def _layers(policy: Policy) -> list[nn.Module]:
         InputError: the model does not keep them in one list.
     """
     model: Any = policy.model
-    transformer = model.get_base_model().base_model
+    held = model.get_base_model() if hasattr(model, "get_base_model") else model
+    transformer = held.base_model
     count = transformer.config.get_text_config().num_hidden_layers
     found = [
         module

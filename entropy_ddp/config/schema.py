@@ -546,7 +546,8 @@ class Compute(Section):
         attention: Hugging Face attention implementation.
         rank_timeout_seconds: a rank that gives no sign of life for so long ends the run.
         shard: `none`: every rank holds the whole model; `base`: with an adapter, the
-            ranks divide the frozen matrices of the layers among them.
+            ranks divide the frozen matrices of the layers among them; `full`: of full
+            weights, every rank has a part of every parameter and of the step.
         shard_group: which ranks divide the model among them: `all`, those of a `node`,
             or groups of so many.
     """
@@ -558,7 +559,7 @@ class Compute(Section):
     snapshot_device: Literal["cpu", "device"] = "cpu"
     attention: Literal["sdpa", "eager"] = "sdpa"
     rank_timeout_seconds: float = Field(default=300.0, gt=0)
-    shard: Literal["none", "base"] = "none"
+    shard: Literal["none", "base", "full"] = "none"
     shard_group: Literal["all", "node"] | Annotated[int, Field(gt=0)] = "all"
 
 
@@ -597,6 +598,29 @@ class Config(Section):
                 raise ValueError(
                     f"{key}: update.delta gives the change of the parameters; there is "
                     f"no step on U that this could be about; leave {key} out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_suffice(self) -> "Config":
+        if self.compute.shard != "full":
+            return self
+        impossible = {
+            "update.delta: a given change": self.update.delta is not None,
+            "gradient_dot.variance_method: backward: a gradient for each group (jvp "
+            "needs none)": self.gradient_dot.enabled is not False
+            and self.gradient_dot.variance_method == "backward",
+            **{
+                f"batches.{split}.sample: sampling (give a file, sampled before with "
+                "`sample` and compute.shard: none, or by an inference engine)": True
+                for split in self.batches.samples
+            },
+        }
+        for what, is_asked in impossible.items():
+            if is_asked:
+                raise ValueError(
+                    f"{what}: is not for a model in parts (compute.shard: full); change "
+                    "it, or set compute.shard: none"
                 )
         return self
 

@@ -13,13 +13,14 @@ the first one, and every later round is held against it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from entropy_ddp.distributed.world import World
 from entropy_ddp.errors import InputError, RunError
@@ -31,10 +32,21 @@ if TYPE_CHECKING:
 Returned = TypeVar("Returned")
 
 
+class Sliced(Protocol):
+    """A flat vector in memory, or in a file of which slices are read."""
+
+    def __getitem__(self, place: slice, /) -> Tensor:
+        """The elements of a slice."""
+
+
 class WholeLayers:
     """Every rank has all layers: it runs as many passes as it has work for."""
 
     is_sharded = False
+    # Whether a rank has a part of every vector over the trainable elements, too.
+    has_parts = False
+    # Number of ranks over which a backward pass sums gradients.
+    num_summed = 1
 
     def is_work_left(self, on_this_rank: bool) -> bool:
         """Whether a rank has a microbatch left to pass over."""
@@ -50,6 +62,33 @@ class WholeLayers:
 
     def recover(self) -> None:
         """Make the model ready again after a call that ran out of memory."""
+
+    def within(self, call: Callable[[], Returned]) -> Returned:
+        """What a call gives that uses the model's outer parameters: embedding, head."""
+        return call()
+
+    def collect_gradients(self) -> None:
+        """After a backward pass: gradients are where the parameters are."""
+
+    def totals(self, values: Iterable[float]) -> list[float]:
+        """Sums over the parts of vectors, of this rank's part of each."""
+        return list(values)
+
+    def total(self, value: float) -> float:
+        """The same of one."""
+        return self.totals([value])[0]
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The whole of a tensor that is divided as the parameter of this name is."""
+        return part
+
+    def joined(self, vector: Tensor) -> Tensor | None:
+        """The whole of a flat vector over the trainable elements; on rank 0 at least."""
+        return vector
+
+    def cut(self, vector: "Sliced") -> Tensor:
+        """This rank's part of a flat vector, in memory of its own."""
+        return vector[:].clone()
 
     def serving(
         self, model: nn.Module, spare: Callable[[], object]
@@ -80,7 +119,7 @@ class ShardedLayers(WholeLayers):
     is_sharded = True
 
     def __init__(self, layers: list[nn.Module], world: World) -> None:
-        self._layers, self._world = layers, world
+        self._layers, self._world = list(layers), world
         # Of a round forward only, and of one with a backward pass: (layer, step), in
         # order, as the first round of the kind made them.
         self._recorded: dict[bool, list[tuple[int, str]]] = {}
@@ -90,6 +129,8 @@ class ShardedLayers(WholeLayers):
         self._bytes = max(sum(map(_whole_bytes, m.parameters())) for m in layers)
         for number, layer in enumerate(layers):
             self._watch(number, layer)
+        # Roots of trees of gathered modules: each forgets a pass that has failed.
+        self._roots = self._layers
 
     def is_work_left(self, on_this_rank: bool) -> bool:
         """Whether any rank has a microbatch left; one collective."""
@@ -143,10 +184,11 @@ class ShardedLayers(WholeLayers):
             )
         self._reset()
         with self._world.late_ranks_named():
-            for number, _ in left:
+            for number, step in left:
                 self._world.come_to_collective()
                 layer: Any = self._layers[number]
                 layer.unshard()
+                self._gathered_one(number, step)
                 layer.reshard()
 
     @contextmanager
@@ -200,8 +242,11 @@ class ShardedLayers(WholeLayers):
         return "backward" not in started or hasattr(self._layers[0], _RESET)
 
     def _reset(self) -> None:
-        for layer in self._layers:
-            getattr(layer, _RESET, layer.reshard)()  # type: ignore[operator]
+        for root in self._roots:
+            getattr(root, _RESET, root.reshard)()  # type: ignore[operator]
+
+    def _gathered_one(self, number: int, step: str) -> None:
+        """After the gather of a layer's parameters."""
 
     def _watch(self, number: int, layer: nn.Module) -> None:
         """Note a layer's gathers: before and after FSDP's own hooks make them."""
@@ -240,8 +285,11 @@ class ShardedLayers(WholeLayers):
         self._is_gathering = True
 
     def _end_gather(self, number: int, step: str) -> None:
+        if not self._is_in_round:
+            return
         if not self._is_gathering:
             return
+        self._gathered_one(number, step)
         self._is_gathering = False
         self._made.append((number, step))
         if self._expected is not None:
@@ -254,6 +302,230 @@ class ShardedLayers(WholeLayers):
             f"{_told(expected)}, found {_told(found)}; a model whose layers run in an "
             "order that depends on the tokens cannot be sharded: set compute.shard: none"
         )
+
+
+class ShardedParameters(ShardedLayers):
+    """A model of which a rank has a part of every parameter, and nothing whole.
+
+    What lies outside the layers is gathered for as long as a microbatch takes: nothing
+    is gathered for each chunk of logits. A part is a plain tensor in memory that it
+    shares with FSDP's own; vectors over the parameters are vectors over the parts, and
+    gradients are summed over ranks by the backward pass itself.
+
+    Args:
+        layers: see `ShardedLayers`.
+        root: the module around all of the model; has a method `gathered`, registered
+            with FSDP, that calls what it is given.
+        slots: by layer, the root's last: every (module, attribute, name of the
+            parameter) that is gathered with it.
+        world: the ranks.
+        group: number of ranks that share the model between them.
+    """
+
+    has_parts = True
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        root: nn.Module,
+        slots: list[list[tuple[nn.Module, str, str]]],
+        world: World,
+        group: int,
+    ) -> None:
+        super().__init__(layers, world)
+        outside = sum(map(_whole_bytes, root.parameters())) - sum(
+            _whole_bytes(p) for layer in layers for p in layer.parameters()
+        )
+        # With tangents.
+        self._bytes = 2 * (self._bytes + outside)
+        self._layers, self._roots = [*layers, root], [root]
+        self._root: Any = root
+        self._slots, self._group = slots, group
+        self._names = [name for name, _ in root.causal_lm.named_parameters()]  # type: ignore[union-attr, operator]
+        self.num_summed = world.world_size
+        self._tangents: Mapping[str, Tensor] | None = None
+        # By module: what the model room found of those whose weights were whole.
+        self.normalisations: dict[nn.Module, Any] = {}
+        # By name: FSDP's own tensors, and this rank's parts in the same memory.
+        self._sharded: dict[str, Any] = {}
+        self._parts: dict[str, nn.Parameter] = {}
+
+    def find_parts(self, pass_over: Callable[[], object]) -> dict[str, nn.Parameter]:
+        """This rank's part of every parameter, after one pass over the model.
+
+        Args:
+            pass_over: one forward pass, of any tokens; torch 2.8 moves the parts in it.
+        """
+        with torch.no_grad():
+            self.together(lambda: self.within(pass_over), backward=False)
+        found = {
+            name: getattr(module, attribute)
+            for slots in self._slots
+            for module, attribute, name in slots
+        }
+        # In the model's own order, in which a trainer's optimizer has them.
+        self._sharded = {name: found[name] for name in self._names}
+        self._parts = {
+            name: nn.Parameter(sharded.to_local().detach())
+            for name, sharded in self._sharded.items()
+        }
+        return self._parts
+
+    def region(self, name: str) -> tuple[torch.Size, tuple[slice, ...]]:
+        """Shape of a whole parameter, and which of its rows this rank has."""
+        shape = self._sharded[name].shape
+        size = -(-shape[0] // self._group)
+        start = min(self._world.rank % self._group * size, shape[0])
+        stop = min(start + size, shape[0])
+        assert self._parts[name].shape[0] == stop - start
+        return shape, (slice(start, stop),)
+
+    def together(self, call: Callable[[], Returned], backward: bool) -> Returned:
+        """See `ShardedLayers.together`.
+
+        Raises:
+            RunError: also if the parts are not in FSDP's memory any more.
+        """
+        for name, sharded in self._sharded.items():
+            if sharded.to_local().data_ptr() != self._parts[name].data_ptr():
+                raise RunError(
+                    f"the part of {name} that is stepped is not the one that the model "
+                    "runs with: torch has moved it; set compute.shard: none"
+                )
+        try:
+            return super().together(call, backward)
+        except Exception:
+            for sharded in self._sharded.values():
+                sharded.grad = None
+            raise
+
+    def recover(self) -> None:
+        """See `ShardedLayers.recover`.
+
+        Raises:
+            RunError: memory ran out in a round with a backward pass, whose sums over
+                ranks cannot be undone on one of them.
+        """
+        if any(step == "backward" for _, step in self._recorded_kind()):
+            raise RunError(
+                "out of memory in a backward pass over a model in parts, which all ranks "
+                "make together: lower compute.tokens_per_microbatch, and start again "
+                "with --resume; what was finished is kept"
+            )
+        super().recover()
+
+    def _recorded_kind(self) -> list[tuple[int, str]]:
+        return [*self._made, *(self._expected or ())]
+
+    def within(self, call: Callable[[], Returned]) -> Returned:
+        """What a call gives; embedding, output layer and last norm are whole meanwhile."""
+        number = len(self._layers) - 1
+        self._begin_gather(number, "forward")
+
+        def run() -> Returned:
+            # A method that is registered with FSDP runs no hooks of modules.
+            self._end_gather(number, "forward")
+            if not self._is_in_round:
+                self._gathered_one(number, "forward")
+            return call()
+
+        try:
+            return self._root.gathered(run)
+        finally:
+            if not torch.is_grad_enabled():
+                # torch 2.8 keeps the root's parameters gathered: stale after a step.
+                self._root.reshard()
+
+    @contextmanager
+    def with_tangents(self, tangents: Mapping[str, Tensor]) -> Iterator[None]:
+        """A context in which gathered parameters are dual; of this rank's parts, by name."""
+        self._tangents = tangents
+        try:
+            yield
+        finally:
+            self._tangents = None
+
+    def collect_gradients(self) -> None:
+        """Move what a backward pass left, summed over ranks, to the parts' `.grad`."""
+        for name, sharded in self._sharded.items():
+            if sharded.grad is not None:
+                found, part = sharded.grad.to_local(), self._parts[name]
+                part.grad = found if part.grad is None else part.grad + found
+                sharded.grad = None
+
+    def totals(self, values: Iterable[float]) -> list[float]:
+        """Sums over the parts of vectors; one collective."""
+        local = torch.tensor(list(values), dtype=torch.float64)
+        copies = self._world.world_size // self._group
+        return (self._world.sum(local, "scalars") / copies).tolist()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The whole of a tensor that is divided as a parameter is; every rank asks."""
+        from torch.distributed.tensor import DTensor
+
+        like = self._sharded[name]
+        with self._world.late_ranks_named():
+            self._world.come_to_collective()
+            return DTensor.from_local(
+                part.to(like.device),
+                like.device_mesh,
+                like.placements,
+                run_check=False,
+                shape=like.shape,
+                stride=like.stride(),
+            ).full_tensor()
+
+    def joined(self, vector: Tensor) -> Tensor | None:
+        """The whole of a flat vector over the parts, on rank 0; every rank asks.
+
+        One parameter at a time: no other rank ever has more than one of them.
+        """
+        sizes = [part.numel() for part in self._parts.values()]
+        whole = vector.new_empty(
+            sum(sharded.numel() for sharded in self._sharded.values())
+            if self._world.is_main
+            else 0
+        )
+        start = 0
+        for (name, part), piece in zip(self._parts.items(), vector.split(sizes)):
+            found = self.whole(name, piece.view(part.shape)).reshape(-1)
+            if self._world.is_main:
+                whole[start : start + len(found)] = found
+                start += len(found)
+        return whole if self._world.is_main else None
+
+    def cut(self, vector: "Sliced") -> Tensor:
+        """This rank's part of a flat vector; no more of it is read."""
+        pieces, start = [], 0
+        for name in self._parts:
+            shape, (rows,) = self.region(name)
+            row = shape.numel() // shape[0]
+            first, last = start + rows.start * row, start + rows.stop * row
+            pieces.append(vector[first:last].clone())
+            start += shape.numel()
+        return torch.cat(pieces)
+
+    def unsharded(self) -> Iterator[list[nn.Module]]:
+        """The modules whose parameters are gathered together, while they are."""
+        for layer, slots in zip(self._layers, self._slots, strict=True):
+            unit: Any = layer
+            unit.unshard()
+            yield list(dict.fromkeys(module for module, _, _ in slots))
+            unit.reshard()
+
+    def _gathered_one(self, number: int, step: str) -> None:
+        """Gather the tangents beside the parameters, into the modules' own slots."""
+        if self._tangents is None or step == "backward":
+            return
+        duals: dict[str, Tensor] = {}
+        for module, attribute, name in self._slots[number]:
+            if name not in duals:
+                primal = module._parameters[attribute]
+                assert primal is not None
+                tangent = self.whole(name, self._tangents[name]).to(primal)
+                duals[name] = forward_ad.make_dual(primal.detach(), tangent)
+            # nn.Module refuses a tensor that is no Parameter.
+            module._parameters[attribute] = duals[name]  # type: ignore[assignment]
 
 
 # Not in every version of torch.
@@ -292,6 +564,55 @@ def shard_base(
         whole = {p for p in layer.parameters() if id(p) not in cut}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     return ShardedLayers(layers, world)
+
+
+def shard_full(
+    layers: list[nn.Module],
+    root: nn.Module,
+    world: World,
+    device: torch.device,
+    group: int,
+) -> ShardedParameters:
+    """Shard every parameter of a model that is trained whole.
+
+    Args:
+        layers: of the model, each gathered for itself.
+        root: the module around the model, with a method `gathered`.
+        device: of this rank's model.
+        group: number of ranks that share the model between them.
+    """
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    names = {id(p): name for name, p in root.causal_lm.named_parameters()}  # type: ignore[union-attr, operator]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    slots = [
+        [
+            (module, attribute, names[id(parameter)])
+            for module in unit.modules()
+            if unit is not root or id(module) not in inside
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        for unit in (*layers, root)
+    ]
+    mesh = _mesh(world, device, group)
+    # Sums over ranks are never narrower than float32.
+    widths = {p.dtype for p in root.parameters() if p.dtype.itemsize < 4}
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if widths else None)
+    for unit in (*layers, root):
+        # The root's default would keep it gathered, and stale after a step.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        assert isinstance(unit, FSDPModule)
+        # A sum over ranks, and not the mean that FSDP takes.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(root, "gathered")
+    return ShardedParameters(layers, root, slots, world, group)
 
 
 def _mesh(world: World, device: torch.device, group: int) -> "DeviceMesh":

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from entropy_ddp.distributed.sharding import ShardedParameters
 from entropy_ddp.model.normalisation import closed_form_normalisation
 
 # Attention scores of one block of queries: a [batch, heads, length, length] tensor of a
@@ -78,6 +79,26 @@ def dual_parameters(
         finally:
             for module, name, parameter in slots:
                 module._parameters[name] = parameter
+
+
+@contextmanager
+def dual_parts(
+    model: nn.Module, layers: ShardedParameters, direction: Mapping[str, Tensor]
+) -> Iterator["TangentRules"]:
+    """The same for a model of which this rank has a part of every parameter.
+
+    Args:
+        layers: gather each layer's tangents beside its parameters.
+        direction: this rank's parts of the tangents, by the parameters' names.
+    """
+    with (
+        forward_ad.dual_level(),
+        torch.no_grad(),
+        layers.with_tangents(direction),
+        # Recognised while their weights were whole.
+        closed_form_normalisation(model, layers.normalisations),
+    ):
+        yield TangentRules()
 
 
 def weight_norms(model: nn.Module) -> list[nn.Module]:

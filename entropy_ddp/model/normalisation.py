@@ -11,7 +11,7 @@ A module is taken for such a normalisation by what it gives, not by what it is c
 on a row of random numbers it must equal the formula. Its values are always its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,16 +25,32 @@ _EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 _SAME = 1e-5
 
 
+# By module: eps, and what is added to the weight.
+Normalisations = dict[nn.Module, tuple[float, float]]
+
+
+def normalisations(modules: Iterable[nn.Module]) -> Normalisations:
+    """Those among modules whose own parameters are whole."""
+    found = ((module, _recognise(module)) for module in modules)
+    return {module: values for module, values in found if values is not None}
+
+
 @contextmanager
-def closed_form_normalisation(model: nn.Module) -> Iterator[None]:
-    """Within the context, normalisations carry tangents by the closed form."""
+def closed_form_normalisation(
+    model: nn.Module, known: Normalisations | None = None
+) -> Iterator[None]:
+    """Within the context, normalisations carry tangents by the closed form.
+
+    Args:
+        known: the model's; None: they are looked for.
+    """
     replaced = []
     try:
-        for module in model.modules():
-            found = _recognise(module)
-            if found is not None:
-                module.forward = _with_tangent(module, *found)
-                replaced.append(module)
+        if known is None:
+            known = normalisations(model.modules())
+        for module, values in known.items():
+            module.forward = _with_tangent(module, *values)
+            replaced.append(module)
         yield
     finally:
         for module in replaced:

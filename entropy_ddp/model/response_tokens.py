@@ -242,6 +242,10 @@ class ResponseTokens(nn.Module):
         model = self.causal_lm
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    def gathered(self, call: Callable[[], Any]) -> Any:
+        """What a call gives; FSDP gathers the outer parameters of a root around it."""
+        return call()
+
     def hidden_states(self, microbatch: Microbatch) -> Tensor:
         """Hidden states that predict the response tokens, [m, width]."""
         return self._last_hidden(microbatch)[microbatch.row, microbatch.column]

@@ -34,12 +34,13 @@ from entropy_ddp.data.microbatch import (
     make_microbatch,
     plan_microbatches,
 )
-from entropy_ddp.distributed.sharding import WholeLayers
+from entropy_ddp.distributed.sharding import ShardedParameters, WholeLayers
 from entropy_ddp.errors import RunError
 from entropy_ddp.memory import Allowance, unless_out_of_memory
 from entropy_ddp.model.counting import PassCount, counted
 from entropy_ddp.model.forward_mode import (
     dual_parameters,
+    dual_parts,
     halves,
     undetached,
     weight_norms,
@@ -195,7 +196,8 @@ class Passes:
             typical: root mean square of (log p)' along it, over the tokens of all
                 ranks.
         """
-        length = math.sqrt(sum(inner_product(v, v) for v in direction.values()))
+        squares = sum(inner_product(v, v) for v in direction.values())
+        length = math.sqrt(self.layers.total(squares))
         return CURVATURE_NATS[self.dtype] / max(typical, LEAST_SLOPE * length)
 
     def blocks(self, shard: Shard) -> Iterator[Block]:
@@ -221,13 +223,16 @@ class Passes:
         duals: AbstractContextManager[Any] = nullcontext(nullcontext())
         if direction is not None:
             scores = DirectionalScores.empty(num_tokens, with_features)
-            duals = dual_parameters(self.tokens, self.parameters, direction)
+            if isinstance(self.layers, ShardedParameters):
+                duals = dual_parts(self.tokens, self.layers, direction)
+            else:
+                duals = dual_parameters(self.tokens, self.parameters, direction)
         with torch.no_grad(), duals as tangent_rules:
 
             def attempt(microbatch: Microbatch, is_spare: bool = False) -> None:
                 into = type(scores).empty(1) if is_spare else scores
                 with precision_context(self.dtype), tangent_rules:
-                    self._score_microbatch(microbatch, into)
+                    self.layers.within(lambda: self._score_microbatch(microbatch, into))
 
             for microbatch in self._microbatches(shard, scores, attempt):
                 self._performed_one(microbatch, scores, count)
@@ -271,6 +276,7 @@ class Passes:
                     scores.fill(microbatch.token.cpu(), logp=logp, entropy=entropy)
                 backward = True
                 add_gradients(total, self.parameters.values(), self.runs_hooks)
+                self.layers.collect_gradients()
 
         def undo() -> bool:
             """Drop the sum that a part of a microbatch may have been added to."""
@@ -315,14 +321,35 @@ class Passes:
             replace(self.tokens.settings, **settings),
             self.tokens.sharing,
         )
-        # Inside DistributedDataParallel the module stays, and is told the settings.
-        wrapped = tokens if self.wrapped is self.tokens else self.wrapped
+        # Inside DistributedDataParallel or FSDP the module stays, and is told the settings.
+        is_wrapped = self.wrapped is not self.tokens or self.layers.has_parts
+        wrapped = self.wrapped if is_wrapped else tokens
         return replace(self, tokens=tokens, wrapped=wrapped)
 
     @property
     def layout(self) -> ParameterLayout:
         """Layout of flat buffers over the trainable parameters."""
         return ParameterLayout.of(self.parameters)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable elements, those of all parts."""
+        return round(self.layers.total(self.layout.numel))
+
+    def inner_product(self, left: Tensor, right: Tensor) -> float:
+        """Inner product of two vectors over the trainable elements, or of parts of them.
+
+        Where ranks have parts, it is of the whole vectors: one collective.
+        """
+        return self.layers.total(inner_product(left, right))
+
+    def norm(self, vector: Tensor) -> float:
+        """Euclidean norm of such a vector."""
+        return math.sqrt(self.inner_product(vector, vector))
+
+    def is_zero(self, vector: Tensor) -> bool:
+        """Whether every element of such a vector is zero."""
+        return not self.layers.total(float(vector.any()))
 
     def gradient(
         self,

@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -223,8 +224,9 @@ def _layer_error(passes: Passes, shard: Shard, scores: TokenScores) -> float:
     temperature = passes.tokens.settings.temperature
     for start, sequence in zip(starts, shard.sequences):
         ids = torch.cat([sequence.prompt_ids, sequence.response_ids])
+        run = partial(passes.tokens.causal_lm, input_ids=ids[None].to(passes.device))
         with torch.no_grad(), precision_context(passes.dtype):
-            logits = passes.tokens.causal_lm(input_ids=ids[None].to(passes.device))
+            logits = passes.layers.within(run)
         logp = (logits.logits[0].double() / temperature).log_softmax(-1).cpu()
         # Position j predicts token j + 1; the last of a prompt begins the response.
         first = len(sequence.prompt_ids) - 1
@@ -248,11 +250,13 @@ def _reverse_mode_slope(
                 shard, lambda token, *_: (ones[token.cpu()], ones[token.cpu()])
             )
         passes.saved_per_position = sum(sizes.values()) / (count * longest)
-        return sum(
+        product = sum(
             inner_product(parameter.grad, direction[name])
             for name, parameter in passes.parameters.items()
             if parameter.grad is not None
         )
+        # Every rank has passed over the same rows.
+        return passes.layers.total(product) / passes.layers.num_summed
     finally:
         for parameter in passes.parameters.values():
             parameter.grad = None

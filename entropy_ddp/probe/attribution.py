@@ -145,13 +145,13 @@ class BlockPasses:
             flat, _ = summed_gradient(
                 session, session.passes, block.shard, weights_of_block
             )
-            return PassResult(shared={"gradient": flat})
+            return PassResult(vectors={"gradient": flat})
 
         phase = "audit: reverse mode"
         found = session.pass_over(
             block.shard, phase, pull_back, kept_as=f"{phase}, {name}"
         )
-        return found.shared["gradient"]
+        return found.vectors["gradient"]
 
     def table(self) -> tuple[TokenTable, BlockShares]:
         """Every token of U with its share, and what each block adds to it."""
@@ -205,10 +205,11 @@ def part_estimates(
         predictions: the configured baseline's predictions of all tokens of E.
     """
     whole = slope.estimate.scaled(step.learning_rate)
-    found, rest = {}, whole
+    found, rest, layers = {}, whole, session.passes.layers
     for key, part in (("momentum", "momentum"), ("weight_decay", "decay")):
         direction = _part_of_step(session, gradient, step, part)
-        if not any(bool(piece.any()) for piece in direction.values()):
+        moves = any(bool(piece.any()) for piece in direction.values())
+        if not layers.total(float(moves)):
             found[key] = whole.scaled(0.0)
             continue
         name = f"errors of parts: E along the {part}"
@@ -216,7 +217,9 @@ def part_estimates(
         found[key] = along.estimate.scaled(step.learning_rate)
         rest = rest.minus(found[key])
     # Without a gradient rounding is left, which is no estimate of anything.
-    found["gradient"] = rest if bool(gradient.any()) else whole.scaled(0.0)
+    found["gradient"] = (
+        rest if not session.passes.is_zero(gradient) else whole.scaled(0.0)
+    )
     return found
 
 
@@ -335,6 +338,7 @@ def split_step(
         if with_own:
             own += inner_product(view, view * parts.gain.to(view))
         view *= parts.gain.to(view)
+    momentum, decay, own = passes.layers.totals([momentum, decay, own])
     return SplitStep(momentum=momentum, decay=decay, direction=direction, own=own)
 
 

@@ -16,7 +16,6 @@ from entropy_ddp.data.files import read_batch
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.implementations import slower_routes
-from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.gradient_dot import is_wanted
 from entropy_ddp.probe.memory import described, estimate_memory
 from entropy_ddp.probe.opening import (
@@ -109,7 +108,7 @@ def _model(session: Session) -> dict[str, Any]:
         "stored as": policy.stored or "not told by the files",
         "used as": _used_dtypes(policy.parameters.values(), policy.dtype),
         "trainable tensors": len(policy.parameters),
-        "trainable elements": session.passes.layout.numel,
+        "trainable elements": session.passes.num_parameters,
     }
 
 
@@ -189,7 +188,7 @@ def _change(session: Session) -> dict[str, Any]:
     return {
         "checkpoint" if path.is_dir() else "file": str(path),
         "parameters": len(session.policy.parameters),
-        "Euclidean norm": global_norm(change),
+        "Euclidean norm": session.passes.norm(change),
         "learning rate": session.config.update.lr_override or 1.0,
     }
 

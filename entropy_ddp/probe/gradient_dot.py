@@ -48,7 +48,7 @@ from entropy_ddp.estimators.gradient_dot import (
     reward_coefficients,
 )
 from entropy_ddp.estimators.standard_errors import group_totals
-from entropy_ddp.model.parameters import global_norm, inner_product
+from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.model.response_tokens import (
     DirectionalScores,
     TokenScores,
@@ -108,6 +108,26 @@ def is_wanted(
     if settings.enabled is True and reason is not None:
         raise InputError(f"gradient_dot: {reason}; or set gradient_dot.enabled: auto")
     return reason is None
+
+
+def require_passes(session: Session) -> None:
+    """Check that the passes it needs can be made.
+
+    Raises:
+        InputError: E and U are the same rollouts, which need a gradient of each group,
+            and gradients of a model in parts are sums over all ranks.
+    """
+    settings, batches = session.config.gradient_dot, session.batches
+    if not session.passes.layers.has_parts or len(batches) < 2:
+        return
+    if is_wanted(settings, batches, session.planned) and same_rollouts(
+        batches["E"], batches["U"]
+    ):
+        raise InputError(
+            "gradient_dot: expected an E of its own, found the rollouts of U, which need "
+            "a gradient of each group; compute.shard: full has none: set "
+            "gradient_dot.enabled: false, or compute.shard: none"
+        )
 
 
 def same_rollouts(left: Batch, right: Batch) -> bool:
@@ -216,7 +236,8 @@ def gradient_dot(
         factors = _step_factors(session, step, gradient, base, settings)
     else:
         factors = _preconditioned_factors(session, step, base, settings)
-    dot = inner_product(factors.x_bar, factors.y_bar)
+    passes = session.passes
+    dot = passes.inner_product(factors.x_bar, factors.y_bar)
     estimate = estimate_dot(dot, *_projections(session, factors, settings))
     learning_rate, paired = factors.learning_rate, estimate.paired_variance
     return GradientDotResult(
@@ -230,8 +251,8 @@ def gradient_dot(
         V_Y=estimate.V_Y,
         se_deltaH1=learning_rate * math.sqrt(estimate.V_X + estimate.V_Y),
         frac_var=estimate.frac_var,
-        x_norm=global_norm(factors.x_bar),
-        y_norm=global_norm(factors.y_bar),
+        x_norm=passes.norm(factors.x_bar),
+        y_norm=passes.norm(factors.y_bar),
         u_statistic=estimate.u_statistic,
         se_paired=None if paired is None else learning_rate * math.sqrt(paired),
     )
@@ -285,10 +306,10 @@ def _preconditioned_factors(
 
 def _mean_gradient(session: Session, units: Units) -> Tensor:
     def pull_back() -> PassResult:
-        return PassResult(shared={"gradient": mean_gradient(session, units)})
+        return PassResult(vectors={"gradient": mean_gradient(session, units)})
 
     name = f"gradient dot: gradient of {units.shard.batch.split}"
-    return session.pass_over(units.shard, name, pull_back).shared["gradient"]
+    return session.pass_over(units.shard, name, pull_back).vectors["gradient"]
 
 
 def _projections(
@@ -477,7 +498,7 @@ def proxy_gradient_norm(session: Session, split: str = "U", limit: int = 64) -> 
     )
 
     def pull_back() -> PassResult:
-        norm = global_norm(mean_gradient(session, units))
+        norm = session.passes.norm(mean_gradient(session, units))
         return PassResult(shared={"norm": torch.tensor([norm], dtype=torch.float64)})
 
     found = session.pass_over(

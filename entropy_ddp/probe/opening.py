@@ -20,7 +20,7 @@ from entropy_ddp.checkpoint.policy import (
     require_reference,
     resolve_device,
 )
-from entropy_ddp.checkpoint.shards import shard_policy
+from entropy_ddp.checkpoint.shards import parts_of, shard_policy
 from entropy_ddp.checkpoint.trainer_settings import (
     require_masked,
     with_training_arguments,
@@ -126,7 +126,10 @@ def open_checkpoint(config: Config, world: World, progress: Progress) -> Session
     policy = session.policy
     if config.update.delta is None:
         session.optimizer = load_optimizer(
-            optimizer_file, policy.model, policy.parameters
+            optimizer_file,
+            policy.model,
+            policy.parameters,
+            parts_of(session.passes.layers, policy),
         )
     else:
         attention = config.compute.attention
@@ -171,12 +174,13 @@ def open_policy(
     differentiate_padding_tokens(policy.model)
     if config.update.kl_coefficient:
         require_reference(policy)
-    layers = shard_policy(policy, config.compute, world)
+    tokens = make_tokens(policy, config)
+    policy, layers = shard_policy(policy, tokens, config.compute, world)
     return Session(
         config=config,
         world=world,
         policy=policy,
-        passes=make_passes(policy, config, world, layers),
+        passes=make_passes(policy, tokens, config, world, layers),
         progress=progress,
         seconds={"open checkpoint": time.perf_counter() - begin},
     )
@@ -193,17 +197,25 @@ def require_optimizer(files: CheckpointFiles) -> Path:
     return files.optimizer
 
 
-def make_passes(
-    policy: Policy, config: Config, world: World, layers: WholeLayers
-) -> Passes:
-    """Both passes over an opened policy."""
+def make_tokens(policy: Policy, config: Config) -> ResponseTokens:
+    """An opened policy as a function of response tokens."""
     settings = ScoringSettings(
         temperature=config.objective.temperature,
         entropy_dtype=getattr(torch, config.precision.entropy),
         tokens_per_microbatch=config.compute.tokens_per_microbatch,
         share_prompts=config.compute.share_prompts,
     )
-    tokens = ResponseTokens(policy.model, settings)
+    return ResponseTokens(policy.model, settings)
+
+
+def make_passes(
+    policy: Policy,
+    tokens: ResponseTokens,
+    config: Config,
+    world: World,
+    layers: WholeLayers,
+) -> Passes:
+    """Both passes over an opened policy."""
     return Passes(
         tokens=tokens,
         wrapped=tokens if layers.is_sharded else world.wrap(tokens),
@@ -296,7 +308,7 @@ def keep_unfinished(session: Session, out: Path | None, command: str) -> None:
         # Of parts, every rank has to give its own.
         made = identity() if layers.is_sharded else None
         session.unfinished = open_unfinished(
-            out / UNFINISHED, session.world, lambda: made or identity()
+            out / UNFINISHED, session.world, lambda: made or identity(), layers
         )
 
 

@@ -11,7 +11,9 @@ Shape legend: n sequences and t tokens of this rank, N sequences of the whole ba
 trainable elements.
 """
 
+import hashlib
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 
@@ -94,7 +96,9 @@ def summed_gradient(
     flat, scores = passes.gradient(
         shard, weights, session.buffer_dtype, as_trained=as_trained
     )
-    return session.world.sum(flat, "parameter buffers"), scores
+    if not passes.layers.has_parts:
+        flat = session.world.sum(flat, "parameter buffers")
+    return flat, scores
 
 
 def loss_gradient(session: Session) -> tuple[Tensor, TokenScores]:
@@ -108,10 +112,10 @@ def loss_gradient(session: Session) -> tuple[Tensor, TokenScores]:
         gradient, scores = summed_gradient(
             session, session.passes, shard, weights, as_trained=True
         )
-        return PassResult(tokens=scores.arrays(), shared={"gradient": gradient})
+        return PassResult(tokens=scores.arrays(), vectors={"gradient": gradient})
 
     found = session.pass_over(shard, "gradient of U", pull_back)
-    return found.shared["gradient"], TokenScores(**found.tokens)
+    return found.vectors["gradient"], TokenScores(**found.tokens)
 
 
 def step_taken(
@@ -123,11 +127,13 @@ def step_taken(
         gradient: of the loss, flat, [P]; None for the given change in place of a step.
     """
     parameters, update = session.policy.parameters, session.config.update
-    device = session.snapshot_device
+    device, totals = session.snapshot_device, session.passes.layers.totals
     if gradient is None:
         assert session.change is not None
-        return given_change(parameters, session.change, update, device)
-    return one_step(session.optimizer, parameters, gradient, update, device)
+        return given_change(parameters, session.change, update, device, totals)
+    return one_step(
+        session.optimizer, parameters, gradient, update, device, totals=totals
+    )
 
 
 def score(session: Session, shard: Shard, name: str) -> TokenScores:
@@ -153,7 +159,7 @@ def score_after_step(
         with session.phase("step"):
             step = undo.enter_context(step_taken(session, gradient))
         with session.phase("fingerprints"):
-            after = fingerprint(session.policy.parameters.items())
+            after = _of_all_parts(session, session.policy.parameters.items())
         scores = score(session, session.shard("E"), "truth: E after the step")
     return step, scores, (before, after, _state_hash(session))
 
@@ -162,7 +168,16 @@ def _state_hash(session: Session) -> str:
     optimizer = session.optimizer
     state = [] if optimizer is None else optimizer_tensors(optimizer)
     with session.phase("fingerprints"):
-        return fingerprint([*session.policy.parameters.items(), *state])
+        return _of_all_parts(session, [*session.policy.parameters.items(), *state])
+
+
+def _of_all_parts(session: Session, named: Iterable[tuple[str, Tensor]]) -> str:
+    """Fingerprint of tensors; where ranks have parts of them, of those of all ranks."""
+    own = fingerprint(named)
+    if not session.passes.layers.has_parts:
+        return own
+    found = "".join(session.world.gather_objects(own))
+    return hashlib.sha256(found.encode()).hexdigest()
 
 
 def score_reference(session: Session) -> Tensor:

@@ -49,6 +49,7 @@ from entropy_ddp.probe.gradient_dot import (
     gradient_dot,
     is_wanted,
     proxy_gradient_norm,
+    require_passes,
 )
 from entropy_ddp.probe.holding import would_hold
 from entropy_ddp.probe.measurements import Measurements
@@ -197,7 +198,7 @@ def measure(session: Session, plan: Plan) -> Measurements:
 
     # The second order. A step that changed nothing has no direction to be curved along.
     curvature = curvature_step = None
-    if plan.curvature and config.curvature.enabled and bool(step.delta.any()):
+    if plan.curvature and config.curvature.enabled and not step.is_zero:
         curvature, curvature_step = second_order(session, step, base, estimates)
 
     # The slope again by reverse mode, and what rounding makes of the truth.
@@ -287,5 +288,6 @@ def _require_batches(plan: Plan, session: Session) -> None:
     """Asked for but impossible is said before the first token and the first pass."""
     if plan.gradient_dot:
         is_wanted(session.config.gradient_dot, session.batches, session.planned)
+        require_passes(session)
     if plan.attribution:
         require_halves(session)

@@ -19,7 +19,6 @@ from entropy_ddp.estimators.curvature import CurvatureEstimate
 from entropy_ddp.estimators.power import Precision, best_responses, between_prompts
 from entropy_ddp.memory import peak_host_bytes
 from entropy_ddp.model.counting import PassCount
-from entropy_ddp.model.parameters import global_norm
 from entropy_ddp.probe.attribution import sequence_shares, token_rows
 from entropy_ddp.probe.audits.primitives import worst_verdict
 from entropy_ddp.probe.audits.step import memory_rows
@@ -68,15 +67,27 @@ def make_results(
         attribution=measured.attribution,
         audit=rows,
     )
-    layout, delta = session.passes.layout, measured.step.delta
     table = measured.token_table
     return Probed(
         results=results,
         sequences=Rows(lambda: _sequence_rows(session, measured)),
         tokens=None if table is None else Rows(lambda: token_rows(session, table)),
-        delta=layout.views(delta) if session.config.update.save_delta else None,
+        delta=_whole_delta(session, measured)
+        if session.config.update.save_delta
+        else None,
         sampled=frozenset(session.num_redraws),
     )
+
+
+def _whole_delta(session: Session, measured: Measurements) -> dict[str, Tensor]:
+    """The change of every parameter by name; where ranks have parts, on rank 0 only."""
+    layers, views = session.passes.layers, session.passes.layout.views
+    found = {}
+    for name, view in views(measured.step.delta).items():
+        whole = layers.whole(name, view)
+        if session.world.is_main or not layers.has_parts:
+            found[name] = whole
+    return found
 
 
 def _run_facts(session: Session, command: str) -> RunFacts:
@@ -149,7 +160,7 @@ def _update_result(session: Session, measured: Measurements) -> UpdateResult:
         loss=None if session.change is not None else session.config.update.loss,
         delta=session.config.update.delta,
         learning_rate_used=step.learning_rate,
-        param_update_l2=global_norm(step.delta),
+        param_update_l2=step.norm,
         grad_norm=step.grad_norm,
         clip_coef=step.clip_coef,
         num_optimizer_steps=step.num_optimizer_steps,

@@ -21,7 +21,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,15 @@ class PassResult:
         sequences: arrays over its sequences, [n, ...].
         sums: of which only the sum over ranks matters.
         shared: the same on every rank.
+        vectors: flat, over the trainable elements that this rank has: all, [P], or its
+            parts of a model in parts.
     """
 
     tokens: Named = field(default_factory=dict)
     sequences: Named = field(default_factory=dict)
     sums: Named = field(default_factory=dict)
     shared: Named = field(default_factory=dict)
+    vectors: Named = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -73,6 +76,7 @@ class Unfinished:
         folder: where the files are.
         rank, world_size: which rank, and of how many.
         run: name of the run, in the names of its files.
+        layers: the model's; joins and cuts vectors.
         finished: file names of passes that an earlier start finished, and its ranks.
         used: names of the passes that were read from there, in order.
     """
@@ -81,6 +85,7 @@ class Unfinished:
     rank: int
     world_size: int
     run: str
+    layers: WholeLayers = field(default_factory=WholeLayers)
     finished: dict[str, int] = field(default_factory=dict)
     used: list[str] = field(default_factory=list)
 
@@ -116,6 +121,7 @@ class Unfinished:
             "sums": result.sums,
             # Once is enough.
             "shared": result.shared if self.rank == 0 else {},
+            "vectors": self._joined(result.vectors),
         }
         tensors = {
             f"{part}.{key}": tensor
@@ -125,10 +131,26 @@ class Unfinished:
         tensors["positions"] = shard.positions
         write_tensors(self._path(_file_name(name), self.rank, self.world_size), tensors)
 
+    def _joined(self, vectors: Named) -> Named:
+        """Whole vectors, to be kept by rank 0; nothing on the others."""
+        joined = ((key, self.layers.joined(vector)) for key, vector in vectors.items())
+        return {key: v for key, v in joined if v is not None and self.rank == 0}
+
     def _read(self, name: str, shard: Shard) -> PassResult:
         """This rank's part of what the ranks of an earlier start left of a pass."""
         count = self.finished[name]
         files = [self._path(name, rank, count) for rank in range(count)]
+        result = self._read_arrays(files, shard)
+        first = _opened(files[0])
+        for key in first.keys():  # noqa: SIM118
+            if key.startswith("vectors."):
+                vector = self.layers.cut(first.get_slice(key))
+                result.vectors[key.removeprefix("vectors.")] = vector
+        return result
+
+    def _read_arrays(self, files: list[Path], shard: Shard) -> PassResult:
+        """The same, without vectors."""
+        count = len(files)
         if count == self.world_size:
             result, positions = _read(files[self.rank])
             if torch.equal(positions, shard.positions):
@@ -224,7 +246,7 @@ def _read(path: Path, *parts: str) -> tuple[PassResult, Tensor]:
     named: dict[str, Named] = {}
     for key in opened.keys():  # noqa: SIM118
         part, _, name = key.partition(".")
-        if name and (not parts or part in parts):
+        if name and part != "vectors" and (not parts or part in parts):
             # A copy lies in memory as a new tensor does, not as it does in the file:
             # matrix products, too, depend on that in the last bit.
             named.setdefault(part, {})[name] = opened.get_tensor(key).clone()
@@ -269,13 +291,17 @@ def _divided_anew(
 
 
 def open_unfinished(
-    folder: Path, world: World, make_identity: Callable[[], dict[str, Any]]
+    folder: Path,
+    world: World,
+    make_identity: Callable[[], dict[str, Any]],
+    layers: WholeLayers,
 ) -> Unfinished:
     """Go on with the run in a folder, or begin one there if there is none.
 
     Args:
         folder: where its records are, or will be.
         make_identity: what the run depends on; called on rank 0.
+        layers: the model's.
 
     Raises:
         InputError: the run there depends on something else, or is damaged.
@@ -294,6 +320,7 @@ def open_unfinished(
         rank=world.rank,
         world_size=world.world_size,
         run=run,
+        layers=layers,
         finished=finished,
     )
 
@@ -419,22 +446,25 @@ def identity_of_checkpoint(
     policy: Policy,
     optimizer: torch.optim.Optimizer | None,
     change: torch.Tensor | None,
-    layers: WholeLayers,
+    layers: WholeLayers | None = None,
 ) -> dict[str, Any]:
     """Content of the trained and frozen weights, and of what the step is made of.
 
     Args:
-        layers: gathers those of which this rank has a part.
+        layers: gathers those of which this rank has a part; None: it has them whole.
     """
+    layers = layers or WholeLayers()
     identity = {
         "device": policy.device.type,
-        "trained weights": fingerprint(policy.parameters.items())[:_HASH_DIGITS],
+        "trained weights": fingerprint(
+            (name, layers.whole(name, p)) for name, p in policy.parameters.items()
+        )[:_HASH_DIGITS],
         "other weights": frozen_fingerprint(policy.model, layers.gathered)[
             :_HASH_DIGITS
         ],
     }
     if optimizer is not None:
-        state = fingerprint(optimizer_tensors(optimizer))
+        state = fingerprint(_whole_state(policy, optimizer, layers))
         groups = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -444,6 +474,24 @@ def identity_of_checkpoint(
     if change is not None:
         identity["update.delta"] = fingerprint([("", change)])[:_HASH_DIGITS]
     return identity
+
+
+def _whole_state(
+    policy: Policy, optimizer: torch.optim.Optimizer, layers: WholeLayers
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the optimizer state, whole, one at a time."""
+    names = {id(parameter): name for name, parameter in policy.parameters.items()}
+    owners = [
+        (names[id(parameter)], parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for _ in optimizer.state[parameter]
+    ]
+    for (label, tensor), (name, parameter) in zip(
+        optimizer_tensors(optimizer), owners, strict=True
+    ):
+        is_part = tensor.shape == parameter.shape and tensor.dim() > 0
+        yield label, layers.whole(name, tensor) if is_part else tensor
 
 
 def identity_of_batch(batch: Batch) -> str:

@@ -30,7 +30,6 @@ from entropy_ddp.estimators.linear import (
     terms_less_prediction,
 )
 from entropy_ddp.estimators.standard_errors import Draws, relative_difference
-from entropy_ddp.model.parameters import global_norm, inner_product
 from entropy_ddp.model.response_tokens import DirectionalScores, TokenWeights
 from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.estimates import Predictions
@@ -124,15 +123,16 @@ def check_duality(
         passes = _otherwise(session) if cut_otherwise else session.passes
         flat, scores = summed_gradient(session, passes, sample, weights)
         tokens = scores.arrays() if cut_otherwise else {}
-        return PassResult(tokens=tokens, shared={"gradient": flat})
+        return PassResult(tokens=tokens, vectors={"gradient": flat})
 
     if gradient_of is None:
         found = session.pass_over(sample, "audit: reverse mode", pull_back)
-        gradient = found.shared["gradient"]
+        gradient = found.vectors["gradient"]
     else:
         assert not cut_otherwise
         found, gradient = PassResult(), gradient_of(sample, weights)
-    reverse = inner_product(gradient, step.delta) / step.learning_rate
+    product = session.passes.inner_product(gradient, step.delta)
+    reverse = product / step.learning_rate
     scale = max(map(abs, (centred, score, pathwise, mean_entropy * counts)))
     return Duality(
         gap=relative_difference(reverse, centred, scale),
@@ -286,14 +286,13 @@ def learning_rate_ratios(
         session.config.update,
         session.snapshot_device,
         rate_scale=0.1,
+        totals=session.passes.layers.totals,
     ) as smaller:
         delta = smaller.delta
+    norm, product = session.passes.norm, session.passes.inner_product
     pairs = (
-        (global_norm(step.delta), global_norm(delta)),
-        (
-            inner_product(slope_gradient, step.delta),
-            inner_product(slope_gradient, delta),
-        ),
+        (norm(step.delta), norm(delta)),
+        (product(slope_gradient, step.delta), product(slope_gradient, delta)),
     )
     ratios = [large / small if small else 0.0 for large, small in pairs]
     return ratios[0], ratios[1]

@@ -33,6 +33,7 @@ from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import trainable_parameters
 from entropy_ddp.probe.opening import (
     make_passes,
+    make_tokens,
     sample_batch,
     token_limits,
     verify_model,
@@ -179,13 +180,14 @@ def open_live_session(trainer: Any, config: Config, world: World) -> Session:
         dtype=getattr(torch, config.precision.model),
         device=next(iter(parameters.values())).device,
     )
+    tokens = make_tokens(policy, config)
     session = Session(
         config=config,
         world=world,
         policy=policy,
         # No hooks: those on the parameters reduce the trainer's gradients.
         passes=replace(
-            make_passes(policy, config, world, WholeLayers()), runs_hooks=False
+            make_passes(policy, tokens, config, world, WholeLayers()), runs_hooks=False
         ),
         progress=lambda *_: None,
     )

@@ -5,7 +5,7 @@ end, together with the optimizer state, whatever happened in between.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from entropy_ddp.config import Update
 from entropy_ddp.errors import InputError, RunError
-from entropy_ddp.model.parameters import ParameterLayout, global_norm, preserved
+from entropy_ddp.model.parameters import ParameterLayout, inner_product, preserved
+
+Totals = Callable[[Iterable[float]], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class Step:
         clip_coef: factor that clipping applied to the gradient, 1 if none; None of a
             given change.
         num_optimizer_steps: number of `optimizer.step()` calls, counted by a hook.
+        totals: makes of sums over this rank's part of delta those over all of it.
     """
 
     delta: Tensor
@@ -37,6 +40,7 @@ class Step:
     grad_norm: float | None
     clip_coef: float | None
     num_optimizer_steps: int
+    totals: Totals = list
 
     def direction(
         self, parameters: Mapping[str, torch.nn.Parameter]
@@ -54,13 +58,25 @@ class Step:
     @property
     def direction_norm(self) -> float:
         """Euclidean norm of v."""
-        return global_norm(self.delta) / self.learning_rate
+        return self.norm / self.learning_rate
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of delta."""
+        return _norm(self.delta, self.totals)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no parameter has changed."""
+        return not self.totals([float(self.delta.any())])[0]
 
     def top_parameters(
         self, layout: ParameterLayout, count: int
     ) -> list[tuple[str, float]]:
         """The parameters that moved most: names and Euclidean norms."""
-        norms = [(n, global_norm(v)) for n, v in layout.views(self.delta).items()]
+        views = layout.views(self.delta)
+        squares = self.totals([inner_product(v, v) for v in views.values()])
+        norms = [(name, math.sqrt(square)) for name, square in zip(views, squares)]
         return sorted(norms, key=lambda pair: -pair[1])[:count]
 
 
@@ -87,6 +103,7 @@ def one_step(
     update: Update,
     snapshot_device: torch.device | None = None,
     rate_scale: float = 1.0,
+    totals: Totals = list,
 ) -> Iterator[Step]:
     """Within the context, the parameters are those after one optimizer step.
 
@@ -96,13 +113,14 @@ def one_step(
         update: norm clipping and learning rate.
         snapshot_device: where copies are kept; None for the tensors' own.
         rate_scale: factor on every group's learning rate.
+        totals: makes of sums over this rank's parts of the parameters those over all.
 
     Raises:
         InputError: the learning rate is 0.
         RunError: the gradient is not finite, or not exactly one step was taken.
     """
     layout = ParameterLayout.of(parameters)
-    grad_norm = global_norm(gradient)
+    grad_norm = _norm(gradient, totals)
     if not math.isfinite(grad_norm):
         raise RunError(
             f"the gradient of the loss has norm {grad_norm}, expected a finite one; are "
@@ -140,6 +158,7 @@ def one_step(
                 grad_norm=grad_norm,
                 clip_coef=clip_coef,
                 num_optimizer_steps=steps,
+                totals=totals,
             )
         finally:
             _drop_gradients(parameters)
@@ -153,6 +172,7 @@ def given_change(
     change: Tensor,
     update: Update,
     snapshot_device: torch.device | None = None,
+    totals: Totals = list,
 ) -> Iterator[Step]:
     """Within the context, the parameters are theta + Delta theta, which is given.
 
@@ -163,6 +183,7 @@ def given_change(
         change: Delta theta, flat, [P].
         update: its learning rate, if any.
         snapshot_device: where copies are kept; None for the tensors' own.
+        totals: see `one_step`.
 
     Raises:
         RunError: the parameters are not finite after the change.
@@ -180,7 +201,12 @@ def given_change(
             grad_norm=None,
             clip_coef=None,
             num_optimizer_steps=0,
+            totals=totals,
         )
+
+
+def _norm(vector: Tensor, totals: Totals) -> float:
+    return math.sqrt(totals([inner_product(vector, vector)])[0])
 
 
 def clip_coefficient(max_norm: float | None, norm: float) -> float:

@@ -35,6 +35,8 @@ ADAPTERS: dict[str, tuple[str, list[str]]] = {
     "gemma2": ("gemma2", ["q_proj", "v_proj"]),
     "qwen3-moe": ("qwen3-moe", ["q_proj", "v_proj"]),
 }
+FULL = {"qwen2 full": "qwen2", "llama full": "llama", "gemma2 full": "gemma2",
+        "qwen3-moe full": "qwen3-moe"}  # fmt: skip
 # The audits need all sequences of E; attributions and paired batches passes of their own.
 SAME_ROLLOUTS = {"gradient_dot": {"enabled": True}}
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +49,18 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "sweep": ("llama", {"sweep": {"etas": [1e-4, 1e-3]}}),
     "attribute": ("qwen2, tied", {"attribution": {"verify": True, "blocks": 2}}),
     "audit": ("llama", {}),
+}
+FULL_JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "probe full 1": ("qwen2 full", {"linear": {"baseline": "action_value"}}),
+    "probe full 2": (
+        "llama full",
+        {"curvature": {"enabled": True, "method": "taylor"}},
+    ),
+    "probe full 3": ("gemma2 full", {"gradient_dot": {"direction": "preconditioned"}}),
+    "probe full 4": ("qwen3-moe full", {}),
+    "sweep full": ("llama full", {"sweep": {"etas": [1e-4, 1e-3]}}),
+    "attribute full": ("qwen2 full", {"attribution": {"verify": True, "blocks": 2}}),
+    "audit full": ("llama full", {"update": {"save_delta": True}}),
 }
 
 
@@ -62,6 +76,14 @@ def test_layers_in_parts_change_no_bit(size: int, tmp_path: Path) -> None:
     """And ranks with more work, less and none end together; as they do when memory runs
     out on one of them, forward or backward."""
     ranks(size, "base,order" if size == 1 else "base,shortage", tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_model_in_parts_gives_what_it_gives_whole(size: int, tmp_path: Path) -> None:
+    """Scores, derivatives, sums of gradients; also after memory ran out on a rank. What
+    would be wrong without a word is found by the self-check."""
+    checks = "full,planted" if size == 2 else "full,full shortage"
+    ranks(size, checks, tmp_path)
 
 
 def test_groups_of_ranks_each_hold_a_model(tmp_path: Path) -> None:
@@ -86,8 +108,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         model = plain_model(family, **changes)
         (root / case).mkdir()
         saved[case] = save_checkpoint(root / case, "", model=model, targets=targets)
+    for case, family in FULL.items():
+        changes = {"tie_word_embeddings": True} if family == "qwen2" else {}
+        model = plain_model(family, **changes)
+        saved[case] = save_checkpoint(root / case, "", model=model, full=True)
     found: dict[str, Any] = {}
-    for name, (case, sections) in JOBS.items():
+    for name, (case, sections) in (JOBS | FULL_JOBS).items():
         e, u = (evaluation, update)
         if sections is SAME_ROLLOUTS:
             u = e
@@ -127,6 +153,20 @@ def test_runs_of_a_divided_base_are_those_of_the_whole_model(
     require_same_runs(2, tmp_path, whole, JOBS, "base")
 
 
+def test_runs_of_a_model_in_parts_are_those_of_the_whole_model(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    require_same_runs(2, tmp_path, whole, FULL_JOBS, "full")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_runs_of_a_model_in_parts_on_any_number_of_ranks(
+    size: int, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    require_same_runs(size, tmp_path, whole, FULL_JOBS, "full")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_runs_of_a_divided_base_on_any_number_of_ranks(
@@ -148,3 +188,29 @@ def test_a_divided_base_samples_what_the_whole_model_samples(tmp_path: Path) -> 
     for split in ("E", "U"):
         texts = [(folder / f"{split}.jsonl").read_text() for folder in out.values()]
         assert texts[0] == texts[1], split
+
+
+def test_an_interrupted_run_goes_on_with_other_parts(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """On three ranks and on one process with what two left, of a model in parts."""
+    document, expected = whole["attribute full"]
+    document = document | {"out": str(tmp_path / "kept")}
+    found = []
+    for size in (2, 3):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        compute = document["compute"] | {"shard": "full"}
+        text = yaml.safe_dump(document | {"compute": compute})
+        (folder / "attribute.yaml").write_text(text)
+        ranks(size, "jobs", folder)
+        found.append(json.loads((folder / "attribute" / "results.json").read_text()))
+    job = sharded_ranks.JOBS["attribute"]
+    config = Config.model_validate(document)
+    probed = job(config, World(), tmp_path / "kept", lambda *_: None)
+    found.append(json.loads(json.dumps(probed.results.to_dict())))
+    for number, results in enumerate(found):
+        # What was kept is read: no pass is made again.
+        assert ("gradient of U" in results["run"]["seconds"]) == (number == 0)
+        for section in SECTIONS:
+            close(results.get(section), expected.get(section), section, TOLERANCE)

@@ -86,16 +86,17 @@ def moment_rows(session: Session) -> list[AuditRow]:
     """Parameters without optimizer state, and second moments that are tiny or zero."""
     if session.optimizer is None:
         return []
-    zero = tiny = total = 0
+    zero = tiny = total = 0.0
     with_state = {id(p) for p, state in session.optimizer.state.items() if state}
     parameters = session.policy.parameters.values()
     stateless = sum(id(p) not in with_state for p in parameters)
     for group in session.optimizer.param_groups:
         for parameter in group["params"]:
             moment = session.optimizer.state[parameter]["exp_avg_sq"]
-            zero += int((moment == 0).sum())
-            tiny += int((moment < group["eps"] ** 2).sum())
+            zero += float((moment == 0).sum())
+            tiny += float((moment < group["eps"] ** 2).sum())
             total += moment.numel()
+    zero, tiny, total = session.passes.layers.totals([zero, tiny, total])
     return [
         compare(
             "parameters without optimizer state",

@@ -16,7 +16,6 @@ from entropy_ddp.checkpoint.trainer_files import (
 from entropy_ddp.data.microbatch import plan_microbatches
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.parameters import (
-    global_norm,
     has_dropout,
     inner_product,
 )
@@ -38,23 +37,24 @@ NARROW = ("bf16", "fp16", "tf32")
 def gradient_rows(session: Session, measured: Measurements) -> list[AuditRow]:
     """Coverage of both gradients, and how that of the entropy lies to the step."""
     gradient, duality, step = measured.gradient, measured.duality, measured.step
-    layout = session.passes.layout
+    passes, layout = session.passes, session.passes.layout
     total = len(layout.shapes)
-    norm, norm_of_v = global_norm(duality.gradient), step.direction_norm
-    dot = inner_product(duality.gradient, step.delta) / step.learning_rate
+    norm, norm_of_v = passes.norm(duality.gradient), step.direction_norm
+    dot = passes.inner_product(duality.gradient, step.delta) / step.learning_rate
     cosine = dot / (norm * norm_of_v) if norm * norm_of_v else 0.0
+    views = [layout.views(vector).values() for vector in (duality.gradient, step.delta)]
+    of_parts = (inner_product(x, delta) for x, delta in zip(*views))
+    scale = step.learning_rate * duality.denominator
     products = {
-        name: inner_product(x, delta) / (step.learning_rate * duality.denominator)
-        for (name, x), delta in zip(
-            layout.views(duality.gradient).items(), layout.views(step.delta).values()
-        )
+        name: product / scale
+        for name, product in zip(layout.shapes, passes.layers.totals(of_parts))
     }
     largest = sorted(products, key=lambda name: -abs(products[name]))[:10]
     of_loss = []
     if gradient is not None:
         of_loss = [
             _coverage_row(session, "loss (Y)", gradient),
-            fact("norm of the loss gradient", global_norm(gradient)),
+            fact("norm of the loss gradient", passes.norm(gradient)),
         ]
     return [
         compare(
@@ -64,7 +64,7 @@ def gradient_rows(session: Session, measured: Measurements) -> list[AuditRow]:
             total > 0,
             "nothing is trainable: is the adapter loaded?",
         ),
-        fact("trainable elements", layout.numel),
+        fact("trainable elements", passes.num_parameters),
         _coverage_row(session, "entropy (X)", duality.gradient),
         *of_loss,
         fact("sequences in audits with a pass", duality.num_sequences),
@@ -85,7 +85,8 @@ def gradient_rows(session: Session, measured: Measurements) -> list[AuditRow]:
 def _coverage_row(session: Session, name: str, gradient: Tensor) -> AuditRow:
     """Tensors with a gradient that is not all zero."""
     views = session.passes.layout.views(gradient).values()
-    nonzero = sum(bool(view.any()) for view in views)
+    found = session.passes.layers.totals(float(view.any()) for view in views)
+    nonzero = sum(bool(some) for some in found)
     value = f"{nonzero} of {len(views)} tensors"
     is_loss = name.startswith("loss") and session.config.update.loss != "nll"
     if is_loss and not session.batches["U"].advantages.any():
@@ -140,13 +141,15 @@ def step_rows(session: Session, measured: Measurements) -> list[AuditRow]:
 
 def _size_rows(step: Step) -> list[AuditRow]:
     """Whether the change is one, and survives rounding."""
-    unchanged = 1 - int(step.delta.count_nonzero()) / len(step.delta)
+    counts = (float(step.delta.count_nonzero()), float(len(step.delta)))
+    changed, total = step.totals(counts)
+    unchanged = 1 - changed / total
     return [
         compare(
             "norm of the parameter change",
-            global_norm(step.delta),
+            step.norm,
             "> 0",
-            bool(step.delta.any()),
+            not step.is_zero,
             "the step changed nothing: gradient, momentum and weight decay are all "
             "zero, or the learning rate is below the rounding of the weights (then use "
             "precision.model: float64); a given change may be of the same weights",
@@ -180,7 +183,8 @@ def _rms_without_decay(session: Session, step: Step) -> float:
         parameter = session.policy.parameters[name]
         rest = view + decay[id(parameter)] * parameter.detach().to(view)
         total += inner_product(rest, rest)
-    return math.sqrt(total / layout.numel)
+    passes = session.passes
+    return math.sqrt(passes.layers.total(total) / passes.num_parameters)
 
 
 def scale_rows(session: Session, measured: Measurements) -> list[AuditRow]:

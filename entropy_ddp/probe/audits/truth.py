@@ -7,7 +7,7 @@ import torch
 
 from entropy_ddp.estimators.quantiles import two_sided
 from entropy_ddp.estimators.standard_errors import Estimate
-from entropy_ddp.model.parameters import global_norm
+from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.probe.attribution import largest_term
 from entropy_ddp.probe.audits.primitives import compare, fact, threshold
 from entropy_ddp.probe.gradient_dot import obstacle
@@ -335,9 +335,12 @@ def attribution_gap(session: Session, measured: Measurements) -> AuditRow:
     |grad H| |theta| eps / 2 nats.
     """
     assert measured.attribution is not None
-    weights = session.policy.parameters.values()
-    size = math.hypot(*(global_norm(weight.detach()) for weight in weights))
-    slope_norm = global_norm(measured.duality.gradient) / measured.duality.denominator
+    weights, layers = session.policy.parameters.values(), session.passes.layers
+    squares = layers.totals(inner_product(w.detach(), w.detach()) for w in weights)
+    size = math.hypot(*map(math.sqrt, squares))
+    slope_norm = (
+        session.passes.norm(measured.duality.gradient) / measured.duality.denominator
+    )
     half_an_ulp = torch.finfo(session.policy.dtype).eps / 2
     scale = largest_term(measured)
     rounding = slope_norm * size * half_an_ulp / scale if scale else 0.0
