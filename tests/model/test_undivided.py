@@ -10,10 +10,11 @@ from checkpoints import save_checkpoint
 from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.checkpoint.policy import load_policy
 from entropy_ddp.checkpoint.shards import shard_policy
-from entropy_ddp.config import Checkpoint, Compute, Precision
+from entropy_ddp.config import Checkpoint, Compute, Config, Precision
 from entropy_ddp.distributed import World
 from entropy_ddp.distributed.sharding import group_size
 from entropy_ddp.errors import InputError
+from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
 
 
 def shard(root: Path, world: World, shard: str = "base", **options: Any) -> None:
@@ -21,7 +22,8 @@ def shard(root: Path, world: World, shard: str = "base", **options: Any) -> None
     files = find_checkpoint(Checkpoint.model_validate(saved.section))
     policy = load_policy(files, Precision(), "sdpa", torch.device("cpu"))
     compute = Compute.model_validate({"shard": shard})
-    shard_policy(policy, compute, world)
+    tokens = ResponseTokens(policy.model, ScoringSettings())
+    shard_policy(policy, tokens, compute, world)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +41,52 @@ def test_what_a_divided_base_cannot_hold(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     ranks = World(world_size=2, store=object())
-    with pytest.raises(InputError, match=f"{message}.*set compute.shard: none"):
+    instead = "full" if "full" in options else "none"
+    with pytest.raises(InputError, match=f"{message}.*set compute.shard: {instead}"):
         shard(tmp_path, ranks, **options)
+
+
+def test_an_adapter_has_no_full_weights(tmp_path: Path) -> None:
+    ranks = World(world_size=2, store=object())
+    with pytest.raises(InputError, match="found the adapter.*set compute.shard: base"):
+        shard(tmp_path, ranks, "full")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"update": {"delta": "x"}, "batches": {"E": {"file": "E"}}}, "update.delta"),
+        (
+            {"gradient_dot": {"variance_method": "backward"}},
+            "variance_method: backward: a gradient for each group",
+        ),
+        (
+            {
+                "batches": {
+                    "E": {
+                        "sample": {
+                            "prompts": "p",
+                            "num_prompts": 4,
+                            "max_new_tokens": 4,
+                        }
+                    },
+                    "U": {"file": "U"},
+                }
+            },
+            "batches.E.sample: sampling",
+        ),
+    ],
+)
+def test_what_a_model_in_parts_cannot_do(
+    sections: dict[str, Any], message: str
+) -> None:
+    document = {
+        "checkpoint": {"path": "here"},
+        "batches": {"E": {"file": "E"}, "U": {"file": "U"}},
+        "compute": {"shard": "full"},
+    }
+    with pytest.raises(ValueError, match=f"{message}.*compute.shard: none"):
+        Config.model_validate(document | sections)
 
 
 def test_one_process_divides_nothing(tmp_path: Path) -> None:
