@@ -29,8 +29,9 @@ from entropy_ddp.estimators.hold_parameters import (
 from entropy_ddp.estimators.holding import FAMILIES
 from entropy_ddp.estimators.share_blocks import BlockShares, standard_error
 from entropy_ddp.estimators.shares import TokenTable
-from entropy_ddp.model.parameters import global_norm, inner_product
+from entropy_ddp.model.parameters import inner_product
 from entropy_ddp.model.response_tokens import TokenWeights
+from entropy_ddp.model.scoring import Passes
 from entropy_ddp.probe.attribution import (
     Evaluation,
     halves_of_E,
@@ -208,6 +209,7 @@ class _Projection:
             step += inner_product(of_step, of_step / gain.abs())
             for number, slope in enumerate(slopes.values_of(name)):
                 squares[number] += inner_product(slope, slope * gain)
+        step, *squares = session.passes.layers.totals([step, *squares])
         return cls(
             total=blocks.total,
             size=blocks.size,
@@ -330,7 +332,7 @@ class _Verification:
         if len(changes) == len(members):
             row["gradient_change"] = self._mean(changes)
         step = self.measured.step.delta
-        cosines = [_cosine(m.change, step) for m in members]
+        cosines = [_cosine(self.session.passes, m.change, step) for m in members]
         if None not in cosines:
             row["cosine"] = self._mean([c for c in cosines if c is not None])
         return row | self._judged(name, members)
@@ -347,7 +349,7 @@ class _Verification:
             change, part = members[1 - judge].change, self.parts[judge]
             values = self._first_orders(change)
             linear += part * values[judge]
-            if not bool(change.any()):
+            if self.session.passes.is_zero(change):
                 continue
             found = _truth(half, change, f"{name}, half {judge + 1}")
             truth += part * found.value
@@ -463,19 +465,20 @@ class _Verification:
             most=MOST_SUMS if exact else MOST_GRADIENTS,
         )
         _, gradient = best
-        norm = global_norm(plain)
+        norm_of = self.session.passes.norm
+        norm = norm_of(plain)
         return _Member(
             parameter=NEUTRAL[name] + distance,
             reached=reached,
             change=self._step_of(gradient),
-            gradient_change=global_norm(gradient - plain) / norm if norm else None,
+            gradient_change=norm_of(gradient - plain) / norm if norm else None,
         )
 
     def _step_of(self, gradient: Tensor) -> Tensor:
         """The change of the parameters that AdamW makes of a gradient, flat, [P]."""
         session, update = self.session, self.session.config.update
         assert session.optimizer is not None
-        clip = clip_coefficient(update.max_grad_norm, global_norm(gradient))
+        clip = clip_coefficient(update.max_grad_norm, session.passes.norm(gradient))
         layout = session.passes.layout
         change = torch.empty_like(self.measured.step.delta)
         views, gradients = layout.views(change), layout.views(gradient)
@@ -497,6 +500,7 @@ class _Verification:
             _, *slopes = self.slopes.values_of(name)
             for half, slope in enumerate(slopes):
                 sums[half] += inner_product(slope, view)
+        sums = self.session.passes.layers.totals(sums)
         return sums[0] / self.parts[0], sums[1] / self.parts[1]
 
     def _gradient(self, weights: TokenWeights, name: str) -> Tensor:
@@ -508,11 +512,11 @@ class _Verification:
             flat, _ = summed_gradient(
                 session, session.passes, shard, weights, as_trained=True
             )
-            return PassResult(shared={"gradient": flat})
+            return PassResult(vectors={"gradient": flat})
 
         phase = "what would hold: gradient of U"
         found = session.pass_over(shard, phase, pull_back, kept_as=f"{phase}, {name}")
-        return found.shared["gradient"]
+        return found.vectors["gradient"]
 
     def _other_weights(self, name: str, weights: Tensor) -> TokenWeights:
         """dL / d log p of every token with other weights, [T] of all of U.
@@ -567,6 +571,7 @@ def _truth(half: Evaluation, change: Tensor, name: str) -> EntropyChange:
         change,
         session.config.update,
         session.snapshot_device,
+        session.passes.layers.totals,
     )
     return truth_after(half, take, phase, kept_as=f"{phase}, {name}")
 
@@ -592,7 +597,7 @@ def _plain_parts(
     )
 
 
-def _cosine(one: Tensor, other: Tensor) -> float | None:
+def _cosine(passes: Passes, one: Tensor, other: Tensor) -> float | None:
     """Of the angle between two vectors; None if either is 0."""
-    norms = global_norm(one) * global_norm(other)
-    return inner_product(one, other) / norms if norms else None
+    norms = passes.norm(one) * passes.norm(other)
+    return passes.inner_product(one, other) / norms if norms else None
