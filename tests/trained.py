@@ -268,7 +268,7 @@ KINDS: dict[str, Kind] = {
         make=lambda root: accelerate_loop(root, lora=True),
         says=(
             "optimizer.bin",
-            "weights from accelerate's state",
+            "weights from",
             "LoRA, rank 2, alpha 6",
             "stored as state float32",
             "parameters with state 12",
@@ -280,11 +280,11 @@ KINDS: dict[str, Kind] = {
     ),
     "accelerate, full": Kind(
         make=lambda root: accelerate_loop(root, lora=False),
-        says=("optimizer.bin", "weights from accelerate's state"),
+        says=("optimizer.bin", "weights from"),
     ),
     "accelerate, full, pickled": Kind(
         make=lambda root: accelerate_loop(root, lora=False, safetensors=False),
-        says=("weights from accelerate's state",),
+        says=("weights from",),
     ),
 }
 

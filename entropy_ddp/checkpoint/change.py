@@ -94,7 +94,7 @@ def _of_checkpoint(
     ours, found = policy.files, adapters_in(folder)
     adapter = None
     if ours.adapter is not None:
-        # A state of accelerate does not hold the adapter's settings.
+        # Weights by name do not hold the adapter's settings.
         adapter = str(ours.adapter) if is_training_state(folder) else None
         adapter = ours.adapter_name if ours.adapter_name in found else adapter
     section = Checkpoint(
@@ -148,7 +148,7 @@ def second_parameters(
     Raises:
         InputError: the second checkpoint cannot be read, or is of another model.
     """
-    if files.state is None and files.adapter is None:
+    if files.weights is None and files.adapter is None:
         dtype = getattr(torch, precision.model)
         model = load_base(files.base, dtype, attention, files.trust_remote_code)
         if dtype == torch.float64:
@@ -156,12 +156,12 @@ def second_parameters(
         return {name: p.detach() for name, p in model.named_parameters()}
     # Their weights stand in our model for a moment: no second copy of what is frozen.
     everything = [*policy.model.parameters(), *policy.model.buffers()]
-    moved = list(policy.parameters.values()) if files.state is None else everything
+    moved = list(policy.parameters.values()) if files.weights is None else everything
     with preserved(moved, torch.device("cpu")):
-        if files.state is None:
+        if files.weights is None:
             _set_adapter(policy, files)
         else:
-            load_state(policy.model, files.state)
+            load_state(policy.model, files.weights)
         return {
             name: parameter.detach().to("cpu", copy=True)
             for name, parameter in policy.parameters.items()

@@ -1,20 +1,27 @@
 """A checkpoint on disk: which files it consists of. No tensor is read.
 
-Recognised, and refused with the export that would help: the sharded checkpoints of
-DeepSpeed ZeRO, of FSDP and of torch.distributed.checkpoint, whose parts belong to ranks
-and not to parameters.
+Weights and optimizer state may be one file each, or the shares of the ranks of a large
+training, in the folder itself or in those that trainers give them (`layouts`).
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from entropy_ddp.checkpoint.layouts import (
+    FULL_WEIGHTS,
+    OPTIMIZER,
+    WEIGHTS,
+    configuration_in,
+    find_layout,
+    refused_in,
+)
 from entropy_ddp.checkpoint.weights import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     SAFE_FILES,
     listing,
     read_adapter_config,
-    tensor_names,
     weight_file,
 )
 from entropy_ddp.config import Checkpoint
@@ -28,109 +35,31 @@ _DELTA = (
     "or measure what the trainer's step did, without optimizer state, by update.delta: "
     "the next checkpoint"
 )
-_GATHER = (
-    "save the gathered state in the trainer: torch.save(torch.distributed.checkpoint."
-    "state_dict.get_optimizer_state_dict(model, optimizer, options=StateDictOptions("
-    'full_state_dict=True, cpu_offload=True)), "optimizer.pt")'
-)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardedLayout:
-    """A kind of checkpoint whose files belong to ranks.
-
-    Attributes:
-        name: what it is called.
-        patterns: any of these names in a folder tells it.
-        weights: how its weights are exported as safetensors.
-        optimizer: how its optimizer state is exported as one file.
-    """
-
-    name: str
-    patterns: tuple[str, ...]
-    weights: str
-    optimizer: str
-
-
-SHARDED_LAYOUTS = (
-    ShardedLayout(
-        name="a DeepSpeed ZeRO checkpoint",
-        patterns=(
-            "zero_to_fp32.py",
-            "global_step[0-9]*",
-            "*zero_pp_rank_*_optim_states.pt",
-            "*mp_rank_*_model_states.pt",
-            "pytorch_model/*mp_rank_*_model_states.pt",
-        ),
-        weights="export its weights with `python zero_to_fp32.py . OUT "
-        "--safe_serialization` in that folder, with config.json beside them",
-        optimizer="gather it in the trainer with deepspeed.utils."
-        'safe_get_full_optimizer_state(parameter, "exp_avg") and "exp_avg_sq" into '
-        '{"state": {name: {step, exp_avg, exp_avg_sq}}, "param_groups": [...]} with '
-        "`params` lists of names, and torch.save that as optimizer.pt",
-    ),
-    ShardedLayout(
-        name="an FSDP checkpoint of verl, sharded by rank",
-        patterns=(
-            "model_world_size_*_rank_*.pt",
-            "optim_world_size_*_rank_*.pt",
-            "*/model_world_size_*_rank_*.pt",
-        ),
-        weights="export its weights with `python -m verl.model_merger merge --backend "
-        "fsdp --local_dir FOLDER --target_dir OUT`",
-        optimizer=_GATHER,
-    ),
-    ShardedLayout(
-        name="a sharded FSDP checkpoint of accelerate or the Trainer",
-        patterns=("pytorch_model_fsdp_[0-9]*", "optimizer_[0-9]*/.metadata"),
-        weights="export its weights with `accelerate merge-weights "
-        "FOLDER/pytorch_model_fsdp_0 OUT`, with config.json beside them",
-        optimizer="save with fsdp_state_dict_type: FULL_STATE_DICT, or " + _GATHER,
-    ),
-    ShardedLayout(
-        name="a checkpoint of torch.distributed.checkpoint",
-        patterns=("*.distcp", "*/*.distcp"),
-        weights="convert it with `python -m torch.distributed.checkpoint.format_utils "
-        "dcp_to_torch FOLDER FILE`, load its model part into the model and save that "
-        "with save_pretrained (prime-rl writes such a folder under weights/)",
-        optimizer="convert it with `python -m torch.distributed.checkpoint.format_utils "
-        "dcp_to_torch FOLDER FILE` and torch.save its optimizer part as optimizer.pt",
-    ),
-)
-
-
-def sharded_layout(folder: Path) -> tuple[ShardedLayout, str] | None:
-    """The kind of sharded checkpoint that a folder is, and the name that tells it."""
-    for layout in SHARDED_LAYOUTS:
-        for pattern in layout.patterns:
-            for path in sorted(folder.glob(pattern)):
-                return layout, str(path.relative_to(folder))
-    return None
-
-
-def refuse_sharded_weights(folder: Path) -> None:
-    """Refuse a folder without whole weights if their shards are recognised in it.
+def refuse_unreadable(folder: Path, wanted: str) -> None:
+    """Refuse a folder without what is wanted if it is of a kind that is not read.
 
     Raises:
-        InputError: they are; with the export that would help.
+        InputError: it is; with the export that would help.
     """
-    found = sharded_layout(folder)
+    found = refused_in(folder)
     if found is not None:
-        layout, name = found
+        refused, name = found
         raise InputError(
-            f"{folder}: expected whole weights, found {layout.name} ({name}); "
-            f"{layout.weights}"
+            f"{folder}: expected {wanted}, found {refused.name} ({name}); "
+            f"{refused.advice}"
         )
 
 
 def why_no_optimizer(folder: Path | None) -> str:
     """The sentence on a folder without a readable optimizer state."""
-    found = None if folder is None else sharded_layout(folder)
+    found = None if folder is None else refused_in(folder)
     if found is not None:
-        layout, name = found
+        refused, name = found
         return (
-            f"{folder}: expected a whole optimizer state, found {layout.name} ({name}); "
-            f"{layout.optimizer}, {_DELTA}"
+            f"{folder}: expected an optimizer state, found {refused.name} ({name}); "
+            f"{refused.advice}; {_DELTA}"
         )
     return (
         "checkpoint: no optimizer.pt or optimizer.bin found; set checkpoint.optimizer to "
@@ -145,12 +74,16 @@ def has_full_model(folder: Path) -> bool:
 
 
 def is_training_state(folder: Path) -> bool:
-    """Whether it is a folder of accelerate's `save_state`: weights, and no model."""
-    return (
-        weight_file(folder) is not None
-        and not (folder / "config.json").exists()
-        and not (folder / ADAPTER_CONFIG).exists()
-    )
+    """Whether it holds weights by name, and no model that they are loaded with.
+
+    So do accelerate's `save_state`, and the shares of ranks in any layout.
+    """
+    if (folder / ADAPTER_CONFIG).exists():
+        has_own = any((folder / name).exists() for name in ADAPTER_WEIGHTS)
+        return not has_own and find_layout(folder, WEIGHTS) is not None
+    if weight_file(folder) is not None:
+        return not (folder / "config.json").exists()
+    return find_layout(folder, WEIGHTS) is not None
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
@@ -183,9 +116,9 @@ class CheckpointFiles:
         base: folder or hub id of the base model, or of the full-weight model.
         adapter: folder of the PEFT adapter; None for full weights.
         adapter_name: the adapter's name, which is a part of its parameters' names.
-        state: folder of accelerate's `save_state`, whose weights replace those of base
-            and adapter; None if there is none.
-        optimizer: file of the optimizer state; None if there is none.
+        weights: folder or file of weights by name, of any format, which replace those
+            of base and adapter; None if there is none.
+        optimizer: file or folder of the optimizer state; None if there is none.
         tokenizer: folder or hub id that holds the tokenizer.
         trust_remote_code: whether code that comes with model or tokenizer may be run.
     """
@@ -194,7 +127,7 @@ class CheckpointFiles:
     base: str
     adapter: Path | None
     adapter_name: str
-    state: Path | None
+    weights: Path | None
     optimizer: Path | None
     tokenizer: str
     trust_remote_code: bool = False
@@ -208,25 +141,44 @@ def find_checkpoint(checkpoint: Checkpoint) -> CheckpointFiles:
             read, or holds several adapters of which none is named.
     """
     folder = None if checkpoint.path is None else existing_folder(checkpoint.path)
-    state = folder if folder is not None and is_training_state(folder) else None
+    weights = _find_weights(checkpoint, folder)
     adapter, name = _find_adapter(checkpoint, folder)
-    if state is not None:
-        name = _adapter_of_state(state, adapter)
+    if weights is not None:
+        name = _adapter_in(weights, adapter)
     base = checkpoint.base
     if base is None:
-        base = _base_of(folder, adapter, state)
-    elif folder is not None and adapter is None and state is None:
+        base = _base_of(folder, adapter, weights)
+    elif folder is not None and adapter is None and weights is None:
         _require_not_passed_over(folder, base)
     return CheckpointFiles(
         folder=folder,
         base=base,
         adapter=adapter,
         adapter_name=name,
-        state=state,
+        weights=weights,
         optimizer=_find_optimizer(checkpoint, folder),
         tokenizer=_find_tokenizer(folder, adapter, base),
         trust_remote_code=checkpoint.trust_remote_code,
     )
+
+
+def _find_weights(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
+    """Where weights by name are, in place of those of base and adapter."""
+    if checkpoint.weights is None:
+        is_state = folder is not None and is_training_state(folder)
+        return folder if is_state else None
+    place = Path(checkpoint.weights)
+    is_whole = place.is_dir() and weight_file(place) is not None
+    if not is_whole and find_layout(place, WEIGHTS) is None:
+        if place.is_dir():
+            refuse_unreadable(place, "weights")
+        found = listing(place) if place.is_dir() else "none there"
+        raise InputError(
+            f"checkpoint.weights: {place}: expected a folder of weights by name (of DCP, "
+            f"of DeepSpeed with `latest` or `zero`, of verl's ranks, or model.safetensors) "
+            f"or the file {FULL_WEIGHTS}, found {found}"
+        )
+    return place
 
 
 def _find_adapter(
@@ -269,31 +221,50 @@ def _only_adapter(folder: Path, found: dict[str, Path]) -> tuple[Path | None, st
     return None, DEFAULT_ADAPTER
 
 
-def _adapter_of_state(state: Path, adapter: Path | None) -> str:
-    """The adapter's name in a state of accelerate; default if it has none."""
+def _adapter_in(weights: Path, adapter: Path | None) -> str:
+    """The adapter's name in weights by name; default if they have none."""
+    # Heavy: only where there are such weights.
+    from entropy_ddp.checkpoint.formats import stored_weights
+
     pattern = re.compile(r"\.lora_[A-Za-z_]+\.(\w+)")
-    matches = (pattern.search(name) for name in tensor_names(state))
-    adapters = sorted({match[1] for match in matches if match})
+    matches = (pattern.search(name) for name in stored_weights(weights))
+    # Of one adapter alone, PEFT leaves the name out.
+    adapters = sorted(
+        {DEFAULT_ADAPTER if m[1] == "weight" else m[1] for m in matches if m}
+    )
+    place = described_weights(weights)
     if len(adapters) > 1:
         raise InputError(
-            f"{state}: expected one adapter in {weight_file(state)}, found "
+            f"{weights}: expected one adapter in {place}, found "
             f"{', '.join(adapters)}; save the one to measure with save_pretrained"
         )
     if adapters and adapter is None:
         raise InputError(
-            f"{state}: {weight_file(state)} holds a PEFT model, and its settings (rank, "
-            f"alpha, ...) are not among accelerate's files; set checkpoint.adapter to a "
+            f"{weights}: {place} holds a PEFT model, and its settings (rank, "
+            f"alpha, ...) are not among its files; set checkpoint.adapter to a "
             f"folder with its {ADAPTER_CONFIG} (LoraConfig.save_pretrained writes one)"
         )
     if adapter is not None and not adapters:
         raise InputError(
-            f"{state}: checkpoint.adapter names {adapter}, but {weight_file(state)} has "
+            f"{weights}: checkpoint.adapter names {adapter}, but {place} has "
             "no LoRA weights; leave checkpoint.adapter out"
         )
     return adapters[0] if adapters else DEFAULT_ADAPTER
 
 
-def _base_of(folder: Path | None, adapter: Path | None, state: Path | None) -> str:
+def described_weights(weights: Path) -> str:
+    """What holds weights by name: their file, or their layout."""
+    layout = find_layout(weights, WEIGHTS)
+    return str(weight_file(weights)) if layout is None else layout.described
+
+
+def described_optimizer(place: Path) -> str:
+    """What holds the optimizer state: one file, or shares of ranks."""
+    layout = find_layout(place, OPTIMIZER)
+    return "one file" if layout is None else layout.described
+
+
+def _base_of(folder: Path | None, adapter: Path | None, weights: Path | None) -> str:
     if adapter is not None:
         base = read_adapter_config(adapter).get("base_model_name_or_path")
         if not base:
@@ -301,14 +272,20 @@ def _base_of(folder: Path | None, adapter: Path | None, state: Path | None) -> s
                 f"{adapter / ADAPTER_CONFIG}: names no base model; set checkpoint.base"
             )
         return base
-    assert folder is not None
-    if state is not None:
+    if weights is not None:
+        places = [p for p in (folder, weights) if p is not None and p.is_dir()]
+        for place in places:
+            found = configuration_in(place)
+            if found is not None:
+                return str(found)
         raise InputError(
-            f"{state}: holds weights without a config.json, as accelerate's save_state "
-            "leaves them; set checkpoint.base to the folder or hub id of the model"
+            f"{weights}: holds weights without a config.json, as accelerate's save_state "
+            "and sharded checkpoints leave them; set checkpoint.base to the folder or "
+            "hub id of the model"
         )
+    assert folder is not None
     if not has_full_model(folder):
-        refuse_sharded_weights(folder)
+        refuse_unreadable(folder, "weights")
         raise InputError(
             f"{folder}: expected {ADAPTER_CONFIG} (an adapter) or {SAFE_FILES[0]} "
             f"(full weights), found {listing(folder)}"
@@ -319,7 +296,7 @@ def _base_of(folder: Path | None, adapter: Path | None, state: Path | None) -> s
 def _require_not_passed_over(folder: Path, base: str) -> None:
     """Refuse to measure the base where the folder has weights of its own."""
     if not has_full_model(folder):
-        refuse_sharded_weights(folder)
+        refuse_unreadable(folder, "weights")
     elif Path(base).resolve() != folder.resolve():
         raise InputError(
             f"{folder}: holds full weights, but checkpoint.base names {base}; which of "
@@ -330,11 +307,32 @@ def _require_not_passed_over(folder: Path, base: str) -> None:
 def _find_optimizer(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
     if checkpoint.optimizer is not None:
         path = Path(checkpoint.optimizer)
+        if path.is_dir() and optimizer_file(path) is not None:
+            return optimizer_file(path)
+        if path.is_dir():
+            refuse_unreadable(path, "an optimizer state")
         if not path.is_file():
-            raise InputError(f"checkpoint.optimizer: {path} is not a file")
+            found = f"holds {listing(path)}" if path.is_dir() else "is not a file"
+            raise InputError(
+                f"checkpoint.optimizer: {path} {found}; name the trainer's optimizer.pt "
+                "or optimizer.bin, or a folder of DCP, of DeepSpeed (with `latest` or "
+                "`zero`) or of verl's ranks"
+            )
         return path
-    candidates = [] if folder is None else [folder / n for n in OPTIMIZER_FILES]
-    return next((path for path in candidates if path.exists()), None)
+    return None if folder is None else optimizer_file(folder)
+
+
+def optimizer_file(folder: Path) -> Path | None:
+    """The file of the optimizer state in a folder, or the folder if it holds its parts.
+
+    Raises:
+        InputError: files of some ranks are missing.
+    """
+    paths = [folder / name for name in OPTIMIZER_FILES]
+    whole = next((path for path in paths if path.exists()), None)
+    if whole is not None or find_layout(folder, OPTIMIZER) is None:
+        return whole
+    return folder
 
 
 def _find_tokenizer(folder: Path | None, adapter: Path | None, base: str) -> str:

@@ -18,7 +18,6 @@ next step.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropy_ddp.checkpoint.formats import stored_optimizer
 from entropy_ddp.checkpoint.stored import Part, StoredTensor, in_memory
-from entropy_ddp.checkpoint.weights import load_plain
+from entropy_ddp.checkpoint.weights import unwrapped_name
 from entropy_ddp.data import jsonlines
 from entropy_ddp.errors import InputError
 
@@ -67,10 +67,6 @@ OTHER_OPTIMIZERS: tuple[tuple[str, set[str]], ...] = (
     ("Adamax", {"exp_inf"}),
     ("SGD", {"dampening", "nesterov"}),
 )
-# What wrappers add to parameter names, anywhere in them.
-_WRAPPERS = re.compile(
-    r"^module\.|(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
-)
 
 
 def load_optimizer(
@@ -82,7 +78,8 @@ def load_optimizer(
     """AdamW over these parameters, in the saved state.
 
     Args:
-        path: optimizer.pt (Trainer) or optimizer.bin (accelerate).
+        path: optimizer.pt (Trainer), optimizer.bin (accelerate), or a folder that holds
+            the state in the shares of ranks.
         model: the model, for the Trainer's rule of which parameters decay.
         parts: what of each parameter of the checkpoint `parameters` has, where a rank
             holds a part only; of the moments, that part is read. None: all is held.
@@ -92,7 +89,7 @@ def load_optimizer(
     """
     parts = Part.all_of(parameters) if parts is None else parts
     saved = _read_state(path)
-    groups = saved["param_groups"]
+    groups = _without_frozen(saved, model)
     names = _names_by_group(path, groups, model, parameters)
     _verify_state(path, saved["state"], groups, names, parts)
     decoupled = {group.get("decoupled_weight_decay", True) for group in groups}
@@ -130,8 +127,18 @@ def _read_entry(
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    saved = load_plain(path, "optimizer state")
+    saved = stored_optimizer(path)
     _require_structure(path, saved)
+    saved = {
+        "state": {
+            number: {key: _stored(key, value) for key, value in entry.items()}
+            for number, entry in saved["state"].items()
+        },
+        "param_groups": [
+            {key: _stored(key, value) for key, value in group.items()}
+            for group in saved["param_groups"]
+        ],
+    }
     _refuse_other_optimizers(path, saved)
     for group in saved["param_groups"]:
         missing = [key for key in GROUP_KEYS if key not in group]
@@ -150,15 +157,13 @@ def _read_state(path: Path) -> dict[str, Any]:
     decoupled = {g.get("decoupled_weight_decay", True) for g in saved["param_groups"]}
     if len(decoupled) > 1:
         raise InputError(f"{path}: its param groups mix Adam and AdamW")
-    saved["state"] = {
-        number: {key: _stored(key, value) for key, value in entry.items()}
-        for number, entry in saved["state"].items()
-    }
     return _numbered(path, saved)
 
 
 def _stored(key: str, value: Any) -> Any:
-    """A moment as a tensor that is read when asked for; anything else as it is."""
+    """A moment as a tensor that is read when asked for; anything else in memory."""
+    if isinstance(value, StoredTensor):
+        return value if key in MOMENTS else value.read()
     is_dense = isinstance(value, Tensor) and value.layout == torch.strided
     return in_memory(value) if is_dense and key in MOMENTS else value
 
@@ -208,6 +213,31 @@ def _numbered(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
     return {"state": entries, "param_groups": numbered}
 
 
+def _without_frozen(saved: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
+    """The groups without parameters that are not trained and have no state.
+
+    Some trainers (verl) give all of a model's parameters to the optimizer.
+    """
+    groups, names = saved["param_groups"], dict(model.named_parameters())
+    frozen = {name for name, p in names.items() if not p.requires_grad}
+
+    def restricted(group: dict[str, Any], of_group: list[str]) -> dict[str, Any]:
+        kept = [
+            place
+            for place, (name, number) in enumerate(zip(of_group, group["params"]))
+            if name not in frozen or number in saved["state"]
+        ]
+        lists = {k: group[k] for k in ("params", "param_names") if k in group}
+        return group | {k: [v[i] for i in kept] for k, v in lists.items()}
+
+    if all("param_names" in group for group in groups):
+        stored = [[unwrapped_name(n) for n in group["param_names"]] for group in groups]
+        return [restricted(g, of_group) for g, of_group in zip(groups, stored)]
+    if len(groups) == 1 and len(groups[0]["params"]) == len(names):
+        return [restricted(groups[0], list(names))]
+    return groups
+
+
 def _names_by_group(
     path: Path,
     groups: list[dict[str, Any]],
@@ -217,7 +247,7 @@ def _names_by_group(
     """The parameter names of each group, in the order of the saved ids."""
     sizes = [len(group["params"]) for group in groups]
     if all("param_names" in group for group in groups):
-        stored = [_unwrapped_names(group["param_names"]) for group in groups]
+        stored = [[unwrapped_name(n) for n in group["param_names"]] for group in groups]
         _require_same_names(path, [n for group in stored for n in group], parameters)
         return stored
     candidate = [list(parameters)]
@@ -241,10 +271,6 @@ def _decaying(model: nn.Module) -> set[str]:
     from transformers.trainer_pt_utils import get_parameter_names
 
     return set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY_PATTERNS))
-
-
-def _unwrapped_names(names: list[str]) -> list[str]:
-    return [_WRAPPERS.sub("", name) for name in names]
 
 
 def _require_same_names(

@@ -12,6 +12,7 @@ adapter (`bias="all"`) stay as they are, there and here.
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_ddp.checkpoint.find import CheckpointFiles, refuse_sharded_weights
+from entropy_ddp.checkpoint.find import (
+    CheckpointFiles,
+    described_weights,
+    refuse_unreadable,
+)
+from entropy_ddp.checkpoint.formats import stored_weights
 from entropy_ddp.checkpoint.stored import StoredTensor
 from entropy_ddp.checkpoint.weights import (
     SAFE_FILES,
     read_adapter,
     read_adapter_config,
     stored_dtypes,
-    stored_tensors,
+    unwrapped_name,
     weight_file,
 )
 from entropy_ddp.config import Compute, Precision
@@ -121,18 +127,25 @@ def load_policy(
     # Its bars would write over ours, on every rank.
     logging.disable_progress_bar()
     dtype = getattr(torch, precision.model)
-    model = load_base(files.base, dtype, attention, files.trust_remote_code)
+    # All weights of the base come from elsewhere: not read twice.
+    is_replaced = files.weights is not None and files.adapter is None
+    load = empty_base if is_replaced else load_base
+    model = load(files.base, dtype, attention, files.trust_remote_code)
     use_exact_experts(model, dtype)
     if files.adapter is None:
         model.requires_grad_(True)
-    elif files.state is None:
+    elif files.weights is None:
         model = load_adapter(model, files.adapter, files.adapter_name)
     else:
         model = make_adapter(model, files.adapter, files.adapter_name)
     if dtype == torch.float64:
         model.to(dtype)
-    if files.state is not None:
-        load_state(model, files.state)
+    if files.weights is None:
+        stored = stored_dtypes(base=files.base, adapter=files.adapter)
+    else:
+        of_state, is_partial = load_state(model, files.weights, files.adapter_name)
+        of_base = stored_dtypes(base=files.base, adapter=None)
+        stored = of_state | of_base if is_partial else of_state
     model.to(device).eval()
     policy = Policy(
         model=model,
@@ -141,7 +154,7 @@ def load_policy(
         files=files,
         dtype=dtype,
         device=device,
-        stored=stored_dtypes(state=files.state, base=files.base, adapter=files.adapter),
+        stored=stored,
     )
     if not policy.parameters:
         raise InputError(
@@ -226,6 +239,56 @@ def load_base(
     return model
 
 
+def empty_base(
+    base: str, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of a folder or hub id with weights that are still to be set.
+
+    Its buffers, which no checkpoint holds, are as its configuration makes them.
+
+    Raises:
+        InputError: its configuration cannot be read, or needs code that may not be run.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder = Path(base)
+
+    def describe(reason: str) -> str:
+        if needs_own_code(reason):
+            return own_code_refused(f"base model {base}")
+        hint = "set checkpoint.base to the folder or hub id of the model"
+        return (
+            f"base model {base}: its configuration cannot be loaded ({reason}); {hint}"
+        )
+
+    with fault_of_file(f"base model {base}", describe), quiet_transformers():
+        trust = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(base, **trust)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=supported_attention(
+                    base, attention, trust_remote_code
+                ),
+                **trust,
+            )
+        model.tie_weights()
+        if not folder.is_dir() or (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(base)
+    # Tied ones are one parameter, in two places.
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(
+                    torch.empty_like(parameter, device="cpu")
+                )
+            setattr(module, name, made[parameter])
+    return model
+
+
 def needs_own_code(reason: str) -> bool:
     """Whether transformers refused files because they need code of their own."""
     return "custom code" in reason or "trust_remote_code" in reason
@@ -263,7 +326,7 @@ def _base_hint(folder: Path, base: str, pickled: bool) -> str:
             "them as safetensors with save_pretrained"
         )
     if folder.is_dir():
-        refuse_sharded_weights(folder)
+        refuse_unreadable(folder, "whole weights")
         if (folder / "config.json").is_file() and weight_file(folder) is not None:
             return "copy its files again, or set checkpoint.base to another folder"
         return "set checkpoint.base to its folder or hub id"
@@ -416,25 +479,49 @@ def _misfit(adapter: Path) -> AbstractContextManager[None]:
     )
 
 
-def load_state(model: nn.Module, folder: Path) -> None:
-    """Fill a model with the weights that accelerate's `save_state` left.
+def load_state(
+    model: nn.Module, weights: Path, adapter_name: str = "default"
+) -> tuple[dict[str, str], bool]:
+    """Fill a model with weights by name, of whatever format.
+
+    They are those of the whole model, or of what is trained alone, as trainers save an
+    adapter without its base. Every tensor is read once, and of this size only one at a
+    time.
+
+    Returns:
+        The dtypes that they are stored in, as `stored_dtypes` gives them, and whether
+        they are of what is trained alone.
 
     Raises:
         InputError: names or shapes are not the model's.
     """
-    stored = {n.removeprefix("module."): t for n, t in stored_tensors(folder).items()}
+    stored = {
+        _with_adapter(unwrapped_name(name), adapter_name): tensor
+        for name, tensor in stored_weights(weights).items()
+    }
     expected = model.state_dict()
     # Of tensors that share their memory, a safetensors file has one name only.
     present = {t.data_ptr() for n, t in expected.items() if n in stored}
     tied = {
         n for n, t in expected.items() if n not in stored and t.data_ptr() in present
     }
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    is_partial = bool(frozen) and frozen.isdisjoint(stored)
+    if is_partial:
+        buffers = {name for name, _ in model.named_buffers()}
+        tied |= frozen | (buffers - stored.keys())
     required = {n: t for n, t in expected.items() if n not in tied}
-    place = str(weight_file(folder))
-    require_same_tensors(str(folder), place, stored, required)
+    require_same_tensors(str(weights), described_weights(weights), stored, required)
     with torch.no_grad():
         for name, tensor in required.items():
             tensor.copy_(stored[name].read())
+    counts = Counter(str(t.dtype).removeprefix("torch.") for t in stored.values())
+    return {"state": ", ".join(name for name, _ in counts.most_common())}, is_partial
+
+
+def _with_adapter(name: str, adapter_name: str) -> str:
+    """The name of a tensor with its adapter's, which PEFT leaves out of one alone."""
+    return re.sub(r"(\.lora_[A-Za-z_]+)\.weight$", rf"\1.{adapter_name}.weight", name)
 
 
 def require_reference(policy: Policy) -> None:

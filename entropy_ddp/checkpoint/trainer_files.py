@@ -12,8 +12,6 @@ beside it.
 
 import json
 import math
-import pickle
-import pickletools
 import re
 import zipfile
 import zlib
@@ -22,6 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from entropy_ddp.checkpoint.inert import Inert, InertUnpickler, require_small_memo
 from entropy_ddp.config import Checkpoint
 from entropy_ddp.errors import InputError
 from entropy_ddp.files import fault_of_file
@@ -93,43 +92,6 @@ class TrainingArguments:
         }
 
 
-class _Inert:
-    """Stands for whatever a pickle names: calling and filling it only records."""
-
-    name = ""
-    # Pickles may make an object without calling __init__.
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """A list's, as pickles call it."""
-
-    def extend(self, values: Any) -> None:
-        """A list's, as pickles call it."""
-
-    def add(self, value: Any) -> None:
-        """A set's, as pickles call it."""
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Builds the pickled object out of stubs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return type("Inert", (_Inert,), {"name": f"{module}.{name}"})
-
-    def persistent_load(self, identifier: Any) -> Any:
-        return _Inert(identifier)
-
-
 def find_training_arguments(checkpoint: Checkpoint) -> Path | None:
     """The training_args.bin of a checkpoint's folder or its adapter's, if there is one."""
     folders = [f for f in (checkpoint.path, checkpoint.adapter) if f is not None]
@@ -160,8 +122,8 @@ def read_training_arguments(path: Path) -> TrainingArguments:
 
     # Whatever damaged or hostile bytes make the unpickler raise, the file is at fault.
     with fault_of_file(str(path), describe):
-        _require_small_memo(data)
-        stub = _InertUnpickler(BytesIO(data)).load()
+        require_small_memo(data)
+        stub = InertUnpickler(BytesIO(data)).load()
         values = _plain_state(stub)
     if values is None:
         raise InputError(
@@ -188,14 +150,6 @@ def _read_pickle_bytes(path: Path) -> bytes:
     )
 
 
-def _require_small_memo(data: bytes) -> None:
-    """Refuse places in the memo beyond the file's length: all before are allocated."""
-    for opcode, argument, position in pickletools.genops(data):
-        is_place = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
-        if is_place and (argument or 0) > len(data):
-            raise ValueError(f"place {argument} in its memo at byte {position}")
-
-
 def _is_pickle(name: str) -> bool:
     return re.fullmatch(r"[^/]+/data\.pkl", name) is not None
 
@@ -205,7 +159,7 @@ _NOT_PLAIN = object()
 
 def _plain_state(stub: Any) -> dict[str, Any] | None:
     """The plain settings of the outermost object; None if it is no such object."""
-    if not isinstance(stub, _Inert) or not isinstance(stub.state, dict):
+    if not isinstance(stub, Inert) or not isinstance(stub.state, dict):
         return None
     known: dict[int, Any] = {}
     plain = {str(key): _plain(value, known) for key, value in stub.state.items()}
@@ -234,7 +188,7 @@ def _plain_container(value: Any, known: dict[int, Any]) -> Any:
             return _NOT_PLAIN
         pairs = {str(key): _plain(item, known) for key, item in value.items()}
         return _NOT_PLAIN if any(v is _NOT_PLAIN for v in pairs.values()) else pairs
-    if isinstance(value, _Inert) and not value.state and value.arguments:
+    if isinstance(value, Inert) and not value.state and value.arguments:
         last = value.arguments[-1]
         return last if isinstance(last, str) else _NOT_PLAIN
     return _NOT_PLAIN

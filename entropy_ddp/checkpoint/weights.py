@@ -1,6 +1,7 @@
 """Weights as a folder holds them: tensors by name, and the dtypes they are stored in."""
 
 import json
+import re
 import warnings
 import zipfile
 from collections import Counter
@@ -25,6 +26,16 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What safetensors calls a dtype.
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+# What wrappers add to parameter names, anywhere in them.
+_WRAPPERS = re.compile(
+    r"^module\.|(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
+)
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's name without what wrappers add to it."""
+    return _WRAPPERS.sub("", name)
+
 
 def weight_file(folder: Path) -> str | None:
     """The file (or index of files) of a folder's whole weights; safetensors first."""
@@ -44,14 +55,22 @@ def stored_tensors(folder: Path) -> "dict[str, StoredTensor]":
     Raises:
         InputError: the file cannot be read, or not as tensors only.
     """
+    path = _one_file(folder)
+    if path.name in SAFE_FILES:
+        return safe_tensors(path)
+    return tensors_by_name(path, load_plain(path, "file of weights"))
+
+
+def tensors_by_name(path: Path, stored: Any) -> "dict[str, StoredTensor]":
+    """What a file of torch.save held, as stored tensors.
+
+    Raises:
+        InputError: it is something else.
+    """
     from torch import Tensor
 
     from entropy_ddp.checkpoint.stored import in_memory
 
-    path = _one_file(folder)
-    if path.name in SAFE_FILES:
-        return _safe_tensors(path)
-    stored = load_plain(path, "file of weights")
     if not isinstance(stored, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor)
         for name, tensor in stored.items()
@@ -63,7 +82,7 @@ def stored_tensors(folder: Path) -> "dict[str, StoredTensor]":
     return {name: in_memory(tensor) for name, tensor in stored.items()}
 
 
-def _safe_tensors(path: Path) -> "dict[str, StoredTensor]":
+def safe_tensors(path: Path) -> "dict[str, StoredTensor]":
     """The tensors of a safetensors file; each is read from it when asked for."""
     import torch
     from safetensors import safe_open
@@ -89,15 +108,6 @@ def _safe_tensors(path: Path) -> "dict[str, StoredTensor]":
     with _unreadable(path):
         file = safe_open(path, framework="pt")
         return {name: stored(name) for name in file.offset_keys()}
-
-
-def tensor_names(folder: Path) -> list[str]:
-    """The names of the whole weights of a folder.
-
-    Raises:
-        InputError: the file cannot be read, or not as tensors only.
-    """
-    return list(stored_tensors(folder))
 
 
 def _one_file(folder: Path) -> Path:
@@ -159,22 +169,14 @@ def _pickle_reason(reason: str) -> str:
     )
 
 
-def stored_dtypes(
-    *, state: Path | None, base: str, adapter: Path | None
-) -> dict[str, str]:
+def stored_dtypes(*, base: str, adapter: Path | None) -> dict[str, str]:
     """Dtypes of the weights in the files, by part of the checkpoint.
 
     A part whose files do not tell (pickles, the base model of a hub) is absent.
-
-    Args:
-        state: folder of accelerate's `save_state`, which takes the others' place.
     """
-    if state is not None:
-        files = {"state": _weight_files(state)}
-    else:
-        files = {"base": _weight_files(_local_folder(base))}
-        if adapter is not None:
-            files["adapter"] = [adapter / ADAPTER_WEIGHTS[0]]
+    files = {"base": _weight_files(_local_folder(base))}
+    if adapter is not None:
+        files["adapter"] = [adapter / ADAPTER_WEIGHTS[0]]
     found = {}
     for part, paths in files.items():
         dtypes = [_dtypes_in(path) for path in paths if path.is_file()]

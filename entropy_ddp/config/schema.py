@@ -229,12 +229,15 @@ class Checkpoint(Section):
     """Where the policy and its optimizer state are.
 
     Attributes:
-        path: a checkpoint folder (of the Trainer, or of accelerate's save_state); the
-            rest is found in it.
+        path: a checkpoint folder (of the Trainer, accelerate's save_state, DeepSpeed,
+            verl or torch.distributed.checkpoint); the rest is found in it.
         base: base model of an adapter, or a full-weight model: a folder or a hub id; by
             default what adapter_config.json names.
         adapter: adapter folder, or the name of one of several adapters in `path`.
-        optimizer: optimizer.pt or optimizer.bin.
+        weights: weights by name that take the place of those of base and adapter: a
+            folder of DCP, of DeepSpeed (with `latest` or `zero`), of a file for each
+            rank (verl), or of model.safetensors; or the file pytorch_model_fsdp.bin.
+        optimizer: optimizer.pt or optimizer.bin, or a folder as for `weights`.
         trust_remote_code: run Python code that comes with the model or its tokenizer.
             Given on the command line only: no file may grant itself this.
     """
@@ -242,6 +245,7 @@ class Checkpoint(Section):
     path: str | None = None
     base: str | None = None
     adapter: str | None = None
+    weights: str | None = None
     optimizer: str | None = None
     trust_remote_code: bool = False
 

@@ -4,7 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.checkpoint.find import DEFAULT_ADAPTER
+from entropy_ddp.checkpoint.find import (
+    DEFAULT_ADAPTER,
+    described_optimizer,
+    described_weights,
+)
 from entropy_ddp.checkpoint.policy import Policy
 from entropy_ddp.checkpoint.trainer_files import (
     find_training_arguments,
@@ -86,8 +90,11 @@ def _model(session: Session) -> dict[str, Any]:
         "class": type(model).__name__,
         "base": files.base,
     }
-    if files.state is not None:
-        found["weights from accelerate's state"] = str(files.state)
+    if files.weights is not None:
+        found |= {
+            "weights from": str(files.weights),
+            "format of the weights": described_weights(files.weights),
+        }
     if files.adapter is not None:
         found |= {
             "adapter": str(files.adapter),
@@ -159,8 +166,15 @@ def _optimizer(session: Session) -> dict[str, Any]:
     optimizer = session.optimizer
     assert optimizer is not None
     steps = {int(entry["step"]) for entry in optimizer.state.values()}
+    place = session.policy.files.optimizer
+    assert place is not None
+    where = (
+        {"folder": str(place), "format": described_optimizer(place)}
+        if place.is_dir()
+        else {"file": str(place)}
+    )
     return {
-        "file": str(session.policy.files.optimizer),
+        **where,
         "kind": type(optimizer).__name__ + _variant(optimizer.param_groups),
         "parameters with state": len(optimizer.state),
         "groups": [

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_ddp import __version__
-from entropy_ddp.checkpoint.find import OPTIMIZER_FILES
+from entropy_ddp.checkpoint.find import optimizer_file
 from entropy_ddp.checkpoint.trainer_files import numbered_checkpoints
 from entropy_ddp.config import Config, load_config, require_job
 from entropy_ddp.data.files import sequence_to_row
@@ -205,7 +205,7 @@ def _first_batch(run: CheckpointRun, interval: Interval) -> Path | None:
 
     As it was recorded, or else the dump of its texts.
     """
-    if not any((interval.before / name).exists() for name in OPTIMIZER_FILES):
+    if optimizer_file(interval.before) is None:
         return None
     step = interval.first + 1
     files = (

@@ -97,6 +97,14 @@ class ProbeSettings:
                 )
 
 
+# What to do where the ranks have shards only.
+_AFTERWARDS = (
+    "attach RolloutRecorder, save a checkpoint before the steps of interest, and probe "
+    "those, or all of them with entropy-ddp ledger: their sharded files are read as "
+    "they are"
+)
+
+
 def require_probable(trainer: Any, callback: str = "entropy probe") -> None:
     """Check that gradients, weights and batch of this training can be read.
 
@@ -116,12 +124,14 @@ def _obstacle(trainer: Any) -> str | None:
     adapters = getattr(model, "peft_config", {}).values()
     tokenizer = trainer.processing_class
     obstacles = {
-        "DeepSpeed keeps gradients and optimizer state in shards of its own, which "
-        "cannot be read at the optimizer step": (
+        "DeepSpeed takes its step within the backward pass, before callbacks are told, "
+        f"and keeps gradients in shards of its own; {_AFTERWARDS}": (
             getattr(trainer, "is_deepspeed_enabled", False)
         ),
         "FSDP shards parameters and gradients, so that no rank can take the derivative "
-        "along the whole step": getattr(trainer, "is_fsdp_enabled", False),
+        f"along the whole step; {_AFTERWARDS}": (
+            getattr(trainer, "is_fsdp_enabled", False)
+        ),
         "parallelism_config splits the model or its sequences over ranks, so that no "
         "rank has the whole step": getattr(args, "parallelism_config", None)
         is not None,
@@ -309,7 +319,7 @@ def _no_files(model: Any) -> CheckpointFiles:
         base=name,
         adapter=None,
         adapter_name="default",
-        state=None,
+        weights=None,
         optimizer=None,
         tokenizer=name,
     )

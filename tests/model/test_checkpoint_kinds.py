@@ -16,7 +16,6 @@ from checkpoints import save_checkpoint, write_rows
 from huggingface_hub import constants
 from jobs import run_probe
 from rich.console import Console
-from torch import nn
 from trained import (
     KINDS,
     Made,
@@ -240,95 +239,80 @@ def test_a_state_of_several_adapters_is_refused(tmp_path: Path) -> None:
 
 # What other trainers leave
 
-SHARDED: dict[str, tuple[list[str], str, str, str]] = {
-    "DeepSpeed ZeRO": (
-        [
-            "zero_to_fp32.py",
-            "latest",
-            "global_step7/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-            "global_step7/mp_rank_00_model_states.pt",
-        ],
-        "a DeepSpeed ZeRO checkpoint",
-        "python zero_to_fp32.py",
-        "safe_get_full_optimizer_state",
+REFUSED: dict[str, tuple[list[str], str, str]] = {
+    "Megatron": (
+        ["latest_checkpointed_iteration.txt", "iter_0000100/common.pt"],
+        "a Megatron checkpoint",
+        "Megatron-Bridge",
     ),
-    "DeepSpeed ZeRO by accelerate": (
-        ["pytorch_model/mp_rank_00_model_states.pt"],
-        "a DeepSpeed ZeRO checkpoint",
-        "python zero_to_fp32.py",
-        "safe_get_full_optimizer_state",
+    "Megatron of verl": (
+        ["actor/dist_ckpt/common.pt"],
+        "a Megatron checkpoint",
+        "verl.model_merger merge --backend megatron",
     ),
-    "verl": (
-        [
-            "model_world_size_4_rank_0.pt",
-            "optim_world_size_4_rank_0.pt",
-            "extra_state_world_size_4_rank_0.pt",
-        ],
-        "an FSDP checkpoint of verl",
-        "verl.model_merger merge --backend fsdp",
-        "get_optimizer_state_dict",
+    "LOCAL_STATE_DICT": (
+        ["pytorch_model_fsdp_rank0.bin", "pytorch_model_fsdp_rank1.bin"],
+        "a checkpoint of FSDP's LOCAL_STATE_DICT",
+        "SHARDED_STATE_DICT or FULL_STATE_DICT",
     ),
-    "verl, the step's folder": (
-        ["actor/model_world_size_4_rank_0.pt", "data.pt"],
-        "an FSDP checkpoint of verl",
-        "verl.model_merger merge --backend fsdp",
-        "get_optimizer_state_dict",
+    "DeepSpeed, no optimizer states": (
+        ["zero_to_fp32.py", "latest", "global_step7/mp_rank_00_model_states.pt"],
+        "a DeepSpeed checkpoint without ZeRO's optimizer states",
+        "copy the \\*_optim_states.pt of every rank",
     ),
-    "FSDP of the Trainer": (
-        [
-            "pytorch_model_fsdp_0/.metadata",
-            "pytorch_model_fsdp_0/__0_0.distcp",
-            "optimizer_0/.metadata",
-            "optimizer_0/__0_0.distcp",
-        ],
-        "a sharded FSDP checkpoint of accelerate or the Trainer",
-        "accelerate merge-weights",
-        "FULL_STATE_DICT",
-    ),
-    "torch DCP": (
-        [".metadata", "__0_0.distcp", "__1_0.distcp"],
-        "a checkpoint of torch.distributed.checkpoint",
-        "dcp_to_torch",
-        "dcp_to_torch",
-    ),
-    "torch DCP, one below": (
-        ["trainer/.metadata", "trainer/__0_0.distcp"],
-        "a checkpoint of torch.distributed.checkpoint",
-        "dcp_to_torch",
-        "dcp_to_torch",
+    "DCP without its description": (
+        ["__0_0.distcp", "__1_0.distcp"],
+        "without its .metadata",
+        "copy .metadata too",
     ),
 }
 
 
-@pytest.mark.parametrize("layout", SHARDED)
-def test_a_sharded_checkpoint_is_named_with_its_export(
+@pytest.mark.parametrize("layout", REFUSED)
+def test_a_checkpoint_that_is_not_read_is_named_with_what_helps(
     tmp_path: Path, layout: str
 ) -> None:
-    """Without whole weights at once; with them when the optimizer is asked for."""
-    names, kind, weights, optimizer = SHARDED[layout]
+    """Without weights at once; with them when the optimizer is asked for."""
+    names, kind, advice = REFUSED[layout]
     saved = save_checkpoint(tmp_path, "qwen2", full=True)
     (saved.folder / "optimizer.pt").unlink()
-    for folder in (tmp_path / "shards", saved.folder):
+    shards = tmp_path / "shards"
+    for folder in (shards, saved.folder):
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-    with pytest.raises(InputError, match=f"found {kind}.*{weights}"):
-        find_checkpoint(Checkpoint(path=str(tmp_path / "shards")))
-    # Nor is the base measured in place of them.
-    with pytest.raises(InputError, match=f"found {kind}.*{weights}"):
-        find_checkpoint(Checkpoint(path=str(tmp_path / "shards"), base=str(saved.base)))
+    for section in (
+        {"path": str(shards)},
+        # Nor is the base measured in place of them.
+        {"path": str(shards), "base": str(saved.base)},
+        {"base": str(saved.base), "weights": str(shards)},
+        {"base": str(saved.base), "optimizer": str(shards)},
+    ):
+        with pytest.raises(InputError, match=f"found .*{kind}.*{advice}"):
+            find_checkpoint(Checkpoint(**section))
     files = find_checkpoint(Checkpoint(path=str(saved.folder)))
-    with pytest.raises(InputError, match=f"found {kind}.*{optimizer}.*update.delta"):
+    with pytest.raises(InputError, match=f"found .*{kind}.*{advice}.*update.delta"):
         require_optimizer(files)
 
 
-def test_a_checkpoint_of_torch_distributed_is_recognised(tmp_path: Path) -> None:
-    """Written by torch itself."""
-    from torch.distributed import checkpoint
+@pytest.mark.parametrize("key", ["weights", "optimizer"])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, key: str) -> None:
+    """What is there is listed."""
+    saved = save_checkpoint(tmp_path, "qwen2", full=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    section = {"base": str(saved.base), key: str(tmp_path / "other")}
+    with pytest.raises(InputError, match=f"checkpoint.{key}: .*notes.txt"):
+        find_checkpoint(Checkpoint(**section))
 
-    checkpoint.save({"model": nn.Linear(2, 2).state_dict()}, checkpoint_id=tmp_path)
-    with pytest.raises(InputError, match="torch.distributed.checkpoint .*dcp_to_torch"):
-        find_checkpoint(Checkpoint(path=str(tmp_path)))
+
+def test_weights_may_be_named_beside_a_base(tmp_path: Path) -> None:
+    """Those of another folder take the place of the base's."""
+    made = accelerate_loop(tmp_path, lora=False)
+    section = {"base": made.section["base"], "weights": made.section["path"]}
+    expected = reference.trainable(made.model)
+    for name, tensor in opened(section).parameters.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_folder_without_optimizer_says_what_would_do(tmp_path: Path) -> None:

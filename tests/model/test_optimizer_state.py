@@ -680,3 +680,20 @@ def test_no_code_is_run_from_an_optimizer_file(
     buffer.seek(0)
     torch.load(buffer, weights_only=False)
     assert sprung.exists()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_frozen_parameters_in_the_groups_are_left_out(
+    tmp_path: Path, named: bool
+) -> None:
+    """verl gives all parameters of a model under an adapter to the optimizer."""
+    saved = save_checkpoint(tmp_path, "qwen2")
+    parameters = reference.trainable(saved.model)
+    everything = list(saved.model.named_parameters())
+    given: Any = everything if named else [p for _, p in everything]
+    optimizer = torch.optim.AdamW(given, lr=1e-3)
+    expected = marked(optimizer, parameters)
+    assert len(optimizer.param_groups[0]["params"]) > len(parameters)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = load_optimizer(tmp_path / "optimizer.pt", saved.model, parameters)
+    require_own_state(loaded, parameters, expected)

@@ -46,7 +46,7 @@ from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.checkpoint.optimizer import load_optimizer
 from entropy_ddp.checkpoint.policy import Policy, load_policy
 from entropy_ddp.checkpoint.trainer_settings import with_training_arguments
-from entropy_ddp.checkpoint.weights import stored_dtypes, stored_tensors, tensor_names
+from entropy_ddp.checkpoint.weights import stored_dtypes, stored_tensors
 from entropy_ddp.config import Checkpoint, Precision, Prompts, load_config
 from entropy_ddp.data.files import read_batch, require_rewards
 from entropy_ddp.data.rows import TokenLimits
@@ -302,10 +302,9 @@ def make_weights(bench: Bench, random: Random) -> Path:
 
 
 def read_weights(bench: Bench, path: Path) -> None:
-    tensor_names(path.parent)
     for tensor in stored_tensors(path.parent).values():
         tensor.read()
-    stored_dtypes(state=path.parent, base="", adapter=None)
+    stored_dtypes(base=str(path.parent), adapter=None)
 
 
 def make_delta(bench: Bench, random: Random) -> Path:

@@ -161,7 +161,7 @@ UNKNOWN = [
     ("objectiv.temperature=1", "unknown key `objectiv`; did you mean `objective`?"),
     ("batches.E.flie=x.jsonl", "unknown key `batches.E.flie`; did you mean `file`?"),
     ("batches.X.file=x.jsonl", "unknown key `batches.X`; known: E, U, advantage"),
-    ("checkpoint.weights=x", "unknown key `checkpoint.weights`; known: adapter, base,"),
+    ("checkpoint.model=x", "unknown key `checkpoint.model`; known: adapter, base,"),
 ]
 
 
