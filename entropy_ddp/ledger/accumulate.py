@@ -343,9 +343,28 @@ def _notes(log: RunLog, steps: dict[str, int], series: list[str]) -> list[str]:
             f"hangs on less than {LEAST_ESS_FRACTION:.0%} of the responses: not to be "
             "trusted; probe more often, or save checkpoints closer together"
         )
+    notes += _of_floor([entry["floor"] for entry in log.entries if "floor" in entry])
     notes += [
         f"{name.replace('_', ' ')} was not measured at every probed step: no sum of it"
         for name in SERIES
         if name not in series
     ]
     return notes
+
+
+def _of_floor(held: list[Entry]) -> list[str]:
+    """What an entropy floor did at the probed steps, in a sentence."""
+    if not held:
+        return []
+    changes = [found["change"] for found in held if "change" in found]
+    saturated = sum(found["saturated"] for found in held)
+    by_feedback = all("wanted" not in found for found in held)
+    done = (
+        f"weighed the tokens of all {len(held)} probed steps by feedback"
+        if by_feedback
+        else f"changed {len(changes)} of {len(held)} probed steps, which is "
+        f"{math.fsum(changes):+.2g} nats per token in their gradients' part"
+    )
+    return [
+        f"an entropy floor {done}; its parameter was at its limit at {saturated} of them"
+    ]

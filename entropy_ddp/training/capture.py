@@ -36,6 +36,8 @@ ORDER = "entropy_ddp_order"
 SAMPLING = "_generate_and_score_completions"
 # Part of the gradient by the logits that may be rounding, relative to its norm.
 LOGITS_RESIDUAL = 1e-2
+# What a row has of each of its response tokens.
+COLUMNS = ("on_logp", "on_entropy", "logp", "entropy")
 NO_ENTROPY = (
     "entropy floor: expected the entropy of every token from the trainer's forward pass, "
     "found none; train with a release of TRL that computes it, or without the callback"
@@ -274,32 +276,32 @@ class BatchCapture:
                 _or_constant(batch.entropy, batch.counted, torch.nan),
             ]
         ).cpu()
-        advantages, draws, rows = batch.advantages, batch.draws, []
-        for number in range(len(batch.input_ids)):
-            # Column j of what is counted is about token j + 1.
-            places = batch.counted[number].nonzero()[:, 0].cpu() + 1
-            if not len(places):
-                continue
-            ids = batch.input_ids[number].cpu()
-            is_prompt = batch.attended[number].cpu().clone()
-            is_response = is_prompt.clone()
-            is_prompt[places[0] :] = False
-            is_response[: places[0]] = False
-            is_response[places[-1] + 1 :] = False
-            values = columns[:, number, is_response[1:]].tolist()
-            on_logp, on_entropy, logp, entropy = values
-            row = TrainedRow(
-                prompt_ids=ids[is_prompt].tolist(),
-                response_ids=ids[is_response].tolist(),
-                on_logp=on_logp,
-                on_entropy=on_entropy,
-                logp=logp,
-                entropy=entropy,
+        # Column j of what is counted is about token j + 1.
+        counted, length = batch.counted.cpu(), batch.input_ids.shape[1]
+        if not bool(counted.any()):
+            return []
+        column, place = torch.arange(length), torch.arange(1, length)
+        first = torch.where(counted, place, length).amin(1, keepdim=True)  # [B, 1]
+        last = torch.where(counted, place, 0).amax(1, keepdim=True)
+        # Of a row without such a token there is no prompt and no response.
+        attended = batch.attended.cpu() & counted.any(1, keepdim=True)
+        is_prompt = attended & (column < first)
+        is_response = attended & (column >= first) & (column <= last)
+        ids, sizes = batch.input_ids.cpu(), is_response.sum(1).tolist()
+        prompts = ids[is_prompt].split(is_prompt.sum(1).tolist())
+        responses = ids[is_response].split(sizes)
+        values = columns[:, is_response[:, 1:]].split(sizes, dim=1)
+        advantages, draws = batch.advantages, batch.draws
+        return [
+            TrainedRow(
+                prompt_ids=prompts[number].tolist(),
+                response_ids=responses[number].tolist(),
+                **dict(zip(COLUMNS, values[number].tolist(), strict=True)),
                 advantage=1.0 if advantages is None else float(advantages[number]),
                 draw=None if draws is None else int(draws[number]),
             )
-            rows.append(row)
-        return rows
+            for number in counted.any(1).nonzero()[:, 0].tolist()
+        ]
 
 
 def _layers_of(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from benchmarks import instead
+from benchmarks import entropy_floor, instead
 from benchmarks.__main__ import main
 from benchmarks.comparison import (
     CPU,
@@ -208,3 +208,38 @@ def test_communication_does_not_grow_with_the_batch() -> None:
     assert all(
         cost["peak_bytes"] >= cost["peak_bytes_before"] for cost in (small, large)
     )
+
+
+@pytest.mark.parametrize("name", ["floor-repo", "clip-cov", "kl-cov"])
+def test_trainings_of_the_entropy_floor_are_made_once_and_drawn(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of a policy that has learned nothing; lines of other settings stay out."""
+    pytest.importorskip("trl")
+    for constant, value in {
+        "STEPS": 2, "SETTLED": 0, "SUPERVISED_STEPS": 2, "NUM_HELD_OUT": 4,
+        "PROMPTS_PER_BATCH": 2, "PAGE": tmp_path / "page.md",
+        "FIGURE": tmp_path / "figure.png",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(entropy_floor, constant, value)
+    file = tmp_path / "results.jsonl"
+    older = {"method": name, "seed": 0, "settings": {"trainer": {"epsilon": 9}}}
+    file.write_text(json.dumps(older) + "\n")
+    options = ["--out", str(file), "--base", str(tmp_path / "base")]
+    options += ["--seeds", "2", "--method", name]
+    for _ in range(2):
+        run = CliRunner().invoke(entropy_floor.main, ["train", *options])
+        assert run.exit_code == 0, run.output
+    lines = entropy_floor.read_results(file)
+    assert [line["seed"] for line in lines] == [0, 1]
+    assert len(file.read_text().splitlines()) == 3
+    for line in lines:
+        assert 0 <= line["sampled"] <= line["best"] <= 1
+        assert 0 < line["entropy"] < 3
+    (tmp_path / "page.md").write_text("before <!-- results --> <!-- end of results -->")
+    drawn = CliRunner().invoke(entropy_floor.main, ["draw", "--out", str(file)])
+    assert drawn.exit_code == 0, drawn.output
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("before <!-- results -->\n\n| method | seeds | sampled |")
+    assert f"| {entropy_floor.METHODS[name].says} | 2 | " in page
+    assert (tmp_path / "figure.png").stat().st_size > 1000

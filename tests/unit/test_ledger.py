@@ -90,6 +90,25 @@ def test_entries_add_up_to_the_truth(tmp_path: Path) -> None:
     assert change == pytest.approx({"value": -0.4, "se": 0.5})
 
 
+def test_a_floor_is_told_of_in_a_sentence(tmp_path: Path) -> None:
+    """How many steps it changed, by how much, and where it could not."""
+    inactive = {"floor": 0.5, "wanted": -0.1, "saturated": False}
+    active = inactive | {"wanted": 0.01, "change": 0.015}
+    lines = [
+        step_line(1, floor=inactive),
+        step_line(2, floor=active),
+        step_line(3, floor=active | {"saturated": True}),
+    ]
+    assert ledger(tmp_path, run_line(), *lines, end_line()).notes == [
+        "an entropy floor changed 2 of 3 probed steps, which is +0.03 nats per token in "
+        "their gradients' part; its parameter was at its limit at 1 of them"
+    ]
+    by_feedback = {"floor": 0.5, "saturated": False}
+    lines = [step_line(step, floor=by_feedback) for step in (1, 2, 3)]
+    (note,) = ledger(tmp_path, run_line(), *lines, end_line()).notes
+    assert "weighed the tokens of all 3 probed steps by feedback" in note
+
+
 def with_jackknife(line: dict[str, Any], factor: float, groups: int) -> dict[str, Any]:
     """A line as versions write it that know jackknife errors, of so many groups."""
     known = {
