@@ -66,12 +66,14 @@ class Method:
         trainer: settings of GRPOConfig.
         floor: settings of `EntropyFloor`; None for none.
         covariance: settings of clip-cov or KL-cov; None for neither.
+        easy: what the sum alone earns.
     """
 
     says: str
     trainer: Mapping[str, Any] = field(default_factory=dict)
     floor: Mapping[str, Any] | None = None
     covariance: Mapping[str, float] | None = None
+    easy: float = 0.5
 
 
 METHODS: dict[str, Method] = {
@@ -98,6 +100,21 @@ METHODS: dict[str, Method] = {
         says="EntropyFloor, improbable_failures",
         floor={"family": "improbable_failures"},
     ),
+    # Where a floor is not expected to help.
+    "easy-plain": Method(says="the sum alone earns 1: plain", easy=1.0),
+    "easy-floor": Method(
+        says="the sum alone earns 1: EntropyFloor, repo",
+        floor={"family": "repo"},
+        easy=1.0,
+    ),
+    "fast-plain": Method(
+        says="learning rate 2e-3: plain", trainer={"learning_rate": 2e-3}
+    ),
+    "fast-floor": Method(
+        says="learning rate 2e-3: EntropyFloor, repo",
+        trainer={"learning_rate": 2e-3},
+        floor={"family": "repo"},
+    ),
 }
 
 
@@ -109,17 +126,19 @@ def prompt_of(terms: Iterable[int]) -> str:
     return "+".join(map(str, terms)) + "="
 
 
-def reward(terms: tuple[int, ...], response: str) -> float:
-    """1 for the right sum after its running total, 1/2 for the sum alone, else 0."""
-    if response.rpartition("=")[2] != str(sum(terms)):
+def reward(terms: Iterable[int], response: str, easy: float) -> float:
+    """1 for the right sum after its running total, `easy` for the sum alone, else 0."""
+    total, *rest = terms
+    if response.rpartition("=")[2] != str(total + sum(rest)):
         return 0.0
-    return 1.0 if response.count("=") == len(terms) - 2 else 0.5
+    return 1.0 if response.count("=") == len(rest) - 1 else easy
 
 
 def _trl_rewards(
-    completions: list[str], terms: list[list[int]], **_: object
+    completions: list[str], terms: list[list[int]], easy: list[float], **_: object
 ) -> list[float]:
-    return [reward(tuple(t), text) for t, text in zip(terms, completions, strict=True)]
+    rows = zip(terms, completions, easy, strict=True)
+    return [reward(*row) for row in rows]
 
 
 def split_prompts() -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -218,7 +237,9 @@ def train(method: Method, seed: int, base: Path, folder: Path) -> dict[str, Any]
     from trl import GRPOConfig
 
     trained, held_out = split_prompts()
-    rows = [{"prompt": prompt_of(t), "terms": list(t)} for t in trained]
+    rows = [
+        {"prompt": prompt_of(t), "terms": list(t), "easy": method.easy} for t in trained
+    ]
     settings: dict[str, Any] = {
         "output_dir": str(folder), "seed": seed, "max_steps": STEPS,
         "per_device_train_batch_size": PROMPTS_PER_BATCH * RESPONSES_PER_PROMPT,
@@ -251,7 +272,7 @@ def train(method: Method, seed: int, base: Path, folder: Path) -> dict[str, Any]
     entropy = [entry["entropy"] for entry in logs]
     settled = entropy[SETTLED:]
     return {
-        **evaluate(trainer.model, trainer.processing_class, held_out),
+        **evaluate(trainer.model, trainer.processing_class, held_out, method.easy),
         "rms": math.sqrt(sum((h - FLOOR) ** 2 for h in settled) / len(settled)),
         "below": math.sqrt(sum(min(h - FLOOR, 0) ** 2 for h in settled) / len(settled)),
         "seconds_per_step": seconds / STEPS,
@@ -313,7 +334,7 @@ def _most_covariant(
 
 @torch.no_grad()
 def evaluate(
-    model: Any, tokenizer: Any, prompts: list[tuple[int, ...]]
+    model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], easy: float
 ) -> dict[str, float]:
     """What a policy is worth on prompts: sampled, greedy, best of some; its entropy."""
     model.eval()
@@ -325,7 +346,9 @@ def evaluate(
     def rewards_of(ids: Tensor, each: int) -> Tensor:
         responses = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         repeated = [terms for terms in prompts for _ in range(each)]
-        found = [reward(t, text) for t, text in zip(repeated, responses, strict=True)]
+        found = [
+            reward(t, text, easy) for t, text in zip(repeated, responses, strict=True)
+        ]
         return torch.tensor(found, dtype=torch.float64).view(-1, each)
 
     greedy = model.generate(**inputs, max_new_tokens=MAX_LENGTH, do_sample=False)
@@ -345,7 +368,6 @@ def evaluate(
         "sampled": float(rewards.mean()),
         "greedy": float(rewards_of(greedy, 1).mean()),
         "best": float((rewards.sort(1).values * chances).sum(1).mean()),
-        "totals": float((rewards == 1).double().mean()),
         "entropy": _mean_entropy(model, sampled, start, tokenizer),
     }
 
@@ -399,7 +421,8 @@ def train_all(seeds: int, names: tuple[str, ...], out: Path, base: Path) -> None
 def settings_of(name: str) -> dict[str, Any]:
     """What a method is, to tell lines of older settings apart."""
     method = METHODS[name]
-    return {
+    task = {} if method.easy == 0.5 else {"easy": method.easy}
+    return task | {
         "trainer": dict(method.trainer),
         "floor": None if method.floor is None else dict(method.floor),
         "covariance": None if method.covariance is None else dict(method.covariance),
@@ -429,8 +452,13 @@ COLUMNS = (
     ("rms to floor", "rms", 3),
     ("CPU s / step", "seconds_per_step", 3),
 )
-# Against which best-of-8 is compared seed by seed.
-REFERENCES = ("adaptive", "plain")
+# Methods of a task of their own, and what each is compared with.
+BESIDE = {
+    "easy-plain": None,
+    "easy-floor": "easy-plain",
+    "fast-plain": None,
+    "fast-floor": "fast-plain",
+}
 DRAWN = {
     "plain": "#59636e",
     "adaptive": "#1f6fb4",
@@ -447,17 +475,29 @@ def draw(out: Path) -> None:
     lines = read_results(out)
     if not lines:
         raise click.UsageError(f"{out}: no trainings; run `train` first")
-    write_section("results", table_of(lines))
-    draw_figure(lines, FIGURE)
-    click.echo(table_of(lines))
+    shown = [name for name in METHODS if name not in BESIDE]
+    tables = [table_of(lines, shown, dict.fromkeys(shown, "adaptive"))]
+    if any(by_seed(lines, name) for name in BESIDE):
+        tables.append(table_of(lines, list(BESIDE), BESIDE))
+    write_section("results", "\n\n".join(tables))
+    draw_figure(lines, shown, FIGURE)
+    click.echo("\n\n".join(tables))
 
 
-def table_of(lines: list[dict[str, Any]]) -> str:
-    """One row for each method, in Markdown."""
+def table_of(
+    lines: list[dict[str, Any]],
+    names: list[str],
+    references: Mapping[str, str | None],
+) -> str:
+    """One row for each method, in Markdown.
+
+    Args:
+        references: with what best of 8 is compared, seed by seed.
+    """
     headings = [heading for heading, _, _ in COLUMNS]
-    headings += [f"best of 8 less {METHODS[name].says}'s" for name in REFERENCES]
+    headings.append("best of 8, paired difference")
     rows = [["method", "seeds", *headings], ["---"] * (2 + len(headings))]
-    for name, method in METHODS.items():
+    for name in names:
         of_method = by_seed(lines, name)
         if not of_method:
             continue
@@ -465,16 +505,15 @@ def table_of(lines: list[dict[str, Any]]) -> str:
             mean_and_error([line[key] for line in of_method.values()], digits)
             for _, key, digits in COLUMNS
         ]
-        for reference in REFERENCES:
-            others = by_seed(lines, reference)
-            pairs = [
-                line["best"] - others[seed]["best"]
-                for seed, line in of_method.items()
-                if seed in others
-            ]
-            same = reference == name
-            cells.append("" if same else mean_and_error(pairs, 3, signed=True))
-        rows.append([method.says, str(len(of_method)), *cells])
+        reference = references[name]
+        others = {} if reference in (None, name) else by_seed(lines, str(reference))
+        pairs = [
+            line["best"] - others[seed]["best"]
+            for seed, line in of_method.items()
+            if seed in others
+        ]
+        cells.append(mean_and_error(pairs, 3, signed=True))
+        rows.append([METHODS[name].says, str(len(of_method)), *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -504,7 +543,7 @@ def write_section(name: str, text: str) -> None:
     PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def draw_figure(lines: list[dict[str, Any]], file: Path) -> None:
+def draw_figure(lines: list[dict[str, Any]], names: list[str], file: Path) -> None:
     """Entropy of the batches by step; best of 8 by the entropy at the end."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -522,7 +561,7 @@ def draw_figure(lines: list[dict[str, Any]], file: Path) -> None:
     curves.set(xlabel="optimizer step", ylabel="entropy of the batch, nats per token")
     if curves.lines[1:]:
         curves.legend(frameon=False, fontsize=8)
-    for name, method in METHODS.items():
+    for name in names:
         of_method = list(by_seed(lines, name).values())
         if not of_method or statistics.fmean(x["best"] for x in of_method) < 0.5:
             # An explosion is in the table, and would make the rest a point.
@@ -538,13 +577,17 @@ def draw_figure(lines: list[dict[str, Any]], file: Path) -> None:
             color=DRAWN.get(name, "#59636e"),
         )  # fmt: skip
         ends.annotate(
-            method.says, means, xytext=(5, 4), textcoords="offset points", fontsize=7
+            METHODS[name].says,
+            means,
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=7,
         )
     ends.set(xlabel="entropy at the end, nats per token", ylabel="best of 8, held out")
-    ends.margins(x=0.2, y=0.1)
+    ends.margins(x=0.45, y=0.1)
     for axes in (curves, ends):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
+    figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
 # What a step costs

@@ -148,7 +148,10 @@ class Held:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "repo": {"floor": {"family": "repo", "cap": 0.01}},
+    "repo, checkpointing": {
+        "floor": {"family": "repo", "cap": 0.01},
+        "gradient_checkpointing": True,
+    },
     "repo, weights at 0": {"floor": {"family": "repo", "cap": 0.06}},
     "repo, LoRA, clipped": {
         "floor": {"family": "repo", "cap": 0.002},
@@ -359,6 +362,8 @@ def test_a_probe_beside_a_floor_sees_what_it_changed(case: str, tmp_path: Path) 
         lora={},
         max_steps=3,
         max_grad_norm=0.05,
+        # Off policy too, where the loss weighs tokens by their ratio.
+        num_iterations=2,
     )
     entries = steps_of(tmp_path)
     assert len(entries) == 3

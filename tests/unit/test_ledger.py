@@ -99,10 +99,11 @@ def test_a_floor_is_told_of_in_a_sentence(tmp_path: Path) -> None:
         step_line(2, floor=active),
         step_line(3, floor=active | {"saturated": True}),
     ]
-    assert ledger(tmp_path, run_line(), *lines, end_line()).notes == [
+    (note,) = ledger(tmp_path, run_line(), *lines, end_line()).notes
+    assert note == (
         "an entropy floor changed 2 of 3 probed steps, which is +0.03 nats per token in "
         "their gradients' part; its parameter was at its limit at 1 of them"
-    ]
+    )
     by_feedback = {"floor": 0.5, "saturated": False}
     lines = [step_line(step, floor=by_feedback) for step in (1, 2, 3)]
     (note,) = ledger(tmp_path, run_line(), *lines, end_line()).notes
