@@ -199,7 +199,7 @@ class EntropyFloor(TrainerCallback):
         # What an earlier training left when it failed.
         self._listening.close()
         self._slope, self._fraction, self.last = None, FIRST_FRACTION, None
-        self._is_judged = False
+        self._grad_norm, self._is_judged = None, False
         self._unlogged = []
         self._world = joined_world()
         if self.mode == "first_order":
