@@ -365,6 +365,15 @@ class AttributionResult:
             from the blocks (of rules that do not look at shares it is delta_h1);
             `delta_h_true` with `delta_h_true_se` likewise, the masked steps taken.
         top_tokens: the tokens with the largest shares, in their context.
+        would_hold: what would have left the change `target`: for each of the `families`
+            its name, the `parameter` that the shares give with the gain held fixed,
+            `parameter_se` by the blocks, `saturated` where none reaches the target (it is
+            then the nearest), `token_fraction` with another weight, `delta_h1`,
+            `delta_h1_cross_fitted` and `se` as of `what_if`; with `verify`, of the step
+            that AdamW makes of the changed gradient: `parameter_taken`,
+            `saturated_taken`, `gradient_change` as a share of its norm, `cosine` of the
+            two steps, `delta_h1_taken`, `delta_h_true` with `delta_h_true_se`, either
+            half of E judging what the other found. None of old runs.
     """
 
     momentum: float
