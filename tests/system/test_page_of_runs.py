@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tiny_runs import make_run
 
 from entropy_ddp.answers.checkpoints import BY_SHARE
+from entropy_ddp.answers.holding import FAMILIES
 from entropy_ddp.cli import main
 from entropy_ddp.report.writing import write_report
 
@@ -28,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             patch.delenv(name, raising=False)
         for command in ("probe", "sweep", "attribute", "audit"):
             out = found[command] = folder / command
-            extra = ["--report"] if command == "attribute" else []
+            extra = ["--report", "--hold", "-0.001"] if command == "attribute" else []
             arguments = ["--config", str(config), "--out", str(out), "--quiet", *extra]
             result = CliRunner().invoke(main, [command, *arguments])
             assert result.exit_code in (0, 3), result.output
@@ -57,6 +58,21 @@ def test_rules_that_need_shares_are_known_by_name(runs: dict[str, Path]) -> None
     document = json.loads((runs["attribute"] / "results.json").read_text())
     rules = [row["rule"] for row in document["attribution"]["what_if"]]
     assert len(rules) > 2 and sum(rule.startswith(BY_SHARE) for rule in rules) == 2
+
+
+def test_a_change_to_hold_is_asked_for(runs: dict[str, Path]) -> None:
+    """By `--hold`; what it names is on the page, each family by its name."""
+    document = json.loads((runs["attribute"] / "results.json").read_text())
+    found = document["attribution"]["would_hold"]
+    assert found["target"] == -0.001
+    assert [row["family"] for row in found["families"]] == list(FAMILIES)
+    page = (runs["attribute"] / "report.html").read_text()
+    assert "What would have left a change of −0.001" in page
+    config = runs["attribute"].parent / "run.yaml"
+    arguments = ["attribute", "--config", str(config), "--hold", "nan"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "attribution.hold" in result.output
 
 
 def test_a_job_leaves_its_page_on_request(runs: dict[str, Path]) -> None:
