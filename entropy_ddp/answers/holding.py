@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_ddp.answers.cells import Cell, Row, Table, change, part, share, text
+from entropy_ddp.answers.cells import (
+    Cell,
+    Row,
+    Table,
+    change,
+    decimal,
+    part,
+    share,
+    text,
+)
 from entropy_ddp.answers.words import (
     UNITS,
     count,
@@ -62,10 +71,11 @@ def parameter(row: Mapping[str, Any]) -> tuple[float, float | None, bool]:
     value, error = row["parameter"], row.get("parameter_se")
     if not is_taken(row):
         return value, error, row["saturated"]
-    taken, neutral = row["parameter_taken"], NEUTRAL.get(row["family"], 0.0)
-    if error is not None and value != neutral:
-        error *= abs((taken - neutral) / (value - neutral))
-    return taken, error, row["saturated_taken"]
+    taken, saturated = row["parameter_taken"], row["saturated_taken"]
+    neutral = NEUTRAL.get(row["family"], 0.0)
+    if error is None or saturated or value == neutral:
+        return taken, None, saturated
+    return taken, error * abs((taken - neutral) / (value - neutral)), saturated
 
 
 def title(target: float, unit: str) -> str:
@@ -136,7 +146,7 @@ def _taken(
                 text(FAMILIES[row["family"]]),
                 _parameter(*parameter(row)),
                 share(row.get("gradient_change")),
-                Cell(value=row.get("cosine"), kind="number", digits=2),
+                decimal(row.get("cosine"), 2),
                 part(row["delta_h1_taken"], row.get("se", error)),
                 change(truth, math.hypot(own, floor)) if own else part(truth, error),
             )
