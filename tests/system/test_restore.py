@@ -163,7 +163,15 @@ def run_job(name: str, config: Config, watch: Watch, out: Path) -> None:
         JOBS[name](config, World(), out, watch.progress)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "probe",
+        "attribute",
+        pytest.param("audit", marks=pytest.mark.long),
+        pytest.param("sweep", marks=pytest.mark.long),
+    ],
+)
 def test_every_exit_leaves_everything_as_it_was(
     run: TinyRun, tmp_path: Path, name: str
 ) -> None:

@@ -74,8 +74,13 @@ JOBS: dict[str, tuple[Callable[..., Any], Document]] = {
     "attribute": (run_attribution, {}),
     "audit": (run_audit, {"gradient_dot": {"enabled": True}}),
 }
-# These have every kind of phase between them.
-MARKS = {"probe": pytest.mark.bits, "sweep": pytest.mark.bits}
+# Two have every kind of phase between them; the others are made of the same phases.
+MARKS = {
+    "probe": pytest.mark.bits,
+    "sweep": pytest.mark.bits,
+    "probe, loo": pytest.mark.long,
+    "audit": pytest.mark.long,
+}
 
 
 @pytest.fixture(scope="module")
