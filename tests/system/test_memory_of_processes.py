@@ -194,3 +194,47 @@ def test_the_estimate_is_near_the_measured_peak(tmp_path: Path) -> None:
     }
     assert len(ratios) == 3
     assert all(1 / NEAR < ratio < NEAR for ratio in ratios.values()), ratios
+
+
+READING = """
+import json
+import sys
+from pathlib import Path
+
+from entropy_ddp.data.files import read_batch
+from entropy_ddp.data.rows import TokenLimits
+from entropy_ddp.distributed import process_group
+from entropy_ddp.memory import peak_host_bytes
+
+limits = TokenLimits(vocabulary_size=100_000, max_positions=None)
+with process_group() as world:
+    # What the group itself and a first exchange take.
+    world.gather_objects(None)
+    before = peak_host_bytes()
+    batch = read_batch(Path(sys.argv[1]), "E", limits, None, world)
+    taken = peak_host_bytes() - before
+    Path(sys.argv[2], f"{world.rank}.json").write_text(json.dumps([len(batch), taken]))
+"""
+
+
+@pytest.mark.long
+def test_a_rank_of_many_needs_less_to_read_a_large_file(tmp_path: Path) -> None:
+    """Nine million token ids: 72 MB on one rank; at the peak some 3/R of it on R."""
+    path = tmp_path / "E.jsonl"
+    with path.open("w") as stream:
+        for group in range(3000):
+            ids = list(range(group, group + 3000))
+            row = {"group": group, "prompt_ids": [group], "response_ids": ids}
+            stream.write(json.dumps(row) + "\n")
+    taken = {}
+    for count in (1, 6):
+        command = launching.python("-c", READING, path, tmp_path)
+        for finished in launching.run_ranks(count, command):
+            finished.require_success()
+        ranks = [
+            json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)
+        ]
+        assert [length for length, _ in ranks] == [3000] * count
+        taken[count] = max(size for _, size in ranks)
+    assert taken[1] > 72e6
+    assert taken[6] < 0.65 * taken[1]
