@@ -88,8 +88,14 @@ class Contents:
         """An entry that is no tensor, as plain values; of a tensor, all of it."""
         if name in self.tensors:
             return self.tensors[name].read()
-        item = self.items[name, None]
-        return _plain(self.folder, item, _read_item(self.folder, item))
+        item = self.items.get((name, None))
+        if item is None:
+            raise InputError(
+                f"{self.folder / '.metadata'}: says of {name} not where it lies; copy "
+                "the folder again"
+            )
+        found = _read_item(self.folder, item)
+        return found.read() if isinstance(found, StoredTensor) else found
 
 
 def read_contents(folder: Path) -> Contents:
@@ -182,10 +188,6 @@ def _read_item(folder: Path, item: _Item) -> Any:
 
     with fault_of_file(str(path), describe):
         return read_archive_at(FileBytes.of(path).part(item.start, item.length))
-
-
-def _plain(folder: Path, item: _Item, value: Any) -> Any:
-    return value.read() if isinstance(value, StoredTensor) else value
 
 
 # The model and the optimizer among the entries

@@ -181,6 +181,33 @@ def _find_weights(checkpoint: Checkpoint, folder: Path | None) -> Path | None:
     return place
 
 
+def find_tokenizer(folder: Path, base: str | None = None) -> tuple[str, str]:
+    """Where the tokenizer and the configuration of a checkpoint's model are.
+
+    Its weights need not be loadable: any of several adapters tells the base, and shares
+    of ranks need no settings of their adapter.
+
+    Args:
+        base: folder or hub id of the model, where the checkpoint does not tell it.
+
+    Raises:
+        InputError: there is no such folder, or no model is found.
+    """
+    existing_folder(str(folder))
+    if is_training_state(folder):
+        base = base or _base_of(folder, None, folder)
+        return _find_tokenizer(folder, None, base), base
+    names = list(adapters_in(folder))
+    section = Checkpoint(
+        path=str(folder),
+        adapter=names[0] if len(names) > 1 else None,
+        # Whole weights are their own base.
+        base=base if names else None,
+    )
+    files = find_checkpoint(section)
+    return files.tokenizer, files.base
+
+
 def _find_adapter(
     checkpoint: Checkpoint, folder: Path | None
 ) -> tuple[Path | None, str]:

@@ -29,6 +29,7 @@ from entropy_ddp.checkpoint.weights import (
     safe_tensors,
     stored_tensors,
     tensors_by_name,
+    weight_file,
 )
 from entropy_ddp.errors import InputError
 from entropy_ddp.files import fault_of_file
@@ -49,6 +50,10 @@ def stored_weights(place: Path) -> dict[str, StoredTensor]:
     """
     layout = find_layout(place, WEIGHTS)
     if layout is None:
+        if not place.is_dir() or weight_file(place) is None:
+            raise InputError(
+                f"{place}: expected weights by name, found none; is the folder whole?"
+            )
         return stored_tensors(place)
     found = _weights_in(layout)
     if _TORCHTITAN in found:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     help="Folder of the checkpoint that the rollouts were sampled from.",
 )
 @click.option(
+    "--base",
+    help="Folder or hub id of the model, where the checkpoint does not name it.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     required=True,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entropy_ddp.checkpoint.find import adapters_in, find_checkpoint
+from entropy_ddp.checkpoint.find import find_tokenizer
 from entropy_ddp.checkpoint.policy import load_tokenizer
 from entropy_ddp.checkpoint.trainer_files import training_arguments
 from entropy_ddp.config import Checkpoint
@@ -66,6 +66,7 @@ def import_rollouts(
     overwrite: bool = False,
     max_completion_length: int | None = None,
     trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Convert dumps to one rollout file, which appears whole or not at all.
 
@@ -78,6 +79,7 @@ def import_rollouts(
         overwrite: replace an existing output.
         max_completion_length: in tokens; None takes the checkpoint's.
         trust_remote_code: whether code that comes with the tokenizer may be run.
+        base: folder or hub id of the model, where the checkpoint does not name it.
 
     Returns:
         What was imported: counts of rows, groups and tokens, rewards, truncated
@@ -91,7 +93,7 @@ def import_rollouts(
     """
     reader = _reader(format, files)
     _require_writable(output, overwrite)
-    found = find_checkpoint(_tokenizer_checkpoint(checkpoint))
+    place, base = find_tokenizer(checkpoint, base)
     arguments = training_arguments(Checkpoint(path=str(checkpoint)))
     trained = {} if arguments is None else arguments.values
     size = source.num_generations
@@ -105,10 +107,10 @@ def import_rollouts(
     template_options = trained.get("chat_template_kwargs")
     if format != "trl" or not isinstance(template_options, dict):
         template_options = {}
-    tokenizer = _load_tokenizer(found.tokenizer, trust_remote_code)
+    tokenizer = _load_tokenizer(place, trust_remote_code)
     tokenising = Tokenising(
         tokenizer=tokenizer,
-        end_ids=_end_ids(found.base, checkpoint, tokenizer.eos_token_id),
+        end_ids=_end_ids(base, checkpoint, tokenizer.eos_token_id),
         max_length=trained.get("max_completion_length")
         if max_completion_length is None
         else max_completion_length,
@@ -191,12 +193,6 @@ def _told(source: Source, trained: dict[str, Any]) -> Source:
     if source.num_generations is None and type(size) is int and size > 0:
         source = replace(source, num_generations=size)
     return source
-
-
-def _tokenizer_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint as its tokenizer's place: any of several adapters tells it."""
-    names = list(adapters_in(folder)) if folder.is_dir() else []
-    return Checkpoint(path=str(folder), adapter=names[0] if len(names) > 1 else None)
 
 
 def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:

@@ -215,12 +215,20 @@ def _first_batch(run: CheckpointRun, interval: Interval) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def _imported(interval: Interval, completions: Path, world: World) -> Path:
+def _imported(
+    interval: Interval, completions: Path, world: World, base: str | None
+) -> Path:
     """Rollouts made of a dump of texts."""
     update = interval.kept / "U.jsonl"
     if world.is_main:
         import_rollouts(
-            "trl", [completions], interval.before, update, Source(), overwrite=True
+            "trl",
+            [completions],
+            interval.before,
+            update,
+            Source(),
+            overwrite=True,
+            base=base,
         )
     # Not read before it is there.
     world.gather_objects(None)
@@ -236,7 +244,8 @@ def _split(
 ) -> dict[str, Any]:
     """The parts of the first step after a checkpoint, on the same E."""
     if batch.suffix == ".parquet":
-        batch = _imported(interval, batch, world)
+        base = _change_config(run, interval).checkpoint.base
+        batch = _imported(interval, batch, world, base)
     values = {
         "checkpoint.path": str(interval.before),
         "batches.E": {"file": str(interval.evaluation)},

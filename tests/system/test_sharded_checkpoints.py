@@ -17,19 +17,22 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import launching
 import pytest
 import reference
 import torch
-from checkpoints import write_rows
+from checkpoints import save_character_tokenizer, write_rows
 from jobs import run_probe
 from rich.console import Console
 from safetensors.torch import load_file
 from sharded_training import lora_settings, tiny_policy, trained_model
 from torch import Tensor, distributed
 
+from entropy_ddp.checkpoint import deepspeed
+from entropy_ddp.checkpoint.change import read_change
 from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.checkpoint.formats import stored_optimizer, stored_weights
 from entropy_ddp.checkpoint.optimizer import load_optimizer
@@ -38,6 +41,9 @@ from entropy_ddp.checkpoint.stored import Part, StoredTensor
 from entropy_ddp.config import Checkpoint, Config, Precision
 from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
+from entropy_ddp.importers.records import Source
+from entropy_ddp.importers.run import import_rollouts
+from entropy_ddp.model.parameters import ParameterLayout
 from entropy_ddp.probe.check import inspect_run
 from entropy_ddp.terminal.commands import print_inspection
 
@@ -341,6 +347,109 @@ def test_check_tells_what_it_found(
     assert rates == [group["lr"] for group in groups]
     console = Console(file=io.StringIO(), width=100)
     print_inspection(console, found)
+
+
+def test_texts_are_imported_for_shares_of_ranks(written: Path, tmp_path: Path) -> None:
+    """The tokenizer is beside the model; settings of the adapter are not needed."""
+    base = tmp_path / "base"
+    shutil.copytree(written / "base", base)
+    save_character_tokenizer(base)
+    rows = [{"prompt": "1+", "response": r, "reward": 1.0} for r in ("2", "3=")]
+    dump = tmp_path / "table.jsonl"
+    dump.write_text(
+        "".join(json.dumps(row | {"finished": True}) + "\n" for row in rows)
+    )
+    place = written / "lora" / "accelerate"
+    arguments = "table", [dump], place, tmp_path / "U.jsonl", Source()
+    with pytest.raises(InputError, match="set checkpoint.base to the folder"):
+        import_rollouts(*arguments)
+    found = import_rollouts(*arguments, base=str(base))
+    assert found["sequences"] == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["full, prime-rl", "lora, accelerate", "stage 2, LoRA"]
+)
+def test_a_second_checkpoint_in_shares_is_a_change(
+    written: Path, zero: Path, tmp_path: Path, name: str
+) -> None:
+    """`update.delta`: theirs minus the plain one's, in which one weight is another."""
+    truth_folder, place = places(written, zero)[name]
+    models = written if place.is_relative_to(written) else zero
+    kind = "lora" if "lora" in name.lower() else "full"
+    write_plain(tmp_path / "plain", truth_folder, kind)
+    section = {"path": str(tmp_path / "plain")}
+    section |= {"base": str(models / "base")} if kind == "lora" else {}
+    policy, _ = opened(section)
+    changed, parameter = list(policy.parameters.items())[1]
+    with torch.no_grad():
+        parameter.add_(0.25)
+    if kind == "full":
+        # Its model is told by the first one's.
+        policy = replace(
+            policy, files=replace(policy.files, base=str(models / "config"))
+        )
+    found = read_change(str(place), policy, Precision(), "sdpa")
+    layout = ParameterLayout.of(policy.parameters)
+    for of_name, change in layout.views(found).items():
+        expected = -0.25 if of_name == changed else 0.0
+        assert torch.allclose(change, torch.full_like(change, expected), atol=1e-6)
+
+
+ADAM = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+
+
+def test_deepspeed_s_own_adam_is_read_as_torch_s() -> None:
+    """FusedAdam and CPUAdam have other keys; without bias correction it is another."""
+    own = ADAM | {"bias_correction": True, "params": ["x"], "step": 3}
+    expected = ADAM | {"params": ["x"], "amsgrad": False}
+    for optimizer, decoupled in (
+        (None, True),
+        ({"type": "AdamW"}, True),
+        ({"type": "Adam"}, True),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, False),
+    ):
+        found = deepspeed._as_torch(Path("x"), own, {"optimizer": optimizer})
+        assert found == expected | {"decoupled_weight_decay": decoupled}
+    torch_group = ADAM | {"params": ["x"]}
+    assert deepspeed._as_torch(Path("x"), torch_group, {}) == torch_group
+    with pytest.raises(InputError, match="expected Adam with bias correction"):
+        deepspeed._as_torch(Path("x"), own | {"bias_correction": False}, {})
+
+
+def damaged(random: Random, data: bytes) -> bytes:
+    """Cut off, or with other bytes, more often where the structure is."""
+    if random.random() < 0.2:
+        return data[: random.randrange(len(data))]
+    found, first = bytearray(data), data.find(b"data.pkl")
+    low = first if first >= 0 and random.random() < 0.6 else 0
+    for _ in range(random.choice((1, 1, 2, 5))):
+        found[random.randrange(low, len(data))] = random.randrange(256)
+    return bytes(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["full, prime-rl", "lora, accelerate", "full, verl", "stage 1", "stage 3"]
+)
+def test_damaged_shares_are_read_or_refused(
+    written: Path, zero: Path, tmp_path: Path, name: str
+) -> None:
+    """One file of a checkpoint; whatever is raised names it."""
+    _, place = places(written, zero)[name]
+    random, refused = Random(3), 0
+    for number in range(15):
+        copy = tmp_path / str(number)
+        shutil.copytree(place, copy)
+        file = random.choice(sorted(f for f in copy.rglob("*") if f.is_file()))
+        file.write_bytes(damaged(random, file.read_bytes()))
+        try:
+            for tensor in stored_weights(copy).values():
+                tensor.read()
+            stored_optimizer(copy)
+        except InputError as error:
+            refused += 1
+            assert str(copy) in str(error)
+    assert refused
 
 
 # Pickles that would run something
