@@ -119,8 +119,9 @@ def _from_shares(
         caption=(
             f"In {unit}, with the Adam denominator of the whole update. Parameter: ζ, weight "
             "of improbable failures (A < 0, p < 0.5), number of tokens, coefficient, length of "
-            "the shortest change over the step's, factor. Tokens: how many get another weight, by more than 1 %. ΔH: found with one half of E and "
-            f"evaluated on the other, swapped and averaged.{SATURATION * saturated}"
+            "the shortest change over the step's, factor. Tokens: how many get another "
+            "weight, by more than 1 %. ΔH: found with one half of E and evaluated on the "
+            f"other, swapped and averaged.{SATURATION * saturated}"
         ),
     )
 
