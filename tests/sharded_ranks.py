@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,14 @@ from tiny_runs import as_batch
 from torch import Tensor, nn
 
 from entropy_ddp.checkpoint import shards
+from entropy_ddp.checkpoint.find import find_checkpoint
+from entropy_ddp.checkpoint.policy import load_policy
 from entropy_ddp.cli.ranks import run_ranks
 from entropy_ddp.config import Config, load_config
 from entropy_ddp.data import batch as batches
 from entropy_ddp.data.batch import Shard
 from entropy_ddp.distributed import World
-from entropy_ddp.distributed.sharding import shard_base
+from entropy_ddp.distributed.sharding import ShardedLayers, shard_base
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.model.parameters import trainable_parameters
 from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
@@ -232,7 +235,9 @@ WHOLE_WEIGHTS = {
 def divided(model: Any, world: World, group: int | None = None) -> Passes:
     """Passes over a model of which every rank has a part, at any world size."""
     passes = make(model)
-    policy: Any = SimpleNamespace(device=CPU, dtype=torch.float64, parameters={})
+    policy: Any = SimpleNamespace(
+        device=CPU, dtype=torch.float64, parameters={}, mapped=frozenset(), model=model
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "replace", lambda policy, parameters: parameters)
         parts, layers = shards.divided(
@@ -423,6 +428,41 @@ def check_groups(world: World, folder: Path) -> None:
     assert abs(norm / whole.norm(flat) - 1) < 1e-12
 
 
+def check_mapped(world: World, folder: Path) -> None:
+    """What is cut from pages of the files is what a whole model has, bit for bit.
+
+    The folder has a configuration for every way in which a checkpoint is stored.
+    """
+    for path in sorted(folder.glob("*.yaml")):
+        config = load_config(path, ())
+        files = find_checkpoint(config.checkpoint)
+        given = (files, config.precision, config.compute.attention, CPU)
+        whole, policy = load_policy(*given), load_policy(*given, True)
+        assert (policy.read_whole is None) == ("moe" not in path.stem), (
+            policy.read_whole
+        )
+        ends = whole.end_ids
+        tokens = ResponseTokens(policy.model, ScoringSettings())
+        policy, layers = shards.shard_policy(policy, tokens, config.compute, world)
+        expected = dict(whole.model.named_parameters())
+        found = dict(ShardedLayers.gathered(layers, policy.model.named_parameters()))
+        assert list(found) == list(expected), path
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype, (path, name)
+            assert torch.equal(found[name], tensor), (path, name)
+            assert policy.parameters.keys() == whole.parameters.keys()
+        buffers = dict(policy.model.named_buffers())
+        for name, buffer in whole.model.named_buffers():
+            assert buffers[name].dtype == buffer.dtype, (path, name)
+            assert torch.equal(buffers[name], buffer), (path, name)
+        assert policy.end_ids == ends
+        ids = torch.arange(6)[None]
+        with torch.no_grad():
+            logits = whole.model(input_ids=ids).logits
+            again = layers.within(partial(policy.model, input_ids=ids)).logits
+        torch.testing.assert_close(again, logits)
+
+
 def check_jobs(world: World, folder: Path) -> None:
     """Every configuration of the folder, by the job that its name begins with."""
     for path in sorted(folder.glob("*.yaml")):
@@ -450,6 +490,7 @@ CHECKS = {
     "shortage": check_shortage,
     "full shortage": check_full_shortage,
     "planted": check_planted,
+    "mapped": check_mapped,
     "order": check_order,
     "groups": check_groups,
     "jobs": check_jobs,

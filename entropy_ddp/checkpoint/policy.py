@@ -28,6 +28,7 @@ from entropy_ddp.checkpoint.find import (
     refuse_unreadable,
 )
 from entropy_ddp.checkpoint.formats import stored_weights
+from entropy_ddp.checkpoint.mapped import map_base
 from entropy_ddp.checkpoint.stored import StoredTensor
 from entropy_ddp.checkpoint.weights import (
     SAFE_FILES,
@@ -60,6 +61,9 @@ class Policy:
         dtype: dtype of weights and activations.
         device: where it is.
         stored: dtypes of the weights in the files, by part of the checkpoint.
+        mapped: names of parameters that are still pages of their files, of the files'
+            dtypes, for a model that is to be divided among ranks.
+        read_whole: of such a model, why every rank has read all of it nevertheless.
     """
 
     model: nn.Module
@@ -69,6 +73,8 @@ class Policy:
     dtype: torch.dtype
     device: torch.device
     stored: dict[str, str] = field(default_factory=dict)
+    mapped: frozenset[str] = frozenset()
+    read_whole: str | None = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -116,8 +122,13 @@ def load_policy(
     precision: Precision,
     attention: str,
     device: torch.device,
+    is_divided: bool = False,
 ) -> Policy:
     """Load base model, adapter and tokenizer; evaluation mode, trainable parameters on.
+
+    Args:
+        is_divided: whether ranks divide the model among them: its weights then stay in
+            their files as far as they can, and none of it is on the device yet.
 
     Raises:
         InputError: weights are missing, surplus, of another shape or not finite.
@@ -127,10 +138,16 @@ def load_policy(
     # Its bars would write over ours, on every rank.
     logging.disable_progress_bar()
     dtype = getattr(torch, precision.model)
-    # All weights of the base come from elsewhere: not read twice.
-    is_replaced = files.weights is not None and files.adapter is None
-    load = empty_base if is_replaced else load_base
-    model = load(files.base, dtype, attention, files.trust_remote_code)
+    given = (files.base, dtype, attention, files.trust_remote_code)
+    mapped = _mapped_base(files, *given) if is_divided else None
+    read_whole = mapped if isinstance(mapped, str) else None
+    pages: set[int] = set()
+    if isinstance(mapped, nn.Module):
+        model, pages = mapped, {id(p) for p in mapped.parameters()}
+    else:
+        # All weights of the base come from elsewhere: not read twice.
+        is_replaced = files.weights is not None and files.adapter is None
+        model = (empty_base if is_replaced else load_base)(*given)
     use_exact_experts(model, dtype)
     if files.adapter is None:
         model.requires_grad_(True)
@@ -138,7 +155,7 @@ def load_policy(
         model = load_adapter(model, files.adapter, files.adapter_name)
     else:
         model = make_adapter(model, files.adapter, files.adapter_name)
-    if dtype == torch.float64:
+    if dtype == torch.float64 and not pages:
         model.to(dtype)
     if files.weights is None:
         stored = stored_dtypes(base=files.base, adapter=files.adapter)
@@ -146,7 +163,12 @@ def load_policy(
         of_state, is_partial = load_state(model, files.weights, files.adapter_name)
         of_base = stored_dtypes(base=files.base, adapter=None)
         stored = of_state | of_base if is_partial else of_state
-    model.to(device).eval()
+    for parameter in model.parameters():
+        if pages and id(parameter) not in pages:
+            # An adapter's, as PEFT makes it on a model of this dtype.
+            wide = torch.promote_types(dtype, torch.float32)
+            parameter.data = parameter.data.to(wide)
+    (model if pages else model.to(device)).eval()
     policy = Policy(
         model=model,
         tokenizer=load_tokenizer(files.tokenizer, files.trust_remote_code),
@@ -155,14 +177,25 @@ def load_policy(
         dtype=dtype,
         device=device,
         stored=stored,
+        mapped=frozenset(n for n, p in model.named_parameters() if id(p) in pages),
+        read_whole=read_whole,
     )
     if not policy.parameters:
         raise InputError(
             f"{files.adapter or files.base}: has no trainable parameters; is the "
             "adapter one without weights?"
         )
-    _require_finite_weights(model)
+    if not pages:
+        require_finite_weights(model)
     return policy
+
+
+def _mapped_base(files: CheckpointFiles, *given: Any) -> nn.Module | str:
+    """The base model with its weights in their files, or why they have to be read."""
+    if files.weights is not None:
+        return "its weights are not those of the base model's files"
+    with fault_of_file(f"base model {files.base}", str), quiet_transformers():
+        return map_base(*given)
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
@@ -188,9 +221,16 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         )
 
 
-def _require_finite_weights(model: nn.Module) -> None:
+def require_finite_weights(model: nn.Module) -> None:
+    """Check the weights of a model, or this rank's parts of them.
+
+    Raises:
+        InputError: one is NaN or infinite.
+    """
     for name, parameter in model.named_parameters():
-        if not bool(parameter.detach().isfinite().all()):
+        weights = parameter.detach()
+        weights = weights.to_local() if hasattr(weights, "to_local") else weights
+        if not bool(weights.isfinite().all()):
             raise InputError(
                 f"checkpoint: expected finite weights, found NaN or infinity in {name}; "
                 "take an earlier checkpoint"

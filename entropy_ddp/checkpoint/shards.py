@@ -10,13 +10,16 @@ of the parts, too.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from entropy_ddp.checkpoint.policy import Policy
+from entropy_ddp.checkpoint.mapped import settle_buffers, settle_parameters
+from entropy_ddp.checkpoint.policy import Policy, require_finite_weights
 from entropy_ddp.checkpoint.stored import Part
 from entropy_ddp.config import Compute
 from entropy_ddp.distributed import World
@@ -26,6 +29,7 @@ from entropy_ddp.distributed.sharding import (
     group_size,
     shard_base,
     shard_full,
+    without_parts,
 )
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.forward_mode import weight_norms
@@ -51,11 +55,18 @@ def shard_policy(
     if compute.shard == "none":
         return policy, WholeLayers()
     size = _group_size(compute, world)
+    layers: WholeLayers
     if compute.shard == "base":
         _require_adapter(policy)
-        return policy, shard_base(_layers(policy), world, policy.device, size)
-    _require_full_weights(policy)
-    return divided(policy, tokens, _layers(policy), world, size)
+        settle = partial(_settle, policy)
+        layers = shard_base(_layers(policy), world, policy.device, size, settle)
+        _settle_rest(policy)
+    else:
+        _require_full_weights(policy)
+        policy, layers = divided(policy, tokens, _layers(policy), world, size)
+    if policy.mapped:
+        require_finite_weights(policy.model)
+    return policy, layers
 
 
 def divided(
@@ -66,13 +77,33 @@ def divided(
     group: int,
 ) -> tuple[Policy, ShardedParameters]:
     """The policy with a part of every parameter on each of so many ranks."""
-    sharded = shard_full(layers, tokens, world, policy.device, group)
+    # Nobody may hold whole parameters while they are cut one after another.
+    policy.parameters.clear()
+    settle = partial(_settle, policy)
+    sharded = shard_full(layers, tokens, world, policy.device, group, settle)
+    _settle_rest(policy)
     for modules in sharded.unsharded():
         sharded.normalisations |= normalisations(modules)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=policy.device)
     with precision_context(policy.dtype):
         parts = sharded.find_parts(lambda: tokens.transformer(input_ids=ids))
     return replace(policy, parameters=parts), sharded
+
+
+def _settle(policy: Policy, parameters: Iterable[nn.Parameter]) -> None:
+    """Read these parameters from the files that they are pages of."""
+    names = {id(p): name for name, p in policy.model.named_parameters()}
+    found = (p for p in parameters if names.get(id(p)) in policy.mapped)
+    settle_parameters(found, policy.dtype, policy.device)
+
+
+def _settle_rest(policy: Policy) -> None:
+    """What stays whole, and the adapter, on this rank's device."""
+    if not policy.mapped:
+        return
+    _settle(policy, without_parts(policy.model.parameters()))
+    settle_parameters(policy.parameters.values(), None, policy.device)
+    settle_buffers(policy.model, policy.dtype, policy.device)
 
 
 def parts_of(layers: WholeLayers, policy: Policy) -> dict[str, Part] | None:

@@ -186,6 +186,27 @@ def stored_dtypes(*, base: str, adapter: Path | None) -> dict[str, str]:
     return found
 
 
+def mapped_tensors(base: str) -> "dict[str, Tensor] | None":
+    """The weights of a folder or hub id by name, as pages of their files.
+
+    They are not read until they are used.
+
+    Returns:
+        None where they are not safetensors files on this machine.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for path in _weight_files(_local_folder(base)):
+        with _unreadable(path), safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                found[name] = file.get_tensor(name)
+    return found or None
+
+
 def _local_folder(base: str) -> Path | None:
     """Where the files of a folder or hub id are on this machine."""
     from huggingface_hub import try_to_load_from_cache

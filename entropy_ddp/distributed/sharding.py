@@ -540,8 +540,15 @@ def _whole_bytes(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
+Settle = Callable[[Iterable[nn.Parameter]], None]
+
+
 def shard_base(
-    layers: list[nn.Module], world: World, device: torch.device, group: int
+    layers: list[nn.Module],
+    world: World,
+    device: torch.device,
+    group: int,
+    settle: Settle = lambda parameters: None,
 ) -> ShardedLayers:
     """Shard the frozen matrices of these layers; what else they have stays whole.
 
@@ -552,11 +559,13 @@ def shard_base(
         layers: of the model, in any order; those of nobody are gathered together.
         device: of this rank's model.
         group: number of ranks that share the model between them.
+        settle: called with the parameters of a layer before they are cut.
     """
     from torch.distributed.fsdp import fully_shard
 
     mesh = _mesh(world, device, group)
     for layer in layers:
+        settle(layer.parameters())
         frozen = [p for p in layer.parameters() if not p.requires_grad and p.dim() > 1]
         dtypes = [p.dtype for p in frozen]
         usual = max(dtypes, key=dtypes.count, default=None)
@@ -566,12 +575,20 @@ def shard_base(
     return ShardedLayers(layers, world)
 
 
+def without_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that are not cut yet, or stay whole."""
+    from torch.distributed.tensor import DTensor
+
+    return [p for p in parameters if not isinstance(p, DTensor)]
+
+
 def shard_full(
     layers: list[nn.Module],
     root: nn.Module,
     world: World,
     device: torch.device,
     group: int,
+    settle: Settle = lambda parameters: None,
 ) -> ShardedParameters:
     """Shard every parameter of a model that is trained whole.
 
@@ -580,6 +597,8 @@ def shard_full(
         root: the module around the model, with a method `gathered`.
         device: of this rank's model.
         group: number of ranks that share the model between them.
+        settle: called with the parameters of a layer, the root's own last, before they
+            are cut.
     """
     from torch.distributed.fsdp import (
         FSDPModule,
@@ -605,6 +624,7 @@ def shard_full(
     widths = {p.dtype for p in root.parameters() if p.dtype.itemsize < 4}
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if widths else None)
     for unit in (*layers, root):
+        settle(without_parts(unit.parameters()))
         # The root's default would keep it gathered, and stale after a step.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         assert isinstance(unit, FSDPModule)

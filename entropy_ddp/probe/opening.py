@@ -170,7 +170,16 @@ def open_policy(
     config = with_training_arguments(config)
     begin = time.perf_counter()
     device = resolve_device(config.compute, world.local_rank)
-    policy = load_policy(files, config.precision, config.compute.attention, device)
+    policy = load_policy(
+        files,
+        config.precision,
+        config.compute.attention,
+        device,
+        config.compute.shard != "none",
+    )
+    tell = getattr(progress, "tell", None)
+    if policy.read_whole is not None and tell is not None:
+        tell(f"every rank reads the whole model, to keep a part: {policy.read_whole}")
     differentiate_padding_tokens(policy.model)
     if config.update.kl_coefficient:
         require_reference(policy)

@@ -12,6 +12,7 @@ from typing import Any
 import launching
 import pytest
 import sharded_ranks
+import torch
 import yaml
 from checkpoints import run_config, save_checkpoint, write_rows, write_sampling_run
 from families import plain_model
@@ -88,6 +89,34 @@ def test_a_model_in_parts_gives_what_it_gives_whole(size: int, tmp_path: Path) -
 
 def test_groups_of_ranks_each_hold_a_model(tmp_path: Path) -> None:
     ranks(4, "groups", tmp_path)
+
+
+def test_a_model_is_cut_from_its_files(tmp_path: Path) -> None:
+    """Of narrower and of the same dtype, in one file and in several, with and without
+    an adapter; a mixture's files name weights in another way, and are read whole."""
+    for name, family, stored, precision in (
+        ("narrow", "qwen2", torch.bfloat16, "float32"),
+        ("same", "llama", torch.float32, "float32"),
+        ("wide", "gemma2", torch.float64, "float64"),
+        ("into narrow", "llama", torch.float32, "bfloat16"),
+        ("moe", "qwen3-moe", torch.float32, "float32"),
+    ):
+        changes = {"tie_word_embeddings": True} if family == "qwen2" else {}
+        for full in (True, False):
+            root = tmp_path / f"{name} {full}"
+            root.mkdir()
+            model = plain_model(family, **changes).to(stored)
+            options = {} if full else {"targets": ["q_proj", "v_proj"]}
+            saved = save_checkpoint(root, "", model=model, full=full, **options)
+            if name == "same":
+                again = plain_model(family, **changes).to(stored)
+                again.save_pretrained(saved.base, max_shard_size="4KB")
+            config = run_config(saved, Path("E"), Path("U")) | {
+                "precision": {"model": precision},
+                "compute": {"device": "cpu", "shard": "full" if full else "base"},
+            }
+            (tmp_path / f"{name} {full}.yaml").write_text(yaml.safe_dump(config))
+    ranks(2, "mapped", tmp_path)
 
 
 def rows(seed: int, responses: list[int]) -> list[Row]:
