@@ -7,7 +7,10 @@ Every check is run on all ranks; a failed assertion ends them all.
 
 import copy
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +27,7 @@ from jobs import run_attribution, run_audit, run_probe, run_sweep
 from tiny_runs import as_batch
 from torch import Tensor, nn
 
+from entropy_ddp import distributed
 from entropy_ddp.checkpoint import shards
 from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.checkpoint.policy import load_policy
@@ -463,6 +467,26 @@ def check_mapped(world: World, folder: Path) -> None:
         torch.testing.assert_close(again, logits)
 
 
+def check_fault(world: World, folder: Path) -> None:
+    """The second rank meets a fault in the second layer; the others wait in a gather."""
+    model = model_of("llama, upper layers")
+    passes, shard = sharded(model, world), as_batch(ROWS, VOCABULARY).shard(0, 1)
+    passes.score(shard)
+    fault = os.environ["FAULT"]
+
+    def meet(*_: Any) -> None:
+        if fault == "fails":
+            raise RunError("planted: not finite")
+        if fault == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+
+    if world.rank == 1:
+        layers_of(model)[1].self_attn.o_proj.register_forward_pre_hook(meet)
+    (folder / f"{world.rank}.pid").write_text(str(os.getpid()))
+    passes.score(shard)
+
+
 def check_jobs(world: World, folder: Path) -> None:
     """Every configuration of the folder, by the job that its name begins with."""
     for path in sorted(folder.glob("*.yaml")):
@@ -491,6 +515,7 @@ CHECKS = {
     "full shortage": check_full_shortage,
     "planted": check_planted,
     "mapped": check_mapped,
+    "fault": check_fault,
     "order": check_order,
     "groups": check_groups,
     "jobs": check_jobs,
@@ -499,6 +524,10 @@ CHECKS = {
 
 def main() -> int:
     names, folder = sys.argv[1].split(","), Path(sys.argv[2])
+    if os.environ.get("FAULT") == "hangs":
+        distributed.process_group = partial(
+            distributed.process_group, timeout_seconds=3
+        )
 
     def body(world: World) -> int:
         for name in names:

@@ -5,6 +5,10 @@ checks of a group of processes are made one after another, as starting it takes 
 """
 
 import json
+import os
+import re
+import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -243,3 +247,38 @@ def test_an_interrupted_run_goes_on_with_other_parts(
         assert ("gradient of U" in results["run"]["seconds"]) == (number == 0)
         for section in SECTIONS:
             close(results.get(section), expected.get(section), section, TOLERANCE)
+
+
+SECONDS_TO_END = 10.0
+# Of the second of three ranks, in the middle of a pass: what is printed, and its code.
+FAULTS = {
+    "fails": r"error: rank 1: planted: not finite\n",
+    "is killed": r"error: rank 1 has not answered for \d s: stopped, killed .*\n",
+    "is interrupted": r"interrupted\n",
+    "hangs": r"error: rank \d: the ranks have waited \d+ s for rank 1, which .*\n",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_while_others_wait_in_a_gather_ends_all(
+    fault: str, tmp_path: Path
+) -> None:
+    """Within seconds, with one line."""
+    command = launching.python(RANKS, "fault", tmp_path)
+    given = launching.HELPERS | {"FAULT": fault, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    processes = launching.start_ranks(3, command, given)
+    end = time.monotonic() + 100
+    while len(list(tmp_path.glob("*.pid"))) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    # Until the others wait.
+    time.sleep(1.0)
+    begin = time.monotonic()
+    if fault == "is interrupted":
+        os.kill(int((tmp_path / "0.pid").read_text()), signal.SIGINT)
+    finished = [launching.finish(process, 60.0) for process in processes]
+    assert time.monotonic() - begin < SECONDS_TO_END
+    printed = "".join(one.stderr for one in finished)
+    assert re.fullmatch(FAULTS[fault], printed), printed
+    killed = fault == "is killed"
+    codes = [one.returncode for one in finished]
+    assert codes == [1, -signal.SIGKILL if killed else 1, 1]
