@@ -6,56 +6,36 @@ shared by all processes of a machine. So no rank ever holds the whole model.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entropy_ddp.checkpoint.weights import mapped_tensors
-from entropy_ddp.model.implementations import supported_attention
 
 
-def map_base(
-    base: str, dtype: torch.dtype, attention: str, trust_remote_code: bool
-) -> nn.Module | str:
-    """The model of a folder or hub id, its weights in the files and of their dtypes.
+def map_weights(model: nn.Module, base: str) -> str | None:
+    """Put the weights of a folder or hub id into a model, as pages of their files.
 
     Args:
-        dtype: that the model will have.
-        attention: see `supported_attention`.
+        model: its weights have no memory yet; tied ones are tied.
 
     Returns:
-        The model; or why its weights have to be read whole: then nothing is said of
-        what else may be wrong.
+        None; or why they have to be read whole, by what says what else may be wrong.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     tensors = mapped_tensors(base)
     if tensors is None:
         return "its weights are not safetensors files on this machine"
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=supported_attention(base, attention, trust_remote_code),
-            trust_remote_code=trust_remote_code,
-        )
     wide = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     if any(getattr(model, name, None) for name in wide):
         return "some of its layers keep another dtype"
     if not _assign(model, tensors):
         return "its files name the weights in another way than the model does"
-    _set_generation(model, base)
-    return model
+    return None
 
 
 def _assign(model: Any, tensors: Mapping[str, Tensor]) -> bool:
     """Put the tensors in the model's slots; whether they are the model's."""
-    # Empty weights are not tied when they are made.
-    model.tie_weights()
     parameters = dict(model.named_parameters())
     known = model.state_dict().keys()
     fits = parameters.keys() <= tensors.keys() <= known and all(
@@ -69,20 +49,6 @@ def _assign(model: Any, tensors: Mapping[str, Tensor]) -> bool:
         model.get_submodule(owner)._parameters[attribute] = tensor
     model.tie_weights()
     return not any(p.is_meta for p in model.parameters())
-
-
-def _set_generation(model: Any, base: str) -> None:
-    """What the folder says of generation, its end tokens, as from_pretrained does."""
-    from transformers import GenerationConfig
-
-    folder = Path(base)
-    if folder.is_dir() and not (folder / "generation_config.json").exists():
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(base)
-    except OSError:
-        # A hub id without the file.
-        return
 
 
 @torch.no_grad()

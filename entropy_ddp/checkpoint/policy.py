@@ -28,7 +28,7 @@ from entropy_ddp.checkpoint.find import (
     refuse_unreadable,
 )
 from entropy_ddp.checkpoint.formats import stored_weights
-from entropy_ddp.checkpoint.mapped import map_base
+from entropy_ddp.checkpoint.mapped import map_weights
 from entropy_ddp.checkpoint.stored import StoredTensor
 from entropy_ddp.checkpoint.weights import (
     SAFE_FILES,
@@ -194,8 +194,9 @@ def _mapped_base(files: CheckpointFiles, *given: Any) -> nn.Module | str:
     """The base model with its weights in their files, or why they have to be read."""
     if files.weights is not None:
         return "its weights are not those of the base model's files"
-    with fault_of_file(f"base model {files.base}", str), quiet_transformers():
-        return map_base(*given)
+    with quiet_transformers():
+        model = _unallocated_base(*given)
+    return map_weights(model, files.base) or model
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
@@ -289,6 +290,23 @@ def empty_base(
     Raises:
         InputError: its configuration cannot be read, or needs code that may not be run.
     """
+    model = _unallocated_base(base, dtype, attention, trust_remote_code)
+    # Tied ones are one parameter, in two places.
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(
+                    torch.empty_like(parameter, device="cpu")
+                )
+            setattr(module, name, made[parameter])
+    return model
+
+
+def _unallocated_base(
+    base: str, dtype: torch.dtype, attention: str, trust_remote_code: bool
+) -> nn.Module:
+    """The model of a folder or hub id, whose weights have no memory yet."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -317,15 +335,6 @@ def empty_base(
         model.tie_weights()
         if not folder.is_dir() or (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(base)
-    # Tied ones are one parameter, in two places.
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(
-                    torch.empty_like(parameter, device="cpu")
-                )
-            setattr(module, name, made[parameter])
     return model
 
 
