@@ -183,20 +183,17 @@ def _give_tokens(
         list(range(len(mine))) if everywhere else (own == r).nonzero()[:, 0].tolist()
         for r in range(count)
     ]
-    is_kept = torch.ones_like(owner, dtype=torch.bool) if everywhere else owner == rank
-    places = torch.cat(
-        [(is_kept & (reader == r)).nonzero()[:, 0] for r in range(count)]
-    )
-    readers = reader[places]
+    places = torch.arange(len(owner)) if everywhere else (owner == rank).nonzero()[:, 0]
+    places = places[reader[places].argsort(stable=True)]
 
     def exchanged(pieces: list[Tensor], lengths: Tensor, empty: Tensor) -> list[Tensor]:
         if count == 1:
             return pieces
         sent = torch.cat([empty, *(pieces[i] for here in to for i in here)])
         sent_sizes = [sum(len(pieces[i]) for i in here) for here in to]
-        sizes = [int(lengths[readers == r].sum()) for r in range(count)]
+        sizes = lengths.new_zeros(count).index_add_(0, reader[places], lengths)
         pieces.clear()
-        received = world.exchange(sent, sent_sizes, sizes)
+        received = world.exchange(sent, sent_sizes, sizes.tolist())
         return list(received.split(lengths.tolist()))
 
     ids = torch.empty(0, dtype=torch.int64)
