@@ -9,8 +9,10 @@ and saves it in every layout, with what the live optimizer holds beside them:
     FOLDER/{full,lora}/truth.safetensors NAME and NAME|exp_avg, |exp_avg_sq, |step
     FOLDER/{full,lora}/groups.json       the optimizer's groups, with names
     FOLDER/{full,lora}/LAYOUT            a checkpoint
+    FOLDER/full, FSDP1/...               the same, under FSDP1
 """
 
+import functools
 import json
 import sys
 from collections.abc import Mapping
@@ -29,12 +31,15 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.distributed.checkpoint import (
     _save_model_checkpoint_distributed,
     save_optimizer_distributed,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 STEPS = 3
 RANK_FILES = "{}_world_size_{}_rank_{}.pt"
@@ -190,6 +195,50 @@ def write_all(folder: Path, kind: str, rank: int, world_size: int) -> None:
     accelerator.free_memory()
 
 
+def write_first_version(folder: Path, rank: int) -> None:
+    """Train and save under FSDP1, accelerate's default; the truth is of live shards."""
+    model: Any = FullyShardedDataParallel(
+        trained_model("full"),
+        auto_wrap_policy=functools.partial(
+            transformer_auto_wrap_policy, transformer_layer_cls={Qwen2DecoderLayer}
+        ),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(STEPS):
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=1, state_dict_type="SHARDED_STATE_DICT"
+    )
+    accelerator = Accelerator(cpu=True)
+    place = str(folder / "accelerate")
+    save_fsdp_model(plugin, accelerator, model, place)
+    save_fsdp_optimizer(plugin, accelerator, optimizer, model, place)
+    with FullyShardedDataParallel.summon_full_params(model):
+        whole = {unwrapped(n): p.detach().clone() for n, p in model.named_parameters()}
+    truth = dict(whole)
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        truth[f"{unwrapped(name)}|step"] = torch.tensor(float(STEPS))
+        for key in ("exp_avg", "exp_avg_sq"):
+            shares: list[Any] = [None] * distributed.get_world_size()
+            share = state.get(key, torch.zeros(0)).flatten()
+            distributed.all_gather_object(shares, share)
+            moment = torch.cat(shares).view(whole[unwrapped(name)].shape)
+            truth[f"{unwrapped(name)}|{key}"] = moment
+    if rank == 0:
+        groups = [settings_of(optimizer.param_groups[0], list(whole))]
+        save_truth(folder, truth, groups)
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without FSDP1's own."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 def main(folder: Path) -> None:
     """Both kinds of policy."""
     distributed.init_process_group("gloo")
@@ -200,6 +249,7 @@ def main(folder: Path) -> None:
         lora_settings().save_pretrained(str(folder / "adapter"))
     for kind in ("full", "lora"):
         write_all(folder / kind, kind, rank, world_size)
+    write_first_version(folder / "full, FSDP1", rank)
     distributed.destroy_process_group()
 
 

@@ -147,6 +147,13 @@ def test_what_fsdp_wrote_is_read_bit_for_bit(
     require_bits(written / kind, *opened(section))
 
 
+def test_what_fsdp1_wrote_is_read_bit_for_bit(written: Path) -> None:
+    """By accelerate, whose default it is: blocks of DCP too."""
+    folder = written / "full, FSDP1"
+    section = section_of(written, "full", path=folder / "accelerate")
+    require_bits(folder, *opened(section))
+
+
 @pytest.mark.parametrize("case", ZERO_CASES)
 def test_what_deepspeed_wrote_is_read_bit_for_bit(zero: Path, case: str) -> None:
     """Stages 1 to 3, masters of bfloat16, adapters; groups stepped on in parts."""
