@@ -348,3 +348,16 @@ def test_counts_and_bytes_of_reading_do_not_grow_with_ranks(tmp_path: Path) -> N
         assert {number for number, _ in found} == {5}
         costs.append(max(size for _, size in found))
     assert costs[2] < costs[1] / 4
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_files_one_behind_the_other_are_one(tmp_path: Path, name: str) -> None:
+    """What `cat` makes of several, packed ones too."""
+    rows = mixed_rows(4)
+    parts = [write(tmp_path / f"{i}-{name}", rows[i::2]) for i in range(2)]
+    path = tmp_path / name
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    expected = make_batch(rows[0::2] + rows[1::2], str(path), "E", LIMITS)
+    for batch in read_by(3, path):
+        for column in COLUMNS:
+            assert batch.column(column) == expected.column(column), column
