@@ -101,18 +101,19 @@ class MemoryEstimate:
         """The estimate in words."""
         peak = self.host_now + self.host_more
         line = (
-            f"{_gigabytes(peak)} a rank at the peak, {_gigabytes(self.host_more)} more "
-            f"than now ({_gigabytes(self.host_free)} free)"
+            f"{gigabytes(peak)} a rank at the peak, {gigabytes(self.host_more)} more "
+            f"than now ({gigabytes(self.host_free)} free)"
         )
         if not self.device_more:
             return line
         return (
-            f"{line}; on the GPU {_gigabytes(self.device_more)} more "
-            f"({_gigabytes(self.device_free)} free)"
+            f"{line}; on the GPU {gigabytes(self.device_more)} more "
+            f"({gigabytes(self.device_free)} free)"
         )
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """A size in bytes, as it is shown."""
     return f"{size / 1e9:.2f} GB"
 
 

@@ -6,10 +6,14 @@ Every check is run on all ranks; a failed assertion ends them all.
 """
 
 import copy
+import ctypes
+import gc
 import json
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -467,6 +471,84 @@ def check_mapped(world: World, folder: Path) -> None:
         torch.testing.assert_close(again, logits)
 
 
+def own_bytes() -> int:
+    """Memory of this process that is nobody else's: pages of files are not."""
+    gc.collect()
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@contextmanager
+def peak_of_own_bytes() -> Iterator[list[int]]:
+    """The most that it has at any time, watched by a thread."""
+    most, done = [own_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            text = Path("/proc/self/status").read_text()
+            most[0] = max(most[0], 1024 * int(text.split("RssAnon:")[1].split()[0]))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def check_memory(world: World, folder: Path) -> None:
+    """A model is opened and passed over: what a rank has beside what it had before.
+
+    Writes what was found and what the formulas of `bytes_by_shard` say.
+    """
+    # M_MMAP_THRESHOLD: what is freed is given back to the system.
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    found = {}
+    for path in sorted(folder.glob("*.yaml")):
+        config = load_config(path, ())
+        shard = config.compute.shard
+        files = find_checkpoint(config.checkpoint)
+        given = (files, config.precision, config.compute.attention, CPU)
+        # What libraries keep from their first use is not counted.
+        load_policy(*given, shard != "none")
+        before = own_bytes()
+        with peak_of_own_bytes() as most:
+            policy = load_policy(*given, shard != "none")
+            tokens = ResponseTokens(policy.model, ScoringSettings())
+            policy, layers = shards.shard_policy(policy, tokens, config.compute, world)
+        opened = own_bytes() - before
+        passes = Passes(
+            tokens=tokens, wrapped=tokens, parameters=policy.parameters,
+            dtype=torch.float32, device=CPU, layers=layers,
+        )  # fmt: skip
+        along = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
+        shard_of_one = as_batch(ROWS[:1], VOCABULARY).shard(0, 1)
+        with peak_of_own_bytes() as most_of_pass:
+            passes.score(shard_of_one, along)
+        size = {name: p.numel() * 4 for name, p in policy.model.named_parameters()}
+        of_layers = {name: n for name, n in size.items() if ".layers." in name}
+        layer = sum(n for name, n in of_layers.items() if ".layers.0." in name)
+        outside = sum(size.values()) - sum(of_layers.values())
+        ranks = world.world_size
+        expected = {
+            "base": sum(of_layers.values()) / ranks + outside + 2 * layer,
+            # And the direction's part.
+            "full": 2 * sum(size.values()) / ranks + 3 * outside + 2 * layer,
+        }[shard]
+        found[shard] = {
+            "expected": expected,
+            "while it was opened": most[0] - before,
+            "opened": opened,
+            "in a pass": most_of_pass[0] - before,
+            "whole": sum(size.values()),
+        }
+        del policy, tokens, layers, passes, along
+    if world.is_main:
+        (folder / "memory.json").write_text(json.dumps(found))
+
+
 def check_fault(world: World, folder: Path) -> None:
     """The second rank meets a fault in the second layer; the others wait in a gather."""
     model = model_of("llama, upper layers")
@@ -516,6 +598,7 @@ CHECKS = {
     "planted": check_planted,
     "mapped": check_mapped,
     "fault": check_fault,
+    "memory": check_memory,
     "order": check_order,
     "groups": check_groups,
     "jobs": check_jobs,

@@ -59,11 +59,11 @@ def shard_policy(
     if compute.shard == "base":
         _require_adapter(policy)
         settle = partial(_settle, policy)
-        layers = shard_base(_layers(policy), world, policy.device, size, settle)
+        layers = shard_base(layers_of(policy), world, policy.device, size, settle)
         _settle_rest(policy)
     else:
         _require_full_weights(policy)
-        policy, layers = divided(policy, tokens, _layers(policy), world, size)
+        policy, layers = divided(policy, tokens, layers_of(policy), world, size)
     if policy.mapped:
         require_finite_weights(policy.model)
     return policy, layers
@@ -113,6 +113,16 @@ def parts_of(layers: WholeLayers, policy: Policy) -> dict[str, Part] | None:
     return {name: Part(*layers.region(name)) for name in policy.parameters}
 
 
+def policy_group(compute: Compute, world: World) -> int:
+    """Number of ranks that share a model between them, or would.
+
+    Raises:
+        InputError: the ranks cannot be divided so.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
+    return group_size(compute.shard_group, world, ranks_here)
+
+
 def _group_size(compute: Compute, world: World) -> int:
     if world.store is None:
         raise InputError(
@@ -120,8 +130,7 @@ def _group_size(compute: Compute, world: World) -> int:
             "among, found one process; start it with torchrun --nproc_per_node=N -m "
             "entropy_ddp, or set compute.shard: none"
         )
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    return group_size(compute.shard_group, world, ranks_here)
+    return policy_group(compute, world)
 
 
 def _require_adapter(policy: Policy) -> None:
@@ -155,7 +164,7 @@ def _unsupported(found: str) -> InputError:
     )
 
 
-def _layers(policy: Policy) -> list[nn.Module]:
+def layers_of(policy: Policy) -> list[nn.Module]:
     """The layers of the model, in their order.
 
     Raises:

@@ -126,7 +126,8 @@ class ShardedLayers(WholeLayers):
         self._expected: deque[tuple[int, str]] | None = None
         self._made: list[tuple[int, str]] = []
         self._is_in_round = self._is_gathering = False
-        self._bytes = max(sum(map(_whole_bytes, m.parameters())) for m in layers)
+        # As it arrives, and as it is computed with.
+        self._bytes = 2 * max(sum(map(_whole_bytes, m.parameters())) for m in layers)
         for number, layer in enumerate(layers):
             self._watch(number, layer)
         # Roots of trees of gathered modules: each forgets a pass that has failed.
@@ -233,7 +234,7 @@ class ShardedLayers(WholeLayers):
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes of the largest layer, all of which a rank has while it runs."""
+        """Bytes that a rank has of the largest layer while it is gathered and runs."""
         return self._bytes
 
     def _can_reset(self) -> bool:
@@ -336,8 +337,8 @@ class ShardedParameters(ShardedLayers):
         outside = sum(map(_whole_bytes, root.parameters())) - sum(
             _whole_bytes(p) for layer in layers for p in layer.parameters()
         )
-        # With tangents.
-        self._bytes = 2 * (self._bytes + outside)
+        # Outside of the layers with tangents, while a layer comes.
+        self._bytes += 3 * outside
         self._layers, self._roots = [*layers, root], [root]
         self._root: Any = root
         self._slots, self._group = slots, group

@@ -21,7 +21,7 @@ from entropy_ddp.distributed import World
 from entropy_ddp.errors import InputError
 from entropy_ddp.model.implementations import slower_routes
 from entropy_ddp.probe.gradient_dot import is_wanted
-from entropy_ddp.probe.memory import described, estimate_memory
+from entropy_ddp.probe.memory import bytes_by_shard, described, estimate_memory
 from entropy_ddp.probe.opening import (
     check_batches,
     check_masked,
@@ -63,7 +63,11 @@ def inspect_run(
         session
     )
     found |= _trained_with(session)
-    found["memory"] = {"at the peak of a run": estimate.line} | described(estimate)
+    found["memory"] = (
+        {"at the peak of a run": estimate.line}
+        | described(estimate)
+        | {"bytes of weights and step, by compute.shard": bytes_by_shard(session)}
+    )
     if plan is not None and wanted is not None:
         subject = f"E for {100 * wanted.share:g}%, by {wanted.pilot}"
         found[subject] = described_plan(plan)

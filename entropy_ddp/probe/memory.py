@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+from entropy_ddp.checkpoint.shards import layers_of, policy_group
 from entropy_ddp.data.batch import BLOCK_TOKENS, Shard
 from entropy_ddp.data.microbatch import Row, plan_microbatches
+from entropy_ddp.errors import InputError
 from entropy_ddp.memory import (
     MemoryEstimate,
     free_device_bytes,
     free_host_bytes,
+    gigabytes,
     host_bytes,
 )
 from entropy_ddp.model.forward_mode import ATTENTION_BLOCK_ELEMENTS, CAUSAL_BLOCK_ROWS
@@ -32,6 +35,8 @@ from entropy_ddp.probe.gradient_dot import obstacle
 from entropy_ddp.probe.reverse_mode import Audited, audit_sample, other_budget
 from entropy_ddp.probe.session import Session
 
+# Of one process, how many ranks are shown that a model may be divided among.
+_RANKS_SHOWN = 8
 # Of every token of E on its rank, of every token of a block, of every sequence.
 _TOKEN_BYTES, _BLOCK_BYTES, _SEQUENCE_BYTES = 64, 1800, 9000
 # Of every token of E, where all of them are reversed and the baseline is a fitted one.
@@ -78,6 +83,49 @@ def estimate_memory(session: Session, audited: Audited = "sample") -> MemoryEsti
     return max(estimates, key=_excess)
 
 
+def bytes_by_shard(session: Session) -> dict[str, int]:
+    """Bytes of weights and of the step's vectors on a rank, by `compute.shard`.
+
+    With M the weights, M_c those of them that `base` cuts, M_o those outside of the
+    layers, l the largest layer, V the vectors, and R ranks that share a model:
+
+        none    M + V
+        base    M - M_c + M_c / R + 2 l + V          (with an adapter)
+        full    (M + V) / R + 3 M_o + 2 l            (of full weights)
+
+    A layer is there twice while it is gathered, and what is outside of the layers three
+    times, with its tangents: measured. Activations are beside it, the same for all. Of
+    one process, what eight would have.
+    """
+    policy, world, passes = session.policy, session.world, session.passes
+    ranks = (
+        policy_group(session.config.compute, world)
+        if world.world_size > 1
+        else _RANKS_SHOWN
+    )
+    whole = sum(map(_bytes_of, policy.model.parameters()))
+    vectors = max(on_device + on_host for on_device, on_host, _ in _vectors(session))
+    vectors *= ranks if passes.layers.has_parts else 1
+    found = {"none": whole + vectors}
+    try:
+        layers = layers_of(policy)
+    except InputError:
+        return found
+    sizes = [sum(map(_bytes_of, layer.parameters())) for layer in layers]
+    if policy.files.adapter is None:
+        gathered = 3 * (whole - sum(sizes)) + 2 * max(sizes)
+        name, size = "full", (whole + vectors) // ranks + gathered
+    else:
+        frozen = (p for layer in layers for p in layer.parameters())
+        cut = sum(_bytes_of(p) for p in frozen if not p.requires_grad and p.dim() > 1)
+        name, size = "base", whole - cut + cut // ranks + 2 * max(sizes) + vectors
+    return found | {f"{name}, {ranks} ranks": size}
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def _excess(estimate: MemoryEstimate) -> int:
     """Bytes that are needed beyond what is free, where that is most; below 0 if it fits."""
     on_host = estimate.host_more - estimate.host_free
@@ -93,12 +141,29 @@ def announce_memory(session: Session, audited: Audited) -> None:
     if tell is None:
         return
     tell(f"memory: {estimate.line}")
+    sizes = bytes_by_shard(session)
+    is_sharded = session.passes.layers.is_sharded
+    if is_sharded:
+        shown = "; ".join(f"{gigabytes(size)} ({name})" for name, size in sizes.items())
+        tell(f"weights and step on a rank, by compute.shard: {shown}")
     if not estimate.fits:
         tell(
             "warning: the run may not fit; lower compute.tokens_per_microbatch, run "
             "fewer ranks on a machine, or set compute.snapshot_device or "
-            "precision.buffers",
+            "precision.buffers" + ("" if is_sharded else _smaller(sizes)),
         )
+
+
+def _smaller(sizes: dict[str, int]) -> str:
+    """What dividing the model would make of it, if that is less."""
+    (whole, *others), names = sizes.values(), list(sizes)
+    if not others or others[0] >= whole:
+        return ""
+    setting, _, ranks = names[1].partition(", ")
+    return (
+        f"; or set compute.shard: {setting}, with which weights and step take "
+        f"{gigabytes(others[0])} on each of {ranks}, in place of {gigabytes(whole)}"
+    )
 
 
 def described(estimate: MemoryEstimate) -> dict[str, Any]:
@@ -130,6 +195,12 @@ def _phases(session: Session, audited: Audited) -> Iterator[tuple[int, int, int]
         # The four of the run; of what would hold the entropy a half's step, the best
         # gradient, and another one with its step, or a slope.
         yield (*_with_gradients(session, 8), own)
+
+
+def _vectors(session: Session) -> Iterator[tuple[int, int, int]]:
+    """Bytes of vectors on the device and on the host: after the step, and in an audit."""
+    yield (*_while_stepped(session), 0)
+    yield (*_with_gradients(session, 3), 0)
 
 
 def _buffer_bytes(session: Session) -> int:

@@ -17,9 +17,11 @@ import launching
 import pytest
 import sharded_ranks
 import torch
+import transformers
 import yaml
 from checkpoints import run_config, save_checkpoint, write_rows, write_sampling_run
 from families import plain_model
+from peft import LoraConfig, get_peft_model
 from reference import Row, random_rows
 from shortages import close
 
@@ -282,3 +284,33 @@ def test_a_fault_while_others_wait_in_a_gather_ends_all(
     killed = fault == "is killed"
     codes = [one.returncode for one in finished]
     assert codes == [1, -signal.SIGKILL if killed else 1, 1]
+
+
+@pytest.mark.long
+def test_a_rank_has_no_more_memory_than_the_formula_says(tmp_path: Path) -> None:
+    """A model of 100 million parameters on four ranks: opened whole, and divided."""
+    shape = {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 8000,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(**shape)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    adapter = LoraConfig(r=4, target_modules=["q_proj"])
+    get_peft_model(model, adapter).save_pretrained(tmp_path / "adapter")
+    for shard in ("base", "full"):
+        path = tmp_path / ("base" if shard == "full" else "adapter")
+        document = {
+            "checkpoint": {"path": str(path), "base": str(tmp_path / "base")},
+            "batches": {"E": {"file": "E"}, "U": {"file": "U"}},
+            "compute": {"device": "cpu", "shard": shard},
+        }
+        (tmp_path / f"{shard}.yaml").write_text(yaml.safe_dump(document))
+    ranks(4, "memory", tmp_path)
+    found = json.loads((tmp_path / "memory.json").read_text())
+    for shard, bytes_of in found.items():
+        expected = bytes_of["expected"]
+        assert abs(bytes_of["in a pass"] / expected - 1) < 0.15, (shard, bytes_of)
+        assert bytes_of["while it was opened"] < 1.15 * expected, (shard, bytes_of)
+    assert found["full"]["opened"] < 0.26 * found["full"]["whole"]
