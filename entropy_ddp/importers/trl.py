@@ -129,19 +129,21 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         ) from error
     try:
         table = parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        # Names and texts of a damaged file are found not to be UTF-8 only here.
+        names, rows = table.column_names, table.to_pylist()
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise make_problem(
             str(path),
             "a parquet file",
             reason_of(error),
             "check the path, or copy it again",
         ) from error
-    missing = [name for name in FIXED_COLUMNS if name not in table.column_names]
-    if missing or not table.num_rows:
-        found = f"{table.num_rows} rows of {', '.join(table.column_names)}"
+    missing = [name for name in FIXED_COLUMNS if name not in names]
+    if missing or not rows:
+        found = f"{len(rows)} rows of {', '.join(names)}"
         expected = f"rows with the column `{(missing or FIXED_COLUMNS)[0]}`"
         raise make_problem(str(path), expected, found, ADVICE)
-    return table.to_pylist()
+    return rows
 
 
 def _reward_weights(

@@ -72,7 +72,7 @@ def _read_parquet(place: str) -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(place) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise make_problem(
             place,
             "a parquet file",
