@@ -28,7 +28,13 @@ from entropy_ddp.checkpoint.inert import (
     read_archive_at,
     read_pickle,
 )
-from entropy_ddp.checkpoint.stored import Block, Region, StoredTensor, joined
+from entropy_ddp.checkpoint.stored import (
+    Block,
+    Region,
+    StoredTensor,
+    joined,
+    read_number,
+)
 from entropy_ddp.errors import InputError
 from entropy_ddp.files import fault_of_file, require_regular_file
 
@@ -85,17 +91,16 @@ class Contents:
     items: dict[tuple[str, tuple[int, ...] | None], _Item]
 
     def value(self, name: str) -> Any:
-        """An entry that is no tensor, as plain values; of a tensor, all of it."""
+        """An entry that is no tensor, as plain values; a number that is one, read."""
         if name in self.tensors:
-            return self.tensors[name].read()
+            return read_number(self.tensors[name])
         item = self.items.get((name, None))
         if item is None:
             raise InputError(
                 f"{self.folder / '.metadata'}: says of {name} not where it lies; copy "
                 "the folder again"
             )
-        found = _read_item(self.folder, item)
-        return found.read() if isinstance(found, StoredTensor) else found
+        return read_number(_read_item(self.folder, item))
 
 
 def read_contents(folder: Path) -> Contents:
@@ -264,7 +269,7 @@ def _nested_state(contents: Contents, prefix: tuple[Any, ...]) -> dict[str, Any]
     for name, place in contents.places.items():
         rest = place[len(prefix) :] if place[: len(prefix)] == prefix else ()
         if len(rest) == 3 and rest[0] == "state":
-            state.setdefault(rest[1], {})[rest[2]] = _state_value(contents, name)
+            state.setdefault(rest[1], {})[rest[2]] = contents.value(name)
         elif len(rest) == 3 and rest[0] == "param_groups":
             groups.setdefault(rest[1], {})[rest[2]] = contents.value(name)
         elif len(rest) == 4 and rest[0] == "param_groups":
@@ -287,7 +292,7 @@ def _flat_state(contents: Contents, prefix: tuple[Any, ...]) -> dict[str, Any]:
         kind, _, rest = place[-1].partition(".")
         parameter, _, key = rest.rpartition(".")
         if kind == "state":
-            state.setdefault(parameter, {})[key] = _state_value(contents, name)
+            state.setdefault(parameter, {})[key] = contents.value(name)
         elif kind == "param_groups":
             settings.setdefault(parameter, {})[key] = contents.value(name)
     groups: list[dict[str, Any]] = []
@@ -300,9 +305,3 @@ def _flat_state(contents: Contents, prefix: tuple[Any, ...]) -> dict[str, Any]:
             groups += same
         same[0]["params"].append(parameter)
     return {"state": state, "param_groups": groups}
-
-
-def _state_value(contents: Contents, name: str) -> Any:
-    """A moment as it is stored; a count, or what is no tensor, read."""
-    tensor = contents.tensors.get(name)
-    return tensor if tensor is not None and tensor.shape else contents.value(name)

@@ -29,6 +29,7 @@ from entropy_ddp.checkpoint.stored import (
     Block,
     StoredTensor,
     joined,
+    read_number,
     unflattened,
 )
 from entropy_ddp.errors import InputError
@@ -252,8 +253,7 @@ def _names_of_groups(
 
 def _step(group: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
     """The count of steps, which some of DeepSpeed's optimizers keep in the group."""
-    step = entry["step"] if "step" in entry else group["step"]
-    return step.read() if isinstance(step, StoredTensor) else step
+    return read_number(entry["step"] if "step" in entry else group["step"])
 
 
 def _concatenated(parts: Sequence[StoredTensor]) -> StoredTensor:
@@ -418,8 +418,7 @@ def _universal_step(
     """The count of steps: of the parameter, or with stage 3 that of all."""
     file = layout.place / "zero" / name / "step.pt"
     if file.is_file():
-        found = read_archive(file, _KNOWN)
-        return found.read() if isinstance(found, StoredTensor) else found
+        return read_number(read_archive(file, _KNOWN))
     inner = common.get("optimizer_state_dict")
     entries = inner.get("state") if isinstance(inner, dict) else None
     if not entries:

@@ -70,6 +70,24 @@ class Inert:
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
+class Known:
+    """A function of ours that stands for a name.
+
+    A pickle may set attributes of whatever it can name; of this, none.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it sets attributes of a function")
+
+
 class Refusal(str):
     """Stands for a name that tells a format which is not read: the message."""
 
@@ -241,10 +259,10 @@ def read_archive_at(data: FileBytes, known: Mapping[str, Any] | None = None) -> 
         raise ValueError(f"its structure has {structure.length} bytes")
 
     def load(identifier: Any) -> _Storage:
-        kind, dtype, key, _, count = identifier
+        kind, dtype, key, _, _ = identifier
         if kind != "storage" or not isinstance(dtype, _StorageType):
             raise ValueError(f"a persistent object of kind {kind!r}")
-        return _Storage(records[f"{prefix}/data/{key}"], dtype.dtype, int(count))
+        return _Storage(records[f"{prefix}/data/{key}"], dtype.dtype)
 
     return read_pickle(structure.read(), _tensor_names() | dict(known or {}), load)
 
@@ -292,16 +310,20 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _StorageType:
+    """Stands for torch's class of storages of a dtype."""
+
     dtype: Any
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it sets attributes of a class")
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """A storage in an archive; `count` elements of a dtype."""
+    """A storage in an archive, of a dtype."""
 
     data: FileBytes
     dtype: Any
-    count: int
 
 
 def _rebuild_tensor(
@@ -409,17 +431,17 @@ def _tensor_names() -> dict[str, Any]:
     import torch
 
     return {
-        "collections.OrderedDict": _Mapping,
+        "collections.OrderedDict": Known(_Mapping),
         "builtins.set": set,
         "torch.Size": tuple,
         "torch.device": inert("torch.device"),
         "torch.Tensor": inert("torch.Tensor"),
         "torch.nn.parameter.Parameter": inert("torch.nn.parameter.Parameter"),
         "torch.serialization._get_layout": inert("torch.layout"),
-        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-        "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
-        "torch._utils._rebuild_wrapper_subclass": _rebuild_wrapper,
+        "torch._utils._rebuild_tensor_v2": Known(_rebuild_tensor),
+        "torch._utils._rebuild_parameter": Known(lambda tensor, *_: tensor),
+        "torch._tensor._rebuild_from_type_v2": Known(_rebuild_from_type),
+        "torch._utils._rebuild_wrapper_subclass": Known(_rebuild_wrapper),
         **{
             f"torch.{kind}Storage": _StorageType(getattr(torch, name))
             for kind, name in _STORAGES.items()

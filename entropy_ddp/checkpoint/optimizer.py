@@ -27,7 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from entropy_ddp.checkpoint.formats import stored_optimizer
-from entropy_ddp.checkpoint.stored import Part, StoredTensor, in_memory
+from entropy_ddp.checkpoint.stored import (
+    Part,
+    StoredTensor,
+    in_memory,
+    read_number,
+)
 from entropy_ddp.checkpoint.weights import unwrapped_name
 from entropy_ddp.data import jsonlines
 from entropy_ddp.errors import InputError
@@ -120,6 +125,9 @@ def _read_entry(
     found = {}
     for key, value in entry.items():
         if isinstance(value, StoredTensor):
+            if key not in MOMENTS:
+                # No step of Adam has a use for it.
+                continue
             value = value.read(part.region)
             _require_moment_values(path, name, key, value)
         found[key] = value.clone() if isinstance(value, Tensor) else value
@@ -163,7 +171,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _stored(key: str, value: Any) -> Any:
     """A moment as a tensor that is read when asked for; anything else in memory."""
     if isinstance(value, StoredTensor):
-        return value if key in MOMENTS else value.read()
+        return value if key in MOMENTS else read_number(value)
     is_dense = isinstance(value, Tensor) and value.layout == torch.strided
     return in_memory(value) if is_dense and key in MOMENTS else value
 

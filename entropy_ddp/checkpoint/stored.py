@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,15 @@ class StoredTensor:
             InputError: the files cannot be read.
         """
         return self.fetch(whole(region, self.shape))
+
+
+def read_number(value: Any) -> Any:
+    """A single number that is stored, in memory; anything else as it is.
+
+    For counts and settings: a file may claim any shape for them.
+    """
+    is_number = isinstance(value, StoredTensor) and value.shape.numel() == 1
+    return value.read() if is_number else value
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from sharded_training import lora_settings, tiny_policy, trained_model
 from torch import Tensor, distributed
 
-from entropy_ddp.checkpoint import deepspeed
+from entropy_ddp.checkpoint import dcp, deepspeed, inert
 from entropy_ddp.checkpoint.change import read_change
 from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.checkpoint.formats import stored_optimizer, stored_weights
@@ -540,8 +540,6 @@ def test_a_planted_block_of_dcp_is_refused(
     data = planted_archive(tmp_path / "ran")
     for file in copy.glob("*.distcp"):
         file.write_bytes(data)
-    from entropy_ddp.checkpoint import dcp
-
     contents = dcp.read_contents(copy)
     item = next(iter(contents.items.values()))
     planted = replace(item, start=0, length=len(data))
@@ -578,6 +576,18 @@ def test_a_planted_whole_file_is_refused(
     with pytest.raises(InputError, match="no code is run from it"):
         opened(section_of(written, "full", path=copy))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_changes_nothing_that_it_names() -> None:
+    """By setting attributes of what stands for a name, which outlives the file."""
+    known = inert._tensor_names() | dcp._known() | deepspeed._KNOWN
+    for name, value in known.items():
+        module, _, own = name.rpartition(".")
+        # The name, a mapping for attributes beside __dict__, and BUILD.
+        data = f"c{module}\n{own}\n(N}}Vname\nVplanted\nstb.".encode()
+        with pytest.raises((pickle.UnpicklingError, TypeError, AttributeError)):
+            inert.read_pickle(data, known)
+        assert getattr(value, "name", None) != "planted", name
 
 
 # Shares that are missing or of something else
