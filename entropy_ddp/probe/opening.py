@@ -33,7 +33,7 @@ from entropy_ddp.data.files import make_batch, read_batch, require_rewards
 from entropy_ddp.data.rows import TokenLimits
 from entropy_ddp.distributed import World
 from entropy_ddp.distributed.sharding import WholeLayers
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.model.parameters import differentiate_padding_tokens
 from entropy_ddp.model.precision import precision_context
 from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
@@ -170,13 +170,16 @@ def open_policy(
     config = with_training_arguments(config)
     begin = time.perf_counter()
     device = resolve_device(config.compute, world.local_rank)
-    policy = load_policy(
-        files,
-        config.precision,
-        config.compute.attention,
-        device,
-        config.compute.shard != "none",
-    )
+    compute = config.compute
+    given = (files, config.precision, compute.attention, device)
+    try:
+        policy = load_policy(*given, compute.shard != "none")
+    except torch.OutOfMemoryError as error:
+        setting = "full" if files.adapter is None else "base"
+        raise RunError(
+            f"the model does not fit on {device} ({str(error).splitlines()[0]}): set "
+            f"compute.shard: {setting} with several ranks, or precision.model: bfloat16"
+        ) from error
     tell = getattr(progress, "tell", None)
     if policy.read_whole is not None and tell is not None:
         tell(f"every rank reads the whole model, to keep a part: {policy.read_whole}")

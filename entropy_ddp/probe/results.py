@@ -86,7 +86,7 @@ def _whole_delta(session: Session, measured: Measurements) -> dict[str, Tensor]:
     for name, view in views(measured.step.delta).items():
         whole = layers.whole(name, view)
         if session.world.is_main or not layers.has_parts:
-            found[name] = whole
+            found[name] = whole.cpu()
     return found
 
 

@@ -178,9 +178,15 @@ def test_it_is_said_before_the_run_and_in_check(
     checked = json.loads(invoke("check", "--json").stdout)
     assert checked["memory"]["fits"] is True
     assert checked["memory"]["host_more"] > 0
+    by_shard = checked["memory"]["bytes of weights and step, by compute.shard"]
+    assert list(by_shard) == ["none", "full, 8 ranks"]
     monkeypatch.setattr(estimates, "free_host_bytes", lambda: 1000)
+    sizes = {"none": 8 * 10**9, "full, 8 ranks": 10**9}
+    monkeypatch.setattr(estimates, "bytes_by_shard", lambda session: sizes)
     warned = invoke("probe", "--out", str(tmp_path / "other"))
     assert warned.stderr.count("warning: the run may not fit; lower compute.") == 1
+    told = "".join(warned.stderr.split())
+    assert "setcompute.shard:full,withwhichweightsandsteptake1.00GBoneach" in told
     quiet = invoke("probe", "--out", str(tmp_path / "third"), "--quiet")
     assert "memory" not in quiet.stderr
     assert json.loads(invoke("check", "--json").stdout)["memory"]["fits"] is False

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
+from checkpoints import run_config, save_checkpoint
 
 from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.checkpoint.policy import load_policy
@@ -13,8 +13,9 @@ from entropy_ddp.checkpoint.shards import shard_policy
 from entropy_ddp.config import Checkpoint, Compute, Config, Precision
 from entropy_ddp.distributed import World
 from entropy_ddp.distributed.sharding import group_size
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.model.response_tokens import ResponseTokens, ScoringSettings
+from entropy_ddp.probe import opening
 
 
 def shard(root: Path, world: World, shard: str = "base", **options: Any) -> None:
@@ -50,6 +51,21 @@ def test_an_adapter_has_no_full_weights(tmp_path: Path) -> None:
     ranks = World(world_size=2, store=object())
     with pytest.raises(InputError, match="found the adapter.*set compute.shard: base"):
         shard(tmp_path, ranks, "full")
+
+
+def test_a_model_larger_than_a_gpu_is_told_how_to_be_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    saved = save_checkpoint(tmp_path, "llama", full=True)
+    monkeypatch.setattr(opening, "load_policy", load)
+    document = run_config(saved, tmp_path / "E", tmp_path / "U")
+    with pytest.raises(RunError, match="does not fit on cpu.*set compute.shard: full"):
+        opening.open_checkpoint(
+            Config.model_validate(document), World(), lambda *_: None
+        )
 
 
 @pytest.mark.parametrize(
