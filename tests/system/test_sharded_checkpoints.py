@@ -30,6 +30,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from sharded_training import lora_settings, tiny_policy, trained_model
 from torch import Tensor, distributed
+from torch.distributed import checkpoint
 
 from entropy_ddp.checkpoint import dcp, deepspeed, inert
 from entropy_ddp.checkpoint.change import read_change
@@ -182,6 +183,56 @@ def test_what_deepspeed_writes_now_is_read_bit_for_bit(tmp_path: Path) -> None:
         kind = "lora" if "LoRA" in case else "full"
         section = section_of(tmp_path, kind, path=tmp_path / case / "checkpoint")
         require_bits(tmp_path / case, *opened(section))
+
+
+def save_dcp(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    """Weights alone, as torch saves them in one process."""
+    checkpoint.save({"model": tensors}, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_adapter_alone_is_put_on_its_base(
+    written: Path, tmp_path: Path, named: bool
+) -> None:
+    """As the Trainer saves it: without frozen weights; PEFT leaves its name out."""
+    truth = load_file(written / "lora" / "truth.safetensors")
+    adapter = {n: t for n, t in truth.items() if "lora_" in n and "|" not in n}
+    if not named:
+        adapter = {n.replace(".default.", "."): t for n, t in adapter.items()}
+    weights = save_dcp(tmp_path / "weights", adapter)
+    optimizer = written / "lora" / "prime-rl"
+    section = section_of(written, "lora", weights=weights, optimizer=optimizer)
+    policy, state = opened(section)
+    require_bits(written / "lora", policy, state)
+    assert policy.stored == {"state": "float32", "base": "float32"}
+
+
+@pytest.mark.parametrize("missing", ["lora_B", "base_layer"])
+def test_a_weight_that_is_missing_is_named(
+    written: Path, tmp_path: Path, missing: str
+) -> None:
+    """Of the adapter, or one of the frozen ones where the others are there."""
+    truth = load_file(written / "lora" / "truth.safetensors")
+    weights = {n: t for n, t in truth.items() if "|" not in n}
+    name = next(n for n in weights if missing in n)
+    del weights[name]
+    place = save_dcp(tmp_path / "weights", weights)
+    optimizer = written / "lora" / "prime-rl"
+    with pytest.raises(InputError, match=f"{name} is missing from .*DCP"):
+        opened(section_of(written, "lora", weights=place, optimizer=optimizer))
+
+
+def test_values_that_are_not_finite_are_named(written: Path, tmp_path: Path) -> None:
+    """Found when they are read, by the checks of every format."""
+    truth = load_file(written / "full" / "truth.safetensors")
+    weights = {n: t for n, t in truth.items() if "|" not in n}
+    name = next(iter(weights))
+    weights[name][0, 0] = torch.inf
+    place = save_dcp(tmp_path / "weights", weights)
+    optimizer = written / "full" / "prime-rl"
+    with pytest.raises(InputError, match=f"found NaN or infinity in {name}"):
+        opened(section_of(written, "full", weights=place, optimizer=optimizer))
 
 
 # A part of it
@@ -635,10 +686,7 @@ def test_the_state_of_other_parameters_is_refused(written: Path, zero: Path) -> 
 
 def test_names_of_torchtitan_are_refused(tmp_path: Path) -> None:
     """DCP, of a model with other names."""
-    from torch.distributed import checkpoint
-
-    state = {"model": {"tok_embeddings.weight": torch.ones(3, 2)}}
-    checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+    save_dcp(tmp_path, {"tok_embeddings.weight": torch.ones(3, 2)})
     with pytest.raises(
         InputError, match="torchtitan's .*convert_to_hf.py.*update.delta"
     ):
