@@ -151,8 +151,8 @@ class Run:
             whole = BYTES * outer + 12 * self.parameters
             # The layer that runs, and the one that is gathered meanwhile.
             return BYTES * (m - outer) / ranks + whole + 2 * BYTES * layer
-        # Two layers, and the tangents or the gradient of one; the outer layers' too.
-        return 16 * m / ranks + 3 * BYTES * layer + 2 * BYTES * outer
+        # A layer is there twice while it is gathered, and the outer ones three times.
+        return 16 * m / ranks + 2 * BYTES * layer + 3 * BYTES * outer
 
     def host_bytes(self, ranks: int) -> float:
         """On the host, of a rank: gradient, change, and the way back from the step."""
@@ -305,7 +305,7 @@ def longest_table() -> str:
     def row(run: Run) -> Iterator[str]:
         yield run.model.name
         yield run.trained
-        yield f"{run.saved_bytes() / 1e6:.2g}"
+        yield amount(run.saved_bytes() / 1e6)
         yield from (f"{run.longest(r, backward=True):,}" for r in RANKS)
         yield from (f"{run.longest(r, backward=False):,}" for r in RANKS)
 
@@ -322,7 +322,9 @@ def time_table() -> str:
         yield run.trained
         for sequences, length in SIZES:
             for ranks in RANKS:
-                yield duration(run.seconds(ranks, sequences, length))
+                fits = run.longest(ranks, backward=True) >= length
+                spent = duration(run.seconds(ranks, sequences, length))
+                yield spent + ("" if fits else "†")
 
     headings = ["model", "trained"]
     headings += [
