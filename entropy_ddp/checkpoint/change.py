@@ -154,6 +154,13 @@ def second_parameters(
         if dtype == torch.float64:
             model.to(dtype)
         return {name: p.detach() for name, p in model.named_parameters()}
+    is_divided = any(hasattr(p, "to_local") for p in policy.model.parameters())
+    if files.weights is not None and is_divided:
+        raise InputError(
+            f"update.delta: {files.weights}: expected an adapter's own folder, found the "
+            "weights of a whole state, which do not fit into a model that ranks divide; "
+            "set compute.shard: none"
+        )
     # Their weights stand in our model for a moment: no second copy of what is frozen.
     everything = [*policy.model.parameters(), *policy.model.buffers()]
     moved = list(policy.parameters.values()) if files.weights is None else everything

@@ -1,12 +1,14 @@
 """What cannot be divided among ranks is refused by name, before anything is divided."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import run_config, save_checkpoint
 
+from entropy_ddp.checkpoint.change import second_parameters
 from entropy_ddp.checkpoint.find import find_checkpoint
 from entropy_ddp.checkpoint.policy import load_policy
 from entropy_ddp.checkpoint.shards import shard_policy
@@ -103,6 +105,17 @@ def test_what_a_model_in_parts_cannot_do(
     }
     with pytest.raises(ValueError, match=f"{message}.*compute.shard: none"):
         Config.model_validate(document | sections)
+
+
+def test_a_whole_state_is_no_change_of_a_divided_model() -> None:
+    """Parts of a parameter are told by their method `to_local`."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.to_local = None  # type: ignore[attr-defined]
+    model = SimpleNamespace(parameters=lambda: iter([parameter]))
+    policy: Any = SimpleNamespace(model=model)
+    files: Any = SimpleNamespace(weights="state", adapter="adapter")
+    with pytest.raises(InputError, match="weights of a whole state.*shard: none"):
+        second_parameters(policy, files, Precision(), "sdpa")
 
 
 def test_one_process_divides_nothing(tmp_path: Path) -> None:
