@@ -93,6 +93,8 @@ class Passes:
             over shards of any size.
         runs_hooks: whether backward passes run hooks on the parameters: not a trainer's.
         allowance: how many tokens of a microbatch fit into memory, as far as is known.
+        most_backward: tokens of a microbatch with a backward pass that there is room for,
+            where one that failed cannot be made again; None: as many as configured.
         saved_per_position: bytes that a backward pass keeps of each position of a
             microbatch; 0 as long as it was not measured.
         performed: what this rank has run so far, by kind of pass and batch.
@@ -108,6 +110,7 @@ class Passes:
     layers: WholeLayers = field(default_factory=WholeLayers)
     runs_hooks: bool = True
     allowance: Allowance = field(default_factory=Allowance)
+    most_backward: int | None = None
     saved_per_position: float = 0.0
     performed: dict[tuple[str, str], PassCount] = field(default_factory=dict)
 
@@ -487,6 +490,8 @@ class Passes:
             RunError: memory runs out with a single sequence.
         """
         configured = self.tokens.settings.tokens_per_microbatch
+        if backward and self.most_backward is not None:
+            configured = min(configured, self.most_backward)
 
         def plan(budget: int, left: list[int] | None = None) -> list[list[Row]]:
             return plan_microbatches(shard, budget, self.sharing, left, self.fill)

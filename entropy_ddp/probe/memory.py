@@ -49,6 +49,8 @@ _LOGIT_COPIES = 2
 # Values of its widest layer that a pass with first derivatives holds of a position at
 # once, tangents included, and [rows, keys] arrays of its attention: measured.
 _WIDTHS, _ATTENTION_ARRAYS = 16, 6
+# Of what is free, what a backward pass that cannot be made again may count on.
+_USED = 0.8
 # On the CPU: what the heap takes for what a backward pass saves. The C library's finds no
 # use for a hole as large as an aligned tensor, and there is one for every tensor that
 # was freed in between: measured.
@@ -136,6 +138,7 @@ def _excess(estimate: MemoryEstimate) -> int:
 
 def announce_memory(session: Session, audited: Audited) -> None:
     """Estimate, and say before the first pass what is needed, and if it is not free."""
+    limit_backward(session, audited)
     session.memory = estimate = estimate_memory(session, audited)
     tell = getattr(session.progress, "tell", None)
     if tell is None:
@@ -152,6 +155,59 @@ def announce_memory(session: Session, audited: Audited) -> None:
             "fewer ranks on a machine, or set compute.snapshot_device or "
             "precision.buffers" + ("" if is_sharded else _smaller(sizes)),
         )
+
+
+def limit_backward(session: Session, audited: Audited) -> None:
+    """Set how many tokens a microbatch with a backward pass may hold, before the first.
+
+    Only of full weights in parts: all ranks make such a pass together, and where memory
+    runs out it cannot be made again with less. On the rank with least room that is
+
+        ( .8 free - vectors - logits - layers that are gathered ) / bytes of a position
+
+    with the bytes that the self-check has measured. A row that is longer is still passed
+    over by itself.
+
+    Args:
+        session: an opened run.
+        audited: what of E has a backward pass.
+    """
+    passes = session.passes
+    if not passes.layers.has_parts:
+        return
+    verify = session.config.attribution.verify
+    buffers = 8 if verify and audited == "gradient" else 6
+    on_device, on_host = _with_gradients(session, buffers)
+    if passes.device.type == "cpu":
+        free, vectors = _free_for_each(session), on_device + on_host
+    else:
+        free, vectors = free_device_bytes(passes.device), on_device
+    beside = vectors + _logits(session, backward=True) + passes.layers.gathered_bytes
+    room = (_USED * free - beside) / (_heap(session) * passes.saved_per_position)
+    least = int(-session.world.max(-room))
+    configured = session.config.compute.tokens_per_microbatch
+    if least >= configured:
+        return
+    passes.most_backward = max(1, least)
+    tell = getattr(session.progress, "tell", None)
+    if tell is not None:
+        tell(
+            f"memory: backward passes take {passes.most_backward:,} tokens at a time, "
+            f"for which there is room, not {configured:,}"
+        )
+
+
+def _free_for_each(session: Session) -> int:
+    """Bytes that are free on this rank's machine, for each of its ranks."""
+    own = (socket.gethostname(), free_host_bytes())
+    ranks = session.world.gather_objects(own)
+    here = [free for machine, free in ranks if machine == own[0]]
+    return int(min(here) // len(here))
+
+
+def _heap(session: Session) -> float:
+    """What a byte that a backward pass keeps takes."""
+    return _HEAP if session.passes.device.type == "cpu" else 1.0
 
 
 def _smaller(sizes: dict[str, int]) -> str:
@@ -266,8 +322,7 @@ def _backward(session: Session, microbatches: Iterable[list[Row]]) -> int:
     """Bytes that a backward pass keeps of the largest of them, and of its logits."""
     passes = session.passes
     positions = max(map(_positions, microbatches), default=0)
-    heap = _HEAP if passes.device.type == "cpu" else 1.0
-    kept = int(heap * positions * passes.saved_per_position)
+    kept = int(_heap(session) * positions * passes.saved_per_position)
     return kept + _logits(session, backward=True) + passes.layers.gathered_bytes
 
 
@@ -275,7 +330,7 @@ def _of_update(session: Session) -> Iterable[list[Row]]:
     """The microbatches of U."""
     if "U" not in session.batches:
         return []
-    return _plan(session, _part(session.shard("U")))
+    return _plan(session, _part(session.shard("U")), backward=True)
 
 
 def _of_evaluation(session: Session, audited: Audited) -> Iterable[list[Row]]:
@@ -284,15 +339,25 @@ def _of_evaluation(session: Session, audited: Audited) -> Iterable[list[Row]]:
         return []
     batch = session.batches["E"]
     if audited == "gradient":
-        return _plan(session, _part(session.shard(batch.split)))
+        return _plan(session, _part(session.shard(batch.split)), backward=True)
     size = audit_sample(batch) if audited == "sample" else len(batch)
     sample = session.first_sequences(size)
-    return plan_microbatches(_part(sample), other_budget(session))
+    budget = _backward_budget(session, other_budget(session))
+    return plan_microbatches(_part(sample), budget)
 
 
-def _plan(session: Session, shard: Shard) -> Iterable[list[Row]]:
+def _backward_budget(session: Session, configured: int) -> int:
+    most = session.passes.most_backward
+    return configured if most is None else min(configured, most)
+
+
+def _plan(
+    session: Session, shard: Shard, backward: bool = False
+) -> Iterable[list[Row]]:
     passes = session.passes
     budget = session.config.compute.tokens_per_microbatch
+    if backward:
+        budget = _backward_budget(session, budget)
     return plan_microbatches(shard, budget, passes.sharing, fill=passes.fill)
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 import yaml
 from click.testing import CliRunner
 from tiny_runs import TinyRun, make_run
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entropy_ddp import memory
 from entropy_ddp.cli import main
 from entropy_ddp.distributed import World
+from entropy_ddp.distributed.sharding import WholeLayers
 from entropy_ddp.memory import MemoryEstimate, free_host_bytes
 from entropy_ddp.model.selfcheck import saved_for_backward
 from entropy_ddp.probe import memory as estimates
-from entropy_ddp.probe.memory import estimate_memory
+from entropy_ddp.probe.memory import estimate_memory, limit_backward
 
 GIGABYTE = 10**9
 
@@ -91,6 +94,59 @@ def test_what_a_backward_pass_keeps_is_counted() -> None:
     # The input of the linear map, its output (twice), tanh's output, the sum over it.
     assert sum(sizes.values()) / 15 == 4 * (6 + 8 + 8 + 1)
     total.backward()
+
+
+class Parts(WholeLayers):
+    """What is said of the layers of full weights that ranks have in parts."""
+
+    has_parts = True
+
+
+def test_a_backward_pass_in_parts_holds_what_there_is_room_for(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be made again with less: eight tenths of what is free are divided among
+    positions. Elsewhere nothing is limited."""
+    compute = {"device": "cpu", "tokens_per_microbatch": 5000}
+    session, megabyte = run.open(compute=compute), 10**6
+
+    def limit(free: int) -> int | None:
+        monkeypatch.setattr(estimates, "free_host_bytes", lambda: free)
+        session.passes.most_backward = None
+        limit_backward(session, "sample")
+        return session.passes.most_backward
+
+    assert limit(0) is None
+    session.passes.layers = Parts()
+    limits = [limit(size * megabyte) for size in range(1000)]
+    assert limits[0] == 1 and limits[-1] is None
+    between = [most for most in limits if most is not None and most > 1]
+    kept = session.passes.saved_per_position
+    a_megabyte = 0.8 * megabyte / (1.8 * kept)
+    assert len(between) > 10
+    for less, more in pairwise(between):
+        assert more - less == pytest.approx(a_megabyte, abs=1)
+    session.passes.layers = WholeLayers()
+    shard, most = session.shard("U"), 12
+    found = {}
+    for most_backward in (None, most):
+        session.passes.most_backward = most_backward
+        found[most_backward] = session.passes.gradient(
+            shard, weights_of_logp, torch.float64
+        )
+    (expected, whole_scores), (gradient, scores) = found.values()
+    torch.testing.assert_close(gradient, expected)
+    few = whole_scores.num_microbatches
+    assert scores.num_microbatches > few
+    # A pass forward keeps nothing, and is not cut.
+    assert session.passes.score(shard).num_microbatches == few
+
+
+def weights_of_logp(
+    token: Tensor, logp: Tensor, entropy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum of log p."""
+    return torch.ones_like(logp), torch.zeros_like(entropy)
 
 
 def test_vectors_of_each_phase(run: TinyRun) -> None:
