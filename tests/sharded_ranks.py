@@ -446,9 +446,10 @@ def check_mapped(world: World, folder: Path) -> None:
         files = find_checkpoint(config.checkpoint)
         given = (files, config.precision, config.compute.attention, CPU)
         whole, policy = load_policy(*given), load_policy(*given, True)
-        assert (policy.read_whole is None) == ("moe" not in path.stem), (
-            policy.read_whole
-        )
+        is_read = policy.read_whole is not None
+        assert is_read == ("moe" in path.stem or path.stem == "shares False"), path
+        in_shares = config.checkpoint.weights is not None
+        assert len(policy.unread) == (len(policy.mapped) if in_shares else 0)
         ends = whole.end_ids
         tokens = ResponseTokens(policy.model, ScoringSettings())
         policy, layers = shards.shard_policy(policy, tokens, config.compute, world)

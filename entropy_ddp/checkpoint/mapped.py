@@ -2,16 +2,20 @@
 
 The tensors of the model are pages of the safetensors files, mapped and not read: what a
 layer's parts are made of is read when it is divided, and the pages are the system's,
-shared by all processes of a machine. So no rank ever holds the whole model.
+shared by all processes of a machine. Weights that lie in other files, in shares of the
+ranks that wrote them, stand for themselves until then. So no rank ever holds the whole
+model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entropy_ddp.checkpoint.weights import mapped_tensors
+
+MIXED = "some of its layers keep another dtype"
 
 
 def map_weights(model: nn.Module, base: str) -> str | None:
@@ -26,12 +30,43 @@ def map_weights(model: nn.Module, base: str) -> str | None:
     tensors = mapped_tensors(base)
     if tensors is None:
         return "its weights are not safetensors files on this machine"
-    wide = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    if any(getattr(model, name, None) for name in wide):
-        return "some of its layers keep another dtype"
+    if _is_of_several_dtypes(model):
+        return MIXED
     if not _assign(model, tensors):
         return "its files name the weights in another way than the model does"
     return None
+
+
+def reserve_weights(model: nn.Module) -> str | None:
+    """Give weights that are to come a shape, and no memory but that of one number.
+
+    Args:
+        model: its weights have no memory yet; tied ones are tied.
+
+    Returns:
+        None; or why they have to be read whole.
+    """
+    if _is_of_several_dtypes(model):
+        return MIXED
+    replace_parameters(model, lambda p: p.new_zeros((), device="cpu").expand(p.shape))
+    return None
+
+
+def replace_parameters(
+    model: nn.Module, make: Callable[[nn.Parameter], Tensor]
+) -> None:
+    """Put other tensors in the place of all parameters; tied ones stay one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(make(parameter))
+            setattr(module, name, made[parameter])
+
+
+def _is_of_several_dtypes(model: Any) -> bool:
+    wide = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return any(getattr(model, name, None) for name in wide)
 
 
 def _assign(model: Any, tensors: Mapping[str, Tensor]) -> bool:

@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,11 @@ from entropy_ddp.checkpoint.find import (
     refuse_unreadable,
 )
 from entropy_ddp.checkpoint.formats import stored_weights
-from entropy_ddp.checkpoint.mapped import map_weights
+from entropy_ddp.checkpoint.mapped import (
+    map_weights,
+    replace_parameters,
+    reserve_weights,
+)
 from entropy_ddp.checkpoint.stored import StoredTensor
 from entropy_ddp.checkpoint.weights import (
     SAFE_FILES,
@@ -61,8 +65,9 @@ class Policy:
         dtype: dtype of weights and activations.
         device: where it is.
         stored: dtypes of the weights in the files, by part of the checkpoint.
-        mapped: names of parameters that are still pages of their files, of the files'
-            dtypes, for a model that is to be divided among ranks.
+        mapped: names of parameters that are still in their files, for a model that is to
+            be divided among ranks: they are pages of the files, of the files' dtypes.
+        unread: those of them that are not even that, and where they will be read.
         read_whole: of such a model, why every rank has read all of it nevertheless.
     """
 
@@ -74,6 +79,7 @@ class Policy:
     device: torch.device
     stored: dict[str, str] = field(default_factory=dict)
     mapped: frozenset[str] = frozenset()
+    unread: dict[str, StoredTensor] = field(default_factory=dict)
     read_whole: str | None = None
 
     @property
@@ -157,10 +163,13 @@ def load_policy(
         model = make_adapter(model, files.adapter, files.adapter_name)
     if dtype == torch.float64 and not pages:
         model.to(dtype)
+    unread: dict[str, StoredTensor] = {}
     if files.weights is None:
         stored = stored_dtypes(base=files.base, adapter=files.adapter)
     else:
-        of_state, is_partial = load_state(model, files.weights, files.adapter_name)
+        of_state, is_partial, unread = load_state(
+            model, files.weights, files.adapter_name, pages
+        )
         of_base = stored_dtypes(base=files.base, adapter=None)
         stored = of_state | of_base if is_partial else of_state
     for parameter in model.parameters():
@@ -178,6 +187,7 @@ def load_policy(
         device=device,
         stored=stored,
         mapped=frozenset(n for n, p in model.named_parameters() if id(p) in pages),
+        unread=unread,
         read_whole=read_whole,
     )
     if not policy.parameters:
@@ -192,11 +202,23 @@ def load_policy(
 
 def _mapped_base(files: CheckpointFiles, *given: Any) -> nn.Module | str:
     """The base model with its weights in their files, or why they have to be read."""
-    if files.weights is not None:
+    if files.weights is not None and files.adapter is not None:
         return "its weights are not those of the base model's files"
     with quiet_transformers():
         model = _unallocated_base(*given)
-    return map_weights(model, files.base) or model
+    if files.weights is not None:
+        return reserve_weights(model) or model
+    reason = map_weights(model, files.base)
+    dtypes = {p.dtype for p in model.parameters()}
+    if (
+        reason is None
+        and files.adapter
+        and given[1] == torch.float64
+        and dtypes != {given[1]}
+    ):
+        # An adapter is made of its base's dtype, and then has no more digits.
+        return "it is wanted in float64, and stored with less"
+    return reason or model
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
@@ -291,15 +313,7 @@ def empty_base(
         InputError: its configuration cannot be read, or needs code that may not be run.
     """
     model = _unallocated_base(base, dtype, attention, trust_remote_code)
-    # Tied ones are one parameter, in two places.
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(
-                    torch.empty_like(parameter, device="cpu")
-                )
-            setattr(module, name, made[parameter])
+    replace_parameters(model, lambda p: torch.empty_like(p, device="cpu"))
     return model
 
 
@@ -529,17 +543,23 @@ def _misfit(adapter: Path) -> AbstractContextManager[None]:
 
 
 def load_state(
-    model: nn.Module, weights: Path, adapter_name: str = "default"
-) -> tuple[dict[str, str], bool]:
+    model: nn.Module,
+    weights: Path,
+    adapter_name: str = "default",
+    later: Collection[int] = (),
+) -> tuple[dict[str, str], bool, dict[str, StoredTensor]]:
     """Fill a model with weights by name, of whatever format.
 
     They are those of the whole model, or of what is trained alone, as trainers save an
     adapter without its base. Every tensor is read once, and of this size only one at a
     time.
 
+    Args:
+        later: ids of parameters that are not to be filled.
+
     Returns:
-        The dtypes that they are stored in, as `stored_dtypes` gives them, and whether
-        they are of what is trained alone.
+        The dtypes that they are stored in, as `stored_dtypes` gives them, whether they
+        are of what is trained alone, and what was left for later, by name.
 
     Raises:
         InputError: names or shapes are not the model's.
@@ -561,11 +581,17 @@ def load_state(
         tied |= frozen | (buffers - stored.keys())
     required = {n: t for n, t in expected.items() if n not in tied}
     require_same_tensors(str(weights), described_weights(weights), stored, required)
+    names = {id(p): name for name, p in model.named_parameters() if id(p) in later}
+    variables, unread = model.state_dict(keep_vars=True), {}
     with torch.no_grad():
         for name, tensor in required.items():
-            tensor.copy_(stored[name].read())
+            if id(variables[name]) in names:
+                unread[names[id(variables[name])]] = stored[name]
+            else:
+                tensor.copy_(stored[name].read())
     counts = Counter(str(t.dtype).removeprefix("torch.") for t in stored.values())
-    return {"state": ", ".join(name for name, _ in counts.most_common())}, is_partial
+    dtypes = {"state": ", ".join(name for name, _ in counts.most_common())}
+    return dtypes, is_partial, unread
 
 
 def _with_adapter(name: str, adapter_name: str) -> str:

@@ -91,10 +91,13 @@ def divided(
 
 
 def _settle(policy: Policy, parameters: Iterable[nn.Parameter]) -> None:
-    """Read these parameters from the files that they are pages of."""
+    """Read these parameters from the files that they are in."""
     names = {id(p): name for name, p in policy.model.named_parameters()}
-    found = (p for p in parameters if names.get(id(p)) in policy.mapped)
-    settle_parameters(found, policy.dtype, policy.device)
+    found = [p for p in parameters if names.get(id(p)) in policy.mapped]
+    for parameter in found:
+        if names[id(parameter)] in policy.unread:
+            parameter.data = policy.unread[names[id(parameter)]].read()
+        settle_parameters([parameter], policy.dtype, policy.device)
 
 
 def _settle_rest(policy: Policy) -> None:

@@ -25,6 +25,7 @@ from families import plain_model
 from peft import LoraConfig, get_peft_model
 from reference import Row, random_rows
 from shortages import close
+from torch.distributed import checkpoint
 
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
@@ -100,8 +101,11 @@ def test_groups_of_ranks_each_hold_a_model(tmp_path: Path) -> None:
 
 def test_a_model_is_cut_from_its_files(tmp_path: Path) -> None:
     """Of narrower and of the same dtype, in one file and in several, with and without
-    an adapter; a mixture's files name weights in another way, and are read whole."""
+    an adapter, and in shares that a training left; a mixture's files name weights in
+    another way, and are read whole."""
     for name, family, stored, precision in (
+        ("shares", "qwen2", torch.float32, "float64"),
+        ("shares, narrow", "llama", torch.bfloat16, "float32"),
         ("narrow", "qwen2", torch.bfloat16, "float32"),
         ("same", "llama", torch.float32, "float32"),
         ("wide", "gemma2", torch.float64, "float64"),
@@ -115,10 +119,19 @@ def test_a_model_is_cut_from_its_files(tmp_path: Path) -> None:
             model = plain_model(family, **changes).to(stored)
             options = {} if full else {"targets": ["q_proj", "v_proj"]}
             saved = save_checkpoint(root, "", model=model, full=full, **options)
+            section = dict(saved.section)
+            if name.startswith("shares") and full:
+                folder = root / "pytorch_model_fsdp_0"
+                state = {"model": model.state_dict()}
+                checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+                section["weights"] = str(folder)
+                for file in Path(saved.base).glob("*.safetensors"):
+                    file.unlink()
             if name == "same":
                 again = plain_model(family, **changes).to(stored)
                 again.save_pretrained(saved.base, max_shard_size="4KB")
             config = run_config(saved, Path("E"), Path("U")) | {
+                "checkpoint": section,
                 "precision": {"model": precision},
                 "compute": {"device": "cpu", "shard": "full" if full else "base"},
             }
