@@ -209,13 +209,9 @@ def _mapped_base(files: CheckpointFiles, *given: Any) -> nn.Module | str:
     if files.weights is not None:
         return reserve_weights(model) or model
     reason = map_weights(model, files.base)
-    dtypes = {p.dtype for p in model.parameters()}
-    if (
-        reason is None
-        and files.adapter
-        and given[1] == torch.float64
-        and dtypes != {given[1]}
-    ):
+    _, dtype, *_ = given
+    is_narrower = any(p.dtype != torch.float64 for p in model.parameters())
+    if reason is None and files.adapter and dtype == torch.float64 and is_narrower:
         # An adapter is made of its base's dtype, and then has no more digits.
         return "it is wanted in float64, and stored with less"
     return reason or model
