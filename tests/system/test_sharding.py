@@ -80,14 +80,14 @@ def ranks(size: int, checks: str, folder: Path) -> None:
         assert one.returncode == 0, "\n".join(f.stderr for f in finished)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_layers_in_parts_change_no_bit(size: int, tmp_path: Path) -> None:
     """And ranks with more work, less and none end together; as they do when memory runs
     out on one of them, forward or backward."""
     ranks(size, "base,order" if size == 1 else "base,shortage", tmp_path)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_model_in_parts_gives_what_it_gives_whole(size: int, tmp_path: Path) -> None:
     """Scores, derivatives, sums of gradients; also after memory ran out on a rank. What
     would be wrong without a word is found by the self-check."""
