@@ -20,6 +20,7 @@ Cost = tuple[dict[str, tuple[int, int]], dict[str, Any]]
 
 
 @pytest.mark.usefixtures("models_checked_once")
+@pytest.mark.long
 def test_what_a_rank_exchanges_does_not_grow_with_their_number(tmp_path: Path) -> None:
     run = make_run(tmp_path, "qwen2", targets=["v_proj"])
     rows = ref.random_rows(9, groups=60, responses=2, vocabulary=17)

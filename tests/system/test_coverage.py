@@ -179,7 +179,7 @@ def test_pieces_make_the_same_estimates_as_whole_batches(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("single", SHORT),
+        pytest.param("single", SHORT, marks=pytest.mark.long),
         pytest.param("single", LONG, marks=pytest.mark.long),
         pytest.param("clustered", LONG, marks=pytest.mark.long),
     ],

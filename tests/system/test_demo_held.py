@@ -20,6 +20,8 @@ from entropy_ddp.demo import (
 )
 from entropy_ddp.distributed import World
 
+pytestmark = pytest.mark.long
+
 STEPS = (10, 20, 30)
 NUM_EVALUATION_PROMPTS = 1024
 FAMILIES = {

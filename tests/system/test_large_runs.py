@@ -26,7 +26,11 @@ def test_every_configuration_is_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "full"), [("llama3.1_70b_lora", False), ("qwen2.5_7b_full", True)]
+    ("name", "full"),
+    [
+        ("llama3.1_70b_lora", False),
+        pytest.param("qwen2.5_7b_full", True, marks=pytest.mark.long),
+    ],
 )
 def test_a_large_run_is_one_command(tmp_path: Path, name: str, full: bool) -> None:
     (line,) = (command for command in COMMANDS if name in command)

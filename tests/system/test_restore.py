@@ -137,8 +137,8 @@ def watched(watch: Watch) -> Iterator[None]:
     load = opening.load_optimizer
     backward = torch.Tensor.backward
 
-    def load_and_watch(path: Path, model: nn.Module, parameters: Any) -> Any:
-        watch.model, watch.optimizer = model, load(path, model, parameters)
+    def load_and_watch(path: Path, model: nn.Module, *parameters: Any) -> Any:
+        watch.model, watch.optimizer = model, load(path, model, *parameters)
         embeddings = model.get_input_embeddings()
         embeddings.register_forward_pre_hook(lambda *_: watch.count("forward"))
         watch.before = watch.state()
