@@ -32,7 +32,7 @@ from entropy_ddp.model.precision import precision_context
 
 SETTING = Setting(size="tiny", repeats=1)
 # Starts processes that probe a checkpoint.
-LONG = ("ranks",)
+LONG = ("ranks", "probe", "all-reduce")
 # Two ways to the same sums in float32; a slope of two ranks.
 TOLERANCE = 1e-5
 

@@ -25,7 +25,7 @@ COVERAGE = (0.915, 0.985)
 BIAS = 4 / NUM_BATCHES**0.5
 CASES = [
     (64, 2),
-    (250, 2),
+    pytest.param(250, 2, marks=pytest.mark.long),
     pytest.param(500, 4, marks=pytest.mark.long),
     pytest.param(250, 4, marks=pytest.mark.long),
     pytest.param(500, 2, marks=pytest.mark.long),

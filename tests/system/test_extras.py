@@ -175,6 +175,7 @@ def test_what_needs_an_extra_names_it(run: Path, tmp_path: Path) -> None:
 # Each extra alone
 
 
+@pytest.mark.long
 def test_the_report_extra_alone_makes_pages(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (tmp_path / "ledger.jsonl").write_text(LEDGER)
@@ -186,6 +187,7 @@ def test_the_report_extra_alone_makes_pages(tmp_path: Path) -> None:
     assert (run / "report.html").exists() and (tmp_path / "ledger.html").exists()
 
 
+@pytest.mark.long
 def test_the_import_extra_alone_reads_parquet(tmp_path: Path) -> None:
     checkpoint = dumps.make_checkpoint(tmp_path)
     rows = [
@@ -205,6 +207,7 @@ def test_the_import_extra_alone_reads_parquet(tmp_path: Path) -> None:
     assert len((tmp_path / "U.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.long
 def test_the_data_extra_alone_reads_parquet_and_data_sets(run: Path) -> None:
     file = run / "prompts.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "1+1="}] * 3), file)
@@ -221,6 +224,7 @@ def test_the_math_extra_alone_compares_answers() -> None:
     assert run_alone(MATHS, "math") == "1.0\n"
 
 
+@pytest.mark.long
 def test_the_demo_extra_alone_has_a_trainer(run: Path) -> None:
     """Up to the first thing that it asks of the folder."""
     assert "an empty folder for the demo, found one in use" in run_alone(

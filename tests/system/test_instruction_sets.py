@@ -29,13 +29,8 @@ def other_instruction_sets() -> list[str]:
     return OTHERS.get(torch.backends.cpu.get_cpu_capability(), ["default"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * (name != "default"))
-        for name in other_instruction_sets()
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", other_instruction_sets())
 def test_promised_bits_hold_with_another_instruction_set(name: str) -> None:
     files = sorted(HERE.parent.parent.rglob("test_*.py"))
     marked = [file for file in files if MARK in file.read_text() and file != HERE]
