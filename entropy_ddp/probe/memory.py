@@ -73,14 +73,11 @@ def estimate_memory(session: Session, audited: Audited = "sample") -> MemoryEsti
         own["device_free"] = free_device_bytes(session.policy.device)
     own["host_more"] += _tokens(session, audited)
     own |= {"host_now": host_bytes(), "host_free": free_host_bytes()}
-    # What is free on a machine is its ranks' together; each has looked at its own time.
-    free: dict[str, list[int]] = {}
     ranks = session.world.gather_objects((socket.gethostname(), own))
-    for machine, found in ranks:
-        free.setdefault(machine, []).append(found["host_free"])
+    shares = _free_for_each([(machine, found["host_free"]) for machine, found in ranks])
     estimates = [
-        MemoryEstimate(**found | {"host_free": min(free[m]) // len(free[m])})
-        for m, found in ranks
+        MemoryEstimate(**found | {"host_free": share})
+        for (_, found), share in zip(ranks, shares)
     ]
     return max(estimates, key=_excess)
 
@@ -144,16 +141,17 @@ def announce_memory(session: Session, audited: Audited) -> None:
     if tell is None:
         return
     tell(f"memory: {estimate.line}")
-    sizes = bytes_by_shard(session)
     is_sharded = session.passes.layers.is_sharded
     if is_sharded:
+        sizes = bytes_by_shard(session)
         shown = "; ".join(f"{gigabytes(size)} ({name})" for name, size in sizes.items())
         tell(f"weights and step on a rank, by compute.shard: {shown}")
     if not estimate.fits:
         tell(
             "warning: the run may not fit; lower compute.tokens_per_microbatch, run "
             "fewer ranks on a machine, or set compute.snapshot_device or "
-            "precision.buffers" + ("" if is_sharded else _smaller(sizes)),
+            "precision.buffers"
+            + ("" if is_sharded else _smaller(bytes_by_shard(session))),
         )
 
 
@@ -179,7 +177,9 @@ def limit_backward(session: Session, audited: Audited) -> None:
     buffers = 8 if verify and audited == "gradient" else 6
     on_device, on_host = _with_gradients(session, buffers)
     if passes.device.type == "cpu":
-        free, vectors = _free_for_each(session), on_device + on_host
+        own = (socket.gethostname(), free_host_bytes())
+        shares = _free_for_each(session.world.gather_objects(own))
+        free, vectors = shares[session.world.rank], on_device + on_host
     else:
         free, vectors = free_device_bytes(passes.device), on_device
     beside = vectors + _logits(session, backward=True) + passes.layers.gathered_bytes
@@ -197,12 +197,18 @@ def limit_backward(session: Session, audited: Audited) -> None:
         )
 
 
-def _free_for_each(session: Session) -> int:
-    """Bytes that are free on this rank's machine, for each of its ranks."""
-    own = (socket.gethostname(), free_host_bytes())
-    ranks = session.world.gather_objects(own)
-    here = [free for machine, free in ranks if machine == own[0]]
-    return int(min(here) // len(here))
+def _free_for_each(ranks: list[tuple[str, int]]) -> list[int]:
+    """Bytes that each rank may count on.
+
+    What is free on a machine is its ranks' together; each has looked at its own time.
+
+    Args:
+        ranks: machine of each, and what it found free there.
+    """
+    free: dict[str, list[int]] = {}
+    for machine, found in ranks:
+        free.setdefault(machine, []).append(found)
+    return [min(free[machine]) // len(free[machine]) for machine, _ in ranks]
 
 
 def _heap(session: Session) -> float:
