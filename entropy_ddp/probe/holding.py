@@ -240,12 +240,16 @@ class _Projection:
         return size / self.step if size else 0.0
 
     def row(self, target: float) -> Row:
-        """What the blocks say."""
+        """What the blocks say.
+
+        The error is that of the change in proportion. That of the slope is not in it,
+        and is the larger one where far more is missing than the change.
+        """
         total, mu = float(self.total.sum()), self.solve(0, target)
         row: Row = {"family": PROJECTION, "parameter": self.length(0, mu)}
-        error = standard_error(self.total, self.size)
-        if mu and error is not None:
-            row["parameter_se"] = row["parameter"] * error / abs(target - total)
+        error, missing = standard_error(self.total, self.size), abs(target - total)
+        if mu and error is not None and missing <= abs(total):
+            row["parameter_se"] = row["parameter"] * error / missing
         row["saturated"] = mu is None
         return row | {"delta_h1": total if mu is None else target}
 

@@ -176,10 +176,10 @@ class BatchCapture:
         """
         if all(batch.on_logp is None for batch in self._microbatches):
             raise InputError(
-                "entropy probe: expected a loss of the log-probabilities or logits that "
+                "training batch: expected a loss of the log-probabilities or logits that "
                 "the model returns, found none with a gradient (a fused loss, logits "
-                "converted by mixed precision, or no forward pass at all); this "
-                "trainer cannot be probed"
+                "converted by mixed precision, or no forward pass at all); train "
+                "without the callback"
             )
         return [row for batch in self._microbatches for row in self._rows_of(batch)]
 
@@ -234,9 +234,9 @@ class BatchCapture:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None or kwargs.get("position_ids") is not None:
             raise InputError(
-                "entropy probe: expected batches of input_ids, one sequence a row, found "
+                "training batch: expected batches of input_ids, one sequence a row, found "
                 f"{'packed rows' if ids is not None else 'embeddings'}; turn packing and "
-                "padding_free off, or train without the probe"
+                "padding_free off, or train without the callback"
             )
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         labels = self.inputs.get("labels") if labels is None else labels
@@ -247,7 +247,7 @@ class BatchCapture:
         advantages = self.inputs.get("advantages")
         if advantages is not None and advantages.shape != ids.shape[:1]:
             raise InputError(
-                "entropy probe: expected one advantage for each sequence, found "
+                "training batch: expected one advantage for each sequence, found "
                 f"advantages of shape {list(advantages.shape)} for {len(ids)} sequences; "
                 "advantages by token are not supported"
             )
@@ -263,7 +263,7 @@ class BatchCapture:
     def _rows_of(self, batch: _ForwardPass) -> list[TrainedRow]:
         if batch.residual > LOGITS_RESIDUAL:
             raise InputError(
-                "entropy probe: expected a loss of the labels' log-probabilities, found "
+                "training batch: expected a loss of the labels' log-probabilities, found "
                 f"one with another part ({100 * batch.residual:.0f} % of its gradient: "
                 "label smoothing?); this loss cannot be attributed to tokens"
             )
@@ -396,7 +396,7 @@ class TrainedBatch:
         for index, row in enumerate(rows):
             if not row.prompt_ids:
                 raise InputError(
-                    "entropy probe: expected a token before the first token of the loss, "
+                    "training batch: expected a token before the first token of the loss, "
                     f"found none in sequence {index + 1} of the batch"
                 )
             draw = tuple(row.prompt_ids) if row.draw is None else row.draw
@@ -493,6 +493,8 @@ def follow(
 ) -> ExitStack:
     """Tell a capture what the loss is called with, until the stack is closed.
 
+    Then it is disarmed too.
+
     Args:
         on_norm: told the norm of every gradient before it is clipped.
     """
@@ -505,6 +507,8 @@ def follow(
 
     listening = ExitStack()
     hear = listening.callback
+    # A training that failed within a step has left its hooks on the model.
+    hear(capture.disarm)
     hear(listen(trainer, "compute_loss", before=before_loss, after=after_loss))
     hear(
         listen(

@@ -28,17 +28,16 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from entropy_ddp.distributed import World, joined_world
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.estimators.holding import FAMILIES
 from entropy_ddp.model.parameters import global_norm, has_dropout
 from entropy_ddp.probe.session import Session
-from entropy_ddp.training.capture import BatchCapture, TrainedBatch, follow
+from entropy_ddp.training.capture import BatchCapture, TrainedBatch, follow, listen
 from entropy_ddp.training.floor_step import (
-    NO_TOKENS,
     STRONGEST,
-    batch_entropy,
     entropy_gradient,
     hold,
+    token_entropy,
 )
 from entropy_ddp.training.live_session import (
     batch_config,
@@ -46,7 +45,7 @@ from entropy_ddp.training.live_session import (
     require_probable,
     torch_optimizer,
 )
-from entropy_ddp.training.recorder import is_grpo_trainer
+from entropy_ddp.training.recorder import FOREIGN, RolloutRecorder, is_grpo_trainer
 from entropy_ddp.training.step_probe import flat_gradient
 from entropy_ddp.training.untouched import padding_rows, untouched
 from entropy_ddp.update.decomposition import AdamState
@@ -149,21 +148,29 @@ class EntropyFloor(TrainerCallback):
         self._slope: Tensor | None = None
         self._fraction = FIRST_FRACTION
         self._grad_norm: float | None = None
-        self._is_judged = False
+        self._is_judged = self._is_warned = False
         self._unlogged: list[FloorStep] = []
-        # What was done at the step that is about to be taken, or was.
+        # What was done at the step that is about to be taken, or was; None of a step
+        # without response tokens.
         self.last: FloorStep | None = None
 
     def attach(self, trainer: Any) -> None:
         """Make this the first of a trainer's callbacks: a probe sees what it changed.
 
         Raises:
-            InputError: it is no GRPOTrainer of TRL's.
+            InputError: it is no GRPOTrainer of TRL's, or the floor is another trainer's.
         """
         if not is_grpo_trainer(trainer):
             raise InputError(
                 "entropy floor: expected TRL's GRPOTrainer, found "
                 f"{type(trainer).__name__}; train without the callback"
+            )
+        if self._trainer not in (None, trainer) and self in _callbacks_of(
+            self._trainer, EntropyFloor
+        ):
+            raise InputError(
+                "entropy floor: expected a floor of this trainer alone, found one that "
+                "is attached to another trainer; make a floor for each"
             )
         self._trainer = trainer
         handler = trainer.callback_handler
@@ -199,7 +206,7 @@ class EntropyFloor(TrainerCallback):
         # What an earlier training left when it failed.
         self._listening.close()
         self._slope, self._fraction, self.last = None, FIRST_FRACTION, None
-        self._grad_norm, self._is_judged = None, False
+        self._grad_norm, self._is_judged, self._is_warned = None, False, False
         self._unlogged = []
         self._world = joined_world()
         if self.mode == "first_order":
@@ -212,6 +219,12 @@ class EntropyFloor(TrainerCallback):
             reweigh=self._weights if self.mode == "feedback" else None,
         )
         self._listening = follow(trainer, self._capture, self._clipped)
+        self._listening.callback(listen(trainer, "compute_loss", before=_require_text))
+        if self._world.is_main and _callbacks_of(trainer, RolloutRecorder):
+            logger.warning(
+                "entropy floor: a recorded batch has no weights of a floor; a probe of it "
+                "takes the step that would have been taken without one"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Watch the forward passes of the step."""
@@ -230,6 +243,8 @@ class EntropyFloor(TrainerCallback):
     ) -> None:
         """Measure the entropy, and change the gradient where the step needs it.
 
+        A step without response tokens is left alone.
+
         Raises:
             InputError: the loss cannot be read.
             RunError: a number is not finite.
@@ -244,6 +259,10 @@ class EntropyFloor(TrainerCallback):
             taken = self._fed_back(number, floor, capture)
         else:
             taken = self._held(number, floor, capture, args.max_grad_norm, optimizer)
+        self.last = taken
+        if taken is None:
+            self._warn_of_no_tokens(number)
+            return
         self._judge_schedule(taken, state.max_steps)
         seconds = time.perf_counter() - begin
         self.last = taken = replace(taken, seconds=seconds)
@@ -253,9 +272,14 @@ class EntropyFloor(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
     ) -> None:
-        """Add means over the steps since the last log to what reporters will see."""
+        """Add means over the steps since the last log to what reporters will see.
+
+        Not to the log of an evaluation, which is of no steps.
+        """
+        if logs is None or any(name.startswith("eval_") for name in logs):
+            return
         steps, self._unlogged = self._unlogged, []
-        if steps and logs is not None:
+        if steps:
             logs.update(_logged_values(steps, self.family))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -281,6 +305,9 @@ class EntropyFloor(TrainerCallback):
             ),
             "responses that hold the results of tools have tokens that the policy did "
             "not choose": bool(getattr(trainer, "tools", None)),
+            "another floor is attached, and each would correct what the other did": (
+                len(_callbacks_of(trainer, EntropyFloor)) > 1
+            ),
         }
         for sentence, is_there in obstacles.items():
             if is_there:
@@ -301,13 +328,20 @@ class EntropyFloor(TrainerCallback):
         neutral = FAMILIES[self.family].neutral
         return neutral + self._fraction * (STRONGEST[self.family] - neutral)
 
-    def _fed_back(self, number: int, floor: float, capture: BatchCapture) -> FloorStep:
-        """Measure, and choose the parameter of the next step."""
+    def _fed_back(
+        self, number: int, floor: float, capture: BatchCapture
+    ) -> FloorStep | None:
+        """Measure, and choose the parameter of the next step; None without tokens."""
         sums = sum(self._world.from_all_ranks(capture.entropy_sums), torch.zeros(2))
         entropy, count = sums.tolist()
         if not count:
-            raise InputError(NO_TOKENS)
+            return None
         measured, parameter = entropy / count, self._parameter
+        if not math.isfinite(measured):
+            raise RunError(
+                f"entropy floor: the entropy of the batch is {measured}, expected a "
+                "finite one; train without the callback to see where it comes from"
+            )
         at_limit = self._fraction == 1.0
         if measured < floor:
             self._fraction = min(2 * self._fraction, 1.0)
@@ -328,13 +362,19 @@ class EntropyFloor(TrainerCallback):
         capture: BatchCapture,
         max_grad_norm: float | None,
         optimizer: Any,
-    ) -> FloorStep:
-        """Measure, foresee the step, and change the gradient where it is not enough."""
+    ) -> FloorStep | None:
+        """Measure, foresee the step, and change the gradient where it is not enough.
+
+        None of a batch without response tokens.
+        """
         session = self._session
         assert session is not None
         found = self._world.from_all_ranks(capture.rows)
         trained = TrainedBatch.of([row for of_rank in found for row in of_rank])
-        measured, _ = batch_entropy(trained)
+        entropy = token_entropy(trained)
+        if not len(entropy):
+            return None
+        measured = float(entropy.mean())
         session.batches = {"U": trained.batch}
         gradient = flat_gradient(session)
         norm = global_norm(gradient) if self._grad_norm is None else self._grad_norm
@@ -343,7 +383,7 @@ class EntropyFloor(TrainerCallback):
         adam, padding = AdamState.of(torch_optimizer(optimizer)), padding_rows(model)
         want = min(self._cap, self._rate * (floor - measured))
         with untouched(model):
-            slope = self._remembered(entropy_gradient(session, trained))
+            slope = self._remembered(entropy_gradient(session, trained, entropy))
             correction = hold(
                 session,
                 trained,
@@ -378,6 +418,15 @@ class EntropyFloor(TrainerCallback):
             self._slope.mul_(self._memory).add_(slope, alpha=1 - self._memory)
         return self._slope
 
+    def _warn_of_no_tokens(self, number: int) -> None:
+        if not self._is_warned and self._world.is_main:
+            logger.warning(
+                "entropy floor: the batch of step %d has no response tokens (were all "
+                "responses masked?); such steps are left alone (said once)",
+                number,
+            )
+        self._is_warned = True
+
     def _judge_schedule(self, taken: FloorStep, max_steps: int) -> None:
         """Say, once, where the floor is above the entropy that the training began with."""
         if self._is_judged:
@@ -392,6 +441,20 @@ class EntropyFloor(TrainerCallback):
                 "may not raise it so far; see `saturated` in the logs",
                 highest, floors[highest], taken.measured,
             )  # fmt: skip
+
+
+def _callbacks_of(trainer: Any, kind: type) -> list[Any]:
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, kind)]
+
+
+def _require_text(model: Any, inputs: Any, *_: Any, **__: Any) -> None:
+    """Refuse a batch whose sequences are more than prompts and sampled responses."""
+    for name, what in FOREIGN.items():
+        if inputs.get(name) is not None:
+            raise InputError(
+                "entropy floor: expected a batch of prompts and responses that the "
+                f"policy sampled, found {what} (`{name}`); train without the callback"
+            )
 
 
 def _put_gradient(session: Session, gradient: Tensor | None) -> None:

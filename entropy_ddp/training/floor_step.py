@@ -25,7 +25,7 @@ judge of that batch's step, by as much as a step changes the entropy: G remember
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,19 +46,22 @@ from entropy_ddp.probe.attribution import token_places
 from entropy_ddp.probe.passes import summed_gradient
 from entropy_ddp.probe.session import Session
 from entropy_ddp.training.capture import NO_ENTROPY, TrainedBatch
-from entropy_ddp.training.step_probe import coming_step
 from entropy_ddp.training.untouched import lookups_padded
-from entropy_ddp.update.decomposition import AdamState, gradient_gain
-from entropy_ddp.update.step import clip_coefficient
+from entropy_ddp.update.decomposition import AdamState, StepParts, step_parts
+from entropy_ddp.update.step import Step, clip_coefficient
 
 # The parameter of each family that holds the entropy most.
 STRONGEST: dict[str, float] = {"repo": 1.0, "improbable_failures": 0.0}
-NO_TOKENS = (
-    "entropy floor: expected response tokens in the batch of a step, found none; were all "
-    "responses masked?"
-)
 # Of a weight: a difference that is rounding.
 ROUNDING = 1e-12
+# What the parts of a step need to know of it: its gradient is clipped already.
+CLIPPED = Step(
+    delta=torch.empty(0),
+    learning_rate=1.0,
+    grad_norm=None,
+    clip_coef=1.0,
+    num_optimizer_steps=1,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,31 +88,35 @@ class Correction:
     grad_norm: float
 
 
-def batch_entropy(trained: TrainedBatch) -> tuple[float, Tensor]:
-    """Mean entropy of the batch's tokens, and that of each, float64, [T]; nats.
+def token_entropy(trained: TrainedBatch) -> Tensor:
+    """Entropy of each of the batch's tokens, float64, [T], nats.
 
     Raises:
-        InputError: the trainer did not compute them, or there is no token.
+        InputError: the trainer did not compute them.
     """
     everything = trained.batch.shard(0, 1)
     entropy = trained.token_values(everything, "entropy")
-    if not len(entropy):
-        raise InputError(NO_TOKENS)
     if bool(entropy.isnan().any()):
         raise InputError(NO_ENTROPY)
-    return float(entropy.mean()), entropy
+    return entropy
 
 
-def entropy_gradient(session: Session, trained: TrainedBatch) -> Tensor:
+def entropy_gradient(
+    session: Session, trained: TrainedBatch, entropy: Tensor
+) -> Tensor:
     """grad H of the batch, summed over ranks, flat, [P]; one backward pass.
+
+    Args:
+        trained: the batch, on all ranks; it is the session's U.
+        entropy: `token_entropy` of it, [T], T > 0.
 
     Raises:
         RunError: a value is not finite.
     """
-    mean, entropy = batch_entropy(trained)
     batch = trained.batch
     everything = batch.shard(0, 1)
     tokens = TokenScores(logp=trained.token_values(everything, "logp"), entropy=entropy)
+    mean = float(entropy.mean())
     centred = _centred_weights(batch, tokens, mean) / batch.num_tokens
     each = torch.full_like(centred, 1 / batch.num_tokens)
     shard = session.shard("U")
@@ -157,8 +164,7 @@ def hold(
         )
     members = FAMILIES[family]
     clip = clip_coefficient(max_grad_norm, grad_norm)
-    plain = coming_step(session, optimizer, gradient, grad_norm)
-    predicted = inner_product(slope, plain.delta)
+    predicted = _first_order(session, optimizer, gradient, slope)
     untouched = Correction(
         predicted_plain=predicted,
         predicted=predicted,
@@ -173,11 +179,7 @@ def hold(
     tokens = _PolicyTokens.of(trained, padding)
     derivative = members.slope(tokens.logp, tokens.advantage, members.neutral)
     along = _policy_gradient(session, tokens, derivative)
-    gain = gradient_gain(
-        optimizer, session.passes.parameters, gradient, plain, session.config.update
-    )
-    # The gain is of the clipped gradient.
-    share = -clip * inner_product(slope, gain.mul_(along))
+    share = clip * _share(session, optimizer, gradient, slope, along)
     parameter, saturated = _solved(want - predicted, share, family)
     if parameter == members.neutral:
         return replace(untouched, saturated=saturated)
@@ -187,19 +189,51 @@ def hold(
     bent = weights - 1 - (parameter - members.neutral) * derivative
     if bool((bent.abs() > ROUNDING).any()):
         along += _policy_gradient(session, tokens, bent)
-    along += gradient / clip
+    along.add_(gradient, alpha=1 / clip)
     norm = global_norm(along)
     along *= clip_coefficient(max_grad_norm, norm)
-    step = coming_step(session, optimizer, along, norm)
     return Correction(
         predicted_plain=predicted,
-        predicted=inner_product(slope, step.delta),
+        predicted=_first_order(session, optimizer, along, slope),
         parameter=parameter,
         saturated=saturated,
         weights=weights,
         gradient=along,
         grad_norm=norm,
     )
+
+
+def _first_order(
+    session: Session, optimizer: AdamState, gradient: Tensor, slope: Tensor
+) -> float:
+    """<G, d> of the step with a clipped gradient, nats; without a buffer of the step."""
+    slopes, gradients = map(session.passes.layout.views, (slope, gradient))
+    return math.fsum(
+        inner_product(slopes[name], parts.change(gradients[name]).cpu())
+        for name, parts in _parts(session, optimizer, gradient)
+    )
+
+
+def _share(
+    session: Session,
+    optimizer: AdamState,
+    gradient: Tensor,
+    slope: Tensor,
+    along: Tensor,
+) -> float:
+    """-<G, gain g'> with the gain of a clipped gradient, nats; g' flat, [P]."""
+    slopes, alongs = map(session.passes.layout.views, (slope, along))
+    return -math.fsum(
+        inner_product(slopes[name], parts.gain.cpu() * alongs[name])
+        for name, parts in _parts(session, optimizer, gradient)
+    )
+
+
+def _parts(
+    session: Session, optimizer: AdamState, gradient: Tensor
+) -> Iterator[tuple[str, StepParts]]:
+    parameters, update = session.passes.parameters, session.config.update
+    return step_parts(optimizer, parameters, gradient, CLIPPED, update)
 
 
 def _solved(missing: float, share: float, family: str) -> tuple[float, bool]:

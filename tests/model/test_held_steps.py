@@ -31,7 +31,7 @@ from torch import Tensor
 from entropy_ddp.config import Config
 from entropy_ddp.distributed import World
 from entropy_ddp.model.parameters import fingerprint
-from entropy_ddp.probe import pipeline
+from entropy_ddp.probe import holding, pipeline
 from entropy_ddp.probe.session import Session
 from entropy_ddp.results import Probed
 from entropy_ddp.update.step import optimizer_tensors
@@ -561,6 +561,24 @@ def test_projection_is_along_the_products_of_different_blocks(run: TinyRun) -> N
         delta = {n: d + change[n] for n, d in brute.delta.items()}
         truth += sizes[judge] * brute.truth(delta, judge).delta_h_true
     assert row["delta_h_true"] == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize(("target", "known"), [(0.0, True), (0.1, True), (-9.0, False)])
+def test_a_projection_has_an_error_where_the_change_s_is_the_larger(
+    target: float, known: bool
+) -> None:
+    """That of the slope is not in it: it would be a tenth of a parameter of hundreds."""
+    blocks = torch.ones(8, dtype=torch.float64)
+    projection = holding._Projection(
+        total=(blocks + 0.1 * torch.arange(-4, 4)) / 80,
+        size=blocks / 8,
+        own=blocks / 100,
+        squares=[1.0],
+        step=1.0,
+    )
+    row = projection.row(target)
+    assert row["parameter"] > 0 and not row["saturated"]
+    assert ("parameter_se" in row) == known
 
 
 def test_three_ranks_find_what_one_does(run: TinyRun) -> None:

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import launching
+import live_training
 import pytest
 import reference
 import torch
 from live_training import make_trainer, steps_of, tiny_policy, train
 from torch import Tensor, nn
 
-from entropy_ddp.errors import InputError
+from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.training import EntropyFloor, EntropyProbeCallback
+from entropy_ddp.training.floor import PREFIX, FloorStep
 
 pytest.importorskip("trl")
 
@@ -425,9 +427,13 @@ def test_a_floor_above_the_start_is_said_to_be(
     )
     assert caplog.text.count("above the") == 1
     assert "the floor of step 3 is 4 nats per token" in caplog.text
+    assert "recorded batch" not in caplog.text
     caplog.clear()
-    train(tmp_path / "low", floor={"floor": 0.5, "mode": "feedback"}, max_steps=1)
+    floor = {"floor": 0.5, "mode": "feedback"}
+    train(tmp_path / "low", floor=floor, record=True, max_steps=1)
     assert "above the" not in caplog.text
+    # What it records is not what the step was taken with.
+    assert caplog.text.count("a recorded batch has no weights of a floor") == 1
 
 
 def test_a_learning_rate_of_zero_is_no_step_to_hold(tmp_path: Path) -> None:
@@ -481,6 +487,106 @@ def test_what_cannot_be_held_is_refused(message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_training_has_one_floor_and_a_floor_one_training(tmp_path: Path) -> None:
+    trainer, other = make_trainer(tmp_path / "one"), make_trainer(tmp_path / "other")
+    floor = EntropyFloor(0.5)
+    floor.attach(trainer)
+    floor.attach(trainer)
+    assert trainer.callback_handler.callbacks.count(floor) == 1
+    with pytest.raises(InputError, match="attached to another trainer"):
+        floor.attach(other)
+    EntropyFloor(0.4).attach(trainer)
+    with pytest.raises(InputError, match="another floor is attached"):
+        trainer.train()
+    trainer.remove_callback(floor)
+    floor.attach(other)
+
+
+@pytest.mark.parametrize("mode", ["first_order", "feedback"])
+def test_a_batch_without_tokens_is_left_alone(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where all responses are cut off and masked; said once, and the next is held."""
+    records = live_training.Records()
+    trainer = make_trainer(tmp_path, callbacks=[records], max_steps=3)
+    sample, sampled = trainer._generate_and_score_completions, []
+
+    def masked_but_for_the_last(inputs: Any) -> Any:
+        batch = sample(inputs)
+        sampled.append(batch)
+        if len(sampled) < 3:
+            batch["completion_mask"].zero_()
+        return batch
+
+    trainer._generate_and_score_completions = masked_but_for_the_last
+    EntropyFloor(9.0, mode=mode).attach(trainer)
+    trainer.train()
+    assert [f"{PREFIX}measured" in logs for logs in records.seen[:3]] == [
+        False, False, True,
+    ]  # fmt: skip
+    assert caplog.text.count("the batch of step 1 has no response tokens") == 1
+    assert "step 2" not in caplog.text
+
+
+def test_tokens_that_the_policy_did_not_choose_are_refused(tmp_path: Path) -> None:
+    """At the first loss: of an environment, TRL tells with the batch."""
+    trainer = make_trainer(tmp_path)
+    sample = trainer._generate_and_score_completions
+
+    def with_environment(inputs: Any) -> Any:
+        batch = sample(inputs)
+        return batch | {"tool_mask": torch.ones_like(batch["completion_mask"])}
+
+    trainer._generate_and_score_completions = with_environment
+    EntropyFloor(0.5).attach(trainer)
+    with pytest.raises(InputError, match="results of tools .`tool_mask`."):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_training_that_failed_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the first weighs the second's tokens."""
+    calls: list[int] = []
+
+    def fails_once(completions: list[str], **_: object) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("no answer")
+        return [float(len(text)) for text in completions]
+
+    monkeypatch.setattr(live_training, "arbitrary_reward", fails_once)
+    records = live_training.Records()
+    trainer = make_trainer(tmp_path, callbacks=[records])
+    EntropyFloor(9.0, mode="feedback").attach(trainer)
+    with pytest.raises(OSError, match="no answer"):
+        trainer.train()
+    trainer.train()
+    zetas = [logs[f"{PREFIX}zeta"] for logs in records.seen if f"{PREFIX}zeta" in logs]
+    assert zetas == [0.01, 0.01, 0.02]
+    assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
+
+
+def test_an_evaluation_s_log_is_of_no_steps() -> None:
+    """It comes before the training's own, and would take its steps away."""
+    floor = EntropyFloor(0.5)
+    floor._unlogged = [FloorStep(step=1, floor=0.5, measured=0.6, parameter=0.0,
+                                 saturated=False)]  # fmt: skip
+    logs: dict[str, float] = {"eval_loss": 1.0}
+    floor.on_log(None, None, None, logs=logs)
+    assert logs == {"eval_loss": 1.0}
+    logs = {"loss": 1.0}
+    floor.on_log(None, None, None, logs=logs)
+    assert logs[f"{PREFIX}measured"] == 0.6
+
+
+def test_an_entropy_that_is_no_number_is_said_to_be_one() -> None:
+    capture = SimpleNamespace(entropy_sums=lambda: torch.tensor([math.nan, 3.0]))
+    with pytest.raises(RunError, match="entropy of the batch is nan"):
+        EntropyFloor(0.5, mode="feedback")._fed_back(1, 0.5, capture)
 
 
 def test_a_floor_needs_trl_s_trainer(tmp_path: Path) -> None:
