@@ -44,6 +44,11 @@ SETTINGS = {
 # The parameter of the plain loss; of the others 0.
 NEUTRAL = {"improbable_failures": 1.0, "learning_rate": 1.0}
 SATURATED = "*"
+# What the parameter of each family is, in their order.
+PARAMETERS = (
+    "Parameter: ζ, weight of improbable failures (A < 0, p < 0.5), number of tokens, "
+    "coefficient, length of the shortest change over the step's, factor."
+)
 SATURATION = f" {SATURATED} saturated: no member reaches it, the nearest is shown."
 
 
@@ -117,11 +122,10 @@ def _from_shares(
         columns=("change", "parameter", "tokens", "ΔH first order"),
         rows=rows,
         caption=(
-            f"In {unit}, with the Adam denominator of the whole update. Parameter: ζ, weight "
-            "of improbable failures (A < 0, p < 0.5), number of tokens, coefficient, length of "
-            "the shortest change over the step's, factor. Tokens: how many get another "
-            "weight, by more than 1 %. ΔH: found with one half of E and evaluated on the "
-            f"other, swapped and averaged.{SATURATION * saturated}"
+            f"In {unit}, with the Adam denominator of the whole update. {PARAMETERS} "
+            "Tokens: how many get another weight, by more than 1 %. ΔH: found with one half of "
+            "E and evaluated on the other, swapped and averaged; of the projection, what was "
+            f"asked for.{SATURATION * saturated}"
         ),
     )
 
@@ -231,11 +235,10 @@ def sentence(found: Sequence[Curve], target: float, unit: str) -> str:
         if curve.family not in SETTINGS:
             continue
         name, start = SETTINGS[curve.family], curve.held_from
-        reached = [value for value, _, saturated in curve.values if not saturated]
+        reached = [values for values in curve.values if not values[2]]
         if start is not None and len(curve.values) - start > 1:
-            values = [value for value, *_ in curve.values[start:]]
             where = "at every one" if not start else f"from {curve.labels[start]} on"
-            said.append(f"{name} {_about(values)} {where}")
+            said.append(f"{name} {_about(curve.values[start:])} {where}")
         elif reached:
             of_all = f"{len(reached)} of {len(curve.values)}"
             said.append(f"{name} {_about(reached)} at {of_all}")
@@ -250,24 +253,33 @@ def sentence(found: Sequence[Curve], target: float, unit: str) -> str:
     )
 
 
-def _about(values: Sequence[float]) -> str:
-    """The median, and from where to where they go."""
+def _about(parameters: Sequence[tuple[float, float | None, bool]]) -> str:
+    """The median, from where to where they go, and the rms of their errors."""
+    values = [value for value, *_ in parameters]
+    squares = [error**2 for _, error, _ in parameters if error]
     middle = f"of about {in_words(statistics.median(values), 2)}"
     low, high = (in_words(end, 2) for end in (min(values), max(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"
+    more = [] if low == high else [f"{low} to {high}"]
+    if squares:
+        error = math.sqrt(statistics.fmean(squares))
+        more.append(f"each ± {in_words(error, 2)}")
+    return f"{middle} ({', '.join(more)})" if more else middle
 
 
-def table_by_step(found: Sequence[Curve]) -> Table:
+def table_by_step(found: Sequence[Curve], target: float, unit: str) -> Table:
     """Every family's parameter at every checkpoint."""
     rows: list[Row] = []
     for curve in found:
         cells = [_parameter(*values) for values in curve.values]
         rows.append([text(FAMILIES[curve.family]), *cells])
     steps = count(len(found[0].labels), "checkpoint")
+    saturated = any(values[2] for curve in found for values in curve.values)
     return Table(
-        title="What would have held the entropy, at each checkpoint",
+        title=f"{title(target, unit)}, at each checkpoint",
         columns=["parameter of", *found[0].labels],
         rows=rows,
-        caption=(f"Over {steps}; ± is one standard error.{SATURATION}"),
+        caption=(
+            f"Over {steps}; ± is one standard error. {PARAMETERS}{SATURATION * saturated}"
+        ),
         folded=True,
     )

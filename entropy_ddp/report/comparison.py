@@ -164,7 +164,7 @@ def _causes(found: Checkpoints) -> list[PageSection]:
             title=holding.title(target, found.unit),
             lead=holding.sentence(curves, target, found.unit),
             figures=(figures.held_by_step(found, drawn),),
-            tables=(holding.table_by_step(curves),),
+            tables=(holding.table_by_step(curves, target, found.unit),),
         )
         sections.append(held)
     return sections

@@ -21,7 +21,8 @@ Where pred >= want nothing is changed. Else, with w(log p, A; x) a family of wei
     g_new  g + sum_t a_t (w_t - 1) grad log p_t, clipped as the trainer clips
 
 kappa is the clip coefficient of g. Self-influence makes grad H of one batch a biased
-judge of that batch's step, by as much as a step changes the entropy: G remembers.
+judge of that batch's step, by as much as a step changes the entropy: G remembers. Docs'
+`maths.md`, section 7, has what that leaves.
 """
 
 import math

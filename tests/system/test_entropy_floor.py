@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.training import EntropyFloor, EntropyProbeCallback
 from entropy_ddp.training.floor import PREFIX, FloorStep
+from entropy_ddp.training.floor_step import entropy_gradient
 
 pytest.importorskip("trl")
 
@@ -587,6 +588,47 @@ def test_an_entropy_that_is_no_number_is_said_to_be_one() -> None:
     capture = SimpleNamespace(entropy_sums=lambda: torch.tensor([math.nan, 3.0]))
     with pytest.raises(RunError, match="entropy of the batch is nan"):
         EntropyFloor(0.5, mode="feedback")._fed_back(1, 0.5, capture)
+
+
+@pytest.mark.long
+def test_gradients_of_the_batches_entropies_have_the_entropy_s_as_their_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a policy that does not move, against all responses of two tokens."""
+    found: list[Tensor] = []
+
+    def kept(*arguments: Any) -> Tensor:
+        found.append(entropy_gradient(*arguments).double().clone())
+        return found[-1]
+
+    monkeypatch.setattr("entropy_ddp.training.floor.entropy_gradient", kept)
+    train(
+        tmp_path, floor={"floor": 0.0}, max_steps=100, max_completion_length=2,
+        per_device_train_batch_size=32, learning_rate=0.0,
+    )  # fmt: skip
+    model, tokenizer = tiny_policy()
+    model = model.double().eval()
+    for module in filter(is_lookup, model.modules()):
+        module.padding_idx = None
+    words = torch.arange(len(tokenizer))
+    total = tokens = torch.zeros((), dtype=torch.float64)
+    for prompt in live_training.PROMPTS:
+        ids = torch.tensor(tokenizer(prompt)["input_ids"])
+        longer = torch.cat([ids.expand(len(words), -1), words[:, None]], dim=1)
+        logp = model(input_ids=longer).logits[:, -2:].log_softmax(-1)
+        chance = logp[0, 0].exp() * (words != tokenizer.eos_token_id)
+        first, second = (-logp.exp() * logp).sum(-1).unbind(1)
+        total = total + first[0] + (chance * second).sum()
+        tokens = tokens + 1 + chance.sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    slopes = torch.autograd.grad(total / tokens, parameters)
+    exact = torch.cat([slope.reshape(-1) for slope in slopes])
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(4, len(exact), generator=generator, dtype=torch.float64)
+    for direction in (exact, *others):
+        values = torch.stack(found) @ direction
+        gap = float(values.mean() - exact @ direction)
+        assert abs(gap) < 3.5 * float(values.std()) / len(values) ** 0.5
 
 
 def test_a_floor_needs_trl_s_trainer(tmp_path: Path) -> None:

@@ -127,11 +127,14 @@ def test_along_a_run_it_is_a_curve(tmp_path: Path) -> None:
     lead = section.lead.replace(FIXED, " ")
     assert lead == (
         "Would have held the entropy, step by step: REPO-R weights with ζ of about 0.16 "
-        "(0.1 to 0.22) from step 30 on, a weight for improbable failures (A < 0, p < 0.5) "
-        "nowhere and an entropy coefficient (TRL's entropy_coef) of about 0.5 at every one. "
-        "Each step is corrected alone, on the path that was trained."
+        "(0.1 to 0.22, each ± 0.02) from step 30 on, a weight for improbable failures "
+        "(A < 0, p < 0.5) nowhere and an entropy coefficient (TRL's entropy_coef) of about "
+        "0.5 (each ± 0.02) at every one. Each step is corrected alone, on the path that was "
+        "trained."
     )
     (table,) = section.tables
+    assert table.title == "What would have held the entropy, at each checkpoint"
+    assert "saturated" in table.caption
     values = [(value, mark) for value, _, _, mark in cells(table, "REPO-R weights, ζ")]
     assert values == [(2.0, "*"), (0.1, ""), (0.16, ""), (0.22, "")]
     (figure,) = section.figures
@@ -140,6 +143,18 @@ def test_along_a_run_it_is_a_curve(tmp_path: Path) -> None:
     assert [axes.get_title(loc="left") for axes in panels] == [
         "REPO-R weights, ζ", "improbable failures", "entropy_coef of TRL", "projection",
     ]  # fmt: skip
+
+
+def test_another_target_is_named_along_a_run(tmp_path: Path) -> None:
+    """And no word of what is saturated where nothing is."""
+    folders = (made(tmp_path, step, target=-1e-3) for step in (40, 50))
+    documents = [(f.name, read_run(f).document) for f in folders]
+    found = [c for c in holding.curves(documents) if c.family == "repo"]
+    table = holding.table_by_step(found, -1e-3, "nats per token")
+    assert table.title == (
+        "What would have left a change of −0.001 nats per token, at each checkpoint"
+    )
+    assert "saturated" not in table.caption
 
 
 def test_runs_with_other_targets_have_no_curve(tmp_path: Path) -> None:
