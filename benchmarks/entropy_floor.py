@@ -67,6 +67,7 @@ class Method:
         floor: settings of `EntropyFloor`; None for none.
         covariance: settings of clip-cov or KL-cov; None for neither.
         easy: what the sum alone earns.
+        is_trained: False for the policy that the others begin with.
     """
 
     says: str
@@ -74,9 +75,11 @@ class Method:
     floor: Mapping[str, Any] | None = None
     covariance: Mapping[str, float] | None = None
     easy: float = 0.5
+    is_trained: bool = True
 
 
 METHODS: dict[str, Method] = {
+    "start": Method(says="before training", is_trained=False),
     "plain": Method(says="plain"),
     "coef-low": Method(says="entropy_coef 0.01", trainer={"entropy_coef": 0.01}),
     "coef-middle": Method(says="entropy_coef 0.03", trainer={"entropy_coef": 0.03}),
@@ -101,6 +104,9 @@ METHODS: dict[str, Method] = {
         floor={"family": "improbable_failures"},
     ),
     # Where a floor is not expected to help.
+    "easy-start": Method(
+        says="the sum alone earns 1: before training", easy=1.0, is_trained=False
+    ),
     "easy-plain": Method(says="the sum alone earns 1: plain", easy=1.0),
     "easy-floor": Method(
         says="the sum alone earns 1: EntropyFloor, repo",
@@ -230,7 +236,8 @@ def train(method: Method, seed: int, base: Path, folder: Path) -> dict[str, Any]
     """Train once, and say what came of it.
 
     Returns:
-        What `evaluate` gives, the entropy of the batches by step, and the seconds.
+        What `evaluate` gives; of a training the entropy of the batches by step, too,
+        and the seconds.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -252,9 +259,13 @@ def train(method: Method, seed: int, base: Path, folder: Path) -> dict[str, Any]
         "save_strategy": "no", "logging_steps": 1, "report_to": "none",
         "disable_tqdm": True,
     }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if not method.is_trained:
+        return evaluate(model, tokenizer, held_out, method.easy)
     arguments = {
-        "model": AutoModelForCausalLM.from_pretrained(base),
-        "processing_class": AutoTokenizer.from_pretrained(base),
+        "model": model,
+        "processing_class": tokenizer,
         "reward_funcs": _trl_rewards,
         "args": GRPOConfig(**settings | dict(method.trainer)),
         "train_dataset": Dataset.from_list(rows),
@@ -405,7 +416,9 @@ def train_all(seeds: int, names: tuple[str, ...], out: Path, base: Path) -> None
     for seed in range(seeds):
         for name in names or METHODS:
             key = {"method": name, "seed": seed, "settings": settings_of(name)}
-            if any(key.items() <= line.items() for line in read_results(out)):
+            is_there = any(key.items() <= line.items() for line in read_results(out))
+            # Without a training there is nothing that a seed changes.
+            if is_there or (seed and not METHODS[name].is_trained):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 found = train(METHODS[name], seed, base, Path(folder))
@@ -454,11 +467,14 @@ COLUMNS = (
 )
 # Methods of a task of their own, and what each is compared with.
 BESIDE = {
+    "easy-start": None,
     "easy-plain": None,
     "easy-floor": "easy-plain",
     "fast-plain": None,
     "fast-floor": "fast-plain",
 }
+# Of the figure: points of less entropy have their name on the left.
+LABELLED_LEFT = 0.3
 DRAWN = {
     "plain": "#59636e",
     "adaptive": "#1f6fb4",
@@ -480,7 +496,7 @@ def draw(out: Path) -> None:
     if any(by_seed(lines, name) for name in BESIDE):
         tables.append(table_of(lines, list(BESIDE), BESIDE))
     write_section("results", "\n\n".join(tables))
-    draw_figure(lines, shown, FIGURE)
+    draw_figure(lines, [n for n in shown if METHODS[n].is_trained], FIGURE)
     click.echo("\n\n".join(tables))
 
 
@@ -502,10 +518,13 @@ def table_of(
         if not of_method:
             continue
         cells = [
-            mean_and_error([line[key] for line in of_method.values()], digits)
+            mean_and_error(
+                [line[key] for line in of_method.values() if key in line], digits
+            )
             for _, key, digits in COLUMNS
         ]
-        reference = references[name]
+        is_trained = METHODS[name].is_trained
+        reference = references[name] if is_trained else None
         others = {} if reference in (None, name) else by_seed(lines, str(reference))
         pairs = [
             line["best"] - others[seed]["best"]
@@ -513,7 +532,8 @@ def table_of(
             if seed in others
         ]
         cells.append(mean_and_error(pairs, 3, signed=True))
-        rows.append([METHODS[name].says, str(len(of_method)), *cells])
+        seeds = str(len(of_method)) if is_trained else ""
+        rows.append([METHODS[name].says, seeds, *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -576,12 +596,17 @@ def draw_figure(lines: list[dict[str, Any]], names: list[str], file: Path) -> No
             *means, xerr=errors[0], yerr=errors[1], fmt="o", markersize=4,
             color=DRAWN.get(name, "#59636e"),
         )  # fmt: skip
+        if name in DRAWN and name != "plain":
+            # The other panel's colours name it.
+            continue
+        side = -1 if means[0] < LABELLED_LEFT else 1
         ends.annotate(
-            METHODS[name].says,
+            METHODS[name].says.removeprefix("entropy_"),
             means,
-            xytext=(5, 4),
+            xytext=(5 * side, 4),
             textcoords="offset points",
             fontsize=7,
+            horizontalalignment="left" if side > 0 else "right",
         )
     ends.set(xlabel="entropy at the end, nats per token", ylabel="best of 8, held out")
     ends.margins(x=0.45, y=0.1)
