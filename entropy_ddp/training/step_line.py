@@ -152,6 +152,7 @@ def attribution_entry(
     """
     batch = session.batches["U"]
     share, total = table.share, float(table.share.sum())
+    scores = covariance_score(table.logp, table.advantage)
     deciles = share.new_zeros(NUM_DECILES)
     deciles.index_add_(0, probability_deciles(table.logp), share)
     unattributed = parts["gradient"] - total
@@ -169,7 +170,7 @@ def attribution_entry(
             "unattributed": unattributed,
         },
         "deciles": deciles.tolist(),
-        "covariance": float(covariance_score(table.logp, table.advantage).mean()),
+        "covariance": float(scores.mean()) if len(scores) else 0.0,
         "top_tokens": top_tokens(session, table)[:top],
         "by_token": _by_token(session, batch, share, top),
         "by_prompt": _by_prompt(session, batch, table, top),
@@ -181,6 +182,8 @@ def _by_token(
     session: Session, batch: Batch, share: Tensor, top: int
 ) -> list[dict[str, Any]]:
     """Sums of shares by token id, the largest by absolute value."""
+    if not len(share):
+        return []
     ids = torch.cat([sequence.response_ids for sequence in batch.sequences])
     kinds, place = ids.unique(return_inverse=True)
     tokenizer = session.policy.tokenizer
@@ -205,7 +208,7 @@ def _by_prompt(
         numbers.setdefault(tuple(s.prompt_ids.tolist()), len(numbers))
         for s in batch.sequences
     ]
-    place = torch.tensor(prompt_of)[table.sequence]
+    place = torch.tensor(prompt_of, dtype=torch.int64)[table.sequence]
     prompts, tokenizer = list(numbers), session.policy.tokenizer
     return [
         {

@@ -382,6 +382,7 @@ def test_a_probe_beside_a_floor_sees_what_it_changed(case: str, tmp_path: Path) 
             assert abs(held["change"]) > 1e-7
             assert held["predicted"] != held["predicted_plain"]
         if case == "inactive":
+            assert held["wanted"] == pytest.approx(-0.1 * held["measured"])
             assert held["predicted"] == held["predicted_plain"] >= held["wanted"]
 
 
@@ -509,7 +510,10 @@ def test_a_training_has_one_floor_and_a_floor_one_training(tmp_path: Path) -> No
 def test_a_batch_without_tokens_is_left_alone(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where all responses are cut off and masked; said once, and the next is held."""
+    """Where all responses are cut off and masked; said once, and the next is held.
+
+    A probe beside it tells what the step did nevertheless.
+    """
     records = live_training.Records()
     trainer = make_trainer(tmp_path, callbacks=[records], max_steps=3)
     sample, sampled = trainer._generate_and_score_completions, []
@@ -523,7 +527,13 @@ def test_a_batch_without_tokens_is_left_alone(
 
     trainer._generate_and_score_completions = masked_but_for_the_last
     EntropyFloor(9.0, mode=mode).attach(trainer)
+    settings = live_training.PROBE | {"truth": False, "second_order": False, "every": 2}
+    EntropyProbeCallback(out=tmp_path, **settings).attach(trainer)
     trainer.train()
+    (entry,) = steps_of(tmp_path)
+    assert "floor" not in entry and entry["by_token"] == []
+    assert entry["U"]["num_tokens"] == entry["parts"]["gradient"] == 0
+    assert entry["parts"]["decay"] != 0
     assert [f"{PREFIX}measured" in logs for logs in records.seen[:3]] == [
         False, False, True,
     ]  # fmt: skip
