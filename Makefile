@@ -6,9 +6,9 @@ VENV ?= .venv
 NPROC ?= 2
 CONFIG ?= configs/demo.yaml
 OUT ?= runs/demo
-TEST_JOBS ?= 2
-# One more than the cores: some of these tests wait for processes.
-SYSTEM_JOBS ?= 3
+# For two cores; some tests wait, of those of processes more.
+TEST_JOBS ?= 3
+SYSTEM_JOBS ?= 4
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 REAL_SIZE ?= full
@@ -22,7 +22,8 @@ REAL_TRAINED := $(REAL)/trained-$(REAL_SIZE)
 REAL_PROMPTS_full := 128
 REAL_PROMPTS_small := 16
 RUN := $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m entropy_ddp
-PYTEST := $(BIN)/pytest --dist worksteal
+# A file's fixtures are made once: all of its tests are one worker's.
+PYTEST := $(BIN)/pytest --dist loadfile --no-loadscope-reorder
 
 # One thread per process: torchrun sets the same, with a warning, when it is unset.
 export OMP_NUM_THREADS ?= 1

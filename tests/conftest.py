@@ -15,6 +15,20 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take long: begun last, they would be waited for.
+LONGEST = (
+    "test_sharding", "test_world_size", "test_demo", "test_trainer_oracle", "test_cli",
+    "test_resume", "test_unbiased", "test_entropy_floor", "test_bad_input",
+    "test_restore", "test_extras", "test_small_batches", "test_reader_fuzz",
+    "test_large_runs", "test_held_steps", "test_attribution", "test_audit",
+    "test_blocks",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: collecting garbage need not go through it every time."""
     gc.freeze()

@@ -300,8 +300,28 @@ def small(run: TinyRun) -> TinyRun:
     return replace(run, E=run.E[:40])
 
 
+@pytest.fixture(scope="module")
+def taken(run: TinyRun) -> dict[str, dict[str, Any]]:
+    """The families, corrected and taken; they leave the session as it was."""
+    opened: list[tuple[Session, str]] = []
+    open_session = pipeline.open_session
+
+    def open_and_remember(*arguments: Any) -> Session:
+        session = open_session(*arguments)
+        opened.append((session, session_fingerprint(session)))
+        return session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "open_session", open_and_remember)
+        rows = rows_of(attribute(run, hold=target_of(run, "less"), verify=True))
+    ((session, before),) = opened
+    assert session_fingerprint(session) == before
+    return rows
+
+
 def config_of(run: TinyRun, *, hold: float, **attribution: Any) -> Config:
     return run.config(
+        compute={"device": "cpu", "tokens_per_microbatch": 250},
         update={"max_grad_norm": MAX_GRAD_NORM, "lr_override": LEARNING_RATE},
         truth={"is_mode": "snis"},
         linear={"score": "full", "baseline": "none"},
@@ -325,10 +345,14 @@ def plain_change(run: TinyRun) -> float:
     return float(found.others.sum() + found.effects.sum())
 
 
+def target_of(run: TinyRun, name: str) -> float:
+    return TARGETS[name] * plain_change(run)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_parameters_are_those_that_a_search_finds(run: TinyRun, name: str) -> None:
     """The gain held fixed; on all of E, and either half's judged by the other."""
-    target = TARGETS[name] * plain_change(run)
+    target = target_of(run, name)
     brute, rows = naive(run, LossSettings()), rows_of(attribute(run, hold=target))
     assert list(rows) == list(NEUTRAL)
     whole = list(range(BLOCKS))
@@ -376,16 +400,17 @@ def test_parameters_are_those_that_a_search_finds(run: TinyRun, name: str) -> No
         assert rows["learning_rate"]["parameter"] == pytest.approx(1 - scale, rel=RTOL)
 
 
-def test_shares_of_tokens_that_change(run: TinyRun) -> None:
+def test_shares_of_tokens_that_change(
+    run: TinyRun, taken: dict[str, dict[str, Any]]
+) -> None:
     """Weights that differ from 1 by more than a hundredth."""
-    target = TARGETS["less"] * plain_change(run)
-    brute, rows = naive(run, LossSettings()), rows_of(attribute(run, hold=target))
+    target, brute = target_of(run, "less"), naive(run, LossSettings())
     for family in TOKEN_FAMILIES:
-        distance = rows[family]["parameter"] - NEUTRAL[family]
+        distance = taken[family]["parameter"] - NEUTRAL[family]
         weights = brute.weights(family, distance, list(range(BLOCKS)), target)
         changed = sum(abs(w - 1) > 0.01 for w in weights.tolist())
-        assert rows[family]["token_fraction"] == changed / len(weights)
-    assert "token_fraction" not in rows["projection"]
+        assert taken[family]["token_fraction"] == changed / len(weights)
+    assert "token_fraction" not in taken["projection"]
 
 
 def secants(
@@ -408,25 +433,10 @@ def secants(
 
 
 def test_members_are_corrected_and_taken(
-    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+    run: TinyRun, taken: dict[str, dict[str, Any]]
 ) -> None:
-    """By naive gradients and naive steps of AdamW, its denominator and clipping anew.
-
-    Afterwards parameters and optimizer state are what they were, bit for bit.
-    """
-    opened: list[tuple[Session, str]] = []
-    open_session = pipeline.open_session
-
-    def open_and_remember(*arguments: Any) -> Session:
-        session = open_session(*arguments)
-        opened.append((session, session_fingerprint(session)))
-        return session
-
-    monkeypatch.setattr(pipeline, "open_session", open_and_remember)
-    target = TARGETS["less"] * plain_change(run)
-    rows = rows_of(attribute(run, hold=target, verify=True))
-    ((session, before),) = opened
-    assert session_fingerprint(session) == before
+    """By naive gradients and naive steps of AdamW, its denominator and clipping anew."""
+    target = target_of(run, "less")
     brute = naive(run, LossSettings())
     plain_gradient = run.gradient(LossSettings())
     halves = ([0, 2], [1, 3])
@@ -473,7 +483,7 @@ def test_members_are_corrected_and_taken(
             gradient = other.gradient(LossSettings())
             more = {n: g - plain_gradient[n] for n, g in gradient.items()}
             changed += size * length(more) / length(plain_gradient)
-        row = rows[family]
+        row = taken[family]
         # An exact search ends where the one here does, to the rounding of its steps.
         assert row["parameter_taken"] == pytest.approx(parameter, rel=1e-6), family
         for key, value in (
@@ -487,7 +497,7 @@ def test_members_are_corrected_and_taken(
         assert row["saturated_taken"] == (not all(reached))
         assert all(reached), family
     scales = [target / brute.seen(brute.delta, places) for places in halves]
-    row = rows["learning_rate"]
+    row = taken["learning_rate"]
     mean = sum(s * size for s, size in zip(scales, sizes, strict=True))
     assert row["parameter_taken"] == pytest.approx(mean, rel=RTOL)
     assert row["cosine"] == pytest.approx(1.0)
@@ -512,11 +522,12 @@ def session_fingerprint(session: Session) -> str:
     return fingerprint([*session.policy.model.named_parameters(), *state])
 
 
-def test_projection_is_along_the_products_of_different_blocks(run: TinyRun) -> None:
+def test_projection_is_along_the_products_of_different_blocks(
+    run: TinyRun, taken: dict[str, dict[str, Any]]
+) -> None:
     """And its length is that of the change over the step's, in the gain's metric."""
-    target = TARGETS["less"] * plain_change(run)
+    target, row = target_of(run, "less"), taken["projection"]
     brute = naive(run, LossSettings())
-    row = rows_of(attribute(run, hold=target, verify=True))["projection"]
 
     def product(left: Direction, right: Direction) -> float:
         return sum(float((left[n] * brute.gain[n] * right[n]).sum()) for n in left)
@@ -549,15 +560,15 @@ def test_projection_is_along_the_products_of_different_blocks(run: TinyRun) -> N
     assert row["parameter"] == pytest.approx(relative, rel=1e-6)
     halves = ([0, 2], [1, 3])
     sizes = [float(brute.sizes[places].sum()) for places in halves]
-    taken = [along(places) for places in halves]
-    mean = sum(s * x for s, (*_, x) in zip(sizes, taken, strict=True))
+    of_halves = [along(places) for places in halves]
+    mean = sum(s * x for s, (*_, x) in zip(sizes, of_halves, strict=True))
     assert row["parameter_taken"] == pytest.approx(mean, rel=1e-6)
-    known = [bool(mu) for mu, *_ in taken]
+    known = [bool(mu) for mu, *_ in of_halves]
     assert row["saturated_taken"] == (not all(known)) and any(known)
     assert not row["saturated"]
     truth = 0.0
     for judge in (0, 1):
-        _, change, _ = taken[1 - judge]
+        _, change, _ = of_halves[1 - judge]
         delta = {n: d + change[n] for n, d in brute.delta.items()}
         truth += sizes[judge] * brute.truth(delta, judge).delta_h_true
     assert row["delta_h_true"] == pytest.approx(truth, rel=1e-5)

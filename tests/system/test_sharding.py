@@ -80,18 +80,33 @@ def ranks(size: int, checks: str, folder: Path) -> None:
         assert one.returncode == 0, "\n".join(f.stderr for f in finished)
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
-def test_layers_in_parts_change_no_bit(size: int, tmp_path: Path) -> None:
+def long(size: int, checks: str) -> Any:
+    return pytest.param(size, checks, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("size", "checks"), [long(1, "base"), (2, "base,shortage,order"), long(3, "base")]
+)
+def test_layers_in_parts_change_no_bit(size: int, checks: str, tmp_path: Path) -> None:
     """And ranks with more work, less and none end together; as they do when memory runs
     out on one of them, forward or backward."""
-    ranks(size, "base,order" if size == 1 else "base,shortage", tmp_path)
+    ranks(size, checks, tmp_path)
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
-def test_a_model_in_parts_gives_what_it_gives_whole(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "checks"),
+    [
+        (1, "full shortage"),
+        (2, "full,planted"),
+        long(1, "full"),
+        long(3, "full,full shortage"),
+    ],
+)
+def test_a_model_in_parts_gives_what_it_gives_whole(
+    size: int, checks: str, tmp_path: Path
+) -> None:
     """Scores, derivatives, sums of gradients; also after memory ran out on a rank. What
     would be wrong without a word is found by the self-check."""
-    checks = "full,planted" if size == 2 else "full,full shortage"
     ranks(size, checks, tmp_path)
 
 
@@ -150,7 +165,7 @@ def rows(seed: int, responses: list[int]) -> list[Row]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Configuration and results of every job, by one process with the whole model."""
     root = tmp_path_factory.mktemp("whole")
-    evaluation, update = rows(1, [3, 2, 2, 3, 2, 4, 2, 2]), rows(2, [4, 2, 3])
+    evaluation, update = rows(1, [3, 2, 2, 3]), rows(2, [3, 2])
     saved = {}
     for case, (family, targets) in ADAPTERS.items():
         changes = {"tie_word_embeddings": True} if "tied" in case else {}

@@ -9,7 +9,9 @@ special tokens that were sampled inside a response.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +177,26 @@ def error_of_the_step(folder: Path, step: int, **update: Any) -> float:
     return distance(probe(folder, step, **update), trl_step(folder, step))
 
 
-ADAPTER_OR_ALL = pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
-LOSSES = pytest.mark.parametrize("loss", ["dr_grpo", "grpo", "dapo"])
+LOSSES = ("dr_grpo", "grpo", "dapo")
+WEIGHTS = ("LoRA", "full")
 
 
-@LOSSES
-@ADAPTER_OR_ALL
+def each_loss(kinds: Sequence[str], short: Sequence[str]) -> pytest.MarkDecorator:
+    """Every loss with each of two kinds; what is not named in `short` is long."""
+    cases = []
+    for (number, kind), loss in product(enumerate(kinds), LOSSES):
+        name = f"{kind}, {loss}"
+        marks = () if name in short else (pytest.mark.long,)
+        cases.append(pytest.param(loss, bool(number), id=name, marks=marks))
+    return pytest.mark.parametrize(("loss", "second"), cases)
+
+
+@each_loss(WEIGHTS, ["LoRA, dr_grpo", "LoRA, dapo", "full, grpo"])
 def test_the_step_after_a_checkpoint(
-    task: Task, tmp_path: Path, loss: str, full: bool
+    task: Task, tmp_path: Path, loss: str, second: bool
 ) -> None:
     """Also on what `import` makes of TRL's completions, where no token is missing."""
+    full = second
     # At the adapter's rate a policy of all weights has learned all in two steps.
     rate = LEARNING_RATE / 10 if full else LEARNING_RATE
     one_more_step(task, tmp_path, loss_type=loss, full=full, learning_rate=rate)
@@ -247,21 +259,21 @@ def test_a_resumed_run_is_the_run_that_went_on(task: Task, tmp_path: Path) -> No
     assert batch_of(resumed, STEPS + 1) == batch_of(straight, STEPS + 1)
 
 
-@LOSSES
-@ADAPTER_OR_ALL
-def test_active_clipping(task: Task, tmp_path: Path, loss: str, full: bool) -> None:
+@each_loss(WEIGHTS, ["LoRA, dapo", "full, dr_grpo", "full, grpo"])
+def test_active_clipping(task: Task, tmp_path: Path, loss: str, second: bool) -> None:
     """The second step on a batch, whose sampler is the policy before the first."""
-    train_with_trl(**task.job(tmp_path, steps=4, loss_type=loss, full=full, **CLIPPING))
+    settings = {"loss_type": loss, "full": second, **CLIPPING}
+    train_with_trl(**task.job(tmp_path, steps=4, **settings))
     assert log_of(tmp_path, 4)["clip_ratio/region_mean"] > 0.02
     assert error_of_the_step(tmp_path, 4, ratio="clipped") < RTOL
     wide = {"ratio": "clipped", "epsilon_low": 0.99, "epsilon_high": 99.0}
     assert error_of_the_step(tmp_path, 4, **wide) > 100 * RTOL
 
 
-@LOSSES
-@pytest.mark.parametrize("weighted", [False, True], ids=["k3", "weighted"])
-def test_a_kl_term(task: Task, tmp_path: Path, loss: str, weighted: bool) -> None:
+@each_loss(["k3", "weighted"], ["k3, dapo", "k3, grpo", "weighted, dr_grpo"])
+def test_a_kl_term(task: Task, tmp_path: Path, loss: str, second: bool) -> None:
     """On policy and off, plain and with TRL's bias correction."""
+    weighted = second
     settings = {"beta": 0.04, "use_bias_correction_kl": weighted, "loss_type": loss}
     train_with_trl(**task.job(tmp_path, steps=4, **settings, **CLIPPING))
     assert error_of_the_step(tmp_path, 3) < RTOL
@@ -357,7 +369,7 @@ def test_a_probe_on_two_ranks(two_ranks: Path, tmp_path: Path) -> None:
 # A loop of one's own
 
 
-@ADAPTER_OR_ALL
+@pytest.mark.parametrize("full", [False, True], ids=WEIGHTS)
 def test_accelerates_save_state(task: Task, tmp_path: Path, full: bool) -> None:
     """The optimizer's state is in the folder, the model is saved beside it."""
     source, loop = tmp_path / "trl", tmp_path / "loop"

@@ -94,6 +94,14 @@ BATCHES = {
     "two groups of two": ("prompts", 2, 2),
 }
 """Policy, number of groups, responses of each."""
+EACH_BATCHES = pytest.mark.parametrize(
+    "batches",
+    [
+        "two sequences",
+        pytest.param("three sequences", marks=pytest.mark.long),
+        "two groups of two",
+    ],
+)
 
 
 def expectation(
@@ -294,7 +302,7 @@ def expected_slopes(batches: str, integrand: Integrand) -> dict[object, float]:
 
 @pytest.mark.parametrize("integrand", INTEGRANDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("batches", BATCHES)
+@EACH_BATCHES
 def test_slope_of_batches(
     batches: str, estimator: tuple[Score, Baseline], integrand: Integrand
 ) -> None:
@@ -315,7 +323,7 @@ def test_slope_of_batches(
 
 @pytest.mark.parametrize("integrand", INTEGRANDS)
 @pytest.mark.parametrize("estimator", UNFITTED)
-@pytest.mark.parametrize("batches", BATCHES)
+@EACH_BATCHES
 def test_control_variates_do_not_move_the_mean_of_a_sum(
     batches: str, estimator: tuple[Score, Baseline], integrand: Integrand
 ) -> None:
@@ -437,7 +445,7 @@ def test_change_of_all_responses(normalize: Normalize, integrand: Integrand) -> 
 
 
 @pytest.mark.parametrize("integrand", INTEGRANDS)
-@pytest.mark.parametrize("batches", BATCHES)
+@EACH_BATCHES
 def test_change_of_a_sum(batches: str, integrand: Integrand) -> None:
     """`snis` and `per_decision` have no bias over batches; `clip` does."""
     p = policy(BATCHES[batches][0])
@@ -467,7 +475,7 @@ def test_change_per_sequence_per_decision_has_no_bias() -> None:
     assert abs(found["snis"] - exact) > 1e-4
 
 
-@pytest.mark.parametrize("batches", BATCHES)
+@EACH_BATCHES
 def test_first_order_noise_has_mean_zero_whatever_share_is_removed(
     batches: str,
 ) -> None:
@@ -518,7 +526,7 @@ def test_middle_slope_of_all_responses(normalize: Normalize) -> None:
     assert abs(found - p.derivative(1, normalize, place=ETA / 2)) < ATOL
 
 
-@pytest.mark.parametrize("batches", BATCHES)
+@EACH_BATCHES
 def test_middle_slope_of_batches(batches: str) -> None:
     """Without a ratio there is no bias."""
     p = policy(BATCHES[batches][0])
@@ -558,7 +566,7 @@ def expectation_elsewhere(
     return total
 
 
-@pytest.mark.parametrize("batches", BATCHES)
+@EACH_BATCHES
 def test_E_of_another_policy_is_weighed_without_bias(batches: str) -> None:
     """Entropy, change and every slope, with baselines fitted on the same batch."""
     p = policy(BATCHES[batches][0])
@@ -619,7 +627,7 @@ def test_curvature_of_all_responses(normalize: Normalize, integrand: Integrand) 
 
 
 @pytest.mark.parametrize("integrand", INTEGRANDS)
-@pytest.mark.parametrize("batches", BATCHES)
+@EACH_BATCHES
 def test_curvature_of_a_sum(batches: str, integrand: Integrand) -> None:
     p = policy(BATCHES[batches][0])
 

@@ -457,7 +457,7 @@ def test_accelerate_repeats_torchrun_bit_for_bit(
     arguments = ("probe", "--config", place.config("ragged"), "--out", tmp_path / "out")
     command = launching.accelerate("--config_file", config, *launching.PACKAGE)
     command += map(str, arguments)
-    launching.run(command, fresh=True).require_success()
+    launching.run(command).require_success()
     again = Probed(tmp_path / "out")
     assert again.results["run"]["world_size"] == 2
     assert without_times(again) == without_times(two)
