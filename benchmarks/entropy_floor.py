@@ -546,12 +546,15 @@ def mean_and_error(values: list[float], digits: int, *, signed: bool = False) ->
     """Mean and standard error over seeds, as text; one value has no error."""
     if not values:
         return ""
+    error = 0.0
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
+    if error:
+        # An error of 0 would say that the value is exact.
+        digits = max(digits, -math.floor(math.log10(error)))
     mean = f"{statistics.fmean(values):{'+' if signed else ''}.{digits}f}"
     mean = mean.replace("-", "−")
-    if len(values) < 2:
-        return mean
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean} ± {error:.{digits}f}"
+    return f"{mean} ± {error:.{digits}f}" if len(values) > 1 else mean
 
 
 def write_section(name: str, text: str) -> None:
