@@ -18,6 +18,7 @@ from entropy_ddp.interruption import Interrupted
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANK_TIMEOUT_SECONDS = 300.0
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # file descriptors
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
 
@@ -145,10 +146,27 @@ def _meet(timeout_seconds: float) -> tuple[Any, int, int]:
 
 def _start(store: Any, rank: int, world_size: int, timeout: timedelta) -> None:
     both = torch.cuda.is_available()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if both else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
+    with announced_as_errors():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if both else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+
+
+@contextmanager
+def announced_as_errors() -> Iterator[None]:
+    """Send to standard error what a library writes to standard output by itself.
+
+    Before torch 2.9 gloo tells of every connection there, where results are printed.
+    """
+    sys.stdout.flush()
+    kept = os.dup(STANDARD_OUTPUT)
+    try:
+        os.dup2(STANDARD_ERROR, STANDARD_OUTPUT)
+        yield
+    finally:
+        os.dup2(kept, STANDARD_OUTPUT)
+        os.close(kept)

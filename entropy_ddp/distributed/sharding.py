@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from entropy_ddp.distributed.group import announced_as_errors
 from entropy_ddp.distributed.world import World
 from entropy_ddp.errors import InputError, RunError
 from entropy_ddp.memory import is_shortage
@@ -640,10 +641,12 @@ def _mesh(world: World, device: torch.device, group: int) -> "DeviceMesh":
     """The ranks, in groups of so many: between groups the parts are repeated."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    if group == world.world_size:
-        return init_device_mesh(device.type, (group,))
-    shape = (world.world_size // group, group)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("repeated", "sharded"))
+    with announced_as_errors():
+        if group == world.world_size:
+            return init_device_mesh(device.type, (group,))
+        shape = (world.world_size // group, group)
+        names = ("repeated", "sharded")
+        return init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def group_size(asked: str | int, world: World, ranks_here: int) -> int:

@@ -1,6 +1,7 @@
 """The process group: one path for any number of ranks, every collective counted."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Collection
@@ -18,6 +19,7 @@ from entropy_ddp.distributed import (
 )
 from entropy_ddp.distributed import failure as failure_module
 from entropy_ddp.distributed.failure import Failure, Sign, Watch
+from entropy_ddp.distributed.group import announced_as_errors
 from entropy_ddp.errors import InputError
 
 RANKS = """
@@ -365,3 +367,13 @@ def test_one_of_the_ranks_that_lose_a_connection_looks_who_is_gone(
     watched.watches[4]._failure = Failure(rank=3, code=1, message="gone")
     assert watched.watches[4]._fallen_silent() == []
     assert watched.store.reads == before
+
+
+def test_what_a_library_announces_is_no_output(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Results that are printed as JSON stay whole, whatever torch tells of its groups."""
+    with announced_as_errors():
+        os.write(1, b"connected\n")
+    print("{}")
+    assert capfd.readouterr() == ("{}\n", "connected\n")
