@@ -157,7 +157,7 @@ def test_blocks_do_not_matter(
     assert failed(found) == failed(whole[case])
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_blocks_of_several_ranks_do_not_matter(
     run: TinyRun,
     whole: dict[str, dict[str, Any]],

@@ -167,7 +167,7 @@ def run_job(name: str, config: Config, watch: Watch, out: Path) -> None:
     "name",
     [
         "probe",
-        "attribute",
+        pytest.param("attribute", marks=pytest.mark.long),
         pytest.param("audit", marks=pytest.mark.long),
         pytest.param("sweep", marks=pytest.mark.long),
     ],

@@ -79,6 +79,7 @@ MARKS = {
     "probe": pytest.mark.bits,
     "sweep": pytest.mark.bits,
     "probe, loo": pytest.mark.long,
+    "attribute": pytest.mark.long,
     "audit": pytest.mark.long,
 }
 

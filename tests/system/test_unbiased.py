@@ -394,6 +394,7 @@ def leading_bias(estimator: tuple[Score, Baseline]) -> float:
     return float((hessian * covariance).sum()) / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("estimator", UNFITTED)
 def test_bias_of_the_slope_per_token_falls_as_one_over_n(
     estimator: tuple[Score, Baseline],
