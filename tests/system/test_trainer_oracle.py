@@ -181,22 +181,26 @@ LOSSES = ("dr_grpo", "grpo", "dapo")
 WEIGHTS = ("LoRA", "full")
 
 
-def each_loss(kinds: Sequence[str], short: Sequence[str]) -> pytest.MarkDecorator:
-    """Every loss with each of two kinds; what is not named in `short` is long."""
+def each_loss(
+    argument: str, kinds: Sequence[str], short: Sequence[str]
+) -> pytest.MarkDecorator:
+    """Every loss with False and True of an argument, which are called by two kinds.
+
+    What is not named in `short` is long.
+    """
     cases = []
     for (number, kind), loss in product(enumerate(kinds), LOSSES):
         name = f"{kind}, {loss}"
         marks = () if name in short else (pytest.mark.long,)
         cases.append(pytest.param(loss, bool(number), id=name, marks=marks))
-    return pytest.mark.parametrize(("loss", "second"), cases)
+    return pytest.mark.parametrize(("loss", argument), cases)
 
 
-@each_loss(WEIGHTS, ["LoRA, dr_grpo", "LoRA, dapo", "full, grpo"])
+@each_loss("full", WEIGHTS, ["LoRA, dr_grpo", "LoRA, dapo", "full, grpo"])
 def test_the_step_after_a_checkpoint(
-    task: Task, tmp_path: Path, loss: str, second: bool
+    task: Task, tmp_path: Path, loss: str, full: bool
 ) -> None:
     """Also on what `import` makes of TRL's completions, where no token is missing."""
-    full = second
     # At the adapter's rate a policy of all weights has learned all in two steps.
     rate = LEARNING_RATE / 10 if full else LEARNING_RATE
     one_more_step(task, tmp_path, loss_type=loss, full=full, learning_rate=rate)
@@ -259,10 +263,10 @@ def test_a_resumed_run_is_the_run_that_went_on(task: Task, tmp_path: Path) -> No
     assert batch_of(resumed, STEPS + 1) == batch_of(straight, STEPS + 1)
 
 
-@each_loss(WEIGHTS, ["LoRA, dapo", "full, dr_grpo", "full, grpo"])
-def test_active_clipping(task: Task, tmp_path: Path, loss: str, second: bool) -> None:
+@each_loss("full", WEIGHTS, ["LoRA, dapo", "full, dr_grpo", "full, grpo"])
+def test_active_clipping(task: Task, tmp_path: Path, loss: str, full: bool) -> None:
     """The second step on a batch, whose sampler is the policy before the first."""
-    settings = {"loss_type": loss, "full": second, **CLIPPING}
+    settings = {"loss_type": loss, "full": full, **CLIPPING}
     train_with_trl(**task.job(tmp_path, steps=4, **settings))
     assert log_of(tmp_path, 4)["clip_ratio/region_mean"] > 0.02
     assert error_of_the_step(tmp_path, 4, ratio="clipped") < RTOL
@@ -270,10 +274,11 @@ def test_active_clipping(task: Task, tmp_path: Path, loss: str, second: bool) ->
     assert error_of_the_step(tmp_path, 4, **wide) > 100 * RTOL
 
 
-@each_loss(["k3", "weighted"], ["k3, dapo", "k3, grpo", "weighted, dr_grpo"])
-def test_a_kl_term(task: Task, tmp_path: Path, loss: str, second: bool) -> None:
+@each_loss(
+    "weighted", ["k3", "weighted"], ["k3, dapo", "k3, grpo", "weighted, dr_grpo"]
+)
+def test_a_kl_term(task: Task, tmp_path: Path, loss: str, weighted: bool) -> None:
     """On policy and off, plain and with TRL's bias correction."""
-    weighted = second
     settings = {"beta": 0.04, "use_bias_correction_kl": weighted, "loss_type": loss}
     train_with_trl(**task.job(tmp_path, steps=4, **settings, **CLIPPING))
     assert error_of_the_step(tmp_path, 3) < RTOL
