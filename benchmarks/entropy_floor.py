@@ -492,11 +492,12 @@ def draw(out: Path) -> None:
     if not lines:
         raise click.UsageError(f"{out}: no trainings; run `train` first")
     shown = [name for name in METHODS if name not in BESIDE]
-    tables = [table_of(lines, shown, dict.fromkeys(shown, "adaptive"))]
+    trained = [name for name in shown if METHODS[name].is_trained]
+    tables = [table_of(lines, shown, dict.fromkeys(trained, "adaptive"))]
     if any(by_seed(lines, name) for name in BESIDE):
         tables.append(table_of(lines, list(BESIDE), BESIDE))
     write_section("results", "\n\n".join(tables))
-    draw_figure(lines, [n for n in shown if METHODS[n].is_trained], FIGURE)
+    draw_figure(lines, trained, FIGURE)
     click.echo("\n\n".join(tables))
 
 
@@ -523,8 +524,7 @@ def table_of(
             )
             for _, key, digits in COLUMNS
         ]
-        is_trained = METHODS[name].is_trained
-        reference = references[name] if is_trained else None
+        reference = references.get(name)
         others = {} if reference in (None, name) else by_seed(lines, str(reference))
         pairs = [
             line["best"] - others[seed]["best"]
@@ -532,7 +532,7 @@ def table_of(
             if seed in others
         ]
         cells.append(mean_and_error(pairs, 3, signed=True))
-        seeds = str(len(of_method)) if is_trained else ""
+        seeds = str(len(of_method)) if METHODS[name].is_trained else ""
         rows.append([METHODS[name].says, seeds, *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -546,15 +546,20 @@ def mean_and_error(values: list[float], digits: int, *, signed: bool = False) ->
     """Mean and standard error over seeds, as text; one value has no error."""
     if not values:
         return ""
-    error = 0.0
-    if len(values) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(values))
+    error = standard_error(values)
     if error:
         # An error of 0 would say that the value is exact.
         digits = max(digits, -math.floor(math.log10(error)))
     mean = f"{statistics.fmean(values):{'+' if signed else ''}.{digits}f}"
     mean = mean.replace("-", "−")
     return f"{mean} ± {error:.{digits}f}" if len(values) > 1 else mean
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean; 0 of one value."""
+    if len(values) < 2:
+        return 0.0
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def write_section(name: str, text: str) -> None:
@@ -591,10 +596,7 @@ def draw_figure(lines: list[dict[str, Any]], names: list[str], file: Path) -> No
             continue
         points = [[line[key] for line in of_method] for key in ("entropy", "best")]
         means = [statistics.fmean(values) for values in points]
-        errors = [
-            statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
-            for values in points
-        ]
+        errors = [standard_error(values) for values in points]
         ends.errorbar(
             *means, xerr=errors[0], yerr=errors[1], fmt="o", markersize=4,
             color=DRAWN.get(name, "#59636e"),

@@ -18,8 +18,8 @@ from entropy_ddp.interruption import Interrupted
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANK_TIMEOUT_SECONDS = 300.0
-STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # file descriptors
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # file descriptors
 
 
 def single_process_warning(environment: Mapping[str, str]) -> str | None:

@@ -97,9 +97,8 @@ BATCHES = {
 EACH_BATCHES = pytest.mark.parametrize(
     "batches",
     [
-        "two sequences",
-        pytest.param("three sequences", marks=pytest.mark.long),
-        "two groups of two",
+        pytest.param(name, marks=pytest.mark.long if name.startswith("three") else ())
+        for name in BATCHES
     ],
 )
 
